@@ -1,0 +1,511 @@
+"""Put a join into a model, take it out, fold it, and say what was done: plan -> validate -> mutate -> report.
+
+A call that raises has changed nothing: everything that can fail happens before the first `setattr`.
+Shape legend: B batch, N tokens, R rows of the position table, D width, L layers, H heads, n patches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lape.bias import FoldedBias, PositionalAttention, PositionBias
+from lape.errors import LapeError, UnsupportedModelError
+from lape.hosts import Anatomy, find_host
+from lape.joins import JOINS, Join, check_combination, join_named
+from lape.names import nearest
+from lape.norm import FoldedNorm, PositionalBlock, PositionalNorm, PositionSource
+from lape.position import KINDS, Grid, Kind, Layout, PositionTable, kind_named
+
+TABLES = "lape_position"  # name under which a converted model holds its position tables
+RECORD = "_lape"  # attribute of a converted model: its Conversion
+
+Size = int | tuple[int, int]
+
+
+@dataclass
+class Conversion:
+    """What `apply_` did to a model, and what `remove_` needs to undo it."""
+
+    host: str
+    join: str
+    pe: str
+    anatomy: Anatomy  # of the model as it was found
+    sites: tuple[tuple[str, str], ...]  # (path of a wrapper, name of the wrapped module in it)
+    slot_order: tuple[str, ...]  # the parameter names of the table's owner before the conversion
+    replaced_table: nn.Parameter | None = None  # the host's own table when another kind took its place
+    overrides: tuple[str, ...] = ()  # methods of the host that were extended on the instance
+    factory: dict[str, Any] = field(default_factory=dict)  # name and kwargs, when made by create_model
+    folded: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        return self.anatomy.layout
+
+
+@dataclass(frozen=True)
+class Description:
+    """What was done to a model. `str()` is one readable line."""
+
+    host: str
+    join: str
+    pe: str
+    joined: int  # blocks that receive a position of their own
+    blocks: int
+    input_addition: bool  # whether the host still adds a table to its patch tokens
+    grid: Grid
+    prefix_tokens: int
+    positioned_prefix_tokens: int  # those that own a row of the table
+    parameters: int  # all of the model
+    position_parameters: int  # tables, biases and PE norms
+    folded: bool
+
+    def __str__(self) -> str:
+        site = {"input": "blocks", "block": "block inputs", "norm": "attention norms"}[JOINS[self.join].site]
+        site = "attention biases" if KINDS[self.pe].is_bias else site
+        bare = self.prefix_tokens - self.positioned_prefix_tokens
+        return (
+            f"{self.host}: join={self.join} pe={self.pe}{' (folded)' if self.folded else ''}, "
+            f"{self.joined}/{self.blocks} {site} joined, input addition {'on' if self.input_addition else 'off'}, "
+            f"grid {self.grid[0]} x {self.grid[1]}, {self.prefix_tokens} prefix tokens"
+            f"{f' ({bare} without a position)' if bare else ''}, "
+            f"{self.parameters:,} parameters ({self.position_parameters:,} for position)"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ convert
+
+
+def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None) -> nn.Module:
+    """Joins position and tokens the given way, in place, and returns the model.
+
+    Args:
+        model: a supported Vision Transformer, or a module that holds exactly one (see `lape.hosts()`).
+        join: "basic", "share", "unshare", "LaPE-sharing" or "LaPE", in any case.
+        pe: None keeps the model's own position table and its values; the name of a kind ("learnable", "1D_sin",
+            "2D_sin", "1D_RPE", "2D_RPE", "none") builds a new one in its place.
+
+    Raises:
+        UnsupportedModelError: the model is not supported; the message says why and how to register it.
+        LapeError: unknown names, a meaningless combination, or a model that is converted already.
+    The model is unchanged, bit for bit, when it raises. Source: Yu et al., ICCV 2023, Eq. 8-11 and Table 7.
+    """
+    chosen_join = join_named(join)
+    chosen_kind = None if pe is None else kind_named(pe)
+    if _record(model) is not None:
+        raise LapeError(f"the model is converted already ({describe(model)}): call lape.remove_(model) first")
+    host, root = find_host(model)
+    anatomy = host.examine(root)
+    kind = chosen_kind or _own_kind(anatomy)
+    check_combination(chosen_join, kind)
+    wrappers, tables = _build(anatomy, chosen_join, kind, new=chosen_kind is not None)
+    conversion = Conversion(
+        host=host.name,
+        join=chosen_join.name,
+        pe=kind.name,
+        anatomy=anatomy,
+        sites=tuple((path, wrapped) for path, wrapped, _ in wrappers),
+        slot_order=tuple(_owner(anatomy)[0]._parameters),
+    )
+    _mutate(conversion, chosen_join, kind, wrappers, tables, new=chosen_kind is not None)
+    return model
+
+
+def _own_kind(anatomy: Anatomy) -> Kind:
+    if anatomy.table is None:
+        raise LapeError("the model has no position table of its own: name a kind, for instance pe='learnable'")
+    return KINDS["learnable"]
+
+
+def _owner(anatomy: Anatomy) -> tuple[nn.Module, str]:
+    path, _, name = anatomy.table_slot.rpartition(".")
+    return anatomy.root.get_submodule(path), name
+
+
+def _own_table(anatomy: Anatomy) -> nn.Parameter | None:
+    owner, name = _owner(anatomy)
+    return owner._parameters.get(name)
+
+
+def _build(
+    anatomy: Anatomy, join: Join, kind: Kind, *, new: bool
+) -> tuple[list[tuple[str, str, nn.Module]], list[PositionTable]]:
+    """The modules of a conversion: (path, name of the wrapped module in it, wrapper) and the position tables."""
+    root, layout = anatomy.root, anatomy.layout
+    blocks = [root.get_submodule(path) for path in anatomy.blocks]
+    token_norms = [block.get_submodule(anatomy.norm) for block in blocks]
+    like = next(token_norms[0].parameters(), torch.empty(0))
+    if kind.is_bias:
+        return [
+            (
+                f"{path}.{anatomy.attention}",
+                "host_attention",
+                PositionalAttention(
+                    block.get_submodule(anatomy.attention),
+                    PositionBias(layout, anatomy.num_heads, kind.bias_axes, normalised=join.normalised, like=like),
+                ),
+            )
+            for path, block in zip(anatomy.blocks, blocks, strict=True)
+        ], []
+    if not kind.is_table:
+        return [], []
+
+    def table(first: bool) -> PositionTable:
+        own = _own_table(anatomy)
+        if new or own is None:
+            assert kind.build is not None
+            values = kind.build(layout, anatomy.width).to(device=like.device, dtype=like.dtype)
+            return PositionTable(nn.Parameter(values, requires_grad=not kind.frozen), layout)
+        parameter = own if first else nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+        return PositionTable(parameter, layout)
+
+    tables = [table(first=i == 0) for i in range(len(blocks) if join.table_per_block else 1)]
+    if join.site == "input":
+        return [], tables
+    if join.site == "block":
+        sources = tables if join.table_per_block else tables * len(blocks)
+        return [
+            (path, "host_block", PositionalBlock(block, source, layout))
+            for path, block, source in zip(anatomy.blocks, blocks, sources, strict=True)
+        ], tables
+    wrappers: list[tuple[str, str, nn.Module]] = []
+    source: PositionSource = tables[0]
+    for path, token_norm in zip(anatomy.blocks, token_norms, strict=True):
+        norm = PositionalNorm(token_norm, _norm_like(token_norm, anatomy.width), source, layout)
+        wrappers.append((f"{path}.{anatomy.norm}", "token_norm", norm))
+        source = norm if join.chained else tables[0]
+    return wrappers, tables
+
+
+def _norm_like(token_norm: nn.Module, width: int) -> nn.LayerNorm:
+    """LN'_l: a LayerNorm with the eps of the token norm and an affine of its own (2 D parameters)."""
+    like = next(token_norm.parameters(), torch.empty(0))
+    return nn.LayerNorm(width, eps=token_norm.eps, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
+
+
+def _mutate(
+    conversion: Conversion,
+    join: Join,
+    kind: Kind,
+    wrappers: list[tuple[str, str, nn.Module]],
+    tables: list[PositionTable],
+    *,
+    new: bool,
+) -> None:
+    """The only part of `apply_` that changes the model; nothing in it can be wrong use."""
+    anatomy = conversion.anatomy
+    root = anatomy.root
+    owner, name = _owner(anatomy)
+    before = {id(parameter) for parameter in root.parameters()}
+    own = _own_table(anatomy)
+    if new or join.site != "input":
+        if new:
+            conversion.replaced_table = own
+        if join.site == "input" and tables:
+            owner._parameters[name] = tables[0].pos_embed  # in place: the order of parameters stays the host's
+        elif own is not None:  # zeros in the host's slot switch its input addition off, whatever its forward looks like
+            delattr(owner, name)
+            owner.register_buffer(name, torch.zeros_like(own, requires_grad=False), persistent=False)
+    if tables and join.site != "input":
+        root.add_module(TABLES, nn.ModuleList(tables))
+    for path, _, wrapper in wrappers:
+        _set_submodule(root, path, wrapper)
+    names = {n for n, parameter in root.named_parameters() if id(parameter) not in before or n.startswith(TABLES)}
+    overrides: dict[str, Callable[..., Any]] = {"no_weight_decay": _NoWeightDecay(root, frozenset(names))}
+    if hasattr(type(root), "group_matcher"):
+        overrides["group_matcher"] = _GroupMatcher(root)
+    for method, override in overrides.items():
+        setattr(root, method, override)
+    conversion.overrides = tuple(overrides)
+    setattr(root, RECORD, conversion)
+
+
+class _NoWeightDecay:
+    """The host's `no_weight_decay()` with the position's parameters added: P, biases and PE norms are not decayed."""
+
+    def __init__(self, root: nn.Module, names: frozenset[str]):
+        self.root = root
+        self.names = names
+
+    def __call__(self) -> set[str]:
+        host = getattr(type(self.root), "no_weight_decay", None)
+        return set(self.names) | (set(host(self.root)) if host else set())
+
+
+class _GroupMatcher:
+    """timm's `group_matcher()` with the position tables counted to the stem, for layer-wise learning rates."""
+
+    def __init__(self, root: nn.Module):
+        self.root = root
+
+    def __call__(self, coarse: bool = False) -> dict[str, Any]:
+        host: Any = type(self.root)
+        groups = dict(host.group_matcher(self.root, coarse))
+        return {**groups, "stem": f"{groups['stem']}|{TABLES}"}
+
+
+def _set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def remove_(model: nn.Module) -> nn.Module:
+    """Takes a join out again, in place, and returns the model: the host's classes, keys, order and numbers.
+
+    A table that was kept returns with its present values; one that was replaced by another kind returns as it was.
+    Raises LapeError when the model is not converted or is folded.
+    """
+    conversion = conversion_of(model)
+    if conversion.folded:
+        raise LapeError("a folded model cannot be turned back: keep a copy.deepcopy(model) from before lape.fold_")
+    root = conversion.anatomy.root
+    for path, wrapped in reversed(conversion.sites):
+        _set_submodule(root, path, root.get_submodule(path).get_submodule(wrapped))
+    owner, name = _owner(conversion.anatomy)
+    if conversion.anatomy.table is None:  # the host had no table: its slot is empty again
+        if name in owner._parameters:
+            owner._parameters[name] = None
+    else:
+        table = conversion.replaced_table
+        if table is None and TABLES in root._modules:
+            table = root.get_parameter(f"{TABLES}.0.pos_embed")
+        if table is not None:
+            table.data = table.data.to(next(root.parameters()).device)
+            if name in owner._buffers:
+                delattr(owner, name)
+            owner.register_parameter(name, table)
+            _reorder(owner._parameters, conversion.slot_order)
+    root._modules.pop(TABLES, None)
+    for attribute in (*conversion.overrides, RECORD):
+        delattr(root, attribute)
+    return model
+
+
+def _reorder(parameters: dict[str, Any], order: tuple[str, ...]) -> None:
+    for name in order:
+        parameters[name] = parameters.pop(name)
+
+
+def fold_(model: nn.Module, size: Size | None = None) -> nn.Module:
+    """Replaces everything that is computed from parameters alone by constants, in place; returns the model.
+
+    The chain of LayerNorms is evaluated once (by `positions`) and each layer keeps its result, so that a folded LaPE
+    costs one addition a layer; a relative position bias is gathered and normalised once. `basic`, `share` and
+    `unshare` compute nothing and stay as they are. Folding is one way and for one image size.
+
+    Raises LapeError when the model is not converted, is folded already, or has another grid than `size` asks for.
+    """
+    conversion = conversion_of(model)
+    if conversion.folded:
+        raise LapeError("the model is folded already")
+    grid = _grid_for(conversion, size)
+    if grid not in (None, conversion.layout.grid):
+        raise LapeError(
+            f"size={size!r} is a grid of {grid}, the model's is {conversion.layout.grid}: "
+            "create the model with that img_size, then load and fold it"
+        )
+    root = conversion.anatomy.root
+    with torch.no_grad():
+        received = positions(model) if KINDS[conversion.pe].is_table else None
+        for layer, (path, _) in enumerate(conversion.sites):
+            site = root.get_submodule(path)
+            if isinstance(site, PositionalNorm):
+                assert received is not None
+                _set_submodule(root, path, FoldedNorm(site.token_norm, received[layer : layer + 1].clone()))
+            elif isinstance(site, PositionalAttention):
+                site.position_bias = FoldedBias(site.position_bias().clone())
+    if JOINS[conversion.join].normalised:
+        root._modules.pop(TABLES, None)
+    conversion.folded = True
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ look
+
+
+def _record(model: nn.Module) -> Conversion | None:
+    return next((module.__dict__[RECORD] for module in model.modules() if RECORD in module.__dict__), None)
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """The record of a converted model. Raises LapeError for a model that is not converted."""
+    conversion = _record(model)
+    if conversion is None:
+        raise LapeError(f"this {type(model).__name__} is not converted: call lape.apply_(model) first")
+    return conversion
+
+
+def describe(model: nn.Module) -> Description:
+    """What was done to a converted model. Raises LapeError for a model that is not converted."""
+    conversion = conversion_of(model)
+    join, anatomy = JOINS[conversion.join], conversion.anatomy
+    no_decay = anatomy.root.no_weight_decay
+    assert isinstance(no_decay, _NoWeightDecay)
+    own = _own_table(anatomy) is not None
+    sizes = {name: parameter.numel() for name, parameter in anatomy.root.named_parameters()}
+    position_names = set(no_decay.names) | ({anatomy.table_slot} if own else set())
+    return Description(
+        host=conversion.host,
+        join=conversion.join,
+        pe=conversion.pe,
+        joined=len(conversion.sites),
+        blocks=len(anatomy.blocks),
+        input_addition=own and join.site == "input",
+        grid=conversion.layout.grid,
+        prefix_tokens=conversion.layout.num_prefix,
+        positioned_prefix_tokens=conversion.layout.prefix_rows,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        position_parameters=sum(sizes.get(name, 0) for name in position_names),
+        folded=conversion.folded,
+    )
+
+
+def grid(model: nn.Module) -> Grid:
+    """(rows, columns) of patches of a converted model."""
+    return conversion_of(model).layout.grid
+
+
+def num_prefix_tokens(model: nn.Module) -> int:
+    """Tokens before the first patch (class, distillation, registers) of a converted model."""
+    return conversion_of(model).layout.num_prefix
+
+
+def _grid_for(conversion: Conversion, size: Size | None) -> Grid | None:
+    """The grid of an image of `size` pixels (side, or height and width); None stays None."""
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    patch_height, patch_width = conversion.anatomy.patch_size
+    if min(height, width) <= 0 or height % patch_height or width % patch_width:
+        raise LapeError(f"size={size!r} is no multiple of the patch of {patch_height} x {patch_width} pixels")
+    return height // patch_height, width // patch_width
+
+
+def positions(model: nn.Module, size: Size | None = None, view: Literal["received", "seen"] = "received") -> Tensor:
+    """What each block receives as position: (L, N, D), prefix tokens first; zero for tokens that own no row.
+
+    LaPE: P_(l+1) = LN'_l(P_l); LaPE-sharing: LN'_l(P); share and basic: P in every layer (basic adds it once, and the
+    residual stream carries it on); unshare: W_l. `view="seen"` shows what attention makes of it: for joins in which
+    position shares the token norm, LN_l of the above (the paper's figures: Eq. 7 without its per-token factor);
+    LaPE joins look the same in both views.
+
+    Args:
+        size: image size in pixels, a side or (height, width); the raw table is resampled before the chain.
+    Raises:
+        LapeError: not converted, no absolute position (RPE: use `position_bias`), a size that the patch does not
+            divide, or a folded model at another size.
+    The result carries gradients, unlike that of `correlation`.
+    """
+    conversion = conversion_of(model)
+    anatomy, join = conversion.anatomy, JOINS[conversion.join]
+    if view not in ("received", "seen"):
+        raise LapeError(f"unknown view {view!r}: known are 'received' and 'seen'")
+    if not KINDS[conversion.pe].is_table:
+        fix = "lape.position_bias(model) gives its bias" if KINDS[conversion.pe].is_bias else "there is nothing to show"
+        raise LapeError(f"pe={conversion.pe!r} has no position per token: {fix}")
+    target = _grid_for(conversion, size)
+    sites = [anatomy.root.get_submodule(path) for path, _ in conversion.sites]
+    if conversion.folded and join.normalised:
+        if target not in (None, conversion.layout.grid):
+            raise LapeError(f"the model is folded for the grid {conversion.layout.grid}, size={size!r} is {target}")
+        return torch.cat([site.get_buffer("folded_position") for site in sites])
+    if join.site == "input":
+        own = _own_table(anatomy)
+        assert own is not None
+        received = [PositionTable(own, conversion.layout).position(target)] * len(anatomy.blocks)
+    else:
+        received = [site.position(target) for site in sites]  # type: ignore[operator]
+    if view == "seen" and not join.normalised:
+        received = [norm(p_1RD) for norm, p_1RD in zip(_token_norms(conversion), received, strict=True)]
+    layout = conversion.layout if target is None else replace(conversion.layout, grid=target)
+    return torch.cat([layout.spread(p_1RD) for p_1RD in received])
+
+
+def _token_norms(conversion: Conversion) -> list[nn.Module]:
+    anatomy = conversion.anatomy
+    return [getattr(anatomy.root.get_submodule(path), anatomy.norm) for path in anatomy.blocks]
+
+
+def position_bias(model: nn.Module) -> Tensor:
+    """The bias between patches that each block adds to its attention logits: (L, H, n, n). RPE only, else LapeError."""
+    conversion = conversion_of(model)
+    if not KINDS[conversion.pe].is_bias:
+        raise LapeError(
+            f"pe={conversion.pe!r} has no bias on attention logits: lape.positions(model) gives its positions"
+        )
+    prefix = conversion.layout.num_prefix
+    sites = [conversion.anatomy.root.get_submodule(path) for path, _ in conversion.sites]
+    return torch.cat([site.get_submodule("position_bias")()[:, :, prefix:, prefix:] for site in sites])
+
+
+# ------------------------------------------------------------------------------------------------ create
+
+
+def create_model(name: str, join: str = "LaPE", pe: str | None = None, **timm_kwargs: Any) -> nn.Module:
+    """A timm model by name, converted. Remembers name and arguments for `lape.save`.
+
+    Args:
+        name: a timm model, for instance "deit_tiny_patch16_224".
+        join, pe: as for `apply_`.
+        timm_kwargs: handed to `timm.create_model` (img_size, num_classes, pretrained, drop_path_rate, depth, ...).
+
+    Raises:
+        LapeError: an unknown model (the nearest names are listed), wrong arguments, or an image size that the patch
+            does not divide. UnsupportedModelError: a model that cannot be converted.
+    """
+    import timm
+
+    join_named(join)
+    if pe is not None:
+        kind_named(pe)
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        guess = nearest(base, timm.list_models())
+        raise LapeError(
+            f"unknown model {name!r}{f'; did you mean {guess!r}?' if guess else ''}: see timm.list_models()"
+        )
+    try:
+        model = timm.create_model(name, **timm_kwargs)
+    except (TypeError, AssertionError) as error:
+        raise LapeError(f"model {name!r} with {timm_kwargs}: {_one_line(error)}") from error
+    _check_size(name, model)
+    apply_(model, join, pe)
+    kwargs = {key: value for key, value in timm_kwargs.items() if key not in ("pretrained", "checkpoint_path")}
+    conversion_of(model).factory.update(name=name, kwargs=kwargs)
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)) or type(error).__name__
+
+
+def _check_size(name: str, model: nn.Module) -> None:
+    patch_embed = getattr(model, "patch_embed", None)
+    size, patch = getattr(patch_embed, "img_size", None), getattr(patch_embed, "patch_size", None)
+    if size and patch and (size[0] % patch[0] or size[1] % patch[1]):
+        raise LapeError(
+            f"input size {size[0]} x {size[1]} is not divisible by the patch of {name}, {patch[0]} x {patch[1]} pixels: "
+            f"use {size[0] // patch[0] * patch[0] or patch[0]} or another multiple"
+        )
+
+
+__all__ = [
+    "Conversion",
+    "Description",
+    "UnsupportedModelError",
+    "apply_",
+    "conversion_of",
+    "create_model",
+    "describe",
+    "fold_",
+    "grid",
+    "num_prefix_tokens",
+    "position_bias",
+    "positions",
+    "remove_",
+]

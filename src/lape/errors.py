@@ -1,0 +1,21 @@
+"""Errors that a user can cause. Everything else is a bug and may show its traceback.
+
+The command line prints a `LapeError` as one line and exits with 2, so each message names the value that was
+given, what is allowed, and the fix.
+"""
+
+
+class LapeError(ValueError):
+    """Wrong use: the message names the value, the allowed ones and the fix."""
+
+
+class UnsupportedModelError(LapeError):
+    """The model cannot be converted: the message names the class found, what is supported and how to register one."""
+
+
+class DataError(LapeError):
+    """A data set that cannot be trusted: missing, empty, mislabelled or corrupt. The message names the path."""
+
+
+class CheckpointError(LapeError):
+    """A file that is not a checkpoint, is unsafe to load, or does not fit the model. The message names the keys."""

@@ -1,0 +1,111 @@
+"""The table of hosts: which Vision Transformers can be converted, told by the class of their blocks.
+
+A host says where things are in a model of its library; it never runs or changes the model. Classes are named by
+strings, so that no library is imported before a model of it is at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lape.errors import LapeError, UnsupportedModelError
+from lape.position import Layout
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where a model keeps what LaPE touches. Paths are relative to `root`."""
+
+    root: nn.Module
+    blocks: tuple[str, ...]  # paths of the blocks, in the order of the forward
+    norm: str  # attribute of a block: the LayerNorm before attention
+    attention: str  # attribute of a block: a module that takes `attn_mask`
+    table: str | None  # path of the input's position table, (1, R, D); None when the model has none
+    table_slot: str  # path under which a table would be read by the host's forward
+    layout: Layout
+    patch_size: tuple[int, int]  # pixels
+    width: int
+    num_heads: int
+
+
+@dataclass(frozen=True)
+class Host:
+    """One family of models: how it is recognised and how its parts are found.
+
+    `examine(root)` returns the anatomy or raises UnsupportedModelError with the true reason.
+    """
+
+    name: str
+    root_classes: tuple[str, ...]  # "module.Class" of the module that owns table and blocks, subclasses included
+    block_classes: tuple[str, ...]  # "module.Class" of blocks whose norm stands before attention, exact
+    examine: Callable[[nn.Module], Anatomy]
+    note: str = ""
+    tested: tuple[str, ...] = ()  # versions that the tests ran with
+    refused: dict[str, str] = field(default_factory=dict)  # "module.Class" of blocks -> the reason
+
+
+def class_name(cls: type) -> str:
+    """The name under which a class stands in the table: "module.Class"."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+_HOSTS: dict[str, Host] = {}
+
+
+def register_host(host: Host) -> Host:
+    """Adds a host to the table, for models of your own. Raises LapeError when the name or a root class is taken."""
+    for other in _HOSTS.values():
+        if other.name == host.name or set(other.root_classes) & set(host.root_classes):
+            raise LapeError(
+                f"host {host.name!r} is registered already, as {other.name!r}: choose another name and classes"
+            )
+    _HOSTS[host.name] = host
+    return host
+
+
+def hosts() -> tuple[Host, ...]:
+    """All registered hosts."""
+    return tuple(_HOSTS.values())
+
+
+def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
+    """The host of the one convertible model inside `model` (often `model` itself), and that model.
+
+    Raises UnsupportedModelError when there is none or more than one.
+    """
+    found = [
+        (host, module)
+        for module in model.modules()
+        for host in _HOSTS.values()
+        if {class_name(cls) for cls in type(module).__mro__} & set(host.root_classes)
+    ]
+    if len(found) == 1:
+        return found[0]
+    supported = ", ".join(name for host in _HOSTS.values() for name in host.root_classes)
+    if found:
+        raise UnsupportedModelError(
+            f"{class_name(type(model))} holds {len(found)} convertible models: pass the one you mean, not the whole"
+        )
+    raise UnsupportedModelError(
+        f"{class_name(type(model))} is not a supported model; supported: {supported}; "
+        "another one is added by lape.register_host(lape.Host(...))"
+    )
+
+
+def check_blocks(
+    host_name: str, root: nn.Module, paths: list[str], allowed: tuple[str, ...], why: dict[str, str]
+) -> None:
+    """Raises UnsupportedModelError, naming class and reason, unless every block is of an allowed class."""
+    if not paths:
+        raise UnsupportedModelError(f"{class_name(type(root))} has no blocks: nothing to convert")
+    for path in paths:
+        name = class_name(type(root.get_submodule(path)))
+        if name not in allowed:
+            reason = why.get(name, "the place of its attention norm is not known")
+            raise UnsupportedModelError(
+                f"{path} is a {name}: {reason}; {host_name} blocks that can be converted: {', '.join(allowed)}; "
+                "another one is added by lape.register_host(lape.Host(...))"
+            )

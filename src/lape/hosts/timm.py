@@ -1,0 +1,83 @@
+"""timm's pre-norm `VisionTransformer`: plain, DeiT, distilled, DeiT-III, registers, LayerScale, pooled."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from lape.errors import UnsupportedModelError
+from lape.hosts.base import Anatomy, Host, check_blocks, class_name
+from lape.position import Layout
+
+_VIT = "timm.models.vision_transformer"
+_BLOCKS = (f"{_VIT}.Block",)
+_REFUSED = {
+    f"{_VIT}.ResPostBlock": "its norm stands behind attention (post-norm), so no norm feeds attention",
+    f"{_VIT}.ParallelScalingBlock": "one norm feeds attention and MLP at once, and the MLP must get no position",
+    f"{_VIT}.DiffParallelScalingBlock": "one norm feeds attention and MLP at once, and the MLP must get no position",
+    f"{_VIT}.ParallelThingsBlock": "it runs several attentions side by side, each with a norm of its own",
+}
+
+
+def examine(root: nn.Module) -> Anatomy:
+    """Where a timm VisionTransformer keeps its blocks, its table and its grid. Raises UnsupportedModelError."""
+    paths = [f"blocks.{name}" for name, _ in root.get_submodule("blocks").named_children()]
+    check_blocks("timm", root, paths, _BLOCKS, _REFUSED)
+    blocks = [root.get_submodule(path) for path in paths]
+    for path, block in zip(paths, blocks, strict=True):
+        _check_block(path, block)
+    if getattr(root.get_submodule("patch_drop"), "prob", 0.0) > 0:
+        raise UnsupportedModelError(
+            "patch_drop_rate > 0 removes tokens at random, so a token's position is no longer known in the blocks: "
+            "create the model with patch_drop_rate=0"
+        )
+    if getattr(root, "dynamic_img_size", False):
+        raise UnsupportedModelError(
+            "dynamic_img_size=True changes the grid from batch to batch, which is not supported yet: "
+            "create the model with dynamic_img_size=False and the img_size you need"
+        )
+    patch_embed = root.get_submodule("patch_embed")
+    grid = tuple(patch_embed.grid_size)  # type: ignore[arg-type]
+    prefix: int = root.num_prefix_tokens  # type: ignore[assignment]
+    bare = prefix if root.no_embed_class else 0
+    layout = Layout(grid, prefix - bare, bare)
+    table = getattr(root, "pos_embed", None)
+    if table is not None and tuple(table.shape[:2]) != (1, layout.num_rows):
+        raise UnsupportedModelError(
+            f"pos_embed has shape {tuple(table.shape)}, expected (1, {layout.num_rows}, width): "
+            f"grid {grid[0]} x {grid[1]} and {layout.prefix_rows} prefix rows"
+        )
+    return Anatomy(
+        root=root,
+        blocks=tuple(paths),
+        norm="norm1",
+        attention="attn",
+        table=None if table is None else "pos_embed",
+        table_slot="pos_embed",
+        layout=layout,
+        patch_size=tuple(patch_embed.patch_size),  # type: ignore[arg-type]
+        width=root.embed_dim,  # type: ignore[arg-type]
+        num_heads=blocks[0].attn.num_heads,  # type: ignore[union-attr, arg-type]
+    )
+
+
+def _check_block(path: str, block: nn.Module) -> None:
+    norm, attention = block.get_submodule("norm1"), block.get_submodule("attn")
+    if not isinstance(norm, nn.LayerNorm):
+        raise UnsupportedModelError(
+            f"{path}.norm1 is a {class_name(type(norm))}, not a LayerNorm: LaPE is defined with LayerNorm"
+        )
+    if "attn_mask" not in inspect.signature(attention.forward).parameters:
+        raise UnsupportedModelError(f"{path}.attn is a {class_name(type(attention))}, which takes no attn_mask")
+
+
+VISION_TRANSFORMER = Host(
+    name="timm VisionTransformer",
+    root_classes=(f"{_VIT}.VisionTransformer",),
+    block_classes=_BLOCKS,
+    examine=examine,
+    note="plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled",
+    tested=("timm 1.0.31",),
+    refused=_REFUSED,
+)

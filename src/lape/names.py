@@ -1,0 +1,40 @@
+"""The names of joins and position embeddings, and how a name that a user typed is matched. Loads nothing heavy."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from lape.errors import LapeError
+
+JOIN_NAMES = ("basic", "share", "unshare", "LaPE-sharing", "LaPE")
+PE_NAMES = ("learnable", "1D_sin", "2D_sin", "1D_RPE", "2D_RPE", "none")
+
+
+def nearest(value: str, allowed: Iterable[str]) -> str | None:
+    """Return the allowed name that looks most like `value` (case, `-` and `_` do not count), or None."""
+    plain = {_plain(name): name for name in allowed}
+    found = get_close_matches(_plain(value), plain, n=1)
+    return plain[found[0]] if found else None
+
+
+def match_name(kind: str, value: str, allowed: Iterable[str]) -> str:
+    """Return the canonical spelling of `value`, matched without regard to case.
+
+    Args:
+        kind: what the name is for ("join", "pe"); only the message uses it.
+        value: what the user wrote.
+        allowed: the canonical spellings.
+
+    Raises:
+        LapeError: `value` is none of them; the message lists them and names the nearest.
+    """
+    names = list(allowed)
+    for name in names:
+        if str(value).casefold() == name.casefold():
+            return name
+    guess = nearest(str(value), names)
+    hint = f"; did you mean {guess!r}?" if guess else ""
+    raise LapeError(f"unknown {kind} {value!r}: known are {', '.join(names)}{hint}")
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("-", "_")

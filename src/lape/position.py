@@ -1,0 +1,155 @@
+"""Where a position embedding comes from: the kinds, their tables and biases, and another grid's version of them.
+
+Knows no host and no join. Shape legend: B batch, N tokens, R rows of a table, D width, H heads, n patches.
+
+Every object here answers `position(grid)`: the table P of a (rows, columns) grid, `None` being its own grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lape.errors import LapeError
+from lape.names import PE_NAMES, match_name
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of a model stand to the rows of its position table.
+
+    Tokens: `prefix_rows` prefix tokens that own a row (class, distillation), then `bare` prefix tokens that own none
+    (registers, `no_embed_class`), then the patches of `grid` in row-major order. Bare tokens receive no position.
+    """
+
+    grid: Grid
+    prefix_rows: int
+    bare: int = 0
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the first patch."""
+        return self.prefix_rows + self.bare
+
+    @property
+    def num_rows(self) -> int:
+        return self.prefix_rows + self.num_patches
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix + self.num_patches
+
+    def spread(self, p_1RD: Tensor) -> Tensor:
+        """(1, R, D) rows -> (1, N, D) tokens: zero for the tokens that own no row."""
+        if not self.bare:
+            return p_1RD
+        zeros = p_1RD.new_zeros(1, self.bare, p_1RD.shape[-1])
+        return torch.cat([p_1RD[:, : self.prefix_rows], zeros, p_1RD[:, self.prefix_rows :]], dim=1)
+
+
+def resample(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
+    """The table of `layout.grid` for another grid: bicubic with antialiasing in float32, prefix rows untouched.
+
+    An equal grid returns the very same tensor. (Equal token counts do not: (8, 32) -> (16, 16) is resampled.)
+    """
+    if grid == layout.grid:
+        return p_1RD
+    prefix_1PD, patches_1nD = p_1RD[:, : layout.prefix_rows], p_1RD[:, layout.prefix_rows :]
+    image = patches_1nD.float().unflatten(1, layout.grid).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([prefix_1PD, image.flatten(2).mT.to(p_1RD.dtype)], dim=1)
+
+
+def sin_cos(coordinate_n: Tensor, width: int) -> Tensor:
+    """(n,) coordinates -> (n, width): sin in the even columns, cos in the odd ones (Vaswani et al. 2017, 3.5)."""
+    frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = coordinate_n.double()[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+def sin_1d(layout: Layout, width: int) -> Tensor:
+    """(1, R, D): the row number, prefix rows counted as the first positions (as the LaPE reference does)."""
+    _check_width("1D_sin", width, 2)
+    return sin_cos(torch.arange(layout.num_rows), width).float()[None]
+
+
+def sin_2d(layout: Layout, width: int) -> Tensor:
+    """(1, R, D): the column in the first half of the width, the row in the second; prefix rows are zero."""
+    _check_width("2D_sin", width, 4)
+    row_n, column_n = torch.meshgrid(*(torch.arange(side) for side in layout.grid), indexing="ij")
+    patches = torch.cat([sin_cos(axis.flatten(), width // 2) for axis in (column_n, row_n)], dim=1)
+    return F.pad(patches.float(), (0, 0, layout.prefix_rows, 0))[None]
+
+
+def learnable(layout: Layout, width: int) -> Tensor:
+    """(1, R, D) from a normal distribution of std 0.02, truncated at 2 absolute (timm's and the reference's)."""
+    return nn.init.trunc_normal_(torch.empty(1, layout.num_rows, width), std=0.02)
+
+
+def _check_width(kind: str, width: int, multiple: int) -> None:
+    if width % multiple:
+        raise LapeError(f"pe={kind!r} needs a width divisible by {multiple}, not {width}: use pe='learnable'")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of position embedding: a table added to tokens, a bias added to attention logits, or nothing."""
+
+    name: str
+    build: Callable[[Layout, int], Tensor] | None = None  # tables only: (1, R, D) for a layout and a width
+    frozen: bool = False
+    bias_axes: int = 0  # biases only: 1 offset along the raster order, 2 row and column offsets
+    note: str = ""
+
+    @property
+    def is_table(self) -> bool:
+        return self.build is not None
+
+    @property
+    def is_bias(self) -> bool:
+        return self.bias_axes > 0
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("learnable", learnable, note="free table, truncated normal of std 0.02"),
+        Kind("1D_sin", sin_1d, frozen=True, note="fixed sine and cosine of the token number"),
+        Kind("2D_sin", sin_2d, frozen=True, note="fixed sine and cosine of column and row"),
+        Kind("1D_RPE", bias_axes=1, note="learned bias on attention logits by offset in raster order"),
+        Kind("2D_RPE", bias_axes=2, note="learned bias on attention logits by row and column offset"),
+        Kind("none", note="no position at all, the control"),
+    )
+}
+assert tuple(KINDS) == tuple(PE_NAMES)
+
+
+def kind_named(name: str) -> Kind:
+    """The kind of this name, in any case. Raises LapeError that lists the known ones."""
+    return KINDS[match_name("pe", name, PE_NAMES)]
+
+
+class PositionTable(nn.Module):
+    """P of one grid as a parameter: `pos_embed` (1, R, D), frozen for the sinusoidal kinds."""
+
+    def __init__(self, pos_embed: nn.Parameter, layout: Layout):
+        super().__init__()
+        self.pos_embed = pos_embed
+        self.layout = layout
+
+    def position(self, grid: Grid | None = None) -> Tensor:
+        """P (1, R, D), resampled when another grid is asked for."""
+        return self.pos_embed if grid is None else resample(self.pos_embed, self.layout, grid)
+
+    def extra_repr(self) -> str:
+        return f"rows={self.layout.num_rows}, width={self.pos_embed.shape[-1]}, grid={self.layout.grid}"
