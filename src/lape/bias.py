@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.position import Grid, Layout
+from lape.wrap import Wrapper
 
 
 def offset_index(grid: Grid, axes: int) -> Tensor:
@@ -72,21 +73,15 @@ class FoldedBias(nn.Module):
         return self.get_buffer("folded_bias")
 
 
-class PositionalAttention(nn.Module):
+class PositionalAttention(Wrapper):
     """The host's attention with a position bias on its logits, handed over as `attn_mask`."""
+
+    inner = "host_attention"
 
     def __init__(self, host_attention: nn.Module, position_bias: PositionBias | FoldedBias):
         super().__init__()
         self.host_attention = host_attention
         self.position_bias = position_bias
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "host_attention":
-                raise
-            return getattr(super().__getattr__("host_attention"), name)
 
     def forward(self, x_BND: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Any:
         bias_1HNN = self.position_bias().to(x_BND.dtype)

@@ -11,7 +11,9 @@ import argparse
 import json
 import os
 import pickle
+import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,7 +228,8 @@ def _unpickle_safely(path: Path) -> Any:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a whole safetensors file: {_first_line(error)}") from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on foreign pickle protocols: what cannot be read raises anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = _wanted_global(str(error))
@@ -280,7 +283,7 @@ def _plain_names(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Names without the prefixes of DistributedDataParallel and torch.compile."""
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise CheckpointError(f"{path}: 'model' is not a state dict of named tensors")
-    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
 def _known_args(args: dict[str, Any]) -> dict[str, Any]:

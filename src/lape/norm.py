@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lape.position import Grid, Layout
+from lape.wrap import Wrapper
 
 
 class PositionSource(Protocol):
@@ -28,24 +29,14 @@ class PositionSource(Protocol):
     def position(self, grid: Grid | None = None) -> Tensor: ...
 
 
-class _Joined(nn.Module):
-    """A host module with a position put before or behind it. Unknown attributes are the host module's own."""
-
-    inner: str  # name under which the host module is registered
+class _Joined(Wrapper):
+    """A host module with a position put before or behind it."""
 
     def __init__(self, source: PositionSource, layout: Layout):
         super().__init__()
         # In a tuple, so that the source, which is registered elsewhere, does not become a child of this module too.
         self._source = (source,)
         self.layout = layout
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == self.inner:
-                raise
-            return getattr(super().__getattr__(self.inner), name)
 
     def position(self, grid: Grid | None = None) -> Tensor:
         """What this layer receives, (1, R, D)."""
@@ -88,8 +79,10 @@ class PositionalBlock(_Joined):
         return self.host_block(x_BND + self.token_position(x_BND), *args, **kwargs)
 
 
-class FoldedNorm(nn.Module):
+class FoldedNorm(Wrapper):
     """LN_l(x) + c_l: `PositionalNorm` after folding, P_(l+1) being a constant for one grid."""
+
+    inner = "token_norm"
 
     def __init__(self, token_norm: nn.Module, position_1ND: Tensor):
         super().__init__()

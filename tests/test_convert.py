@@ -1,0 +1,501 @@
+"""Conversion of every host and join: the five equalities, undoing, refusing, copying, compiling, training."""
+
+import copy
+import io
+import itertools
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.checkpoint import checkpoint
+
+import lape
+from lape.joins import JOINS, check_combination
+from lape.norm import FoldedNorm, PositionalBlock, PositionalNorm
+from lape.position import KINDS
+
+HOSTS = {
+    "plain": ("vit_tiny_patch16_224", {}),
+    "pooled": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
+    "pooled with class token": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "DeiT-III": ("deit3_small_patch16_224", {}),
+    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 3}),
+    "registers without rows": ("vit_tiny_patch16_224", {"reg_tokens": 3, "no_embed_class": True}),
+    "LayerScale": ("vit_tiny_patch16_224", {"init_values": 0.1}),
+    "norm before blocks": ("vit_tiny_patch16_224", {"pre_norm": True}),
+    "7 x 3 grid": ("vit_tiny_patch16_224", {"img_size": (28, 12)}),
+}
+MEANINGFUL = []
+for _join, _kind in itertools.product(JOINS.values(), KINDS.values()):
+    try:
+        check_combination(_join, _kind)
+        MEANINGFUL.append((_join.name, _kind.name))
+    except lape.LapeError:
+        pass
+TOLERANCE = 2e-6
+
+
+def make(host: str = "plain", **kwargs) -> VisionTransformer:
+    name, extra = HOSTS[host]
+    torch.manual_seed(1)
+    model = timm.create_model(name, **{**TINY, **extra, **kwargs})
+    with torch.no_grad():  # away from the initial values, where gains of one and zero biases hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def shake_position(model: torch.nn.Module) -> None:
+    """Gives every parameter of position a value that shows."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "pe_norm" in name or "pos_embed" in name or "bias_table" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+
+
+def image(model: torch.nn.Module, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *model.patch_embed.img_size)
+
+
+def written_out(model: VisionTransformer, x: torch.Tensor, join: str, kind: str) -> torch.Tensor:
+    """The formulas of the README, step by step, with the host's leaf modules; knows nothing of the wrappers."""
+    layers = len(model.blocks)
+    state = lape.to_reference_state_dict(model)
+    width, n = model.embed_dim, model.patch_embed.num_patches
+    cls_dist_reg = [
+        token.expand(x.shape[0], -1, -1)
+        for name in ("cls_token", "dist_token", "reg_token")
+        if (token := getattr(model, name, None)) is not None
+    ]
+    prefix = sum(token.shape[1] for token in cls_dist_reg)
+    patches = model.patch_embed(x)
+    tokens = torch.cat([*cls_dist_reg, patches], dim=1)
+
+    def table(name: str) -> torch.Tensor:
+        p = state[name].reshape(1, -1, width)
+        return F.pad(p, (0, 0, prefix, 0)) if model.no_embed_class else p
+
+    def normed(p: torch.Tensor, layer: int) -> torch.Tensor:
+        weight, bias = (state[f"blocks.{layer}.pe_norm.{name}"] for name in ("weight", "bias"))
+        y = F.layer_norm(p, (width,), weight, bias, eps=1e-6)
+        if model.no_embed_class:
+            y[:, :prefix] = 0
+        return y
+
+    def bias(layer: int) -> torch.Tensor | None:
+        if "RPE" not in kind:
+            return None
+        entries, (rows, columns) = (
+            state[f"blocks.{layer}.attn.relative_position_bias_table"],
+            model.patch_embed.grid_size,
+        )
+        b = torch.zeros(entries.shape[1], n, n)
+        for i, j in itertools.product(range(n), range(n)):
+            dy, dx = i // columns - j // columns, i % columns - j % columns
+            offset = i - j + n - 1 if kind == "1D_RPE" else (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1
+            b[:, i, j] = entries[offset]
+        if join == "LaPE":
+            weight, shift = (state[f"blocks.{layer}.attn.pe_norm.{name}"] for name in ("weight", "bias"))
+            b = F.layer_norm(b, (n,), weight, shift, eps=1e-5)
+        return F.pad(b, (prefix, 0, prefix, 0))[None]
+
+    has_table = KINDS[kind].is_table
+    h = tokens + table("pos_embed") if join == "basic" and has_table else tokens
+    h = model.norm_pre(h)
+    p = None if join in ("basic", "unshare") or not has_table else table("pos_embed")
+    for layer in range(layers):
+        block = model.blocks[layer]
+        token_norm, attention = block.norm1, block.attn
+        token_norm = getattr(token_norm, "token_norm", token_norm)
+        attention = getattr(attention, "host_attention", attention)
+        if join == "share":
+            h = h + p
+        if join == "unshare":
+            h = h + table(f"pos_embed{layer}")
+        seen = token_norm(h)
+        if join == "LaPE-sharing":
+            seen = seen + normed(p, layer)
+        if join == "LaPE" and has_table:
+            p = normed(p, layer)
+            seen = seen + p
+        h = h + block.ls1(attention(seen, attn_mask=bias(layer)))
+        h = h + block.ls2(block.mlp(block.norm2(h)))
+    return model.forward_head(model.norm(h))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
+def test_five_equalities(host, join, pe, tmp_path):
+    """written out = converted = folded = saved and loaded; removed = original, bit for bit."""
+    model, original = make(host), make(host)
+    x = image(model)
+    before = original(x)
+    assert lape.apply_(model, join, pe) is model
+    shake_position(model)
+    name, extra = HOSTS[host]
+    with torch.no_grad():
+        converted = model(x)
+        expected = written_out(model, x, join, pe)
+        folder = lape.save(model, tmp_path / "model", name=name, **{**TINY, **extra})
+        loaded = lape.load(folder)
+        folded = lape.fold_(copy.deepcopy(model))
+    scale = expected.abs().max()
+    for what, got in {"converted": converted, "loaded": loaded(x), "folded": folded(x)}.items():
+        assert (got - expected).abs().max() <= TOLERANCE * scale, what
+    lape.remove_(model)
+    if pe == "learnable":  # the trained table stays the model's; put the original's back to compare all numbers
+        assert_same_structure(model, original)
+    with torch.no_grad():
+        model.load_state_dict(original.state_dict(), strict=True)
+    assert torch.equal(model(x), before)
+
+
+def assert_same_structure(model: torch.nn.Module, original: torch.nn.Module) -> None:
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in original.named_modules()]
+    for kind in ("named_parameters", "named_buffers"):
+        assert [n for n, _ in getattr(model, kind)()] == [n for n, _ in getattr(original, kind)()]
+    assert list(model.state_dict()) == list(original.state_dict())
+    for (path, ours), (_, theirs) in zip(model.named_modules(), original.named_modules(), strict=True):
+        assert set(vars(ours)) == set(vars(theirs)), path
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks"):
+            assert len(getattr(ours, hooks)) == len(getattr(theirs, hooks)), path
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(("join", "pe"), [(j, None) for j in JOINS] + MEANINGFUL)
+def test_removed_is_the_original_bit_for_bit(host, join, pe):
+    model, original = make(host), make(host)
+    lape.remove_(lape.apply_(model, join, pe))
+    assert_same_structure(model, original)
+    for key, tensor in original.state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+    x = image(model)
+    assert torch.equal(model(x), original(x))
+    lape.apply_(model, join, pe)  # and it can be applied again
+
+
+def test_a_model_without_a_table_of_its_own():
+    model = make(pos_embed="none")
+    with pytest.raises(lape.LapeError, match=r"no position table of its own.*pe='learnable'"):
+        lape.apply_(model, "LaPE")
+    lape.apply_(model, "LaPE", "2D_sin")
+    assert not torch.equal(lape.positions(model), torch.zeros(()))
+    lape.remove_(model)
+    assert_same_structure(model, make(pos_embed="none"))
+    lape.apply_(model, "basic", "learnable")
+    assert lape.describe(model).input_addition
+    lape.remove_(model)
+    assert_same_structure(model, make(pos_embed="none"))
+
+
+def test_names_are_matched_without_case_and_unknown_ones_are_listed():
+    assert lape.describe(lape.apply_(make(), "lape", "LEARNABLE")).join == "LaPE"
+    with pytest.raises(
+        lape.LapeError, match=r"unknown join 'LaP': known are basic, share, unshare, LaPE-sharing, LaPE"
+    ):
+        lape.apply_(make(), "LaP")
+    with pytest.raises(lape.LapeError, match=r"unknown pe '3D_sin': known are .*1D_sin"):
+        lape.apply_(make(), "LaPE", "3D_sin")
+
+
+@pytest.mark.parametrize(
+    ("join", "pe"), sorted(set(itertools.product(JOINS, KINDS)) - set(MEANINGFUL)), ids=lambda name: name
+)
+def test_meaningless_combinations_are_refused_by_name_and_change_nothing(join, pe):
+    model, original = make(), make()
+    with pytest.raises(lape.LapeError, match=f"join='{join}' with pe='{pe}'.*use join="):
+        lape.apply_(model, join, pe)
+    assert_same_structure(model, original)
+
+
+def test_eighteen_combinations_have_a_meaning():
+    assert len(MEANINGFUL) == 5 + 4 + 4 + 2 + 2 + 1
+
+
+REFUSED = {
+    "post-norm": (
+        lambda: timm.create_model("vit_tiny_patch16_224", block_fn=post_norm(), **TINY),
+        "ResPostBlock.*behind",
+    ),
+    "no transformer": (lambda: timm.create_model("resnet18"), "ResNet is not a supported model.*register_host"),
+    "windows": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer is not a supported model"),
+    "dropped patches": (lambda: make(patch_drop_rate=0.5), "patch_drop_rate"),
+    "dynamic size": (lambda: make(dynamic_img_size=True), "dynamic_img_size"),
+    "two models": (lambda: torch.nn.ModuleList([make(), make()]), "holds 2 convertible models"),
+    "other norm": (lambda: make(norm_layer=torch.nn.RMSNorm), "RMSNorm, not a LayerNorm"),
+}
+
+
+def post_norm():
+    from timm.models.vision_transformer import ResPostBlock
+
+    return ResPostBlock
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_cannot_be_converted_are_refused_with_the_reason_and_unchanged(name):
+    build, reason = REFUSED[name]
+    model = build()
+    state = copy.deepcopy(model.state_dict())
+    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
+    with pytest.raises(lape.UnsupportedModelError, match=reason):
+        lape.apply_(model)
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in state.items())
+
+
+def test_applying_twice_and_removing_twice_are_refused():
+    model = lape.apply_(make())
+    keys = list(model.state_dict())
+    with pytest.raises(lape.LapeError, match=r"converted already .*remove_"):
+        lape.apply_(model, "share")
+    assert list(model.state_dict()) == keys
+    lape.remove_(model)
+    with pytest.raises(lape.LapeError, match="not converted"):
+        lape.remove_(model)
+
+
+def test_the_one_model_inside_another_is_converted():
+    outer = torch.nn.Sequential(make(), torch.nn.Softmax(-1))
+    lape.apply_(outer)
+    assert lape.describe(outer).joined == 3
+    assert torch.equal(outer(torch.ones(1, 3, 16, 16)), outer[0](torch.ones(1, 3, 16, 16)).softmax(-1))
+
+
+# --------------------------------------------------------------------- copies, checkpointing, compiling, training
+
+
+@pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
+def test_copies_after_a_forward_are_whole_and_independent(join, pe):
+    model = lape.apply_(make("distilled"), join, pe)
+    shake_position(model)
+    x = image(model)
+    before = model(x)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for twin in twins:
+        assert torch.equal(twin(x), before)
+        assert lape.describe(twin) == lape.describe(model)
+        lape.remove_(twin)
+    if KINDS[pe].is_table:
+        assert lape.positions(model).abs().max() == 0
+
+
+def test_a_pickle_works_in_another_process(tmp_path):
+    model = lape.apply_(make())
+    x = image(model)
+    torch.save({"model": model, "x": x, "y": model(x)}, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; d = torch.load(sys.argv[1], weights_only=False); "
+        "torch.set_num_threads(1); assert torch.equal(d['model'](d['x']), d['y'])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
+def test_activation_checkpointing_gives_the_same_gradients(join, pe, reentrant):
+    model = lape.apply_(make(), join, pe)
+    shake_position(model)
+    x = image(model)
+    model(x).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for block in model.blocks:
+        forward = block.forward
+        block.forward = lambda h, *a, f=forward, **k: checkpoint(f, h, *a, use_reentrant=reentrant, **k)
+    model(x.requires_grad_()).square().sum().backward()
+    for name, gradient in expected.items():
+        got = dict(model.named_parameters())[name].grad
+        assert (got - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-6), name
+
+
+def test_timm_grad_checkpointing_switch():
+    model = lape.apply_(make())
+    x = image(model)
+    expected = model(x)
+    model.set_grad_checkpointing(True)
+    got = model.train()(x)
+    assert torch.equal(got, expected)
+    got.sum().backward()
+
+
+@pytest.mark.parametrize(("join", "pe"), [("basic", None), ("share", None), ("LaPE", None), ("LaPE", "2D_RPE")])
+def test_compiles_to_one_graph(join, pe):
+    model = lape.apply_(make("registers without rows"), join, pe)
+    x = image(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model(x)
+    got = compiled(x)
+    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    got.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
+def test_every_trainable_parameter_gets_a_gradient(host, join, pe):
+    model = lape.apply_(make(host), join, pe).train()
+    model(image(model, 4)).square().sum().backward()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trainable.values())
+    without = {name for name, p in trainable.items() if not p.grad.any()}
+    if KINDS[pe].is_bias and model.global_pool == "token":
+        # The head reads prefix tokens only, and prefix tokens get no bias: the last layer's cannot matter (nor does it
+        # in the reference, whose gradient there is zero too).
+        assert without == {name for name in trainable if name.startswith("blocks.2.attn.position_bias.")}
+    else:
+        assert not without
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert len(frozen) == (1 if KINDS[pe].frozen else 0)
+
+
+@pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
+def test_weight_decay_and_layer_decay_know_the_position(join, pe):
+    from timm.optim import create_optimizer_v2
+
+    model = lape.apply_(make("distilled"), join, pe)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        is_position = any(word in name for word in ("pos_embed", "pe_norm", "position_bias", "_token"))
+        if parameter.requires_grad and (is_position or parameter.ndim <= 1):
+            assert decay[id(parameter)] == 0, name
+        elif parameter.requires_grad:
+            assert decay[id(parameter)] == 0.1, name
+    layered = create_optimizer_v2(model, opt="adamw", lr=1e-3, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in layered.param_groups for p in group["params"]}
+    stem = scale[id(model.cls_token)]
+    for name, parameter in model.named_parameters():
+        if "pos_embed" in name and parameter.requires_grad:
+            assert scale[id(parameter)] == stem, name
+
+
+def test_tokens_without_a_row_receive_nothing():
+    for host, bare in (("DeiT-III", 1), ("registers without rows", 4), ("distilled", 0), ("registers", 0)):
+        model = lape.apply_(make(host))
+        shake_position(model)
+        received = lape.positions(model)
+        prefix = lape.num_prefix_tokens(model)
+        assert (received[:, :prefix] == 0).all(-1).sum(-1).tolist() == [bare] * 3
+        assert (received[:, prefix:] != 0).any(-1).all()
+        assert lape.describe(model).positioned_prefix_tokens == prefix - bare
+
+
+def test_description_says_what_was_done():
+    text = str(lape.describe(lape.apply_(make("registers without rows"))))
+    for words in (
+        "join=LaPE",
+        "3/3 attention norms joined",
+        "input addition off",
+        "grid 4 x 4",
+        "4 without a position",
+    ):
+        assert words in text
+    assert "PositionalNorm" in repr(lape.apply_(make()))
+    model = lape.apply_(make())
+    assert lape.describe(model).position_parameters == 17 * 32 + 3 * 2 * 32
+    assert isinstance(model.blocks[0].norm1, PositionalNorm)
+    assert model.blocks[0].norm1.eps == 1e-6  # the host norm's attributes stay readable
+    assert isinstance(lape.apply_(make(), "share").blocks[0], PositionalBlock)
+
+
+def test_folding_leaves_nothing_to_compute():
+    model = lape.fold_(lape.apply_(make()))
+    assert not [name for name, _ in model.named_parameters() if "pe_norm" in name or "pos_embed" in name]
+    assert isinstance(model.blocks[0].norm1, FoldedNorm)
+    assert lape.positions(model).shape == (3, 17, 32)
+    for wrong in (lape.remove_, lape.fold_, lape.to_reference_state_dict):
+        with pytest.raises(lape.LapeError, match="folded"):
+            wrong(model)
+
+
+# --------------------------------------------------------------------- positions at any size
+
+
+def test_positions_at_another_size_resample_the_raw_table_before_the_chain():
+    model = lape.apply_(make(img_size=(8, 32)))
+    assert lape.grid(model) == (2, 8)
+    assert torch.equal(lape.positions(model, (8, 32)), lape.positions(model))
+    other = lape.positions(model, 16)  # 4 x 4: as many patches as 2 x 8, and still another grid
+    assert other.shape == lape.positions(model).shape
+    assert not torch.allclose(other, lape.positions(model))
+    assert lape.positions(model, (12, 20)).shape == (3, 1 + 15, 32)
+    with pytest.raises(lape.LapeError, match="no multiple of the patch"):
+        lape.positions(model, 17)
+
+
+def test_what_attention_sees_of_a_position_that_shares_the_norm():
+    model = lape.apply_(make(), "share")
+    block = model.blocks[1].host_block
+    assert torch.equal(lape.positions(model, view="seen")[1], block.norm1(model.lape_position[0].pos_embed)[0])
+    model = lape.apply_(make(), "LaPE")
+    assert torch.equal(lape.positions(model, view="seen"), lape.positions(model))
+
+
+def test_relative_positions_are_asked_for_by_their_own_function():
+    model = lape.apply_(make(), "LaPE", "2D_RPE")
+    assert lape.position_bias(model).shape == (3, 2, 16, 16)
+    with pytest.raises(lape.LapeError, match="position_bias"):
+        lape.positions(model)
+    with pytest.raises(lape.LapeError, match=r"lape\.positions"):
+        lape.position_bias(lape.apply_(make()))
+    with pytest.raises(lape.LapeError, match="nothing to show"):
+        lape.positions(lape.apply_(make(), "basic", "none"))
+
+
+@pytest.mark.parametrize("mask", ["bool", "float"])
+def test_a_mask_of_the_caller_is_kept_beside_the_bias(mask):
+    model = lape.apply_(make(), "basic", "2D_RPE")
+    shake_position(model)
+    attention = model.blocks[0].attn
+    x = torch.randn(2, 17, 32)
+    allowed = torch.ones(17, 17, dtype=torch.bool).tril()
+    given = allowed if mask == "bool" else torch.zeros(17, 17).masked_fill(~allowed, float("-inf"))
+    expected = attention.host_attention(x, attn_mask=attention.position_bias().masked_fill(~allowed, float("-inf")))
+    assert torch.equal(attention(x, attn_mask=given), expected)
+    assert not torch.equal(attention(x, attn_mask=given), attention(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    model = lape.apply_(make("DeiT-III")).to(dtype)
+    assert model(image(model).to(dtype)).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lape.apply_(make())(torch.randn(1, 3, 16, 16)).isfinite().all()
+
+
+def test_creating_models():
+    model = lape.create_model("vit_tiny_patch16_224", "share", "2d_sin", **TINY)
+    assert lape.describe(model).pe == "2D_sin"
+    with pytest.raises(
+        lape.LapeError, match="unknown model 'deit_tinny_patch16_224'; did you mean 'deit_tiny_patch16_224'"
+    ):
+        lape.create_model("deit_tinny_patch16_224")
+    with pytest.raises(lape.LapeError, match=r"65 x 65 is not divisible.*use 64"):
+        lape.create_model("deit_tiny_patch16_224", img_size=65)
+    with pytest.raises(lape.LapeError, match="no_such_argument"):
+        lape.create_model("deit_tiny_patch16_224", no_such_argument=1)
+    with pytest.raises(lape.UnsupportedModelError, match="ResNet"):
+        lape.create_model("resnet18")
+
+
+def test_saved_bytes_hold_no_module(tmp_path):
+    """What is saved is tensors by name: a state dict of a converted model survives torch.save and strict loading."""
+    model, twin = lape.apply_(make()), lape.apply_(make())
+    shake_position(model)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    twin.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    x = image(model)
+    assert torch.equal(model(x), twin(x))
