@@ -1,0 +1,7 @@
+# docker build -t lape . && docker run --rm lape demo
+FROM python:3.12-slim
+WORKDIR /app
+COPY . .
+RUN pip install --no-cache-dir .
+ENTRYPOINT ["lape"]
+CMD ["--help"]

@@ -1,0 +1,123 @@
+"""What others rely on: public names, a lean import, imports that point one way, and a README that is true."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lape
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "lape"
+
+PUBLIC = """
+Anatomy CheckpointError DataError Description Host LapeError Layout UnsupportedModelError apply_ correlation
+create_model describe fold_ grid hosts load load_reference_state_dict num_prefix_tokens position_bias positions
+read_checkpoint register_host remove_ save to_reference_state_dict
+""".split()
+
+LAYERS = [  # each may import from itself and from those before it
+    {"errors", "names"},
+    {"position", "wrap"},
+    {"norm", "bias", "joins", "hosts"},
+    {"convert"},
+    {
+        "checkpoint",
+        "correlation",
+        "recipe",
+        "augment",
+        "data",
+        "distributed",
+        "losses",
+        "progress",
+        "train",
+        "evaluate",
+    },
+    {"plot", "report", "demo", "cli", "__main__"},
+]
+
+
+def test_public_names_are_frozen():
+    assert sorted(lape.__all__) == sorted(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(lape, name).__doc__, f"{name} has no docstring"
+
+
+def test_import_is_lean():
+    heavy = "timm torchvision transformers matplotlib plotly pydantic cyclopts PIL yaml rich pandas scipy".split()
+    code = f"import sys, lape; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def modules() -> dict[str, list[Path]]:
+    """name of a module or sub-package of lape -> its files"""
+    found = {path.stem: [path] for path in SOURCE.glob("*.py") if path.stem != "__init__"}
+    return found | {"hosts": list((SOURCE / "hosts").glob("*.py"))}
+
+
+def test_every_module_has_a_layer():
+    assert set(modules()) == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_one_way(name):
+    level = next(i for i, layer in enumerate(LAYERS) if name in layer)
+    allowed = set().union(*LAYERS[: level + 1])
+    for path in modules()[name]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lape"):
+                parts = (node.module or "").split(".")
+                imported = parts[1:2] or [alias.name for alias in node.names if (SOURCE / f"{alias.name}.py").exists()]
+            elif isinstance(node, ast.Import):
+                imported = [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lape.")]
+            assert set(imported) <= allowed, f"{path.name} imports {imported}"
+
+
+def test_the_idea_is_short_and_knows_no_host():
+    text = (SOURCE / "norm.py").read_text()
+    assert len(text.splitlines()) <= 130
+    assert not re.search(r"timm|transformers|torchvision", text)
+
+
+def test_no_forward_of_a_host_is_copied():
+    for files in modules().values():
+        for path in files:
+            assert not re.search(r"self\.(attn|mlp)\(", path.read_text()), path
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_paths_named_in_pages_exist(page):
+    text = (ROOT / page).read_text()
+    named = set(
+        re.findall(r"`((?:src|tests|docs|recipes|benchmarks|\.ci)/[\w./-]+|[\w.-]+\.(?:py|md|toml|yaml|cff))`", text)
+    )
+    named |= set(re.findall(r"\]\(([^)#:]+)\)", text))
+    assert named
+    missing = [path for path in named if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_pages_link_to_existing_files_only_in_their_images():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_nothing_of_this_machine_is_in_the_repository():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    pattern = re.compile(r"(^|[^\w.-])/(work|farm|root)/")
+    for name in tracked.stdout.split():
+        path = ROOT / name
+        if (
+            path.suffix in {".py", ".md", ".yaml", ".toml", ".json", ".txt", ".cff"}
+            and path.exists()
+            and ".ci" not in name
+        ):
+            assert not pattern.search(path.read_text()), name
