@@ -31,6 +31,7 @@ HOSTS = {
     "LayerScale": ("vit_tiny_patch16_224", {"init_values": 0.1}),
     "norm before blocks": ("vit_tiny_patch16_224", {"pre_norm": True}),
     "7 x 3 grid": ("vit_tiny_patch16_224", {"img_size": (28, 12)}),
+    "any size": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
 }
 MEANINGFUL = []
 for _join, _kind in itertools.product(JOINS.values(), KINDS.values()):
@@ -75,7 +76,7 @@ def written_out(model: VisionTransformer, x: torch.Tensor, join: str, kind: str)
         if (token := getattr(model, name, None)) is not None
     ]
     prefix = sum(token.shape[1] for token in cls_dist_reg)
-    patches = model.patch_embed(x)
+    patches = model.patch_embed(x).reshape(x.shape[0], n, width)
     tokens = torch.cat([*cls_dist_reg, patches], dim=1)
 
     def table(name: str) -> torch.Tensor:
@@ -227,7 +228,6 @@ REFUSED = {
     "no transformer": (lambda: timm.create_model("resnet18"), "ResNet is not a supported model.*register_host"),
     "windows": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer is not a supported model"),
     "dropped patches": (lambda: make(patch_drop_rate=0.5), "patch_drop_rate"),
-    "dynamic size": (lambda: make(dynamic_img_size=True), "dynamic_img_size"),
     "two models": (lambda: torch.nn.ModuleList([make(), make()]), "holds 2 convertible models"),
     "other norm": (lambda: make(norm_layer=torch.nn.RMSNorm), "RMSNorm, not a LayerNorm"),
 }
@@ -499,3 +499,75 @@ def test_saved_bytes_hold_no_module(tmp_path):
     twin.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
     x = image(model)
     assert torch.equal(model(x), twin(x))
+
+
+# --------------------------------------------------------------------- images of other sizes
+
+TABLE_AND_BIAS = [(join, pe) for join, pe in MEANINGFUL if pe in ("learnable", "2D_RPE", "1D_RPE")]
+
+
+@pytest.mark.parametrize("host", ["plain", "registers without rows"])
+@pytest.mark.parametrize(("join", "pe"), TABLE_AND_BIAS)
+def test_another_size_at_run_time_equals_a_model_resized_to_it(host, join, pe):
+    """dynamic_img_size: the table is resampled in the forward; set_input_size: for good. And back again."""
+    dynamic = lape.apply_(make(host, dynamic_img_size=True), join, pe)
+    shake_position(dynamic)
+    static = lape.apply_(make(host), join, pe)
+    static.load_state_dict(
+        {k.replace("host_patch_embed.", ""): v for k, v in dynamic.state_dict().items()}, strict=True
+    )
+    native, wide = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 32)  # as many patches: only the grid differs
+    at_home = static(native)
+    assert torch.equal(dynamic(native), at_home)
+    keys = list(static.state_dict())
+    for x in (wide, torch.randn(2, 3, 24, 20)):
+        resized = copy.deepcopy(static)
+        resized.set_input_size(img_size=tuple(x.shape[-2:]))
+        assert lape.describe(resized).grid == (x.shape[-2] // 4, x.shape[-1] // 4)
+        assert list(resized.state_dict()) == keys
+        expected = resized(x)
+        assert (dynamic(x) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+        folded = lape.fold_(copy.deepcopy(resized))(x)
+        assert (folded - expected).abs().max() <= TOLERANCE * expected.abs().max()
+        lape.remove_(resized)
+        plain = make(host)
+        plain.set_input_size(img_size=tuple(x.shape[-2:]))
+        assert [(k, v.shape) for k, v in resized.state_dict().items()] == [
+            (k, v.shape) for k, v in plain.state_dict().items()
+        ]
+    assert torch.equal(dynamic(native), at_home)
+
+
+def test_two_sizes_in_one_step_with_and_without_checkpointing():
+    model = lape.apply_(make(dynamic_img_size=True)).train()
+    shake_position(model)
+    big, small = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)
+    (model(big).square().sum() + model(small).square().sum()).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for reentrant in (False, True):
+        twin = copy.deepcopy(model)
+        twin.zero_grad()
+        for block in twin.blocks:
+            forward = block.forward
+            block.forward = lambda h, *a, f=forward, **k: checkpoint(f, h, *a, use_reentrant=reentrant, **k)  # noqa: B023
+        (twin(big).square().sum() + twin(small).square().sum()).backward()
+        for name, gradient in expected.items():
+            got = dict(twin.named_parameters())[name].grad
+            assert (got - gradient).abs().max() <= 1e-4 * gradient.abs().max().clamp(min=1e-6), name
+
+
+def test_two_grids_of_one_count_cannot_be_told_apart_when_recomputing():
+    model = lape.apply_(make(dynamic_img_size=True)).train()
+    model.set_grad_checkpointing(True)
+    loss = model(torch.randn(2, 3, 16, 16)).sum() + model(torch.randn(2, 3, 8, 32)).sum()
+    with pytest.raises(lape.LapeError, match="two grids of 16 patches"):
+        loss.backward()
+
+
+def test_any_size_compiles_to_one_graph():
+    model = lape.apply_(make(dynamic_img_size=True))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for size in ((16, 16), (8, 32), (24, 20)):
+        x = torch.randn(2, 3, *size)
+        expected = model(x)
+        assert (compiled(x) - expected).abs().max() <= TOLERANCE * expected.abs().max()

@@ -43,6 +43,8 @@ def reference_names(model: nn.Module) -> dict[str, str]:
     """The model's state-dict keys -> the names of the authors' files, for a converted model."""
     conversion = conversion_of(model)
     rename = [(f"{path}.{wrapped}.", f"{path}.") for path, wrapped in conversion.sites]
+    if conversion.watch is not None:
+        rename.append((f"{conversion.watch}.host_patch_embed.", f"{conversion.watch}."))
     norm = conversion.anatomy.norm
     for path, wrapped in conversion.sites:
         if wrapped == "token_norm":

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lape.bias import FoldedBias, PositionalAttention, PositionBias
 from lape.errors import LapeError, UnsupportedModelError
-from lape.hosts import Anatomy, find_host
+from lape.grids import Grids, GridWatch
+from lape.hosts import Anatomy, find_host, hosts
 from lape.joins import JOINS, Join, check_combination, join_named
 from lape.names import nearest
 from lape.norm import FoldedNorm, PositionalBlock, PositionalNorm, PositionSource
@@ -26,6 +27,7 @@ TABLES = "lape_position"  # name under which a converted model holds its positio
 RECORD = "_lape"  # attribute of a converted model: its Conversion
 
 Size = int | tuple[int, int]
+Site = tuple[str, str, nn.Module]  # path of a host module, the name it gets in its wrapper, the wrapper
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Conversion:
     anatomy: Anatomy  # of the model as it was found
     sites: tuple[tuple[str, str], ...]  # (path of a wrapper, name of the wrapped module in it)
     slot_order: tuple[str, ...]  # the parameter names of the table's owner before the conversion
+    watch: str | None = None  # path of the wrapped patch embedding, where the grid may vary
     replaced_table: nn.Parameter | None = None  # the host's own table when another kind took its place
     overrides: tuple[str, ...] = ()  # methods of the host that were extended on the instance
     factory: dict[str, Any] = field(default_factory=dict)  # name and kwargs, when made by create_model
@@ -103,7 +106,9 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None) -> nn.Mo
     anatomy = host.examine(root)
     kind = chosen_kind or _own_kind(anatomy)
     check_combination(chosen_join, kind)
-    wrappers, tables = _build(anatomy, chosen_join, kind, new=chosen_kind is not None)
+    if kind.is_bias and anatomy.add_bias is None:
+        raise UnsupportedModelError(f"attention of {host.name} takes no mask: pe={kind.name!r} cannot be added to it")
+    wrappers, tables, watch = _build(anatomy, chosen_join, kind, new=chosen_kind is not None)
     conversion = Conversion(
         host=host.name,
         join=chosen_join.name,
@@ -112,7 +117,7 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None) -> nn.Mo
         sites=tuple((path, wrapped) for path, wrapped, _ in wrappers),
         slot_order=tuple(_owner(anatomy)[0]._parameters),
     )
-    _mutate(conversion, chosen_join, kind, wrappers, tables, new=chosen_kind is not None)
+    _mutate(conversion, chosen_join, wrappers, tables, watch, new=chosen_kind is not None)
     return model
 
 
@@ -134,26 +139,35 @@ def _own_table(anatomy: Anatomy) -> nn.Parameter | None:
 
 def _build(
     anatomy: Anatomy, join: Join, kind: Kind, *, new: bool
-) -> tuple[list[tuple[str, str, nn.Module]], list[PositionTable]]:
-    """The modules of a conversion: (path, name of the wrapped module in it, wrapper) and the position tables."""
+) -> tuple[list[Site], list[PositionTable], GridWatch | None]:
+    """The modules of a conversion: (path, name of the wrapped module in it, wrapper), tables, and the watch."""
     root, layout = anatomy.root, anatomy.layout
     blocks = [root.get_submodule(path) for path in anatomy.blocks]
     token_norms = [block.get_submodule(anatomy.norm) for block in blocks]
     like = next(token_norms[0].parameters(), torch.empty(0))
+    grids, watch = None, None
+    if anatomy.patch_embed is not None and (join.site != "input" or kind.is_bias):
+        grids = Grids()
+        watch = GridWatch(root.get_submodule(anatomy.patch_embed), grids, anatomy.patch_size, anatomy.pads)
     if kind.is_bias:
-        return [
+        assert anatomy.add_bias is not None
+        biases: list[Site] = [
             (
                 f"{path}.{anatomy.attention}",
                 "host_attention",
                 PositionalAttention(
                     block.get_submodule(anatomy.attention),
                     PositionBias(layout, anatomy.num_heads, kind.bias_axes, normalised=join.normalised, like=like),
+                    layout,
+                    grids,
+                    anatomy.add_bias,
                 ),
             )
             for path, block in zip(anatomy.blocks, blocks, strict=True)
-        ], []
+        ]
+        return biases, [], watch
     if not kind.is_table:
-        return [], []
+        return [], [], None
 
     def table(first: bool) -> PositionTable:
         own = _own_table(anatomy)
@@ -166,20 +180,19 @@ def _build(
 
     tables = [table(first=i == 0) for i in range(len(blocks) if join.table_per_block else 1)]
     if join.site == "input":
-        return [], tables
+        return [], tables, None
+    wrappers: list[Site] = []
     if join.site == "block":
-        sources = tables if join.table_per_block else tables * len(blocks)
-        return [
-            (path, "host_block", PositionalBlock(block, source, layout))
-            for path, block, source in zip(anatomy.blocks, blocks, sources, strict=True)
-        ], tables
-    wrappers: list[tuple[str, str, nn.Module]] = []
+        for layer, (path, block) in enumerate(zip(anatomy.blocks, blocks, strict=True)):
+            own_table = tables[layer if join.table_per_block else 0]
+            wrappers.append((path, "host_block", PositionalBlock(block, own_table, layout, grids)))
+        return wrappers, tables, watch
     source: PositionSource = tables[0]
     for path, token_norm in zip(anatomy.blocks, token_norms, strict=True):
-        norm = PositionalNorm(token_norm, _norm_like(token_norm, anatomy.width), source, layout)
+        norm = PositionalNorm(token_norm, _norm_like(token_norm, anatomy.width), source, layout, grids)
         wrappers.append((f"{path}.{anatomy.norm}", "token_norm", norm))
         source = norm if join.chained else tables[0]
-    return wrappers, tables
+    return wrappers, tables, watch
 
 
 def _norm_like(token_norm: nn.Module, width: int) -> nn.LayerNorm:
@@ -191,9 +204,9 @@ def _norm_like(token_norm: nn.Module, width: int) -> nn.LayerNorm:
 def _mutate(
     conversion: Conversion,
     join: Join,
-    kind: Kind,
-    wrappers: list[tuple[str, str, nn.Module]],
+    wrappers: list[Site],
     tables: list[PositionTable],
+    watch: GridWatch | None,
     *,
     new: bool,
 ) -> None:
@@ -215,10 +228,15 @@ def _mutate(
         root.add_module(TABLES, nn.ModuleList(tables))
     for path, _, wrapper in wrappers:
         _set_submodule(root, path, wrapper)
+    if watch is not None:
+        conversion.watch = anatomy.patch_embed
+        _set_submodule(root, str(anatomy.patch_embed), watch)
     names = {n for n, parameter in root.named_parameters() if id(parameter) not in before or n.startswith(TABLES)}
     overrides: dict[str, Callable[..., Any]] = {"no_weight_decay": _NoWeightDecay(root, frozenset(names))}
     if hasattr(type(root), "group_matcher"):
         overrides["group_matcher"] = _GroupMatcher(root)
+    if hasattr(type(root), "set_input_size"):
+        overrides["set_input_size"] = _SetInputSize(root)
     for method, override in overrides.items():
         setattr(root, method, override)
     conversion.overrides = tuple(overrides)
@@ -249,6 +267,49 @@ class _GroupMatcher:
         return {**groups, "stem": f"{groups['stem']}|{TABLES}"}
 
 
+class _SetInputSize:
+    """timm's `set_input_size()` with the position resampled along: tables, biases and every wrapper's layout."""
+
+    def __init__(self, root: nn.Module):
+        self.root = root
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        conversion: Conversion = getattr(self.root, RECORD)
+        if conversion.folded:
+            raise LapeError("a folded model has one size: set the input size before lape.fold_")
+        host: Any = type(self.root)
+        host.set_input_size(self.root, *args, **kwargs)
+        _resize(conversion)
+
+
+def _resize(conversion: Conversion) -> None:
+    """Brings a conversion to the size that its host has now."""
+    anatomy = conversion.anatomy
+    root, old = anatomy.root, conversion.layout
+    measure = next(host.measure for host in hosts() if host.name == conversion.host)
+    assert measure is not None
+    grid, patch_size = measure(root)
+    layout = replace(old, grid=grid)
+    conversion.anatomy = replace(anatomy, layout=layout, patch_size=patch_size)
+    for module in list(root.modules()):
+        if isinstance(module, PositionTable | PositionBias):
+            module.resize_(layout)
+        elif isinstance(module, GridWatch):
+            module.patch_size = patch_size
+        elif isinstance(module, PositionalNorm | PositionalBlock | PositionalAttention):
+            module.layout = layout
+    if conversion.replaced_table is not None:
+        spare = PositionTable(conversion.replaced_table, old)
+        spare.resize_(layout)
+        conversion.replaced_table = spare.pos_embed
+    owner, name = _owner(anatomy)
+    slot = owner._parameters.get(name)
+    adds = JOINS[conversion.join].site == "input" and KINDS[conversion.pe].is_table
+    if anatomy.table is not None and slot is not None and not adds:
+        delattr(owner, name)  # the host has made a parameter of the zeros in its slot
+        owner.register_buffer(name, torch.zeros_like(slot, requires_grad=False), persistent=False)
+
+
 def _set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
@@ -266,6 +327,8 @@ def remove_(model: nn.Module) -> nn.Module:
     root = conversion.anatomy.root
     for path, wrapped in reversed(conversion.sites):
         _set_submodule(root, path, root.get_submodule(path).get_submodule(wrapped))
+    if conversion.watch is not None:
+        _set_submodule(root, conversion.watch, root.get_submodule(conversion.watch).get_submodule("host_patch_embed"))
     owner, name = _owner(conversion.anatomy)
     if conversion.anatomy.table is None:  # the host had no table: its slot is empty again
         if name in owner._parameters:
@@ -489,7 +552,7 @@ def _check_size(name: str, model: nn.Module) -> None:
     size, patch = getattr(patch_embed, "img_size", None), getattr(patch_embed, "patch_size", None)
     if size and patch and (size[0] % patch[0] or size[1] % patch[1]):
         raise LapeError(
-            f"input size {size[0]} x {size[1]} is not divisible by the patch of {name}, {patch[0]} x {patch[1]} pixels: "
+            f"input size {size[0]} x {size[1]} is not divisible by the patch of {name}, {patch[0]} x {patch[1]}: "
             f"use {size[0] // patch[0] * patch[0] or patch[0]} or another multiple"
         )
 

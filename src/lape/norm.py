@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lape.grids import Grids
 from lape.position import Grid, Layout
 from lape.wrap import Wrapper
 
@@ -32,11 +33,12 @@ class PositionSource(Protocol):
 class _Joined(Wrapper):
     """A host module with a position put before or behind it."""
 
-    def __init__(self, source: PositionSource, layout: Layout):
+    def __init__(self, source: PositionSource, layout: Layout, grids: Grids | None):
         super().__init__()
         # In a tuple, so that the source, which is registered elsewhere, does not become a child of this module too.
         self._source = (source,)
         self.layout = layout
+        self.grids = grids  # None: one size only
 
     def position(self, grid: Grid | None = None) -> Tensor:
         """What this layer receives, (1, R, D)."""
@@ -44,7 +46,8 @@ class _Joined(Wrapper):
 
     def token_position(self, x_BND: Tensor) -> Tensor:
         """(1, N, D) in the dtype of x: zero for the tokens that own no row."""
-        return self.layout.spread(self.position()).to(x_BND.dtype)
+        grid = None if self.grids is None else self.grids.of(self.layout, x_BND.shape[1])
+        return self.layout.spread(self.position(grid)).to(x_BND.dtype)
 
 
 class PositionalNorm(_Joined):
@@ -52,8 +55,15 @@ class PositionalNorm(_Joined):
 
     inner = "token_norm"
 
-    def __init__(self, token_norm: nn.Module, pe_norm: nn.Module, source: PositionSource, layout: Layout):
-        super().__init__(source, layout)
+    def __init__(
+        self,
+        token_norm: nn.Module,
+        pe_norm: nn.Module,
+        source: PositionSource,
+        layout: Layout,
+        grids: Grids | None = None,
+    ):
+        super().__init__(source, layout, grids)
         self.token_norm = token_norm
         self.pe_norm = pe_norm
 
@@ -71,8 +81,8 @@ class PositionalBlock(_Joined):
 
     inner = "host_block"
 
-    def __init__(self, host_block: nn.Module, source: PositionSource, layout: Layout):
-        super().__init__(source, layout)
+    def __init__(self, host_block: nn.Module, source: PositionSource, layout: Layout, grids: Grids | None = None):
+        super().__init__(source, layout, grids)
         self.host_block = host_block
 
     def forward(self, x_BND: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lape.bias import AddBias, add_to_attn_mask
 from lape.errors import LapeError, UnsupportedModelError
-from lape.position import Layout
+from lape.position import Grid, Layout
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,16 @@ class Anatomy:
     root: nn.Module
     blocks: tuple[str, ...]  # paths of the blocks, in the order of the forward
     norm: str  # attribute of a block: the LayerNorm before attention
-    attention: str  # attribute of a block: a module that takes `attn_mask`
-    table: str | None  # path of the input's position table, (1, R, D); None when the model has none
+    attention: str  # attribute of a block: the module that attends
+    table: str | None  # path of the input's position table, (1, R, D) or (R, D); None when the model has none
     table_slot: str  # path under which a table would be read by the host's forward
     layout: Layout
     patch_size: tuple[int, int]  # pixels
     width: int
     num_heads: int
+    patch_embed: str | None = None  # path of what takes the pixels, when images of other sizes are welcome
+    pads: bool = False  # whether it pads an image to whole patches
+    add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Host:
     root_classes: tuple[str, ...]  # "module.Class" of the module that owns table and blocks, subclasses included
     block_classes: tuple[str, ...]  # "module.Class" of blocks whose norm stands before attention, exact
     examine: Callable[[nn.Module], Anatomy]
+    measure: Callable[[nn.Module], tuple[Grid, tuple[int, int]]] | None = None  # grid and patch size after a resize
     note: str = ""
     tested: tuple[str, ...] = ()  # versions that the tests ran with
     refused: dict[str, str] = field(default_factory=dict)  # "module.Class" of blocks -> the reason

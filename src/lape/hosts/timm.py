@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
 from lape.errors import UnsupportedModelError
 from lape.hosts.base import Anatomy, Host, check_blocks, class_name
-from lape.position import Layout
+from lape.position import Grid, Layout
 
 _VIT = "timm.models.vision_transformer"
 _BLOCKS = (f"{_VIT}.Block",)
@@ -32,13 +33,8 @@ def examine(root: nn.Module) -> Anatomy:
             "patch_drop_rate > 0 removes tokens at random, so a token's position is no longer known in the blocks: "
             "create the model with patch_drop_rate=0"
         )
-    if getattr(root, "dynamic_img_size", False):
-        raise UnsupportedModelError(
-            "dynamic_img_size=True changes the grid from batch to batch, which is not supported yet: "
-            "create the model with dynamic_img_size=False and the img_size you need"
-        )
     patch_embed = root.get_submodule("patch_embed")
-    grid = tuple(patch_embed.grid_size)  # type: ignore[arg-type]
+    grid, patch_size = measure(root)
     prefix: int = root.num_prefix_tokens  # type: ignore[assignment]
     bare = prefix if root.no_embed_class else 0
     layout = Layout(grid, prefix - bare, bare)
@@ -56,10 +52,18 @@ def examine(root: nn.Module) -> Anatomy:
         table=None if table is None else "pos_embed",
         table_slot="pos_embed",
         layout=layout,
-        patch_size=tuple(patch_embed.patch_size),  # type: ignore[arg-type]
+        patch_size=patch_size,
         width=root.embed_dim,  # type: ignore[arg-type]
         num_heads=blocks[0].attn.num_heads,  # type: ignore[union-attr, arg-type]
+        patch_embed="patch_embed" if getattr(root, "dynamic_img_size", False) else None,
+        pads=bool(getattr(patch_embed, "dynamic_img_pad", False)),
     )
+
+
+def measure(root: nn.Module) -> tuple[Grid, tuple[int, int]]:
+    """Grid and patch size of the present input size."""
+    patch_embed: Any = root.get_submodule("patch_embed")
+    return tuple(patch_embed.grid_size), tuple(patch_embed.patch_size)  # type: ignore[return-value]
 
 
 def _check_block(path: str, block: nn.Module) -> None:
@@ -77,6 +81,7 @@ VISION_TRANSFORMER = Host(
     root_classes=(f"{_VIT}.VisionTransformer",),
     block_classes=_BLOCKS,
     examine=examine,
+    measure=measure,
     note="plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled",
     tested=("timm 1.0.31",),
     refused=_REFUSED,
