@@ -21,7 +21,7 @@ read_checkpoint register_host remove_ save to_reference_state_dict
 
 LAYERS = [  # each may import from itself and from those before it
     {"errors", "names"},
-    {"position", "wrap"},
+    {"position", "wrap", "grids"},
     {"norm", "bias", "joins", "hosts"},
     {"convert"},
     {
