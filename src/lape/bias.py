@@ -160,8 +160,9 @@ class PositionalAttention(Wrapper):
         self.grids = grids
         self._add_bias = add_bias
 
-    def forward(self, x_BND: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x_BND: Tensor = args[0] if args else kwargs["hidden_states"]
         grid = None if self.grids is None else self.grids.of(self.layout, x_BND.shape[1])
         bias_1HNN = self.position_bias(grid).to(x_BND.dtype)
-        args, kwargs = self._add_bias(bias_1HNN, (x_BND, *args), kwargs)
+        args, kwargs = self._add_bias(bias_1HNN, args, kwargs)
         return self.host_attention(*args, **kwargs)

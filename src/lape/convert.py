@@ -174,6 +174,7 @@ def _build(
         if new or own is None:
             assert kind.build is not None
             values = kind.build(layout, anatomy.width).to(device=like.device, dtype=like.dtype)
+            values = values if own is None else values.reshape(*own.shape[:-2], *values.shape[-2:])
             return PositionTable(nn.Parameter(values, requires_grad=not kind.frozen), layout)
         parameter = own if first else nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
         return PositionTable(parameter, layout)

@@ -48,6 +48,7 @@ class Host:
     examine: Callable[[nn.Module], Anatomy]
     measure: Callable[[nn.Module], tuple[Grid, tuple[int, int]]] | None = None  # grid and patch size after a resize
     note: str = ""
+    root_child: str | None = None  # when given, `root_classes` name the class of this child instead of the root's
     tested: tuple[str, ...] = ()  # versions that the tests ran with
     refused: dict[str, str] = field(default_factory=dict)  # "module.Class" of blocks -> the reason
 
@@ -81,12 +82,7 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
 
     Raises UnsupportedModelError when there is none or more than one.
     """
-    found = [
-        (host, module)
-        for module in model.modules()
-        for host in _HOSTS.values()
-        if {class_name(cls) for cls in type(module).__mro__} & set(host.root_classes)
-    ]
+    found = [(host, module) for module in model.modules() for host in _HOSTS.values() if _is_root(module, host)]
     if len(found) == 1:
         return found[0]
     supported = ", ".join(name for host in _HOSTS.values() for name in host.root_classes)
@@ -98,6 +94,11 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
         f"{class_name(type(model))} is not a supported model; supported: {supported}; "
         "another one is added by lape.register_host(lape.Host(...))"
     )
+
+
+def _is_root(module: nn.Module, host: Host) -> bool:
+    told_by = module if host.root_child is None else module._modules.get(host.root_child)
+    return told_by is not None and not {class_name(cls) for cls in type(told_by).__mro__}.isdisjoint(host.root_classes)
 
 
 def check_blocks(

@@ -1,0 +1,156 @@
+"""Hugging Face transformers, 4.x and 5.x: vision encoders with an absolute position table and pre-norm layers.
+
+The library moved its block lists between versions, so the encoder is found by the class of its `embeddings` and its
+layers by their class, wherever they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lape.bias import masked
+from lape.errors import UnsupportedModelError
+from lape.hosts.base import Anatomy, Host, check_blocks, class_name
+from lape.position import Grid, Layout
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of the library, as data."""
+
+    embeddings: str  # "module.Class"
+    layer: str  # "module.Class"
+    norm: str = "layernorm_before"
+    attention: str = "attention"
+    table: str = "embeddings.position_embeddings"
+    patch_embed: str = "embeddings.patch_embeddings"
+    prefix_rows: int = 1
+    registers: bool = False  # whether config.num_register_tokens tokens stand between class token and patches
+
+
+def _family(folder: str, name: str, **kwargs: Any) -> Family:
+    module = f"transformers.models.{folder}.modeling_{folder}"
+    return Family(f"{module}.{name}Embeddings", f"{module}.{name}Layer", **kwargs)
+
+
+def _clip_like(folder: str, name: str, prefix_rows: int) -> Family:
+    module = f"transformers.models.{folder}.modeling_{folder}"
+    return Family(
+        f"{module}.{name}VisionEmbeddings",
+        f"{module}.{name}EncoderLayer",
+        norm="layer_norm1",
+        attention="self_attn",
+        table="embeddings.position_embedding.weight",
+        patch_embed="embeddings.patch_embedding",
+        prefix_rows=prefix_rows,
+    )
+
+
+FAMILIES = {
+    family.embeddings: family
+    for family in (
+        _family("vit", "ViT"),
+        _family("deit", "DeiT", prefix_rows=2),
+        _family("vit_msn", "ViTMSN"),
+        _family("ijepa", "IJepa", prefix_rows=0),
+        _family("beit", "Beit"),
+        _family("dinov2", "Dinov2", norm="norm1"),
+        _family("dinov2_with_registers", "Dinov2WithRegisters", norm="norm1", registers=True),
+        _clip_like("clip", "CLIP", prefix_rows=1),
+        _clip_like("siglip", "Siglip", prefix_rows=0),
+    )
+}
+
+_REFUSED_EMBEDDINGS = {
+    "transformers.models.vit_mae.modeling_vit_mae.ViTMAEEmbeddings": (
+        "it shuffles the patches of every image at random before its layers, so that a token's place is not known there; "
+        "load its weights into ViTModel or ViTForImageClassification for fine-tuning and convert that"
+    ),
+    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings": (
+        "it packs images of different grids into one batch, so that the position differs from image to image"
+    ),
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTEmbeddings": (
+        "it has rotary position embedding inside attention and no table to join"
+    ),
+    "transformers.models.yolos.modeling_yolos.YolosEmbeddings": (
+        "its position table covers detection tokens behind the patches, and it resamples for every image size"
+    ),
+}
+
+
+def add_to_attention_mask(
+    bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """For attention(hidden_states, attention_mask=..., ...), an additive mask."""
+    args = list(args)  # type: ignore[assignment]
+    if len(args) > 1:
+        x, mask, *rest = args
+        return (x, masked(bias_1HNN, mask), *rest), kwargs
+    return tuple(args), {**kwargs, "attention_mask": masked(bias_1HNN, kwargs.get("attention_mask"))}
+
+
+def examine(root: nn.Module) -> Anatomy:
+    """Where an encoder of the library keeps its layers, its table and its grid. Raises UnsupportedModelError."""
+    name = class_name(type(root.get_submodule("embeddings")))
+    if name in _REFUSED_EMBEDDINGS:
+        raise UnsupportedModelError(f"{class_name(type(root))} cannot be converted: {_REFUSED_EMBEDDINGS[name]}")
+    family = FAMILIES[name]
+    paths = [path for path, module in root.named_modules() if class_name(type(module)) == family.layer]
+    check_blocks("Hugging Face", root, paths, (family.layer,), {})
+    config: Any = root.config
+    grid, patch_size = measure(root)
+    layout = Layout(grid, family.prefix_rows, config.num_register_tokens if family.registers else 0)
+    owner, _, slot = family.table.rpartition(".")
+    table = getattr(root.get_submodule(owner), slot, None)
+    if table is not None and table.shape[-2] != layout.num_rows:
+        raise UnsupportedModelError(
+            f"{family.table} has shape {tuple(table.shape)}, expected {layout.num_rows} rows: "
+            f"grid {grid[0]} x {grid[1]} and {layout.prefix_rows} prefix rows"
+        )
+    first = root.get_submodule(paths[0])
+    norm, attention = getattr(first, family.norm), getattr(first, family.attention)
+    if not isinstance(norm, nn.LayerNorm):
+        raise UnsupportedModelError(f"{paths[0]}.{family.norm} is a {class_name(type(norm))}, not a LayerNorm")
+    takes_mask = "attention_mask" in inspect.signature(attention.forward).parameters
+    return Anatomy(
+        root=root,
+        blocks=tuple(paths),
+        norm=family.norm,
+        attention=family.attention,
+        table=None if table is None else family.table,
+        table_slot=family.table,
+        layout=layout,
+        patch_size=patch_size,
+        width=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        patch_embed=family.patch_embed,
+        add_bias=add_to_attention_mask if takes_mask else None,
+    )
+
+
+def measure(root: nn.Module) -> tuple[Grid, tuple[int, int]]:
+    """Grid and patch size that the model was made for."""
+    config: Any = root.config
+    (height, width), (ph, pw) = _pair(config.image_size), _pair(config.patch_size)
+    return (height // ph, width // pw), (ph, pw)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+TRANSFORMERS = Host(
+    name="Hugging Face vision encoder",
+    root_classes=(*FAMILIES, *_REFUSED_EMBEDDINGS),
+    root_child="embeddings",
+    block_classes=tuple(family.layer for family in FAMILIES.values()),
+    examine=examine,
+    measure=measure,
+    note="ViT, DeiT, DINOv2 (with registers), BEiT, ViT-MSN, I-JEPA, CLIP and SigLIP vision, and models that hold one",
+    tested=("transformers 5.23.0",),
+    refused=_REFUSED_EMBEDDINGS,
+)

@@ -1,0 +1,54 @@
+"""torchvision's `VisionTransformer`: vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lape.bias import masked
+from lape.hosts.base import Anatomy, Host, check_blocks
+from lape.position import Layout
+
+_VIT = "torchvision.models.vision_transformer"
+_BLOCKS = (f"{_VIT}.EncoderBlock",)
+
+
+def add_to_multihead_mask(
+    bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """For nn.MultiheadAttention(query, key, value, attn_mask=...), whose additive mask is (B H, N, N)."""
+    mask = masked(bias_1HNN, kwargs.get("attn_mask"))
+    mask_bNN = mask.expand(args[0].shape[0], -1, -1, -1).flatten(0, 1)
+    return args, {**kwargs, "attn_mask": mask_bNN}
+
+
+def examine(root: nn.Module) -> Anatomy:
+    """Where a torchvision VisionTransformer keeps its blocks, its table and its grid. Raises UnsupportedModelError."""
+    vit: Any = root
+    paths = [f"encoder.layers.{name}" for name, _ in vit.encoder.layers.named_children()]
+    check_blocks("torchvision", root, paths, _BLOCKS, {})
+    side = vit.image_size // vit.patch_size
+    return Anatomy(
+        root=root,
+        blocks=tuple(paths),
+        norm="ln_1",
+        attention="self_attention",
+        table="encoder.pos_embedding",
+        table_slot="encoder.pos_embedding",
+        layout=Layout((side, side), prefix_rows=1),
+        patch_size=(vit.patch_size, vit.patch_size),
+        width=vit.hidden_dim,
+        num_heads=vit.encoder.layers[0].num_heads,
+        add_bias=add_to_multihead_mask,
+    )
+
+
+VISION_TRANSFORMER = Host(
+    name="torchvision VisionTransformer",
+    root_classes=(f"{_VIT}.VisionTransformer",),
+    block_classes=_BLOCKS,
+    examine=examine,
+    note="vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14, at one size",
+    tested=("torchvision 0.29.2",),
+)
