@@ -67,7 +67,7 @@ FAMILIES = {
 
 _REFUSED_EMBEDDINGS = {
     "transformers.models.vit_mae.modeling_vit_mae.ViTMAEEmbeddings": (
-        "it shuffles the patches of every image at random before its layers, so that a token's place is not known there; "
+        "it shuffles the patches of every image before its layers, so that a token's place is not known there; "
         "load its weights into ViTModel or ViTForImageClassification for fine-tuning and convert that"
     ),
     "transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings": (

@@ -54,7 +54,7 @@ def examine(root: nn.Module) -> Anatomy:
         layout=layout,
         patch_size=patch_size,
         width=root.embed_dim,  # type: ignore[arg-type]
-        num_heads=blocks[0].attn.num_heads,  # type: ignore[union-attr, arg-type]
+        num_heads=blocks[0].get_submodule("attn").num_heads,  # type: ignore[arg-type]
         patch_embed="patch_embed" if getattr(root, "dynamic_img_size", False) else None,
         pads=bool(getattr(patch_embed, "dynamic_img_pad", False)),
     )
