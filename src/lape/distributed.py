@@ -1,0 +1,113 @@
+"""The processes of one run: which one am I, add up, agree.
+
+Started by `torchrun`, by `python -m torch.distributed.launch --use_env`, or by plain `python` (then there is one
+process and no process group at all). NCCL on CUDA, gloo elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lape.errors import LapeError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def join_world(device: str = "auto") -> Iterator[World]:
+    """Join the processes that the launcher started (its environment variables say so), and leave them at the end.
+
+    The group is left on errors too, so that nothing hangs and nothing warns. A group that is already open is used
+    and stays open.
+
+    Args:
+        device: `auto` (CUDA when there is one), `cpu`, `cuda` (one a process), `cuda:N`, or another name of torch.
+
+    Raises:
+        LapeError: the device does not exist, or there are more processes than GPUs.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
+    ours = size > 1 and not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which process this is, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Add up each value over all processes, in float64 on the CPU; every process gets the same bits."""
+    total = values.detach().cpu().double()
+    if dist.is_initialized():
+        total = total.to(_collective_device())
+        dist.all_reduce(total)
+    return total.cpu()
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0; all processes go on together, or all raise what went wrong there.
+
+    Raises:
+        LapeError: `action` raised one, or could not read or write a file.
+    """
+    outcome: list[str | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except (LapeError, OSError) as error:
+            outcome = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0, device=_collective_device())
+    if outcome[0] is not None:
+        raise LapeError(outcome[0])
+
+
+def _device(name: str, local_rank: int, size: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise LapeError(f"device={name!r} but this machine has no CUDA: use --device cpu")
+        index = local_rank if name == "cuda" or size > 1 else int(name.removeprefix("cuda:"))
+        if index >= torch.cuda.device_count():
+            raise LapeError(
+                f"GPU {index} is asked for, this machine has {torch.cuda.device_count()}: "
+                "start one process a GPU (--nproc_per_node), or use --device cpu"
+            )
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise LapeError(f"device={name!r} does not work on this machine: use --device cpu") from None
+    return torch.device(name)
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,492 @@
+"""The training loop: its losses and schedule as written, exact resume, files, refusals, and two real processes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import lape
+from lape.data import load_data, steps_per_epoch
+from lape.distributed import World
+from lape.errors import CheckpointError, LapeError
+from lape.evaluate import evaluate_checkpoint
+from lape.losses import classification_loss, distillation_loss
+from lape.position import resample
+from lape.recipe import Recipe
+from lape.train import BEST, CHECKPOINT, LOG, build_model, peak_lr, resume, start, train, training_loss
+
+ROOT = Path(__file__).parents[1]
+KWARGS = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
+TIMES = ("seconds", "data_seconds", "images_per_second")
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def tiny(**changes) -> Recipe:
+    settings = {"model": "vit_tiny_patch16_224", "model_kwargs": KWARGS, "input_size": 16, "join_type": "LaPE"}
+    settings |= {"aa": "none", "reprob": 0.0, "color_jitter": 0.0, "warmup_epochs": 0, "lr": 2e-3, "unscale_lr": True}
+    settings |= {"device": "cpu", "num_workers": 0, "batch_size": 256, "epochs": 1}
+    return Recipe(**{**settings, **changes})
+
+
+def quiet(_text: str) -> None:
+    pass
+
+
+def read(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+class Stop(Exception):
+    """Ends a run after an epoch, as a kill at that moment would."""
+
+
+def stop_after(epochs: int):
+    def on_epoch(line: dict) -> None:
+        if line["epoch"] + 1 == epochs:
+            raise Stop
+
+    return on_epoch
+
+
+def run_until(epochs: int, recipe: Recipe) -> None:
+    with pytest.raises(Stop):
+        train(recipe, on_epoch=stop_after(epochs), say=quiet)
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, -0.3]], dtype=torch.float64)
+TEACHER = torch.tensor([[0.3, 1.1, -0.2], [-1.0, 0.4, 0.9]], dtype=torch.float64)
+P = LOGITS.exp() / LOGITS.exp().sum(1, keepdim=True)
+
+
+def test_cross_entropy_with_label_smoothing():
+    expected = 0.0
+    for i, label in enumerate((2, 0)):
+        target = [0.1 / 3 + 0.9 * (c == label) for c in range(3)]
+        expected -= sum(t * math.log(p) for t, p in zip(target, P[i].tolist(), strict=True)) / 2
+    assert classification_loss(LOGITS, torch.tensor([2, 0]), smoothing=0.1).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_cross_entropy_with_the_soft_targets_of_mixup_is_not_smoothed_again():
+    target = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.2, 0.6]], dtype=torch.float64)
+    expected = -(target * P.log()).sum() / 2
+    assert classification_loss(LOGITS, target, smoothing=0.1).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("target", [torch.tensor([2, 0]), torch.tensor([[0, 0.4, 0.6], [1.0, 0, 0]])])
+def test_binary_cross_entropy_makes_every_mixed_class_a_target(target):
+    hot = [[0, 0, 1], [1, 0, 0]] if target.ndim == 1 else [[0, 1, 1], [1, 0, 0]]
+    terms = [
+        -math.log(s if on else 1 - s)
+        for i in range(2)
+        for on, s in zip(hot[i], torch.sigmoid(LOGITS[i]).tolist(), strict=True)
+    ]
+    assert classification_loss(LOGITS, target, bce=True).item() == pytest.approx(sum(terms) / 6, abs=1e-6)
+
+
+def test_hard_distillation():
+    expected = -(math.log(P[0, 1]) + math.log(P[1, 2])) / 2
+    assert distillation_loss(LOGITS, TEACHER, kind="hard").item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_soft_distillation_has_the_scale_of_deit():
+    tau = 3.0
+    p, q = (torch.softmax(logits / tau, 1) for logits in (LOGITS, TEACHER))
+    expected = tau**2 / 6 * (q * (q.log() - p.log())).sum()  # over B = 2 and C = 3
+    found = distillation_loss(LOGITS, TEACHER, kind="soft", tau=tau)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_the_training_loss_weighs_both_heads():
+    recipe = tiny(distillation_type="hard", teacher_path="t.pth", distillation_alpha=0.3, smoothing=0.0)
+    targets = torch.tensor([2, 0])
+    found = training_loss((LOGITS, TEACHER), torch.zeros(2), targets, recipe, lambda _images: LOGITS)
+    expected = 0.7 * classification_loss(LOGITS, targets) + 0.3 * distillation_loss(TEACHER, LOGITS, kind="hard")
+    assert found.item() == pytest.approx(expected.item(), abs=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ optimizer, schedule
+
+
+def test_learning_rate_is_scaled_by_the_batch_of_all_processes():
+    assert peak_lr(tiny(batch_size=256, lr=5e-4, unscale_lr=False), 4) == pytest.approx(1e-3)
+    assert peak_lr(tiny(batch_size=256, lr=5e-4, unscale_lr=True), 4) == 5e-4
+
+
+def test_the_schedule_is_warm_up_and_cosine_by_the_formula():
+    recipe = tiny(epochs=10, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-5, lr=1e-3)
+    state = start(recipe, build_model(recipe, 10), ALONE)
+    for epoch in range(10):
+        state.scheduler.step(epoch)
+        cosine = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 10)) / 2
+        expected = 1e-6 + epoch * (1e-3 - 1e-6) / 3 if epoch < 3 else cosine
+        for group in state.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("join", ["basic", "LaPE", "unshare"])
+def test_position_prefix_and_norms_have_no_weight_decay(join):
+    recipe = tiny(join_type=join)
+    model = build_model(recipe, 10)
+    state = start(recipe, model, ALONE)
+    decayed = {id(p) for g in state.optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
+    covered = {id(p) for g in state.optimizer.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        assert id(parameter) in covered
+        free = any(part in name for part in ("pos_embed", "cls_token", "norm", "bias"))
+        assert (id(parameter) in decayed) != free, name
+
+
+@pytest.mark.parametrize(("decay", "like"), [(0.0, "raw"), (1.0, "first")])
+def test_the_moving_average_averages(decay, like):
+    recipe = tiny(model_ema_decay=decay)
+    result = train(recipe, say=quiet)
+    expected = result.model if like == "raw" else build_model(recipe, 10)
+    assert result.ema_model is not None
+    for found, wanted in zip(result.ema_model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7)
+
+
+def test_without_train_mode_there_is_neither_dropout_nor_stochastic_depth():
+    free = train(tiny(drop=0.5, drop_path=0.5, train_mode=False), say=quiet)
+    plain = train(tiny(drop=0.0, drop_path=0.0), say=quiet)
+    dropped = train(tiny(drop=0.5, drop_path=0.5), say=quiet)
+    assert free.history[0]["train_loss"] == plain.history[0]["train_loss"]
+    assert free.history[0]["train_loss"] != dropped.history[0]["train_loss"]
+
+
+def test_attention_only_leaves_the_rest_as_it_was():
+    recipe = tiny(attn_only=True, clip_grad=1.0, model_ema=False)
+    before = dict(build_model(recipe, 10).named_parameters())
+    after = dict(train(recipe, say=quiet).model.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = {name for name in before if ".attn." in name or name.startswith("head.") or name.endswith("pos_embed")}
+    assert changed == trained
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+FULL = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "drop": 0.1, "epochs": 4, "warmup_epochs": 1, "clip_grad": 1.0}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train(tiny(**FULL, output_dir=str(folder)), say=quiet)
+    return folder
+
+
+def same(found, wanted) -> bool:
+    """Equal in every bit, through dicts and lists."""
+    if isinstance(wanted, torch.Tensor):
+        return torch.equal(found, wanted)
+    if isinstance(wanted, dict):
+        return found.keys() == wanted.keys() and all(same(found[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, list | tuple):
+        return len(found) == len(wanted) and all(same(a, b) for a, b in zip(found, wanted, strict=True))
+    return found == wanted
+
+
+def log_without_times(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, workers):
+    recipe = tiny(**FULL, output_dir=str(tmp_path), num_workers=workers)
+    run_until(2, recipe)
+    assert len(log_without_times(tmp_path)) == 2
+    train(recipe.replace(resume=str(tmp_path / CHECKPOINT)), say=quiet)
+    found, wanted = read(tmp_path / CHECKPOINT), read(uninterrupted / CHECKPOINT)
+    for key in ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy"):
+        assert same(found[key], wanted[key]), key
+    assert same(read(tmp_path / BEST)["model"], read(uninterrupted / BEST)["model"])
+    assert log_without_times(tmp_path) == log_without_times(uninterrupted)
+
+
+def test_sigterm_saves_within_the_epoch_and_the_run_goes_on_with_the_same_bits(uninterrupted, tmp_path):
+    recipe = tiny(**FULL, output_dir=str(tmp_path), log_every=1)
+
+    def say(text: str) -> None:
+        if text.startswith("Epoch: [1]  [2/5]"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        train(recipe, say=say)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    stopped = read(tmp_path / CHECKPOINT)
+    assert (stopped["epoch"], stopped["step"]) == (0, 4)  # seen at the step after the signal
+    train(recipe.replace(resume=str(tmp_path / CHECKPOINT)), say=quiet)
+    found, wanted = read(tmp_path / CHECKPOINT), read(uninterrupted / CHECKPOINT)
+    assert all(same(found[key], wanted[key]) for key in ("model", "model_ema", "optimizer", "max_accuracy"))
+    assert log_without_times(tmp_path) == log_without_times(uninterrupted)
+
+
+def test_auto_resumes_from_the_newest_whole_file(uninterrupted, tmp_path):
+    recipe = tiny(**FULL, output_dir=str(tmp_path), resume="auto")
+    run_until(1, recipe)  # there is nothing yet: a new run
+    said: list[str] = []
+    with pytest.raises(Stop):
+        train(recipe, on_epoch=stop_after(2), say=said.append)
+    assert any("after epoch 0" in text for text in said)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(whole[: len(whole) // 2])
+    said.clear()
+    train(recipe, say=said.append)
+    assert any(CHECKPOINT in text and "skipped" in text for text in said)
+    assert same(read(tmp_path / CHECKPOINT)["model"], read(uninterrupted / CHECKPOINT)["model"])
+
+
+def test_a_worse_epoch_after_a_resume_leaves_the_best_alone(tmp_path):
+    recipe = tiny(epochs=2, output_dir=str(tmp_path))
+    run_until(1, recipe)
+    content = read(tmp_path / CHECKPOINT)
+    torch.save({**content, "max_accuracy": 99.0}, tmp_path / CHECKPOINT)
+    before = (tmp_path / BEST).read_bytes()
+    result = train(recipe.replace(resume=str(tmp_path / CHECKPOINT)), say=quiet)
+    assert result.best_accuracy == 99.0
+    assert (tmp_path / BEST).read_bytes() == before
+    assert read(tmp_path / CHECKPOINT)["max_accuracy"] == 99.0
+
+
+def test_an_unknown_best_is_measured(tmp_path):
+    recipe = tiny(epochs=2, output_dir=str(tmp_path))
+    run_until(1, recipe)
+    content = read(tmp_path / CHECKPOINT)
+    del content["max_accuracy"], content["history"]
+    torch.save(content, tmp_path / CHECKPOINT)
+    result = train(recipe.replace(resume=str(tmp_path / CHECKPOINT), lr=0.0), say=quiet)
+    first, second = log_without_times(tmp_path)  # the first line is that of the existing log
+    assert (first["epoch"], second["epoch"]) == (0, 1)
+    assert result.best_accuracy == max(first["test_acc1"], second["test_acc1"])
+
+
+def test_settings_that_changed_are_named(tmp_path):
+    recipe = tiny(epochs=3, output_dir=str(tmp_path))
+    run_until(1, recipe)
+    said: list[str] = []
+    train(recipe.replace(resume=str(tmp_path / CHECKPOINT), lr=1e-3, num_workers=1), say=said.append)
+    assert "Other settings than that run had, from now on: lr 0.002 -> 0.001" in said
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path):
+    recipe = tiny(output_dir=str(tmp_path))
+    train(recipe, say=quiet)
+    with pytest.raises(LapeError, match="finished epoch 1 of 1"):
+        train(recipe.replace(resume=str(tmp_path / CHECKPOINT)), say=quiet)
+    content = read(tmp_path / CHECKPOINT)
+    torch.save({"model": content["model"], "args": content["args"]}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"no optimizer and no epoch.*--finetune"):
+        train(recipe.replace(resume=str(tmp_path / "weights.pth"), epochs=2), say=quiet)
+    with pytest.raises(CheckpointError, match="contradicts"):
+        train(recipe.replace(resume=str(tmp_path / CHECKPOINT), epochs=2, join_type="basic"), say=quiet)
+
+
+def test_the_authors_full_checkpoint_resumes(shared):
+    kwargs = {"embed_dim": 48, "depth": 4, "num_heads": 3, "patch_size": 8}
+    settings = {"model": "deit_tiny_patch16_224", "input_size": 32, "epochs": 12, "warmup_epochs": 1, "lr": 5e-4}
+    recipe = tiny(**settings, model_kwargs=kwargs, resume=str(shared / "reference" / "tiny_lape_full_format.pth"))
+    state = start(recipe, build_model(recipe, 7), ALONE)
+    checkpoint = lape.read_checkpoint(recipe.resume)
+    resume(state, checkpoint, recipe, say=quiet)
+    assert state.next_epoch == 3
+    names = lape.checkpoint.reference_names(state.model)
+    theirs = checkpoint.raw["optimizer"]["state"]
+    for name, parameter in state.model.named_parameters():
+        assert torch.equal(parameter, checkpoint.model[names[name]])
+        moment = state.optimizer.state[parameter]["exp_avg"]
+        assert moment.shape == parameter.shape
+        assert any(torch.equal(moment, other["exp_avg"]) for other in theirs.values())
+    # number 1 is pos_embed, number 2 the first 1-D parameter, 46 the first with weight decay (DeiT's order)
+    own = {names[name]: parameter for name, parameter in state.model.named_parameters()}
+    for number, name in {1: "pos_embed", 2: "patch_embed.proj.bias", 46: "patch_embed.proj.weight"}.items():
+        assert torch.equal(state.optimizer.state[own[name]]["exp_avg_sq"], theirs[number]["exp_avg_sq"])
+    expected = 1e-5 + (5e-4 - 1e-5) * (1 + math.cos(math.pi * 3 / 12)) / 2
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+    ema = lape.to_reference_state_dict(state.ema.module)
+    assert checkpoint.model_ema is not None
+    assert all(torch.equal(ema[name], tensor) for name, tensor in checkpoint.model_ema.items())
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_files_hold_what_is_promised(uninterrupted):
+    assert sorted(path.name for path in uninterrupted.iterdir()) == sorted([CHECKPOINT, BEST, LOG])
+    content = read(uninterrupted / CHECKPOINT)
+    deit = {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"}
+    assert deit | {"classes", "transform", "model_kwargs"} <= content.keys()
+    assert {"pos_embed", "blocks.0.pe_norm.weight", "blocks.0.norm1.weight"} <= content["model"].keys()
+    assert content["classes"] == [str(digit) for digit in range(10)]
+    lines = log_without_times(uninterrupted)
+    keys = {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters", "test_ema_acc1"}
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert all(keys <= line.keys() for line in lines)
+    best = max(line["test_acc1"] for line in lines)
+    assert read(uninterrupted / BEST)["max_accuracy"] == best
+    found = evaluate_checkpoint(Recipe(resume=str(uninterrupted / BEST), device="cpu", batch_size=256), say=quiet)
+    assert found.acc1 == best
+    assert found.loss == pytest.approx(next(x["test_exact_loss"] for x in lines if x["test_acc1"] == best), abs=1e-6)
+
+
+def test_an_empty_output_dir_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = train(tiny(output_dir=""), say=quiet)
+    assert list(tmp_path.iterdir()) == []
+    assert len(result.history) == 1
+
+
+def test_another_run_is_not_overwritten(tmp_path):
+    (tmp_path / BEST).write_bytes(b"of another run")
+    with pytest.raises(LapeError, match=f"holds a run already.*--resume .*{BEST}"):
+        train(tiny(output_dir=str(tmp_path)), say=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == [BEST]
+    assert (tmp_path / BEST).read_bytes() == b"of another run"
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(tmp_path):
+    recipe = tiny(epochs=3, output_dir=str(tmp_path))
+    run_until(1, recipe)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(LapeError, match=r"the loss is nan in epoch 1, step \d+, at learning rate .*e\+"):
+        train(recipe.replace(resume=str(tmp_path / CHECKPOINT), lr=1e30, opt="sgd", model_ema=False), say=quiet)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bce_loss": True, "smoothing": 0.1}, "--smoothing 0"),
+        ({"sched": "plateau"}, "use cosine or step"),
+        ({"opt": "adamww"}, "did you mean 'adamw'"),
+        ({"model": "deit_tinny_patch16_224"}, "did you mean 'deit_tiny"),
+        ({"input_size": 18}, "not divisible by the patch"),
+        ({"batch_size": 4096}, "larger than the training set"),
+        ({"batch_size": 255}, "odd"),
+        ({"data_path": "/no/such/folder"}, "/no/such/folder"),
+        ({"amp": "fp16"}, "--amp bf16"),
+        ({"start_epoch": 1}, "raise --epochs"),
+        ({"resume": "/no/such.pth"}, "/no/such.pth"),
+        ({"finetune": "/no/such.pth"}, "/no/such.pth"),
+        ({"distillation_type": "hard", "teacher_path": "/no/such.pth"}, "no distillation head"),
+        ({"distillation_type": "hard", "teacher_path": "/no/such.pth", "train_mode": False}, "--no-train-mode"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, changes, message):
+    output = tmp_path / "out"
+    with pytest.raises(LapeError) as caught:
+        train(tiny(**{"output_dir": str(output), **changes}), say=quiet)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not output.exists()
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(LapeError, match="cannot be written"):
+        train(tiny(output_dir=str(tmp_path / "out")), say=quiet)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------------------------ other weights
+
+
+def test_finetuning_resamples_the_table_and_starts_another_head_anew(tmp_path):
+    recipe = tiny(output_dir=str(tmp_path))
+    train(recipe, say=quiet)
+    old = read(tmp_path / CHECKPOINT)["model"]
+    said: list[str] = []
+    larger = tiny(finetune=str(tmp_path / CHECKPOINT), input_size=24)
+    model = build_model(larger, 3, said.append)
+    state = lape.to_reference_state_dict(model)
+    expected = resample(old["pos_embed"], lape.Layout((4, 4), 1), (6, 6))
+    torch.testing.assert_close(state["pos_embed"], expected, rtol=0, atol=0)
+    assert state["head.weight"].shape == (3, 16)
+    for name, tensor in old.items():
+        assert name in ("pos_embed", "head.weight", "head.bias") or torch.equal(state[name], tensor)
+    assert len(said) == 1
+    assert "head.weight, head.bias" in said[0]
+
+
+def test_finetuning_puts_lape_into_a_model_without(tmp_path):
+    train(tiny(join_type="basic", output_dir=str(tmp_path)), say=quiet)
+    said: list[str] = []
+    model = build_model(tiny(finetune=str(tmp_path / CHECKPOINT)), 10, said.append)
+    state = lape.to_reference_state_dict(model)
+    assert all(torch.equal(state[name], t) for name, t in read(tmp_path / CHECKPOINT)["model"].items())
+    assert torch.equal(state["blocks.1.pe_norm.weight"], torch.ones(16))
+    assert "pe_norm" in said[0]
+
+
+def test_finetuning_does_not_drop_weights_silently(tmp_path):
+    train(tiny(output_dir=str(tmp_path)), say=quiet)
+    with pytest.raises(CheckpointError, match=r"unexpected.*pe_norm"):
+        build_model(tiny(finetune=str(tmp_path / CHECKPOINT), join_type="basic"), 10)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation_trains_both_heads(tmp_path, kind):
+    torch.manual_seed(0)
+    teacher = timm.create_model("test_resnet", num_classes=10)
+    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
+    settings = {"model": "deit_tiny_distilled_patch16_224", "teacher_model": "test_resnet", "distillation_type": kind}
+    recipe = tiny(**settings, teacher_path=str(tmp_path / "teacher.pth"), input_size=32, batch_size=512)
+    before = build_model(recipe, 10)
+    after = train(recipe, say=quiet).model
+    for name in ("head.weight", "head_dist.weight", "dist_token"):
+        assert not torch.equal(before.get_parameter(name), after.get_parameter(name)), name
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    torch.save({"model": timm.create_model("test_resnet", num_classes=7).state_dict()}, tmp_path / "teacher.pth")
+    settings = {"model": "deit_tiny_distilled_patch16_224", "teacher_model": "test_resnet", "distillation_type": "soft"}
+    with pytest.raises(CheckpointError, match="is not a test_resnet with 10 classes") as caught:
+        train(tiny(**settings, teacher_path=str(tmp_path / "teacher.pth"), input_size=32), say=quiet)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def test_two_processes_train_write_and_evaluate_to_the_number_in_the_log(tmp_path):
+    out = tmp_path / "out"
+    flags = "--model vit_tiny_patch16_224 --join-type LaPE --input-size 16 --batch-size 64 --epochs 2 --lr 0.01"
+    flags += " --warmup-epochs 0 --aa none --reprob 0 --mixup 0 --cutmix 0 --no-repeated-aug --device cpu --dist-eval"
+    kwargs = ["--model-kwargs", json.dumps(KWARGS)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "main.py"]
+    done = subprocess.run(
+        [*command, *flags.split(), *kwargs, "--output_dir", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Start training for 2 epochs") == 1, "only the first process speaks"
+    assert "64 x 2 process(es) = 128" in done.stdout
+    assert "Warning" not in done.stderr
+    assert sorted(path.name for path in out.iterdir()) == sorted([CHECKPOINT, BEST, LOG])
+    first, last = log_without_times(out)
+    assert last["train_loss"] < first["train_loss"]
+    found = evaluate_checkpoint(Recipe(resume=str(out / CHECKPOINT), device="cpu"), say=quiet)
+    assert (found.acc1, found.acc5) == (last["test_acc1"], last["test_acc5"])
+    assert found.loss == pytest.approx(last["test_exact_loss"], abs=1e-6)
+    assert found.batch_loss == pytest.approx(last["test_loss"], abs=1e-6)
+
+
+def test_an_epoch_has_whole_batches_only():
+    recipe = tiny(batch_size=256)
+    assert steps_per_epoch(len(load_data(recipe).train), recipe, 1) == 1438 // 256
