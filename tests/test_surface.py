@@ -98,7 +98,8 @@ def test_paths_named_in_pages_exist(page):
     )
     named |= set(re.findall(r"\]\(([^)#:]+)\)", text))
     assert named
-    missing = [path for path in named if not (ROOT / path).exists()]
+    written_by_runs = {"report.md"}
+    missing = [path for path in named - written_by_runs if not (ROOT / path).exists()]
     assert not missing
 
 

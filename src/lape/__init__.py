@@ -4,53 +4,70 @@
     lape.apply_(model, join="LaPE")      # in place; lape.remove_(model) undoes it
     print(lape.describe(model))
 
-Importing this package loads torch and nothing heavier.
+Importing this package loads nothing; the first name that is used loads torch and nothing heavier. So the command line
+can answer `--help` before torch would be there.
 """
 
-from lape.checkpoint import load, load_reference_state_dict, read_checkpoint, save, to_reference_state_dict
-from lape.convert import (
-    Description,
-    apply_,
-    create_model,
-    describe,
-    fold_,
-    grid,
-    num_prefix_tokens,
-    position_bias,
-    positions,
-    remove_,
-)
-from lape.correlation import correlation
-from lape.errors import CheckpointError, DataError, LapeError, UnsupportedModelError
-from lape.hosts import Anatomy, Host, hosts, register_host
-from lape.position import Layout
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lape.checkpoint import load, load_reference_state_dict, read_checkpoint, save, to_reference_state_dict
+    from lape.convert import (
+        Description,
+        apply_,
+        create_model,
+        describe,
+        fold_,
+        grid,
+        num_prefix_tokens,
+        position_bias,
+        positions,
+        remove_,
+    )
+    from lape.correlation import correlation
+    from lape.errors import CheckpointError, DataError, LapeError, UnsupportedModelError
+    from lape.hosts import Anatomy, Host, hosts, register_host
+    from lape.position import Layout
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Anatomy",
-    "CheckpointError",
-    "DataError",
-    "Description",
-    "Host",
-    "LapeError",
-    "Layout",
-    "UnsupportedModelError",
-    "apply_",
-    "correlation",
-    "create_model",
-    "describe",
-    "fold_",
-    "grid",
-    "hosts",
-    "load",
-    "load_reference_state_dict",
-    "num_prefix_tokens",
-    "position_bias",
-    "positions",
-    "read_checkpoint",
-    "register_host",
-    "remove_",
-    "save",
-    "to_reference_state_dict",
-]
+_HOME = {
+    "checkpoint": ("load", "load_reference_state_dict", "read_checkpoint", "save", "to_reference_state_dict"),
+    "convert": (
+        *("Description", "apply_", "create_model", "describe", "fold_", "grid", "num_prefix_tokens"),
+        *("position_bias", "positions", "remove_"),
+    ),
+    "correlation": ("correlation",),
+    "errors": ("CheckpointError", "DataError", "LapeError", "UnsupportedModelError"),
+    "hosts": ("Anatomy", "Host", "hosts", "register_host"),
+    "position": ("Layout",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+class _Package(ModuleType):
+    """Functions that share their name with a submodule (hosts, correlation) stay functions when that is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'lape' has no attribute {name!r}")
+    value = getattr(import_module(f"lape.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+sys.modules[__name__].__class__ = _Package

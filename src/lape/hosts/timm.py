@@ -23,22 +23,20 @@ _REFUSED = {
 
 def examine(root: nn.Module) -> Anatomy:
     """Where a timm VisionTransformer keeps its blocks, its table and its grid. Raises UnsupportedModelError."""
-    paths = [f"blocks.{name}" for name, _ in root.get_submodule("blocks").named_children()]
+    vit: Any = root
+    paths = [f"blocks.{name}" for name, _ in vit.blocks.named_children()]
     check_blocks("timm", root, paths, _BLOCKS, _REFUSED)
-    blocks = [root.get_submodule(path) for path in paths]
-    for path, block in zip(paths, blocks, strict=True):
-        _check_block(path, block)
-    if getattr(root.get_submodule("patch_drop"), "prob", 0.0) > 0:
+    for path in paths:
+        _check_block(path, root.get_submodule(path))
+    if getattr(vit.patch_drop, "prob", 0.0) > 0:
         raise UnsupportedModelError(
             "patch_drop_rate > 0 removes tokens at random, so a token's position is no longer known in the blocks: "
             "create the model with patch_drop_rate=0"
         )
-    patch_embed = root.get_submodule("patch_embed")
     grid, patch_size = measure(root)
-    prefix: int = root.num_prefix_tokens  # type: ignore[assignment]
-    bare = prefix if root.no_embed_class else 0
-    layout = Layout(grid, prefix - bare, bare)
-    table = getattr(root, "pos_embed", None)
+    bare = vit.num_prefix_tokens if vit.no_embed_class else 0
+    layout = Layout(grid, vit.num_prefix_tokens - bare, bare)
+    table = vit.pos_embed
     if table is not None and tuple(table.shape[:2]) != (1, layout.num_rows):
         raise UnsupportedModelError(
             f"pos_embed has shape {tuple(table.shape)}, expected (1, {layout.num_rows}, width): "
@@ -53,17 +51,17 @@ def examine(root: nn.Module) -> Anatomy:
         table_slot="pos_embed",
         layout=layout,
         patch_size=patch_size,
-        width=root.embed_dim,  # type: ignore[arg-type]
-        num_heads=blocks[0].get_submodule("attn").num_heads,  # type: ignore[arg-type]
-        patch_embed="patch_embed" if getattr(root, "dynamic_img_size", False) else None,
-        pads=bool(getattr(patch_embed, "dynamic_img_pad", False)),
+        width=vit.embed_dim,
+        num_heads=vit.blocks[0].attn.num_heads,
+        patch_embed="patch_embed" if vit.dynamic_img_size else None,
+        pads=bool(getattr(vit.patch_embed, "dynamic_img_pad", False)),
     )
 
 
 def measure(root: nn.Module) -> tuple[Grid, tuple[int, int]]:
     """Grid and patch size of the present input size."""
     patch_embed: Any = root.get_submodule("patch_embed")
-    return tuple(patch_embed.grid_size), tuple(patch_embed.patch_size)  # type: ignore[return-value]
+    return tuple(patch_embed.grid_size), tuple(patch_embed.patch_size)
 
 
 def _check_block(path: str, block: nn.Module) -> None:

@@ -1,0 +1,411 @@
+"""The command line. `lape` and `python -m lape` run `main`, the repository's `main.py` runs `original_main`.
+
+The flags of training and evaluation are generated from `lape.recipe.Recipe`, so there is one set of defaults. Only
+the flags that were given reach `Recipe`: a YAML recipe keeps the others, and an evaluation takes them from the
+checkpoint. Nothing heavy is imported before a command needs it.
+"""
+
+import ast
+import contextlib
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
+
+from lape.errors import LapeError
+from lape.recipe import Recipe, check_launch, spelling_of, topic_of, topics
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+# What an evaluation reads; `lape eval` refuses the rest rather than ignore it.
+STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
+EVALUATION = (
+    *STORED,
+    *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem"),
+    *("dist_eval", "device", "amp", "threads"),
+)
+
+Command = Callable[..., None]
+GROUPS = {topic: Group(topic, sort_key=place) for place, topic in enumerate(("Recipe", *topics()))}
+UNLESS_GIVEN = Group("From the checkpoint, unless given", sort_key=1)
+
+
+def takes(names: Iterable[str], stored: Iterable[str] = ()) -> Callable[[Command], Command]:
+    """Give a command one flag for each of these fields of `Recipe`; it receives those that the user gave.
+
+    The help lists the `stored` ones apart and without a default, which the checkpoint has for them.
+    """
+    chosen, stored = set(names), set(stored)
+    flags = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_flag(name, name in stored)
+        )
+        for name, field in Recipe.model_fields.items()
+        if name in chosen
+    ]
+
+    def extend(command: Command) -> Command:
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+
+        def call(*args: Any, **given: Any) -> None:
+            command(*args, **given)
+
+        call.__name__, call.__doc__, call.__module__ = command.__name__, command.__doc__, command.__module__
+        call.__annotations__ = {p.name: p.annotation for p in (*own, *flags)}
+        call.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
+        return call
+
+    return extend
+
+
+def _flag(name: str, stored: bool) -> Any:
+    field = Recipe.model_fields[name]
+    settings: dict[str, Any] = {
+        "help": field.description,
+        "group": UNLESS_GIVEN if stored else GROUPS[topic_of(name)],
+        "alias": spelling_of(name),
+    }
+    if stored or field.default in (None, "", {}):
+        settings["show_default"] = False
+    if name == "model_kwargs":
+        return Annotated[
+            dict[str, Any], Parameter(**settings, converter=_keywords, accepts_keys=False, n_tokens=-1, json_dict=False)
+        ]
+    return Annotated[field.annotation, Parameter(**settings)]
+
+
+def _keywords(_type: Any, tokens: Sequence[Any]) -> dict[str, Any]:
+    """Read KEY=VALUE pairs (a VALUE is a Python or JSON literal, else a string) and JSON objects."""
+    found: dict[str, Any] = {}
+    for text in (token.value for token in tokens):
+        key, equals, value = text.partition("=")
+        if text.lstrip().startswith("{"):
+            try:
+                found |= json.loads(text)
+            except ValueError as error:
+                raise LapeError(f"{text!r} is not JSON ({error}); KEY=VALUE pairs do as well") from None
+        elif equals and key.replace("-", "_").isidentifier():
+            found[key.replace("-", "_")] = _literal(value)
+        else:
+            raise LapeError(f"{text!r} is neither KEY=VALUE nor a JSON object, e.g. embed_dim=64 depth=6")
+    return found
+
+
+def _literal(text: str) -> Any:
+    for parse in (ast.literal_eval, json.loads):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return parse(text)
+    return text
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("lape")
+    except metadata.PackageNotFoundError:
+        return "from a checkout, not installed"
+
+
+def _app(name: str, text: str) -> App:
+    return App(
+        name=name,
+        help=text,
+        version=_version,
+        default_parameter=Parameter(negative_iterable=(), consume_multiple=True, allow_repeating=True),
+        result_action="return_value",
+        help_format="plaintext",
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+    )
+
+
+app = _app("lape", "Layer-adaptive position embedding for Vision Transformers: convert, train, evaluate, look.")
+original = _app("main.py", "The original's command line: train, or evaluate with --eval.")
+
+
+@app.command
+def demo(
+    *,
+    output_dir: Annotated[str, Parameter(help="where report.md, results.json and the figures go")] = "lape-demo",
+    seeds: Annotated[int, Parameter(help="trainings of each join")] = 5,
+    epochs: Annotated[int | None, Parameter(help="length of a training (default: the packaged recipe's)")] = None,
+    long_factor: Annotated[int, Parameter(help="the longer budget, as a multiple of the epochs")] = 3,
+    long_seeds: Annotated[int, Parameter(help="trainings of each join with the longer budget; 0: none")] = 2,
+    workers: Annotated[int, Parameter(help="trainings side by side, one thread each")] = 2,
+    time_limit: Annotated[
+        float | None, Parameter(help="seeds that would end later, in seconds, are left out; none: all are run")
+    ] = 150.0,
+) -> None:
+    """Train basic and LaPE side by side on the packaged digits: a table, curves and a report in minutes."""
+    from lape.demo import run_demo
+
+    run_demo(
+        output_dir,
+        seeds=seeds,
+        epochs=epochs,
+        long_factor=long_factor,
+        long_seeds=long_seeds,
+        workers=workers,
+        time_limit=time_limit,
+    )
+
+
+@original.default
+@app.command(name="train")
+@takes(Recipe.model_fields)
+def train(
+    *,
+    recipe: Annotated[
+        str | None,
+        Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"]),
+    ] = None,
+    local_rank: Annotated[
+        int | None, Parameter(help="accepted and ignored: the launcher's environment says it", group=GROUPS["Launcher"])
+    ] = None,
+    distributed: Annotated[
+        bool, Parameter(help="accepted under a launcher, which decides", group=GROUPS["Launcher"], negative=())
+    ] = False,
+    cosub: Annotated[
+        bool,
+        Parameter(help="refused: cosub training is not part of this project", group=GROUPS["Launcher"], negative=()),
+    ] = False,
+    **given: Any,
+) -> None:
+    """Train a model, or evaluate one with --eval. Flags are those of DeiT and LaPE, `-` and `_` alike."""
+    if cosub:
+        raise LapeError("--cosub is not supported: leave it out, or train with facebookresearch/deit")
+    if distributed and "WORLD_SIZE" not in os.environ:
+        raise LapeError("--distributed needs a launcher: start with torchrun --nproc_per_node=N main.py ...")
+    settings = Recipe.from_yaml(recipe, **given) if recipe else Recipe(**given)
+    check_launch(settings)
+    if settings.eval:
+        from lape.evaluate import evaluate_checkpoint
+
+        evaluate_checkpoint(settings)
+    else:
+        from lape.train import train as run
+
+        run(settings)
+
+
+@app.command(name="eval")
+@takes(EVALUATION, STORED)
+def evaluate(
+    checkpoint: Annotated[str | None, Parameter(help=".pth file or folder written by lape.save")] = None,
+    *,
+    resume: Annotated[str | None, Parameter(help="the same as CHECKPOINT, the original's spelling")] = None,
+    **given: Any,
+) -> None:
+    """Evaluate a checkpoint. What is not given (model, join, PE, input size) comes from the checkpoint."""
+    if (checkpoint is None) == (resume is None):
+        raise LapeError("give one checkpoint: lape eval CHECKPOINT (or --resume CHECKPOINT)")
+    settings = Recipe(eval=True, resume=checkpoint or resume, **given)
+
+    from lape.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(settings)
+
+
+@app.command
+def predict(
+    *images: Annotated[str, Parameter(help="image files")],
+    checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
+    top_k: Annotated[int, Parameter(help="how many classes to show for an image")] = 5,
+    json: Annotated[
+        str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
+    ] = None,
+    csv: Annotated[
+        str | None, Parameter(help="write it to this CSV file; -: stdout", allow_leading_hyphen=True)
+    ] = None,
+    device: Annotated[str, Parameter(help="auto (CUDA when there is one), cpu, cuda, cuda:N")] = "auto",
+) -> None:
+    """Classify images, with the transform and the class names stored in the checkpoint."""
+    if not images:
+        raise LapeError("no image was given: lape predict IMAGE... --checkpoint CHECKPOINT")
+    if top_k < 1:
+        raise LapeError(f"--top-k {top_k} is not allowed: give 1 or more")
+
+    from lape.evaluate import predict as classify
+
+    found = classify(checkpoint, images, top_k=top_k, device=device)
+    rows = [
+        {"image": p.path, "rank": rank, "class": name, "probability": probability}
+        for p in found
+        for rank, (name, probability) in enumerate(zip(p.classes, p.probabilities, strict=True), start=1)
+    ]
+    if json is not None:
+        _write(json, _as_json(rows))
+    if csv is not None:
+        _write(csv, _as_csv(rows))
+    if "-" not in (json, csv):
+        for p in found:
+            print(p.path)
+            for name, probability in zip(p.classes, p.probabilities, strict=True):
+                print(f"  {100 * probability:6.2f} %  {name}")
+
+
+@app.command
+def visualize(
+    checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
+    *,
+    save_dir: Annotated[str, Parameter(help="the pictures go into SAVE_DIR/MODEL_NAME/")],
+    model_name: Annotated[str | None, Parameter(help="name of the folder (default: model and join)")] = None,
+    token: Annotated[int | None, Parameter(help="patch whose map is drawn (default: the centre)")] = None,
+    size: Annotated[
+        tuple[int, ...] | None, Parameter(help="image side, or height and width, pixels (default: the model's)")
+    ] = None,
+    view: Annotated[
+        Literal["seen", "received"] | None, Parameter(help="positions as attention sees or a block receives them")
+    ] = None,
+    join_type: Annotated[str | None, Parameter(help="must agree with the checkpoint, if it says")] = None,
+    pe: Annotated[str | None, Parameter(help="must agree with the checkpoint, if it says")] = None,
+    ema: Annotated[bool, Parameter(help="draw the averaged weights", negative=())] = False,
+) -> None:
+    """Draw what the position embedding became in every layer, and write the numbers (.npz)."""
+    if size is not None and len(size) > 2:
+        raise LapeError(f"--size {' '.join(map(str, size))} has {len(size)} values: give one, or height and width")
+
+    from lape.plot import visualize as draw
+
+    files = draw(
+        checkpoint,
+        save_dir,
+        model_name=model_name,
+        token=token,
+        size=size if size is None or len(size) == 2 else size[0],
+        view=view,
+        join=join_type,
+        pe=pe,
+        ema=ema,
+    )
+    print(f"{len(files)} files in {files[0].parent}, first look at {next(f for f in files if f.stem == 'overview')}")
+
+
+@app.command
+def hosts() -> None:
+    """List the models that can be converted, by the class of their blocks."""
+    from lape.hosts import hosts as table
+
+    for host in table():
+        print(host.name)
+        rows = [
+            ("models", ", ".join(host.root_classes)),
+            ("blocks", ", ".join(host.block_classes)),
+            ("done", host.note),
+            ("tested", ", ".join(host.tested)),
+            *(("refused", f"{name}: {reason}") for name, reason in host.refused.items()),
+        ]
+        for title, text in rows:
+            if text:
+                _print_row(title, text)
+
+
+def _print_row(title: str, text: str) -> None:
+    import shutil
+    import textwrap
+
+    width = max(shutil.get_terminal_size().columns, 40)
+    start = f"  {title:<9}"
+    print(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False))
+
+
+def _as_json(rows: list[dict[str, Any]]) -> str:
+    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+
+
+def _as_csv(rows: list[dict[str, Any]]) -> str:
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _write(path: str, text: str) -> None:
+    if path == "-":
+        print(text, end="")
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LapeError(f"{path!r} cannot be written ({error.strerror}): give a file in a folder that exists") from None
+
+
+def main() -> NoReturn:
+    """Run `lape`: exit with 0, with 2 after a user's error (one line), with 130 after Ctrl-C."""
+    sys.exit(run(app, sys.argv[1:]))
+
+
+def original_main() -> NoReturn:
+    """Run the original's `main.py`, with the exit codes of `main`."""
+    sys.exit(run(original, sys.argv[1:]))
+
+
+def run(command: App, tokens: Sequence[str]) -> int:
+    """Run a command line and return its exit code; nothing but the first process of a launch prints to stdout."""
+    try:
+        with _quiet_unless_first():
+            command(_dashes(tokens))
+    except (LapeError, CycloptsError) as error:
+        _report(_one_line(error))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _dashes(tokens: Sequence[str]) -> list[str]:
+    """Spell every flag with dashes: --output_dir=a_b becomes --output-dir=a_b."""
+    spelled: list[str] = []
+    for place, token in enumerate(tokens):
+        if token == "--":
+            return [*spelled, *tokens[place:]]
+        name, equals, value = token.partition("=")
+        spelled.append(name.replace("_", "-") + equals + value if name.startswith("--") else token)
+    return spelled
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def _quiet_unless_first() -> Iterator[None]:
+    if _rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _report(message: str) -> None:
+    """Print one line to stderr. A later process waits: the launcher ends it first if the error is everyone's."""
+    if _rank() > 0:
+        time.sleep(3)
+        message = f"[rank {_rank()}] {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, UnusedCliTokensError):
+        return f"unexpected argument(s) {' '.join(error.unused_tokens or ())}: see --help"
+    text = " ".join(str(error).split())
+    if isinstance(error, UnknownOptionError) and "Did you mean" not in text:
+        text += " See --help."
+    return text

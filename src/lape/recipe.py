@@ -1,0 +1,351 @@
+"""The typed configuration of a run: one model, THE set of defaults, unknown keys refused.
+
+Field names are the flags of DeiT's `main.py` in snake_case with the defaults of the LaPE fork; the command line
+(`lape.cli`) is generated from the fields, and a YAML recipe is nothing but these keys. Departures from the
+original's defaults are four, each because the original's would fail on a fresh machine: `data_path` (empty: the
+packaged digits), `device` (auto), `num_workers` (DeiT's 10, the fork has 16) and `amp` (fp16 on CUDA as in the
+original, off on a CPU).
+
+Neither torch nor timm is imported here, so that `lape --help` answers at once.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lape.errors import LapeError
+from lape.names import JOIN_NAMES, PE_NAMES, match_name, nearest
+
+DataSet = Literal["CIFAR", "IMNET", "INAT", "INAT19"]
+InatCategory = Literal["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
+Schedule = Literal["cosine", "tanh", "step", "plateau", "poly", "constant", "none"]
+Interpolation = Literal["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
+DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:\d+)?")
+
+
+def _flag(topic: str, default: Any, text: str, *, spelling: str | None = None, **limits: Any) -> Any:
+    """Describe one field: the topic it is listed under, its default, one line of help, another spelling, its limits."""
+    return Field(default, description=text, json_schema_extra={"topic": topic, "spelling": spelling}, **limits)
+
+
+_model, _data, _training, _optimizer = (partial(_flag, t) for t in ("Model", "Data", "Training", "Optimizer"))
+_schedule, _augmentation, _distillation = (partial(_flag, t) for t in ("Schedule", "Augmentation", "Distillation"))
+_run, _launcher = (partial(_flag, t) for t in ("Run", "Launcher"))
+
+
+class Recipe(BaseModel):
+    """Everything that a training or an evaluation depends on.
+
+    Raises:
+        LapeError: an unknown key (the nearest is suggested) or a value that is not allowed, in one line.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
+
+    # fmt: off
+    # Model
+    model: str = _model("deit_base_patch16_224", "timm name of the Vision Transformer", min_length=1)
+    join_type: str = _model("basic", f"how the position embedding is joined: {', '.join(JOIN_NAMES)}")
+    pe: str = _model("learnable", f"kind of position embedding: {', '.join(PE_NAMES)}")
+    input_size: int = _model(224, "side of the square input image, pixels", gt=0)
+    in_chans: int = _model(3, "channels of the input image", gt=0)
+    drop: float = _model(0.0, "dropout rate", ge=0, lt=1)
+    drop_path: float = _model(0.1, "stochastic depth rate", ge=0, lt=1)
+    model_kwargs: dict[str, Any] = _model({}, "more arguments of the timm model: KEY=VALUE pairs or JSON")
+    model_ema: bool = _model(True, "keep an exponential moving average of the weights")
+    model_ema_decay: float = _model(0.99996, "decay of the moving average", ge=0, le=1)
+    model_ema_force_cpu: bool = _model(False, "keep the moving average in host memory")
+
+    # Data
+    data_path: str = _data("", "folder with train/<class>/* and val/<class>/*; empty: the packaged digits")
+    data_set: DataSet = _data("IMNET", "layout of --data-path (IMNET: image folders; CIFAR: CIFAR-100)")
+    inat_category: InatCategory = _data("name", "which label of an INAT data set")
+    num_workers: int = _data(10, "loader processes per training process", ge=0)
+    pin_mem: bool = _data(True, "page-locked loader memory on CUDA")
+    eval_crop_ratio: float = _data(1.0, "side of evaluation's crop over side of the resized image", gt=0, le=1)
+    mean: tuple[float, ...] | None = _data(None, "channel means of the normalisation (default: ImageNet's)")
+    std: tuple[float, ...] | None = _data(None, "channel deviations of the normalisation (default: ImageNet's)")
+
+    # Training
+    epochs: int = _training(300, "epochs to train", gt=0)
+    batch_size: int = _training(64, "images per process and step", gt=0)
+    seed: int = _training(0, "seed of everything random", ge=0)
+    start_epoch: int = _training(0, "first epoch to run, when not resuming", ge=0)
+    bce_loss: bool = _training(False, "binary cross-entropy instead of softmax cross-entropy")
+    smoothing: float = _training(0.1, "label smoothing", ge=0, lt=1)
+    train_mode: bool = _training(True, "--no-train-mode: train without dropout and stochastic depth")
+    finetune: str = _training("", "checkpoint whose weights training starts from (head and grid may differ)")
+    attn_only: bool = _training(False, "train only attention, position embedding and head")
+
+    # Optimizer
+    opt: str = _optimizer("adamw", "timm name of the optimizer", min_length=1)
+    opt_eps: float = _optimizer(1e-8, "epsilon of the optimizer", ge=0)
+    opt_betas: tuple[float, ...] | None = _optimizer(None, "betas of the optimizer (its own when not given)")
+    momentum: float = _optimizer(0.9, "momentum of SGD", ge=0, lt=1)
+    weight_decay: float = _optimizer(0.05, "weight decay", ge=0)
+    clip_grad: float | None = _optimizer(None, "clip the gradient to this norm", gt=0)
+    lr: float = _optimizer(5e-4, "learning rate for 512 images a step; scaled by the total batch", ge=0)
+    unscale_lr: bool = _optimizer(False, "take --lr as it is, do not scale it by the total batch")
+
+    # Schedule
+    sched: Schedule = _schedule("cosine", "learning rate schedule; plateau is refused, it cannot be resumed exactly")
+    warmup_epochs: int = _schedule(5, "epochs of linear warm-up", ge=0)
+    warmup_lr: float = _schedule(1e-6, "learning rate the warm-up starts at", ge=0)
+    min_lr: float = _schedule(1e-5, "lowest learning rate", ge=0)
+    decay_epochs: float = _schedule(30, "epochs between decays (step)", gt=0)
+    decay_rate: float = _schedule(0.1, "factor of one decay (step), exponent (poly)", spelling="--dr", gt=0)
+    cooldown_epochs: int = _schedule(10, "epochs at --min-lr after the schedule ends", ge=0)
+    patience_epochs: int = _schedule(10, "read by the plateau schedule only, which is refused", ge=0)
+    lr_noise: tuple[float, ...] | None = _schedule(None, "noise starts (and ends) at these parts of the epochs")
+    lr_noise_pct: float = _schedule(0.67, "largest noise, as a part of the learning rate", ge=0)
+    lr_noise_std: float = _schedule(1.0, "standard deviation of the noise", ge=0)
+
+    # Augmentation
+    color_jitter: float = _augmentation(0.3, "colour jitter, where --aa is off or --three-augment on", ge=0)
+    aa: str = _augmentation("rand-m9-mstd0.5-inc1", "AutoAugment/RandAugment policy of timm; none: off")
+    train_interpolation: Interpolation = _augmentation("bicubic", "resizing in training")
+    repeated_aug: bool = _augmentation(True, "three views of a sample in a batch, as in DeiT")
+    three_augment: bool = _augmentation(False, "DeiT III: grey, solarise or blur, not --aa", spelling="--ThreeAugment")
+    src: bool = _augmentation(False, "with --three-augment: simple random crop")
+    reprob: float = _augmentation(0.25, "probability of random erasing", ge=0, le=1)
+    remode: Literal["const", "rand", "pixel"] = _augmentation("pixel", "what random erasing writes")
+    recount: int = _augmentation(1, "areas that random erasing erases", gt=0)
+    resplit: bool = _augmentation(False, "refused: DeiT accepts it without any effect")
+    mixup: float = _augmentation(0.8, "mixup alpha; 0: off", ge=0)
+    cutmix: float = _augmentation(1.0, "cutmix alpha; 0: off", ge=0)
+    cutmix_minmax: tuple[float, ...] | None = _augmentation(None, "bounds of cutmix's side, replaces --cutmix")
+    mixup_prob: float = _augmentation(1.0, "probability of mixup or cutmix", ge=0, le=1)
+    mixup_switch_prob: float = _augmentation(0.5, "probability of cutmix when both are on", ge=0, le=1)
+    mixup_mode: Literal["batch", "pair", "elem"] = _augmentation("batch", "what shares one mixup draw")
+
+    # Distillation
+    distillation_type: Literal["none", "soft", "hard"] = _distillation("none", "kind of distillation")
+    teacher_model: str = _distillation("regnety_160", "timm name of the teacher", min_length=1)
+    teacher_path: str = _distillation("", "checkpoint of the teacher")
+    distillation_alpha: float = _distillation(0.5, "weight of the teacher in the loss", ge=0, le=1)
+    distillation_tau: float = _distillation(1.0, "temperature of soft distillation", gt=0)
+
+    # Run
+    output_dir: str = _run("", "where checkpoints and log.txt go; empty: nothing is written")
+    resume: str = _run("", "checkpoint to go on from (auto: the newest in --output-dir) or to evaluate")
+    eval: bool = _run(False, "evaluate only")
+    dist_eval: bool = _run(False, "share the evaluation among the processes, exactly")
+    device: str = _run("auto", "auto (CUDA when there is one), cpu, cuda, cuda:N")
+    amp: Literal["auto", "off", "fp16", "bf16"] = _run("auto", "mixed precision; auto: fp16 on CUDA, else off")
+    threads: int = _run(0, "CPU threads of torch; 0: torch decides", ge=0)
+    log_every: int = _run(10, "steps between progress lines off a terminal", gt=0)
+
+    # Launcher
+    world_size: int = _launcher(1, "must be what the launcher started; use torchrun --nproc_per_node", gt=0)
+    dist_url: str = _launcher("env://", "must be env://; use torchrun's --rdzv-endpoint or --master-port")
+    # fmt: on
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise LapeError("; ".join(dict.fromkeys(_one_line(e) for e in error.errors()))) from None
+
+    @field_validator("join_type")
+    @classmethod
+    def _join(cls, value: str) -> str:
+        return match_name("join", value, JOIN_NAMES)
+
+    @field_validator("pe")
+    @classmethod
+    def _pe(cls, value: str) -> str:
+        return match_name("pe", value, PE_NAMES)
+
+    @field_validator("amp", mode="before")
+    @classmethod
+    def _amp(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off as a boolean
+
+    @field_validator("aa", mode="before")
+    @classmethod
+    def _aa(cls, value: Any) -> Any:
+        return "" if value is None or value == "none" else value
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not DEVICE.fullmatch(value):
+            raise LapeError(f"device={value!r} is not known: use auto, cpu, cuda, cuda:N, mps or xpu")
+        return value
+
+    @field_validator("opt_betas", "cutmix_minmax")
+    @classmethod
+    def _pair(cls, value: tuple[float, ...] | None, info: Any) -> tuple[float, ...] | None:
+        _require(info.field_name, value, (2,))
+        return value
+
+    @field_validator("lr_noise")
+    @classmethod
+    def _one_or_pair(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        _require("lr_noise", value, (1, 2))
+        return value
+
+    @field_validator("resplit")
+    @classmethod
+    def _resplit(cls, value: bool) -> bool:
+        if value:
+            raise LapeError("resplit=True is refused: it has no effect in DeiT either; leave it out, or use --reprob 0")
+        return value
+
+    @field_validator("dist_url")
+    @classmethod
+    def _dist_url(cls, value: str) -> str:
+        if value != "env://":
+            fix = "start with torchrun --rdzv-endpoint HOST:PORT, or --master-addr and --master-port"
+            raise LapeError(f"dist_url={value!r} is refused, only 'env://' is allowed: {fix}")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        for name in ("mean", "std"):
+            _require(name, getattr(self, name), (self.in_chans,))
+        if self.distillation_type != "none" and not self.teacher_path and not self.eval:
+            raise LapeError(
+                f"distillation_type={self.distillation_type!r} needs a teacher: give --teacher-path CHECKPOINT"
+            )
+        if self.src and not self.three_augment:
+            raise LapeError("src=True is a part of DeiT III's augmentation: add --three-augment, or leave --src out")
+        return self
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """Return a copy with some fields changed, validated like a new one; `model_fields_set` is kept."""
+        return Recipe(**{**self.model_dump(exclude_unset=True), **changes})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> "Recipe":
+        """Read a recipe; `overrides` win over the file, the file wins over the defaults.
+
+        Args:
+            path: a YAML file, or the bare name of a recipe inside the package (`digits`).
+
+        Raises:
+            LapeError: the file is missing or no mapping of known keys to allowed values.
+        """
+        text, origin = _read(path)
+        try:
+            return cls(**{**_mapping(text), **overrides})
+        except LapeError as error:
+            raise LapeError(f"{origin}: {error}") from None
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """Return every field as YAML under its topic, with its help as a comment; write it to `path` if given."""
+        import yaml
+
+        values, lines = self.model_dump(mode="json"), []
+        for topic, names in topics().items():
+            lines.append(f"# {topic}")
+            for name in names:
+                flow = yaml.safe_dump({name: values[name]}, default_flow_style=True, width=10**6).rstrip("\n")
+                lines.append(f"{flow[1:-1]}  # {type(self).model_fields[name].description}")
+        text = "\n".join(lines) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
+def topics() -> dict[str, list[str]]:
+    """Return the names of the fields by topic, in the order of the class."""
+    found: dict[str, list[str]] = {}
+    for name in Recipe.model_fields:
+        found.setdefault(topic_of(name), []).append(name)
+    return found
+
+
+def topic_of(name: str) -> str:
+    """Return the topic that a field is listed under in the help."""
+    return _extra(name)["topic"]
+
+
+def spelling_of(name: str) -> str | None:
+    """Return the flag that DeiT uses for a field where it is not the field's own name, else None."""
+    return _extra(name)["spelling"]
+
+
+def packaged() -> list[str]:
+    """Return the names of the recipes inside the package."""
+    return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
+
+
+def check_launch(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> None:
+    """Compare `world_size` with the number of processes that the launcher started.
+
+    Raises:
+        LapeError: the recipe asks for several processes and the launcher started another number.
+    """
+    started = int(environ.get("WORLD_SIZE", "1"))
+    if recipe.world_size not in (1, started):
+        raise LapeError(
+            f"world_size={recipe.world_size} but {started} process(es) were started: "
+            f"leave the flag out and start with torchrun --nproc_per_node={recipe.world_size}"
+        )
+
+
+def _extra(name: str) -> dict[str, Any]:
+    extra = Recipe.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return extra
+
+
+def _folder() -> Any:
+    return resources.files("lape") / "recipes"
+
+
+def _read(path: str | Path) -> tuple[str, str]:
+    """Return the text of a recipe and what to call it in a message."""
+    try:
+        if not Path(path).exists() and str(path) in packaged():
+            return (_folder() / f"{path}.yaml").read_text(encoding="utf-8"), f"recipe {path}"
+        return Path(path).read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        known = ", ".join(packaged())
+        raise LapeError(
+            f"recipe {str(path)!r} cannot be read ({reason}): give a YAML file or a packaged name ({known})"
+        ) from None
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise LapeError(f"not YAML: {' '.join(str(error).split())}") from None
+    data = {} if data is None else data
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise LapeError(f"a recipe is a mapping of flag names to values, this is a {type(data).__name__}")
+    return {key.replace("-", "_"): value for key, value in data.items()}
+
+
+def _require(name: str, value: tuple[float, ...] | None, lengths: tuple[int, ...]) -> None:
+    if value is not None and len(value) not in lengths:
+        wanted = " or ".join(str(n) for n in lengths)
+        raise LapeError(f"{name}={list(value)} has {len(value)} value(s), {wanted} are needed")
+
+
+def _one_line(error: Any) -> str:
+    """Turn one of pydantic's errors into: field, value, what is allowed, the fix."""
+    name = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "extra_forbidden":
+        guess = nearest(name, Recipe.model_fields)
+        return f"unknown key {name!r}: " + (f"did you mean {guess!r}?" if guess else "see lape train --help")
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, LapeError):
+        return str(cause)
+    allowed = error["msg"].removeprefix("Input should be ").replace("Value error, ", "")
+    default = Recipe.model_fields[name].default
+    return f"{name}={error['input']!r} is not allowed: must be {allowed} (default: {default!r})"
