@@ -141,7 +141,7 @@ def demo(
     seeds: Annotated[int, Parameter(help="trainings of each join")] = 5,
     epochs: Annotated[int | None, Parameter(help="length of a training (default: the packaged recipe's)")] = None,
     long_factor: Annotated[int, Parameter(help="the longer budget, as a multiple of the epochs")] = 3,
-    long_seeds: Annotated[int, Parameter(help="trainings of each join with the longer budget; 0: none")] = 2,
+    long_seeds: Annotated[int, Parameter(help="trainings of each join with the longer budget; 0: none")] = 1,
     workers: Annotated[int, Parameter(help="trainings side by side, one thread each")] = 2,
     time_limit: Annotated[
         float | None, Parameter(help="seeds that would end later, in seconds, are left out; none: all are run")
