@@ -24,6 +24,7 @@ LAYERS = [  # each may import from itself and from those before it
     {"position", "wrap", "grids"},
     {"norm", "bias", "joins", "hosts"},
     {"convert"},
+    {"reference"},
     {
         "checkpoint",
         "correlation",

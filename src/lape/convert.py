@@ -6,7 +6,6 @@ Shape legend: B batch, N tokens, R rows of the position table, D width, L layers
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 from lape.bias import FoldedBias, PositionalAttention, PositionBias
 from lape.errors import LapeError, UnsupportedModelError
 from lape.grids import Grids, GridWatch
-from lape.hosts import Anatomy, find_host, hosts
+from lape.hosts import Anatomy, find_host, host_named, host_of_library
 from lape.joins import JOINS, Join, check_combination, join_named
-from lape.names import nearest
 from lape.norm import FoldedNorm, PositionalBlock, PositionalNorm, PositionSource
 from lape.position import KINDS, Grid, Kind, Layout, PositionTable, kind_named
 
@@ -287,7 +285,7 @@ def _resize(conversion: Conversion) -> None:
     """Brings a conversion to the size that its host has now."""
     anatomy = conversion.anatomy
     root, old = anatomy.root, conversion.layout
-    measure = next(host.measure for host in hosts() if host.name == conversion.host)
+    measure = host_named(conversion.host).measure
     assert measure is not None
     grid, patch_size = measure(root)
     layout = replace(old, grid=grid)
@@ -522,40 +520,20 @@ def create_model(name: str, join: str = "LaPE", pe: str | None = None, **timm_kw
         LapeError: an unknown model (the nearest names are listed), wrong arguments, or an image size that the patch
             does not divide. UnsupportedModelError: a model that cannot be converted.
     """
-    import timm
-
     join_named(join)
     if pe is not None:
         kind_named(pe)
-    base = name.split(".")[0]
-    if not timm.is_model(base):
-        guess = nearest(base, timm.list_models())
-        raise LapeError(
-            f"unknown model {name!r}{f'; did you mean {guess!r}?' if guess else ''}: see timm.list_models()"
-        )
-    try:
-        model = timm.create_model(name, **timm_kwargs)
-    except (TypeError, AssertionError) as error:
-        raise LapeError(f"model {name!r} with {timm_kwargs}: {_one_line(error)}") from error
-    _check_size(name, model)
-    apply_(model, join, pe)
-    kwargs = {key: value for key, value in timm_kwargs.items() if key not in ("pretrained", "checkpoint_path")}
-    conversion_of(model).factory.update(name=name, kwargs=kwargs)
+    return build("timm", name, timm_kwargs, join, pe)
+
+
+def build(library: str, name: str, kwargs: dict[str, Any], join: str, pe: str | None) -> nn.Module:
+    """A model of a library by name and arguments, converted; it remembers them for `lape.save`."""
+    host = host_of_library(library)
+    assert host.build is not None
+    model = apply_(host.build(name, kwargs), join, pe)
+    plain = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path")}
+    conversion_of(model).factory.update(library=library, name=name, kwargs=plain)
     return model
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)) or type(error).__name__
-
-
-def _check_size(name: str, model: nn.Module) -> None:
-    patch_embed = getattr(model, "patch_embed", None)
-    size, patch = getattr(patch_embed, "img_size", None), getattr(patch_embed, "patch_size", None)
-    if size and patch and (size[0] % patch[0] or size[1] % patch[1]):
-        raise LapeError(
-            f"input size {size[0]} x {size[1]} is not divisible by the patch of {name}, {patch[0]} x {patch[1]}: "
-            f"use {size[0] // patch[0] * patch[0] or patch[0]} or another multiple"
-        )
 
 
 __all__ = [
@@ -563,6 +541,7 @@ __all__ = [
     "Description",
     "UnsupportedModelError",
     "apply_",
+    "build",
     "conversion_of",
     "create_model",
     "describe",

@@ -37,14 +37,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lape.checkpoint import (
-    Checkpoint,
-    load_reference_state_dict,
-    read_checkpoint,
-    reference_names,
-    to_reference_state_dict,
-    write_atomically,
-)
+from lape.checkpoint import Checkpoint, read_checkpoint, write_atomically
 from lape.convert import create_model, describe
 from lape.data import Data, eval_loader, eval_transform, load_data, steps_per_epoch, train_loader
 from lape.distributed import World, join_world, on_main, sum_over_ranks
@@ -54,6 +47,7 @@ from lape.losses import classification_loss, distillation_loss
 from lape.names import nearest
 from lape.progress import Progress
 from lape.recipe import Recipe
+from lape.reference import load_reference_state_dict, reference_names, to_reference_state_dict
 
 CHECKPOINT, BEST, LOG = "checkpoint.pth", "best_checkpoint.pth", "log.txt"
 Say = Callable[[str], None]

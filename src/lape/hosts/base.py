@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -35,6 +36,10 @@ class Anatomy:
     add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
 
 
+Blueprint = tuple[str, dict[str, Any]]
+"""A name of the library and plain (JSON) arguments."""
+
+
 @dataclass(frozen=True)
 class Host:
     """One family of models: how it is recognised and how its parts are found.
@@ -48,6 +53,9 @@ class Host:
     examine: Callable[[nn.Module], Anatomy]
     measure: Callable[[nn.Module], tuple[Grid, tuple[int, int]]] | None = None  # grid and patch size after a resize
     note: str = ""
+    library: str = ""  # the name under which saved models say who can build them again
+    blueprint: Callable[[nn.Module], Blueprint | None] | None = None  # how to build a whole model again, if it tells
+    build: Callable[[str, dict[str, Any]], nn.Module] | None = None  # builds it, unconverted, with random weights
     root_child: str | None = None  # when given, `root_classes` name the class of this child instead of the root's
     tested: tuple[str, ...] = ()  # versions that the tests ran with
     refused: dict[str, str] = field(default_factory=dict)  # "module.Class" of blocks -> the reason
@@ -70,6 +78,20 @@ def register_host(host: Host) -> Host:
             )
     _HOSTS[host.name] = host
     return host
+
+
+def host_named(name: str) -> Host:
+    """The registered host of this name."""
+    return _HOSTS[name]
+
+
+def host_of_library(library: str) -> Host:
+    """The host that builds models of this library. Raises LapeError when there is none."""
+    for host in _HOSTS.values():
+        if host.library == library and host.build is not None:
+            return host
+    known = ", ".join(sorted({host.library for host in _HOSTS.values() if host.build is not None}))
+    raise LapeError(f"no host builds models of the library {library!r}: known are {known}; see lape.register_host")
 
 
 def hosts() -> tuple[Host, ...]:

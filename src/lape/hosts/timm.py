@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from lape.errors import UnsupportedModelError
+from lape.errors import LapeError, UnsupportedModelError
 from lape.hosts.base import Anatomy, Host, check_blocks, class_name
+from lape.names import nearest
 from lape.position import Grid, Layout
 
 _VIT = "timm.models.vision_transformer"
@@ -74,11 +75,37 @@ def _check_block(path: str, block: nn.Module) -> None:
         raise UnsupportedModelError(f"{path}.attn is a {class_name(type(attention))}, which takes no attn_mask")
 
 
+def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A timm model by name. Raises LapeError: an unknown name (the nearest is named), wrong arguments or size."""
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        guess = nearest(name.split(".")[0], timm.list_models())
+        raise LapeError(
+            f"unknown model {name!r}{f'; did you mean {guess!r}?' if guess else ''}: see timm.list_models()"
+        )
+    try:
+        model: nn.Module = timm.create_model(name, **kwargs)
+    except (TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LapeError(f"model {name!r} with {kwargs}: {reason}") from error
+    patch_embed = getattr(model, "patch_embed", None)
+    size, patch = getattr(patch_embed, "img_size", None), getattr(patch_embed, "patch_size", None)
+    if size and patch and (size[0] % patch[0] or size[1] % patch[1]):
+        raise LapeError(
+            f"input size {size[0]} x {size[1]} is not divisible by the patch of {name}, {patch[0]} x {patch[1]}: "
+            f"use {size[0] // patch[0] * patch[0] or patch[0]} or another multiple"
+        )
+    return model
+
+
 VISION_TRANSFORMER = Host(
     name="timm VisionTransformer",
     root_classes=(f"{_VIT}.VisionTransformer",),
     block_classes=_BLOCKS,
     examine=examine,
+    library="timm",
+    build=build,
     measure=measure,
     note="plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled",
     tested=("timm 1.0.31",),
