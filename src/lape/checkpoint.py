@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor, nn
 
-from lape.convert import build, conversion_of
+from lape.convert import build, conversion_of, fold_
 from lape.errors import CheckpointError, LapeError
 from lape.hosts import host_named
 from lape.joins import join_named
@@ -205,13 +205,17 @@ def model_from_checkpoint(
         kwargs.setdefault("num_classes", checkpoint.num_classes)
     if (in_chans := checkpoint.args.get("in_chans")) is not None:
         kwargs.setdefault("in_chans", in_chans)
+    warm_start = bool(checkpoint.args.get("warm_start"))
     made = build(
         checkpoint.library,
         checkpoint.setting("model", model),
         kwargs,
         checkpoint.setting("join_type", None if join is None else join_named(join).name),
-        checkpoint.setting("pe", None if pe is None else kind_named(pe).name),
+        None if warm_start else checkpoint.setting("pe", None if pe is None else kind_named(pe).name),
+        warm_start=warm_start,
     )
+    if checkpoint.raw.get("folded"):
+        fold_(made)
     return load_reference_state_dict(made, state).eval()
 
 
@@ -267,7 +271,7 @@ def save(
         classes: class names in the order of the outputs.
         transform: the evaluation transform (`EvalTransform.to_dict()`).
 
-    Raises LapeError when the model's name is not known, it is folded, or the folder cannot be written.
+    Raises LapeError when how to build the model is not known, or the folder cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
@@ -292,6 +296,8 @@ def save(
         "model_kwargs": factory["kwargs"],
         "join": conversion.join,
         "pe": conversion.pe,
+        "warm_start": conversion.warm_start,
+        "folded": conversion.folded,
         "grid": conversion.layout.grid,
         "classes": classes,
         "transform": transform,
@@ -324,7 +330,8 @@ def _read_folder(path: Path) -> Checkpoint:
     state = _unpickle_safely(path / WEIGHTS)
     kwargs = dict(config["model_kwargs"])
     args = {"model": config["model"], "join_type": config["join"], "pe": config["pe"], "model_kwargs": kwargs}
-    raw = {key: config.get(key) for key in ("library", "classes", "transform", "grid")}
+    args["warm_start"] = bool(config.get("warm_start"))
+    raw = {key: config.get(key) for key in ("library", "folded", "classes", "transform", "grid")}
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
 
 

@@ -42,6 +42,7 @@ class Conversion:
     replaced_table: nn.Parameter | None = None  # the host's own table when another kind took its place
     overrides: tuple[str, ...] = ()  # methods of the host that were extended on the instance
     factory: dict[str, Any] = field(default_factory=dict)  # name and kwargs, when made by create_model
+    warm_start: bool = False
     folded: bool = False
 
     @property
@@ -64,6 +65,7 @@ class Description:
     positioned_prefix_tokens: int  # those that own a row of the table
     parameters: int  # all of the model
     position_parameters: int  # tables, biases and PE norms
+    warm_start: bool
     folded: bool
 
     def __str__(self) -> str:
@@ -71,7 +73,8 @@ class Description:
         site = "attention biases" if KINDS[self.pe].is_bias else site
         bare = self.prefix_tokens - self.positioned_prefix_tokens
         return (
-            f"{self.host}: join={self.join} pe={self.pe}{' (folded)' if self.folded else ''}, "
+            f"{self.host}: join={self.join} pe={self.pe}{' (folded)' if self.folded else ''}"
+            f"{' (warm start, gated)' if self.warm_start else ''}, "
             f"{self.joined}/{self.blocks} {site} joined, input addition {'on' if self.input_addition else 'off'}, "
             f"grid {self.grid[0]} x {self.grid[1]}, {self.prefix_tokens} prefix tokens"
             f"{f' ({bare} without a position)' if bare else ''}, "
@@ -82,7 +85,7 @@ class Description:
 # ------------------------------------------------------------------------------------------------ convert
 
 
-def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None) -> nn.Module:
+def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_start: bool = False) -> nn.Module:
     """Joins position and tokens the given way, in place, and returns the model.
 
     Args:
@@ -90,6 +93,9 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None) -> nn.Mo
         join: "basic", "share", "unshare", "LaPE-sharing" or "LaPE", in any case.
         pe: None keeps the model's own position table and its values; the name of a kind ("learnable", "1D_sin",
             "2D_sin", "1D_RPE", "2D_RPE", "none") builds a new one in its place.
+        warm_start: for a pretrained model and a join with LN'_l: the model's function is the host's at first. Its input
+            addition stays, and attention sees LN_l(x) + g_l P_(l+1) with a learned gate g_l = 0 a layer, so that
+            fine-tuning decides how much each layer takes. Folding turns the gates into constants too.
 
     Raises:
         UnsupportedModelError: the model is not supported; the message says why and how to register it.
@@ -104,9 +110,14 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None) -> nn.Mo
     anatomy = host.examine(root)
     kind = chosen_kind or _own_kind(anatomy)
     check_combination(chosen_join, kind)
+    if warm_start and not (chosen_join.normalised and chosen_kind is None):
+        raise LapeError(
+            f"warm_start=True with join={chosen_join.name!r} and pe={pe!r}: it keeps the model's own table and opens a "
+            "gate behind each LN'; use join='LaPE' or 'LaPE-sharing' and pe=None"
+        )
     if kind.is_bias and anatomy.add_bias is None:
         raise UnsupportedModelError(f"attention of {host.name} takes no mask: pe={kind.name!r} cannot be added to it")
-    wrappers, tables, watch = _build(anatomy, chosen_join, kind, new=chosen_kind is not None)
+    wrappers, tables, watch = _build(anatomy, chosen_join, kind, new=chosen_kind is not None, gated=warm_start)
     conversion = Conversion(
         host=host.name,
         join=chosen_join.name,
@@ -114,6 +125,7 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None) -> nn.Mo
         anatomy=anatomy,
         sites=tuple((path, wrapped) for path, wrapped, _ in wrappers),
         slot_order=tuple(_owner(anatomy)[0]._parameters),
+        warm_start=warm_start,
     )
     _mutate(conversion, chosen_join, wrappers, tables, watch, new=chosen_kind is not None)
     return model
@@ -136,7 +148,7 @@ def _own_table(anatomy: Anatomy) -> nn.Parameter | None:
 
 
 def _build(
-    anatomy: Anatomy, join: Join, kind: Kind, *, new: bool
+    anatomy: Anatomy, join: Join, kind: Kind, *, new: bool, gated: bool
 ) -> tuple[list[Site], list[PositionTable], GridWatch | None]:
     """The modules of a conversion: (path, name of the wrapped module in it, wrapper), tables, and the watch."""
     root, layout = anatomy.root, anatomy.layout
@@ -188,7 +200,7 @@ def _build(
         return wrappers, tables, watch
     source: PositionSource = tables[0]
     for path, token_norm in zip(anatomy.blocks, token_norms, strict=True):
-        norm = PositionalNorm(token_norm, _norm_like(token_norm, anatomy.width), source, layout, grids)
+        norm = PositionalNorm(token_norm, _norm_like(token_norm, anatomy.width), source, layout, grids, gated=gated)
         wrappers.append((f"{path}.{anatomy.norm}", "token_norm", norm))
         source = norm if join.chained else tables[0]
     return wrappers, tables, watch
@@ -220,7 +232,9 @@ def _mutate(
             conversion.replaced_table = own
         if join.site == "input" and tables:
             owner._parameters[name] = tables[0].pos_embed  # in place: the order of parameters stays the host's
-        elif own is not None:  # zeros in the host's slot switch its input addition off, whatever its forward looks like
+        elif (
+            own is not None and not conversion.warm_start
+        ):  # zeros in the host's slot switch its input addition off, whatever its forward looks like
             delattr(owner, name)
             owner.register_buffer(name, torch.zeros_like(own, requires_grad=False), persistent=False)
     if tables and join.site != "input":
@@ -231,6 +245,8 @@ def _mutate(
         conversion.watch = anatomy.patch_embed
         _set_submodule(root, str(anatomy.patch_embed), watch)
     names = {n for n, parameter in root.named_parameters() if id(parameter) not in before or n.startswith(TABLES)}
+    if anatomy.table is not None:
+        names.add(anatomy.table_slot)
     overrides: dict[str, Callable[..., Any]] = {"no_weight_decay": _NoWeightDecay(root, frozenset(names))}
     if hasattr(type(root), "group_matcher"):
         overrides["group_matcher"] = _GroupMatcher(root)
@@ -303,8 +319,11 @@ def _resize(conversion: Conversion) -> None:
         conversion.replaced_table = spare.pos_embed
     owner, name = _owner(anatomy)
     slot = owner._parameters.get(name)
-    adds = JOINS[conversion.join].site == "input" and KINDS[conversion.pe].is_table
-    if anatomy.table is not None and slot is not None and not adds:
+    adds = conversion.warm_start or (JOINS[conversion.join].site == "input" and KINDS[conversion.pe].is_table)
+    if conversion.warm_start:  # host and chain read one table
+        assert slot is not None
+        root.get_submodule(f"{TABLES}.0").pos_embed = slot
+    elif anatomy.table is not None and slot is not None and not adds:
         delattr(owner, name)  # the host has made a parameter of the zeros in its slot
         owner.register_buffer(name, torch.zeros_like(slot, requires_grad=False), persistent=False)
 
@@ -410,19 +429,20 @@ def describe(model: nn.Module) -> Description:
     assert isinstance(no_decay, _NoWeightDecay)
     own = _own_table(anatomy) is not None
     sizes = {name: parameter.numel() for name, parameter in anatomy.root.named_parameters()}
-    position_names = set(no_decay.names) | ({anatomy.table_slot} if own else set())
+    position_names = no_decay.names | {anatomy.table_slot}
     return Description(
         host=conversion.host,
         join=conversion.join,
         pe=conversion.pe,
         joined=len(conversion.sites),
         blocks=len(anatomy.blocks),
-        input_addition=own and join.site == "input",
+        input_addition=own and (join.site == "input" or conversion.warm_start),
         grid=conversion.layout.grid,
         prefix_tokens=conversion.layout.num_prefix,
         positioned_prefix_tokens=conversion.layout.prefix_rows,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         position_parameters=sum(sizes.get(name, 0) for name in position_names),
+        warm_start=conversion.warm_start,
         folded=conversion.folded,
     )
 
@@ -481,7 +501,7 @@ def positions(model: nn.Module, size: Size | None = None, view: Literal["receive
         assert own is not None
         received = [PositionTable(own, conversion.layout).position(target)] * len(anatomy.blocks)
     else:
-        received = [site.position(target) for site in sites]  # type: ignore[operator]
+        received = [site.received(target) for site in sites]  # type: ignore[operator]
     if view == "seen" and not join.normalised:
         received = [norm(p_1RD) for norm, p_1RD in zip(_token_norms(conversion), received, strict=True)]
     layout = conversion.layout if target is None else replace(conversion.layout, grid=target)
@@ -508,12 +528,14 @@ def position_bias(model: nn.Module) -> Tensor:
 # ------------------------------------------------------------------------------------------------ create
 
 
-def create_model(name: str, join: str = "LaPE", pe: str | None = None, **timm_kwargs: Any) -> nn.Module:
+def create_model(
+    name: str, join: str = "LaPE", pe: str | None = None, *, warm_start: bool = False, **timm_kwargs: Any
+) -> nn.Module:
     """A timm model by name, converted. Remembers name and arguments for `lape.save`.
 
     Args:
         name: a timm model, for instance "deit_tiny_patch16_224".
-        join, pe: as for `apply_`.
+        join, pe, warm_start: as for `apply_`.
         timm_kwargs: handed to `timm.create_model` (img_size, num_classes, pretrained, drop_path_rate, depth, ...).
 
     Raises:
@@ -523,14 +545,16 @@ def create_model(name: str, join: str = "LaPE", pe: str | None = None, **timm_kw
     join_named(join)
     if pe is not None:
         kind_named(pe)
-    return build("timm", name, timm_kwargs, join, pe)
+    return build("timm", name, timm_kwargs, join, pe, warm_start=warm_start)
 
 
-def build(library: str, name: str, kwargs: dict[str, Any], join: str, pe: str | None) -> nn.Module:
+def build(
+    library: str, name: str, kwargs: dict[str, Any], join: str, pe: str | None, *, warm_start: bool = False
+) -> nn.Module:
     """A model of a library by name and arguments, converted; it remembers them for `lape.save`."""
     host = host_of_library(library)
     assert host.build is not None
-    model = apply_(host.build(name, kwargs), join, pe)
+    model = apply_(host.build(name, kwargs), join, pe, warm_start=warm_start)
     plain = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path")}
     conversion_of(model).factory.update(library=library, name=name, kwargs=plain)
     return model

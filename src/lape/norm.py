@@ -41,17 +41,24 @@ class _Joined(Wrapper):
         self.grids = grids  # None: one size only
 
     def position(self, grid: Grid | None = None) -> Tensor:
-        """What this layer receives, (1, R, D)."""
+        """The position that this layer hands on, (1, R, D)."""
         return self._source[0].position(grid)
+
+    def received(self, grid: Grid | None = None) -> Tensor:
+        """The position that this layer's tokens receive, (1, R, D)."""
+        return self.position(grid)
 
     def token_position(self, x_BND: Tensor) -> Tensor:
         """(1, N, D) in the dtype of x: zero for the tokens that own no row."""
         grid = None if self.grids is None else self.grids.of(self.layout, x_BND.shape[1])
-        return self.layout.spread(self.position(grid)).to(x_BND.dtype)
+        return self.layout.spread(self.received(grid)).to(x_BND.dtype)
 
 
 class PositionalNorm(_Joined):
-    """LN_l(x) + LN'_l(P_l): the norm before attention, with the position beside it."""
+    """LN_l(x) + LN'_l(P_l): the norm before attention, with the position beside it.
+
+    With `gated`, LN_l(x) + g_l LN'_l(P_l) with a learned scalar g_l that starts at zero: the host's function at first.
+    """
 
     inner = "token_norm"
 
@@ -62,14 +69,23 @@ class PositionalNorm(_Joined):
         source: PositionSource,
         layout: Layout,
         grids: Grids | None = None,
+        *,
+        gated: bool = False,
     ):
         super().__init__(source, layout, grids)
         self.token_norm = token_norm
         self.pe_norm = pe_norm
+        like = next(pe_norm.parameters())
+        self.pe_gate = nn.Parameter(like.new_zeros(1)) if gated else None
 
     def position(self, grid: Grid | None = None) -> Tensor:
         """P_(l+1) = LN'_l(P_l), (1, R, D). The only place where a LayerNorm meets a position."""
         return self.pe_norm(super().position(grid))
+
+    def received(self, grid: Grid | None = None) -> Tensor:
+        """P_(l+1), times the gate where there is one, (1, R, D)."""
+        p_1RD = self.position(grid)
+        return p_1RD if self.pe_gate is None else self.pe_gate * p_1RD
 
     def forward(self, x_BND: Tensor) -> Tensor:
         y_BND = self.token_norm(x_BND)
