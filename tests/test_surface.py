@@ -37,6 +37,7 @@ LAYERS = [  # each may import from itself and from those before it
         "train",
         "evaluate",
     },
+    {"export"},
     {"plot", "report", "demo", "cli", "__main__"},
 ]
 

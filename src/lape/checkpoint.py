@@ -222,7 +222,7 @@ def model_from_checkpoint(
 # ------------------------------------------------------------------------------------------------ write
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Calls `write(file)` on a temporary file beside `path`, syncs it to disk and renames it: whole or not at all.
 
     Raises LapeError when the folder cannot be written; an earlier file at `path` is untouched then.
@@ -311,13 +311,9 @@ def save(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LapeError(f"cannot create the folder {path}: {error.strerror}") from error
-    write_atomically(path / WEIGHTS, lambda file: _write(file, to_bytes(state)))
-    write_atomically(path / CONFIG, lambda file: _write(file, text.encode()))
+    write_atomically(path / WEIGHTS, lambda file: file.write(to_bytes(state)))
+    write_atomically(path / CONFIG, lambda file: file.write(text.encode()))
     return path
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
 
 
 def _read_folder(path: Path) -> Checkpoint:

@@ -293,6 +293,29 @@ def visualize(
 
 
 @app.command
+def export(
+    checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
+    *,
+    output_dir: Annotated[str, Parameter(help="gets folder/, model.pt2, model.onnx and export.json")],
+    formats: Annotated[tuple[str, ...], Parameter(help="of folder, torch, onnx")] = ("folder", "torch", "onnx"),
+    fold: Annotated[bool, Parameter(help="positions become constants")] = True,
+    tolerance: Annotated[float, Parameter(help="largest difference of outputs, relative to the largest")] = 1e-4,
+    data_path: Annotated[str, Parameter(help="folder with val/ to check on (default: the packaged digits)")] = "",
+    images: Annotated[int, Parameter(help="how many images to check on")] = 64,
+) -> None:
+    """Write a model as torch.export, ONNX and a folder that loads offline, each checked against the eager model."""
+    from lape.checkpoint import read_checkpoint
+    from lape.export import export as write
+    from lape.export import sample_images
+
+    if images < 2:
+        raise LapeError(f"--images {images} is not allowed: give 2 or more")
+    pixels, data_name = sample_images(read_checkpoint(checkpoint), data_path, images)
+    print(f"checked on {len(pixels)} images of {data_name}")
+    write(checkpoint, output_dir, pixels, formats=formats, fold=fold, tolerance=tolerance)
+
+
+@app.command
 def hosts() -> None:
     """List the models that can be converted, by the class of their blocks."""
     from lape.hosts import hosts as table
