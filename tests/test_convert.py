@@ -624,3 +624,16 @@ def test_a_warm_start_survives_another_size():
 def test_a_warm_start_without_meaning_is_refused(join, pe):
     with pytest.raises(lape.LapeError, match="warm_start=True with join="):
         lape.apply_(make(), join, pe, warm_start=True)
+
+
+def test_a_hook_on_the_token_norm_keeps_what_it_saw():
+    """The position is added in place only where nobody can notice."""
+    model = lape.apply_(make())
+    norm, x = model.blocks[0].norm1, torch.randn(2, 17, 32)
+    seen = []
+    expected = norm.token_norm(x)
+    total = norm(x)
+    norm.token_norm.register_forward_hook(lambda _, __, y: seen.append(y))
+    assert torch.equal(norm(x), total)
+    assert torch.equal(seen[0], expected)
+    assert not torch.equal(total, expected)
