@@ -229,7 +229,7 @@ REFUSED = {
     "windows": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer is not a supported model"),
     "dropped patches": (lambda: make(patch_drop_rate=0.5), "patch_drop_rate"),
     "two models": (lambda: torch.nn.ModuleList([make(), make()]), "holds 2 convertible models"),
-    "other norm": (lambda: make(norm_layer=torch.nn.RMSNorm), "RMSNorm, not a LayerNorm"),
+    "no norm": (lambda: make(norm_layer=torch.nn.Identity), "Identity: the norm before attention must be"),
 }
 
 

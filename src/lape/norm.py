@@ -30,6 +30,11 @@ class PositionSource(Protocol):
     def position(self, grid: Grid | None = None) -> Tensor: ...
 
 
+def laid_out(p_1ND: Tensor, x: Tensor) -> Tensor:
+    """The position in the dtype and the layout of x: tokens (B, N, D), or a map (B, rows, columns, D)."""
+    return (p_1ND if x.ndim == 3 else p_1ND.unflatten(1, x.shape[1:3])).to(x.dtype)
+
+
 class _Joined(Wrapper):
     """A host module with a position put before or behind it."""
 
@@ -45,9 +50,12 @@ class _Joined(Wrapper):
         return self._source[0].position(grid)
 
     def token_position(self, x_BND: Tensor) -> Tensor:
-        """(1, N, D) in the dtype of x: zero for the tokens that own no row."""
+        """(1, N, D) in the dtype of x, zero for the tokens that own no row; for a map (B, rows, columns, D), a map."""
+        if x_BND.ndim == 4:  # a map tells its own grid
+            own = tuple(x_BND.shape[1:3]) == self.layout.grid
+            return laid_out(self.position(None if own else (x_BND.shape[1], x_BND.shape[2])), x_BND)
         grid = None if self.grids is None else self.grids.of(self.layout, x_BND.shape[1])
-        return self.layout.spread(self.position(grid)).to(x_BND.dtype)
+        return laid_out(self.layout.spread(self.position(grid)), x_BND)
 
 
 class PositionalNorm(_Joined):
@@ -101,4 +109,4 @@ class FoldedNorm(Wrapper):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         y_BND = self.token_norm(x_BND)
-        return y_BND + self.get_buffer("folded_position").to(y_BND.dtype)
+        return y_BND + laid_out(self.get_buffer("folded_position"), y_BND)
