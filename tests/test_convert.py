@@ -16,8 +16,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.checkpoint import checkpoint
 
 import lape
+from lape.joined import FoldedNorm, PositionalBlock
 from lape.joins import JOINS, check_combination
-from lape.norm import FoldedNorm, PositionalBlock, PositionalNorm
+from lape.norm import PositionalNorm
 from lape.position import KINDS
 
 HOSTS = {
@@ -231,7 +232,7 @@ REFUSED = {
     "windows": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer is not a supported model"),
     "dropped patches": (lambda: make(patch_drop_rate=0.5), "patch_drop_rate"),
     "two models": (lambda: torch.nn.ModuleList([make(), make()]), "holds 2 convertible models"),
-    "other norm": (lambda: make(norm_layer=torch.nn.RMSNorm), "RMSNorm, not a LayerNorm"),
+    "no norm": (lambda: make(norm_layer=torch.nn.Identity), "Identity: the norm before attention must be"),
 }
 
 

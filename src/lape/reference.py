@@ -55,7 +55,7 @@ def _prefix(model: nn.Module, conversion: Conversion) -> str:
 
 def _table_names(conversion: Conversion) -> list[str]:
     """The names of the position tables in files, inside the converted model: the host's, numbered for `unshare`."""
-    slot = conversion.anatomy.table_slot
+    slot = conversion.anatomy.table_slot or "pos_embed"
     if not JOINS[conversion.join].table_per_block:
         return [slot]
     return [f"{slot}{i}" for i in range(len(conversion.anatomy.blocks))]
@@ -111,9 +111,7 @@ def load_reference_state_dict(
             continue
         tensor = given[name]
         if name in tables:
-            tensor = tensor.reshape(1, *tensor.shape[-2:])
-            tensor = tensor if source_grid is None else _resampled(tensor, conversion, source_grid)
-            tensor = tensor.reshape(*own[key].shape[:-2], *tensor.shape[-2:])
+            tensor = _table_like(own[key], tensor, conversion, source_grid)
         if tensor.shape != own[key].shape:
             wrong.append(f"{name} is {_shape(tensor)}, the model's {_shape(own[key])}")
         new[key] = tensor
@@ -129,6 +127,16 @@ def load_reference_state_dict(
         )
     model.load_state_dict(new, strict=True)
     return model
+
+
+def _table_like(own: Tensor, given: Tensor, conversion: Conversion, source_grid: Grid | None) -> Tensor:
+    """A table of a file, (R, D), (1, R, D) or a map (1, rows, columns, D), in the model's shape if its rows agree."""
+    if given.ndim == 4 and source_grid is None:
+        return given  # a map tells its own grid: it must be the model's
+    rows_1RD = given.reshape(1, -1, given.shape[-1])
+    if source_grid is not None:
+        rows_1RD = _resampled(rows_1RD, conversion, source_grid)
+    return rows_1RD.reshape(own.shape) if rows_1RD.shape[1:] == own.flatten(0, -2).shape else rows_1RD
 
 
 def _resampled(pos_embed_1RD: Tensor, conversion: Conversion, source_grid: Grid) -> Tensor:
