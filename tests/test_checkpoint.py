@@ -227,7 +227,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
         raise ValueError("no such repository\nmore words")
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
-    with pytest.raises(lape.CheckpointError, match="hf-hub:somebody/tiny cannot be downloaded: no such repository$"):
+    with pytest.raises(lape.CheckpointError, match=r"hf-hub:somebody/tiny cannot be downloaded: no such repository$"):
         lape.load(address)
 
 

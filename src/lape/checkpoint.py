@@ -85,8 +85,9 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a checkpoint of this project, of DeiT or of the LaPE authors, or a folder written by `save`.
 
-    "hf-hub:OWNER/NAME" is downloaded from the Hugging Face Hub first. Nothing in the file is executed: `torch.load(weights_only=True)` with `argparse.Namespace`, a plain record that
-    DeiT-style files hold, as the only addition. An https address is downloaded first (asked for by its user).
+    "hf-hub:OWNER/NAME" and https addresses are downloaded first (asked for by their user). Nothing in the file is
+    executed: `torch.load(weights_only=True)` with `argparse.Namespace`, a plain record that DeiT-style files hold, as
+    the only addition.
 
     Raises CheckpointError: no such file, not a checkpoint, torn, or a pickle that wants to run code.
     """
