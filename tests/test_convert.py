@@ -481,13 +481,15 @@ def test_creating_models():
     model = lape.create_model("vit_tiny_patch16_224", "share", "2d_sin", **TINY)
     assert lape.describe(model).pe == "2D_sin"
     with pytest.raises(
-        lape.LapeError, match="unknown model 'deit_tinny_patch16_224'; did you mean 'deit_tiny_patch16_224'"
+        lape.LapeError, match=r"unknown model 'deit_tinny_patch16_224': did you mean 'deit_tiny_patch16_224'"
     ):
         lape.create_model("deit_tinny_patch16_224")
     with pytest.raises(lape.LapeError, match=r"65 x 65 is not divisible.*use 64"):
         lape.create_model("deit_tiny_patch16_224", img_size=65)
-    with pytest.raises(lape.LapeError, match="no_such_argument"):
-        lape.create_model("deit_tiny_patch16_224", no_such_argument=1)
+    with pytest.raises(lape.LapeError, match=r"takes no argument 'dpth'; did you mean 'depth'"):
+        lape.create_model("deit_tiny_patch16_224", dpth=1)
+    with pytest.raises(lape.UnsupportedModelError, match="ResNet is not a supported model"):
+        lape.create_model("resnet18", img_size=64)  # which a ResNet does not take: not the point
     with pytest.raises(lape.UnsupportedModelError, match="ResNet"):
         lape.create_model("resnet18")
 
@@ -638,3 +640,22 @@ def test_a_hook_on_the_token_norm_keeps_what_it_saw():
     assert torch.equal(norm(x), total)
     assert torch.equal(seen[0], expected)
     assert not torch.equal(total, expected)
+
+
+@pytest.mark.parametrize("model", [None, "deit_tiny_patch16_224", torch.nn.Linear, 3])
+@pytest.mark.parametrize("call", [lape.apply_, lape.remove_, lape.describe, lape.fold_, lape.positions])
+def test_what_is_no_model_is_said_to_be_none(call, model):
+    with pytest.raises(lape.LapeError, match="is not a model: give a"):
+        call(model)
+
+
+@pytest.mark.parametrize("size", ["x", 1.5, (1, 2, 3), (16, "x"), 0, -4, 17])
+def test_what_is_no_size_is_said_to_be_none(size):
+    with pytest.raises(lape.LapeError, match=r"size=.* is no .*in multiples of the patch of 4 x 4"):
+        lape.positions(lape.apply_(make()), size)
+
+
+@pytest.mark.parametrize("kwargs", [{"join": 3}, {"join": None}, {"join": ["LaPE"]}, {"pe": 5}])
+def test_what_is_no_name_is_said_to_be_none(kwargs):
+    with pytest.raises(lape.LapeError, match="is not a name: known are"):
+        lape.apply_(make(), **kwargs)

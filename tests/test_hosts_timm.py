@@ -216,8 +216,9 @@ def test_every_new_parameter_learns_and_the_optimizer_knows_it(family):
     table = new["lape_position.0.pos_embed"]
     assert settings[id(table)]["lr_scale"] == min(group["lr_scale"] for group in groups)  # of the stem
     for name, p in new.items():
-        if name.endswith("pe_norm.weight"):
-            host_norm = model.get_parameter(name.replace("pe_norm", "token_norm"))
+        if "pe_norm" in name and name.endswith(".weight"):
+            block = name.removeprefix("lape_pe_norm.").removesuffix(".weight")
+            host_norm = model.get_submodule(f"{block}.norm1.token_norm").weight
             assert settings[id(p)]["lr_scale"] == settings[id(host_norm)]["lr_scale"]
 
 

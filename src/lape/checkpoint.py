@@ -98,11 +98,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     if str(path).startswith(HUB):
         return _read_folder(_download(str(path).removeprefix(HUB)))
-    path = Path(path)
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"{path!r} is no path: give a .pth file or a folder written by lape.save")
+    path = Path(path).expanduser()
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
-        raise CheckpointError(f"no such checkpoint: {path}")
+        raise CheckpointError(f"no such checkpoint: {path}; give a .pth file or a folder written by lape.save")
     return _from_contents(path, _unpickle_safely(path))
 
 
@@ -126,9 +128,13 @@ def _unpickle_safely(path: Path) -> Any:
                 f"{path} wants to run {wanted} while loading: refused, nothing was executed. Only tensors, plain "
                 "values and argparse.Namespace are read"
             ) from None
-        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {_first_line(error)}") from None
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read without running code from it: refused, nothing was executed"
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint, the file is cut off or damaged: copy or save it again"
+        ) from error
 
 
 def _wanted_global(message: str) -> str | None:
@@ -310,7 +316,9 @@ def save(
         text = json.dumps(config, indent=2) + "\n"
     except TypeError as error:
         raise LapeError(f"config.json takes plain values only: {error} in {factory['kwargs']} or {transform}") from None
-    path = Path(path)
+    if name:
+        _check_factory(model, factory)
+    path = Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -318,6 +326,30 @@ def save(
     write_atomically(path / WEIGHTS, lambda file: file.write(to_bytes(state)))
     write_atomically(path / CONFIG, lambda file: file.write(text.encode()))
     return path
+
+
+def _check_factory(model: nn.Module, factory: dict[str, Any]) -> None:
+    """Raises LapeError unless this name and these arguments make a model of the same parts and shapes."""
+    conversion = conversion_of(model)
+    pe = None if conversion.warm_start else conversion.pe
+    with torch.device("meta"):
+        twin = build(
+            factory["library"],
+            factory["name"],
+            factory["kwargs"],
+            conversion.join,
+            pe,
+            warm_start=conversion.warm_start,
+        )
+        if conversion.folded:
+            fold_(twin)
+    ours, theirs = ({key: tuple(t.shape) for key, t in m.state_dict().items()} for m in (model, twin))
+    if ours != theirs:
+        key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+        raise LapeError(
+            f"name={factory['name']!r} with {factory['kwargs']} makes another model: {key} is {theirs.get(key)} there "
+            f"and {ours.get(key)} here; give the arguments that this model was made with"
+        )
 
 
 def _read_folder(path: Path) -> Checkpoint:

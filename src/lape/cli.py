@@ -323,7 +323,7 @@ def hosts() -> None:
     for host in table():
         print(host.name)
         rows = [
-            ("models", ", ".join(host.root_classes)),
+            ("models", ", ".join(host.root_classes) if host.root_child is None else ""),
             ("blocks", ", ".join(host.block_classes)),
             ("done", host.note),
             ("tested", ", ".join(host.tested)),

@@ -17,12 +17,14 @@ from lape.bias import FoldedBias, PositionalAttention, PositionBias
 from lape.errors import LapeError, UnsupportedModelError
 from lape.grids import Grids, GridWatch
 from lape.hosts import Anatomy, class_name, find_host, host_named, host_of_library
+from lape.hosts.base import check_module
 from lape.joined import FoldedNorm, PositionalBlock, PositionSource
 from lape.joins import JOINS, Join, check_combination, join_named
 from lape.norm import PositionalNorm
 from lape.position import KINDS, Grid, Kind, Layout, PositionTable, kind_named
 
 TABLES = "lape_position"  # name under which a converted model holds its position tables
+NORMS = "lape_pe_norm"  # and its LN'_l, each under the path of its block
 RECORD = "_lape"  # attribute of a converted model: its Conversion
 
 Size = int | tuple[int, int]
@@ -273,6 +275,9 @@ def _mutate(
         root.add_module(TABLES, nn.ModuleList(tables))
     for path, _, wrapper in wrappers:
         _set_submodule(root, path, wrapper)
+    if join.normalised and tables:
+        norms = [w.pe_norm for _, _, w in wrappers if isinstance(w, PositionalNorm)]
+        root.add_module(NORMS, _nested(dict(zip(anatomy.blocks, norms, strict=True))))
     if watch is not None:
         conversion.watch = anatomy.patch_embed
         _set_submodule(root, str(anatomy.patch_embed), watch)
@@ -290,6 +295,20 @@ def _mutate(
     setattr(root, RECORD, conversion)
 
 
+def _nested(modules: dict[str, nn.Module]) -> nn.Module:
+    """A module that holds each of these under its dotted path."""
+    top = nn.Module()
+    for path, module in modules.items():
+        *parents, name = path.split(".")
+        node = top
+        for parent in parents:
+            if parent not in node._modules:
+                node.add_module(parent, nn.Module())
+            node = node.get_submodule(parent)
+        node.add_module(name, module)
+    return top
+
+
 class _NoWeightDecay:
     """The host's `no_weight_decay()` with the position's parameters added: P, biases and PE norms are not decayed."""
 
@@ -303,7 +322,7 @@ class _NoWeightDecay:
 
 
 class _GroupMatcher:
-    """timm's `group_matcher()` with the position tables counted to the stem, for layer-wise learning rates."""
+    """timm's `group_matcher()` for layer-wise learning rates: tables belong to the stem, LN'_l to block l."""
 
     def __init__(self, root: nn.Module):
         self.root = root
@@ -312,8 +331,10 @@ class _GroupMatcher:
         host: Any = type(self.root)
         groups = host.group_matcher(self.root, coarse)
         if callable(groups):  # a function of the name, with the stem as group 0
-            return lambda name: 0 if name.startswith(TABLES) else groups(name)
-        return {**groups, "stem": f"{groups['stem']}|{TABLES}"}
+            return lambda name: 0 if name.startswith(TABLES) else groups(name.removeprefix(f"{NORMS}."))
+        blocks = groups["blocks"] if isinstance(groups["blocks"], list) else [(groups["blocks"], None)]
+        mirrored = [(rf"^{NORMS}\.{pattern.removeprefix('^')}", order) for pattern, order in blocks]
+        return {**groups, "stem": f"{groups['stem']}|{TABLES}", "blocks": [*blocks, *mirrored]}
 
 
 class _SetInputSize:
@@ -399,7 +420,8 @@ def remove_(model: nn.Module) -> nn.Module:
                 delattr(owner, name)
             owner.register_parameter(name, table)
             _reorder(owner._parameters, conversion.slot_order)
-    root._modules.pop(TABLES, None)
+    for name in (TABLES, NORMS):
+        root._modules.pop(name, None)
     for attribute in (*conversion.overrides, RECORD):
         delattr(root, attribute)
     return model
@@ -439,7 +461,8 @@ def fold_(model: nn.Module, size: Size | None = None) -> nn.Module:
             elif isinstance(site, PositionalAttention):
                 site.position_bias = FoldedBias(site.position_bias().clone())
     if JOINS[conversion.join].normalised:
-        root._modules.pop(TABLES, None)
+        for name in (TABLES, NORMS):
+            root._modules.pop(name, None)
     conversion.folded = True
     return model
 
@@ -448,6 +471,7 @@ def fold_(model: nn.Module, size: Size | None = None) -> nn.Module:
 
 
 def _record(model: nn.Module) -> Conversion | None:
+    check_module(model)
     return next((module.__dict__[RECORD] for module in model.modules() if RECORD in module.__dict__), None)
 
 
@@ -500,10 +524,14 @@ def _grid_for(conversion: Conversion, size: Size | None) -> Grid | None:
     """The grid of an image of `size` pixels (side, or height and width); None stays None."""
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
+    sides = (size, size) if isinstance(size, int) else size
     patch_height, patch_width = conversion.anatomy.patch_size
+    rule = f"give pixels, a side or (height, width), in multiples of the patch of {patch_height} x {patch_width}"
+    if not isinstance(sides, tuple | list) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise LapeError(f"size={size!r} is no image size: {rule}")
+    height, width = sides
     if min(height, width) <= 0 or height % patch_height or width % patch_width:
-        raise LapeError(f"size={size!r} is no multiple of the patch of {patch_height} x {patch_width} pixels")
+        raise LapeError(f"size={size!r} is no multiple of the patch: {rule}")
     return height // patch_height, width // patch_width
 
 

@@ -98,7 +98,7 @@ def export(
     shipped = _copy(eager)
     if fold and not conversion_of(shipped).folded:
         fold_(shipped)
-    target = Path(output_dir)
+    target = Path(output_dir).expanduser()
     _make(target)
     with tempfile.TemporaryDirectory(dir=target, prefix=".export.") as unfinished:
         done = []

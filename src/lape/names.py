@@ -28,6 +28,8 @@ def match_name(kind: str, value: str, allowed: Iterable[str]) -> str:
         LapeError: `value` is none of them; the message lists them and names the nearest.
     """
     names = list(allowed)
+    if not isinstance(value, str):
+        raise LapeError(f"{kind}={value!r} is not a name: known are {', '.join(names)}")
     for name in names:
         if str(value).casefold() == name.casefold():
             return name

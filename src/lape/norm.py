@@ -42,9 +42,14 @@ class PositionalNorm(Joined):
     ):
         super().__init__(source, layout, grids)
         self.token_norm = token_norm
-        self.pe_norm = pe_norm
+        self._pe_norm = (pe_norm,)  # registered with the whole model: a sharded block could not lend it to the next one
         like = next(pe_norm.parameters())
         self.pe_gate = nn.Parameter(like.new_zeros(1)) if gated else None
+
+    @property
+    def pe_norm(self) -> nn.Module:
+        """LN'_l."""
+        return self._pe_norm[0]
 
     def position(self, grid: Grid | None = None) -> Tensor:
         """P_(l+1) = LN'_l(P_l), (1, R, D). The only place where a LayerNorm meets a position."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.bias import offset_index
-from lape.convert import TABLES, Conversion, conversion_of
+from lape.convert import NORMS, TABLES, Conversion, conversion_of
 from lape.errors import CheckpointError
 from lape.joins import JOINS
 from lape.position import KINDS, Grid, resample
@@ -33,7 +33,8 @@ def reference_names(model: nn.Module) -> dict[str, str]:
     for path, wrapped in conversion.sites:
         if wrapped == "token_norm":
             block = path.removesuffix(anatomy.norm)
-            rename += [(f"{path}.{own}", f"{block}{own}") for own in ("pe_norm.", "pe_gate", "folded_position")]
+            rename.append((f"{NORMS}.{block}", f"{block}pe_norm."))
+            rename += [(f"{path}.{own}", f"{block}{own}") for own in ("pe_gate", "folded_position")]
         elif wrapped == "host_attention":
             rename.append((f"{path}.position_bias.", f"{path}."))
     rename += [(f"{TABLES}.{i}.pos_embed", name) for i, name in enumerate(_table_names(conversion))]

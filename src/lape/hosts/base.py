@@ -107,10 +107,10 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
 
     Raises UnsupportedModelError when there is none or more than one.
     """
+    check_module(model)
     found = [(host, module) for module in model.modules() for host in _HOSTS.values() if _is_root(module, host)]
     if len(found) == 1:
         return found[0]
-    supported = ", ".join(name for host in _HOSTS.values() for name in host.root_classes)
     if found:
         raise UnsupportedModelError(
             f"{class_name(type(model))} holds {len(found)} convertible models: pass the one you mean, not the whole"
@@ -121,9 +121,16 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
             where = f"{path} is a {name}: " if path else ""
             raise UnsupportedModelError(f"{class_name(type(model))} is not a supported model: {where}{refused[name]}")
     raise UnsupportedModelError(
-        f"{class_name(type(model))} is not a supported model; supported: {supported}; "
-        "another one is added by lape.register_host(lape.Host(...))"
+        f"{class_name(type(model))} is not a supported model; supported are {', '.join(_HOSTS)} (`lape hosts` lists "
+        "their classes); another one is added by lape.register_host(lape.Host(...))"
     )
+
+
+def check_module(model: object) -> None:
+    """Raises LapeError unless this is a model at all."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        raise LapeError(f"{what:.80} is not a model: give a torch.nn.Module, for instance timm.create_model(...)")
 
 
 def _is_root(module: nn.Module, host: Host) -> bool:

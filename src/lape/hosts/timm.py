@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
+import torch
 from torch import nn
 
-from lape.errors import LapeError
+from lape.errors import LapeError, UnsupportedModelError
 from lape.grids import grid_of_map
 from lape.hosts import timm_maps, timm_tokens
-from lape.hosts.base import Anatomy, Host
+from lape.hosts.base import Anatomy, Host, find_host
 from lape.hosts.timm_parts import PARALLEL, POST_NORM, anatomy, children, layout_of, measure
 from lape.names import nearest
 
@@ -59,16 +62,14 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """A timm model by name. Raises LapeError: an unknown name (the nearest is named), wrong arguments or size."""
     import timm
 
-    if not timm.is_model(name.split(".")[0]):
-        guess = nearest(name.split(".")[0], timm.list_models())
-        raise LapeError(
-            f"unknown model {name!r}{f'; did you mean {guess!r}?' if guess else ''}: see timm.list_models()"
-        )
+    if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
+        guess = nearest(str(name).split(".")[0], timm.list_models())
+        hint = f"did you mean {guess!r}? " if guess else ""
+        raise LapeError(f"unknown model {name!r}: {hint}timm.list_models() has all names")
     try:
         model: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, AssertionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise LapeError(f"model {name!r} with {kwargs}: {reason}") from error
+        raise _explained(name, kwargs, error) from error
     patch_embed = getattr(model, "patch_embed", None)
     size, patch = getattr(patch_embed, "img_size", None), getattr(patch_embed, "patch_size", None)
     patch = (patch, patch) if isinstance(patch, int) else patch
@@ -78,6 +79,25 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
             f"use {size[0] // patch[0] * patch[0] or patch[0]} or another multiple"
         )
     return model
+
+
+def _explained(name: str, kwargs: dict[str, Any], error: Exception) -> LapeError:
+    """Why a model cannot be made: it is none that can be converted, or an argument that it does not take."""
+    import timm
+
+    with torch.device("meta"):
+        plain = timm.create_model(name)
+    try:
+        find_host(plain)
+    except UnsupportedModelError as unsupported:
+        return unsupported
+    reason = " ".join(str(error).split()) or type(error).__name__
+    wrong = re.search(r"unexpected keyword argument '(\w+)'", reason)
+    if wrong is None:
+        return LapeError(f"model {name!r} with {kwargs}: {reason}")
+    guess = nearest(wrong[1], inspect.signature(type(plain).__init__).parameters)
+    hint = f"; did you mean {guess!r}?" if guess else ""
+    return LapeError(f"model {name!r} takes no argument {wrong[1]!r}{hint}")
 
 
 VISION_TRANSFORMER = Host(
