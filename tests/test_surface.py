@@ -25,7 +25,12 @@ LAYERS = [  # each may import from itself and from those before it
     {"norm", "bias", "joins", "hosts"},
     {"convert"},
     {
+        "build",
+        "check_data",
         "checkpoint",
+        "faults",
+        "logs",
+        "state",
         "correlation",
         "recipe",
         "augment",

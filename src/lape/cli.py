@@ -10,7 +10,9 @@ import contextlib
 import inspect
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
 
-from lape.errors import LapeError
+from lape.errors import LapeError, LostError
 from lape.recipe import Recipe, check_launch, spelling_of, topic_of, topics
 
 USER_ERROR = 2
@@ -30,7 +32,7 @@ STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", 
 EVALUATION = (
     *STORED,
     *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem"),
-    *("dist_eval", "device", "amp", "threads"),
+    *("ema", "dist_eval", "device", "amp", "threads"),
 )
 
 Command = Callable[..., None]
@@ -361,7 +363,7 @@ def run(command: App, tokens: Sequence[str]) -> int:
         with _quiet_unless_first():
             command(_dashes(tokens))
     except (LapeError, CycloptsError) as error:
-        _report(_one_line(error))
+        _report(_one_line(error), isinstance(error, LostError))
         return USER_ERROR
     except KeyboardInterrupt:
         if _rank() == 0:
@@ -394,12 +396,26 @@ def _quiet_unless_first() -> Iterator[None]:
         yield
 
 
-def _report(message: str) -> None:
-    """Print one line to stderr. A later process waits: the launcher ends it first if the error is everyone's."""
-    if _rank() > 0:
+def _report(message: str, lost: bool = False) -> None:
+    """Print one line to stderr. A later process waits: the launcher ends it first if the error is everyone's.
+
+    One that has lost another waits as well, or the launcher would end that one before it can say why.
+    """
+    if lost:
+        _wait_for_launcher(5)
+    elif _rank() > 0:
         time.sleep(3)
+    if _rank() > 0:
         message = f"[rank {_rank()}] {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _wait_for_launcher(seconds: float) -> None:
+    """Until it ends this process, too, which then still has something to say."""
+    asked = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda _number, _frame: asked.set())
+    asked.wait(seconds)
 
 
 def _one_line(error: Exception) -> str:
