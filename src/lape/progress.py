@@ -6,7 +6,7 @@ import datetime
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from lape.data import BatchPlan
@@ -41,17 +41,19 @@ class Progress:
         self._began = 0.0
         self._bar: Any = None
 
-    def over(self, loader: Iterable[Any]) -> Iterator[Any]:
+    def over(self, loader: Iterable[Any]) -> Generator[Any, None, None]:
         """The batches of a loader, with the time that was spent on waiting for them."""
         self._began = mark = time.perf_counter()
         if self.say is print and sys.stdout.isatty():
             self._bar = _open_bar(self.title, self.first, self.steps)
+        batches = iter(loader)
         try:
-            for batch in loader:
+            for batch in batches:
                 self.waited += time.perf_counter() - mark
                 yield batch
                 mark = time.perf_counter()
         finally:
+            del batches  # ends the loader's processes
             if self._bar is not None:
                 self._bar.stop()
         self.seconds = time.perf_counter() - self._began

@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -148,7 +148,8 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
             )
             net.train(recipe.train_mode)
             loss_of_step = torch.zeros((), device=world.device)
-            for number, (images, targets) in enumerate(progress.over(loader), start=state.next_step * plan.parts):
+            batches = at_end.enter_context(closing(progress.over(loader)))  # an error must not leave its processes
+            for number, (images, targets) in enumerate(batches, start=state.next_step * plan.parts):
                 step, part = divmod(number, plan.parts)
                 last = part == plan.parts - 1  # of the batches whose gradients make this step
                 seed_step(recipe.seed, epoch, step, world.rank, part)
