@@ -9,6 +9,7 @@ bit. Exit code 0 when they do. Linux only (it finds a launcher's processes under
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -81,10 +82,8 @@ def family(pid: int) -> list[int]:
 
 def kill(process: subprocess.Popen) -> None:
     for pid in family(process.pid):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.wait()
 
 

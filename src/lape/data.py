@@ -290,7 +290,8 @@ class Samples(Dataset):
                 items = [self._draw_readable(*key, skipped) for key in keys]
             return (items, skipped) if skipped else items
         except DataError as error:
-            return DataError(str(error))
+            way_out = "" if self.stream is None or self.skip_corrupt else ", or train without it: --skip-corrupt"
+            return DataError(f"{error}{way_out}")
 
     def _draw_readable(self, index: int, copy: int, skipped: list[str]) -> tuple[torch.Tensor, int]:
         if not self.skip_corrupt:

@@ -13,7 +13,7 @@ from lape.data import BatchPlan
 from lape.distributed import World
 from lape.faults import peak_memory
 
-STARVED = 0.5  # part of an epoch spent on waiting for images from which on the output gives advice
+STARVED = 0.3  # part of an epoch spent on waiting for images from which on the output gives advice
 MATTERS = 10.0  # seconds; a shorter epoch is dominated by starting the loader
 
 
@@ -57,9 +57,12 @@ class Progress:
             if self._bar is not None:
                 self._bar.stop()
         self.seconds = time.perf_counter() - self._began
-        if self.seconds > MATTERS and self.waited > STARVED * self.seconds:
+        if self.seconds > MATTERS and self.waited >= STARVED * self.seconds:
             part = round(100 * self.waited / self.seconds)
-            self.say(f"{part}% of the epoch was spent on waiting for images: raise --num-workers, or use smaller files")
+            self.say(
+                f"{part}% of the epoch was spent on waiting for images ({self.waited / self.done:.3f} s of "
+                f"{self.seconds / self.done:.3f} s a step): raise --num-workers, or use smaller files"
+            )
 
     def report(self, *, loss: float, lr: float, grad_norm: float) -> None:
         """Show a step that is done."""
