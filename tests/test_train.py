@@ -255,7 +255,7 @@ def test_the_authors_full_checkpoint_resumes(shared):
     checkpoint = lape.read_checkpoint(recipe.resume)
     resume(state, checkpoint, recipe, batch_plan(recipe), say=quiet)
     assert state.next_epoch == 3
-    names = lape.checkpoint.reference_names(state.model)
+    names = lape.reference.reference_names(state.model)
     theirs = checkpoint.raw["optimizer"]["state"]
     for name, parameter in state.model.named_parameters():
         assert torch.equal(parameter, checkpoint.model[names[name]])

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lape.checkpoint import load, load_reference_state_dict, read_checkpoint, save, to_reference_state_dict
+    from lape.checkpoint import load, read_checkpoint, save
     from lape.convert import (
         Description,
         apply_,
@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from lape.errors import CheckpointError, DataError, LapeError, UnsupportedModelError
     from lape.hosts import Anatomy, Host, hosts, register_host
     from lape.position import Layout
+    from lape.reference import load_reference_state_dict, to_reference_state_dict
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "checkpoint": ("load", "load_reference_state_dict", "read_checkpoint", "save", "to_reference_state_dict"),
+    "checkpoint": ("load", "read_checkpoint", "save"),
     "convert": (
         *("Description", "apply_", "create_model", "describe", "fold_", "grid", "num_prefix_tokens"),
         *("position_bias", "positions", "remove_"),
@@ -44,6 +45,7 @@ _HOME = {
     "errors": ("CheckpointError", "DataError", "LapeError", "UnsupportedModelError"),
     "hosts": ("Anatomy", "Host", "hosts", "register_host"),
     "position": ("Layout",),
+    "reference": ("load_reference_state_dict", "to_reference_state_dict"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -10,12 +10,13 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from lape.augment import eval_transform
-from lape.checkpoint import Checkpoint, load_reference_state_dict, read_checkpoint, to_reference_state_dict
+from lape.checkpoint import Checkpoint, read_checkpoint
 from lape.convert import conversion_of, create_model
 from lape.errors import CheckpointError, LapeError
 from lape.evaluate import source_grid
 from lape.names import nearest
 from lape.recipe import Recipe
+from lape.reference import load_reference_state_dict, to_reference_state_dict
 
 Say = Callable[[str], None]
 PATCHES = "patch_embed.proj.weight"
@@ -133,6 +134,9 @@ def _train_attention_only(model: nn.Module) -> None:
 class Teacher(nn.Module):
     """A frozen classifier that sees the student's images in its own normalisation: (B, C, H, W) -> logits (B, K)."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, model: nn.Module, seen: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
         super().__init__()
         self.model = model
@@ -174,9 +178,8 @@ def load_teacher(recipe: Recipe, num_classes: int, device: torch.device, say: Sa
         ) from None
     student = eval_transform(recipe)
     seen = (tuple(student.mean), tuple(student.std))
-    source, own = "its checkpoint", checkpoint.transform
-    if own is None:
-        source, own = "timm", model.pretrained_cfg
+    source, own = ("its checkpoint", checkpoint.transform) if checkpoint.transform else ("timm", model.pretrained_cfg)
+    assert isinstance(own, dict)
     wanted = (tuple(own["mean"]), tuple(own["std"]))
     if len(wanted[0]) != recipe.in_chans:
         source, wanted = "the student: its own has other channels", seen

@@ -1,9 +1,4 @@
-"""Files: read any checkpoint without running its code, map names to the LaPE reference's and back, save and load.
-
-Names. A converted model holds its parts where PyTorch puts them (`blocks.0.norm1.token_norm.weight`,
-`lape_position.0.pos_embed`); files hold the names of the authors' code (`blocks.0.norm1.weight`, `pos_embed`), which
-for the host's own parameters are the host's. `reference_names` is the one table between the two.
-"""
+"""Files: read any checkpoint without running its code, write whole or not at all, save and load models."""
 
 from __future__ import annotations
 
@@ -24,136 +19,18 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor, nn
 
-from lape.bias import offset_index
-from lape.convert import TABLES, Conversion, conversion_of, create_model
+from lape.convert import build, conversion_of, fold_
 from lape.errors import CheckpointError, LapeError
-from lape.joins import JOINS, join_named
-from lape.position import KINDS, Grid, kind_named, resample
+from lape.hosts import host_named
+from lape.joins import join_named
+from lape.position import kind_named
+from lape.reference import load_reference_state_dict, to_reference_state_dict
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "lape-1"
 
 _JOIN_ALIASES = {"ln": "LaPE"}  # the reference's name for LaPE on relative position bias
-_INDEX = "relative_position_index"  # a buffer in the reference's files; derived from the grid here
-
-
-# ------------------------------------------------------------------------------------------------ names
-
-
-def reference_names(model: nn.Module) -> dict[str, str]:
-    """The model's state-dict keys -> the names of the authors' files, for a converted model."""
-    conversion = conversion_of(model)
-    rename = [(f"{path}.{wrapped}.", f"{path}.") for path, wrapped in conversion.sites]
-    if conversion.watch is not None:
-        rename.append((f"{conversion.watch}.host_patch_embed.", f"{conversion.watch}."))
-    norm = conversion.anatomy.norm
-    for path, wrapped in conversion.sites:
-        if wrapped == "token_norm":
-            rename.append((f"{path}.pe_norm.", f"{path.removesuffix(norm)}pe_norm."))
-        elif wrapped == "host_attention":
-            rename.append((f"{path}.position_bias.", f"{path}."))
-    for i in range(len(conversion.anatomy.blocks)):
-        number = str(i) if JOINS[conversion.join].table_per_block else ""
-        rename.append((f"{TABLES}.{i}.pos_embed", f"pos_embed{number}"))
-
-    def reference_name(key: str) -> str:
-        return next((new + key.removeprefix(old) for old, new in rename if key.startswith(old)), key)
-
-    return {key: reference_name(key) for key in conversion.anatomy.root.state_dict()}
-
-
-def to_reference_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a converted model under the names and in the shapes of the authors' files; nothing is left out.
-
-    `1D_sin` tables are (R, D) there, and relative position biases come with their index. Raises LapeError for a folded
-    model, which has no such form.
-    """
-    conversion = conversion_of(model)
-    if conversion.folded:
-        raise LapeError("a folded model has no parameters of position left to name: save the model before lape.fold_")
-    names = reference_names(model)
-    state = {names[key]: tensor for key, tensor in conversion.anatomy.root.state_dict().items()}
-    if conversion.pe == "1D_sin" and "pos_embed" in state:
-        state["pos_embed"] = state["pos_embed"][0]
-    return state | {key: index_nn.clone() for key, index_nn in _indices(conversion).items()}
-
-
-def _indices(conversion: Conversion) -> dict[str, Tensor]:
-    axes = KINDS[conversion.pe].bias_axes
-    if not axes:
-        return {}
-    return {f"{path}.{_INDEX}": offset_index(conversion.layout.grid, axes) for path, _ in conversion.sites}
-
-
-def load_reference_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor], *, source_grid: Grid | None = None
-) -> nn.Module:
-    """Loads a state dict with the authors' names into a converted model, strictly, and returns the model.
-
-    Args:
-        source_grid: the (rows, columns) that the tables in `state_dict` are for; when given and another than the
-            model's, tables are resampled (bicubic, float32, before the chain). None: shapes must agree.
-
-    Raises:
-        CheckpointError: keys missing or unexpected, or shapes that differ; the message names them. The model is
-            unchanged then.
-    """
-    conversion = conversion_of(model)
-    own = conversion.anatomy.root.state_dict()
-    names = reference_names(model)
-    given = dict(state_dict)
-    for key, index_nn in _indices(conversion).items():
-        other = given.pop(key, None)
-        if other is not None and not torch.equal(other, index_nn):
-            raise CheckpointError(f"{key} is not that of a {conversion.layout.grid} grid: the file is for another grid")
-    missing = [name for name in names.values() if name not in given]
-    unexpected = sorted(given.keys() - set(names.values()))
-    new, wrong = {}, []
-    for key, name in names.items():
-        if name not in given:
-            continue
-        tensor = given[name]
-        if name.startswith("pos_embed") and tensor.ndim == 2:
-            tensor = tensor[None]
-        if name.startswith("pos_embed") and source_grid is not None:
-            tensor = _resampled(tensor, conversion, source_grid)
-        if tensor.shape != own[key].shape:
-            wrong.append(f"{name} is {_shape(tensor)}, the model's {_shape(own[key])}")
-        new[key] = tensor
-    problems = [
-        text
-        for title, items in (("missing", missing), ("unexpected", unexpected), ("shapes differ:", wrong))
-        if (text := _listed(title, items))
-    ]
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint does not fit the model (join={conversion.join}, pe={conversion.pe}): "
-            f"{'; '.join(problems)}. Check model name, join, PE kind, input size and number of classes"
-        )
-    conversion.anatomy.root.load_state_dict(new, strict=True)
-    return model
-
-
-def _resampled(pos_embed_1RD: Tensor, conversion: Conversion, source_grid: Grid) -> Tensor:
-    source = conversion.layout.__class__(source_grid, conversion.layout.prefix_rows)
-    if pos_embed_1RD.shape[1] != source.num_rows:
-        raise CheckpointError(
-            f"pos_embed has {pos_embed_1RD.shape[1]} rows, a grid of {source_grid[0]} x {source_grid[1]} with "
-            f"{source.prefix_rows} prefix rows needs {source.num_rows}: give the grid that the file was trained at"
-        )
-    return resample(pos_embed_1RD, source, conversion.layout.grid)
-
-
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape)) or "a scalar"
-
-
-def _listed(title: str, items: list[str], most: int = 4) -> str:
-    if not items:
-        return ""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return f"{title} {', '.join(items[:most])}{more}"
 
 
 # ------------------------------------------------------------------------------------------------ read
@@ -175,6 +52,11 @@ class Checkpoint:
         """Outputs of the classifier, None without one."""
         head = self.model.get("head.weight")
         return None if head is None else head.shape[0]
+
+    @property
+    def library(self) -> str:
+        """Who builds the model."""
+        return self.raw.get("library") or "timm"
 
     @property
     def classes(self) -> list[str] | None:
@@ -321,16 +203,21 @@ def model_from_checkpoint(
     kwargs = {**(checkpoint.args.get("model_kwargs") or {}), **timm_kwargs}
     if "img_size" not in kwargs and (checkpoint.kind == "pth" or input_size is not None):
         kwargs["img_size"] = checkpoint.setting("input_size", input_size)
-    if checkpoint.num_classes is not None:
+    if checkpoint.library == "timm" and checkpoint.num_classes is not None:
         kwargs.setdefault("num_classes", checkpoint.num_classes)
     if (in_chans := checkpoint.args.get("in_chans")) is not None:
         kwargs.setdefault("in_chans", in_chans)
-    made = create_model(
+    warm_start = bool(checkpoint.args.get("warm_start"))
+    made = build(
+        checkpoint.library,
         checkpoint.setting("model", model),
+        kwargs,
         checkpoint.setting("join_type", None if join is None else join_named(join).name),
-        checkpoint.setting("pe", None if pe is None else kind_named(pe).name),
-        **kwargs,
+        None if warm_start else checkpoint.setting("pe", None if pe is None else kind_named(pe).name),
+        warm_start=warm_start,
     )
+    if checkpoint.raw.get("folded"):
+        fold_(made)
     return load_reference_state_dict(made, state).eval()
 
 
@@ -338,7 +225,7 @@ def model_from_checkpoint(
 
 
 def write_atomically(
-    path: str | Path, write: Callable[[BinaryIO], None], *, previous: str | Path | None = None
+    path: str | Path, write: Callable[[BinaryIO], object], *, previous: str | Path | None = None
 ) -> None:
     """Calls `write(file)` on a temporary file beside `path`, syncs it to disk and renames it: whole or not at all.
 
@@ -410,27 +297,38 @@ def save(
     class names, evaluation transform). `lape.load` reads it, without running any code from it.
 
     Args:
-        name, timm_kwargs: the timm model and its arguments; needed when the model was not made by `lape.create_model`.
+        name, timm_kwargs: the timm model and its arguments; needed for a timm model that was not made by
+            `lape.create_model`. Models of transformers and torchvision tell theirs.
         classes: class names in the order of the outputs.
         transform: the evaluation transform (`EvalTransform.to_dict()`).
 
-    Raises LapeError when the model's name is not known, it is folded, or the folder cannot be written.
+    Raises LapeError when how to build the model is not known, or the folder cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
     conversion = conversion_of(model)
-    factory = {"name": name, "kwargs": timm_kwargs} if name else conversion.factory
+    factory = conversion.factory
+    if name:
+        factory = {"library": "timm", "name": name, "kwargs": timm_kwargs}
+    elif (
+        not factory and (blueprint := host_named(conversion.host).blueprint) is not None and (made := blueprint(model))
+    ):
+        factory = {"library": host_named(conversion.host).library, "name": made[0], "kwargs": made[1]}
     if not factory:
         raise LapeError(
-            "the model was not made by lape.create_model: give its timm name, lape.save(model, path, name=...)"
+            "how to build this model again is not known: give its timm name and arguments, "
+            "lape.save(model, path, name=..., ...), or save the state_dict yourself"
         )
     state = {key: tensor.contiguous() for key, tensor in to_reference_state_dict(model).items()}
     config = {
         "format": FORMAT,
+        "library": factory["library"],
         "model": factory["name"],
         "model_kwargs": factory["kwargs"],
         "join": conversion.join,
         "pe": conversion.pe,
+        "warm_start": conversion.warm_start,
+        "folded": conversion.folded,
         "grid": conversion.layout.grid,
         "classes": classes,
         "transform": transform,
@@ -444,13 +342,9 @@ def save(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LapeError(f"cannot create the folder {path}: {error.strerror}") from error
-    write_atomically(path / WEIGHTS, lambda file: _write(file, to_bytes(state)))
-    write_atomically(path / CONFIG, lambda file: _write(file, text.encode()))
+    write_atomically(path / WEIGHTS, lambda file: file.write(to_bytes(state)))
+    write_atomically(path / CONFIG, lambda file: file.write(text.encode()))
     return path
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
 
 
 def _read_folder(path: Path) -> Checkpoint:
@@ -463,7 +357,8 @@ def _read_folder(path: Path) -> Checkpoint:
     state = _unpickle_safely(path / WEIGHTS)
     kwargs = dict(config["model_kwargs"])
     args = {"model": config["model"], "join_type": config["join"], "pe": config["pe"], "model_kwargs": kwargs}
-    raw = {key: config.get(key) for key in ("classes", "transform", "grid")}
+    args["warm_start"] = bool(config.get("warm_start"))
+    raw = {key: config.get(key) for key in ("library", "folded", "classes", "transform", "grid")}
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
 
 

@@ -143,7 +143,7 @@ def demo(
     seeds: Annotated[int, Parameter(help="trainings of each join")] = 5,
     epochs: Annotated[int | None, Parameter(help="length of a training (default: the packaged recipe's)")] = None,
     long_factor: Annotated[int, Parameter(help="the longer budget, as a multiple of the epochs")] = 3,
-    long_seeds: Annotated[int, Parameter(help="trainings of each join with the longer budget; 0: none")] = 2,
+    long_seeds: Annotated[int, Parameter(help="trainings of each join with the longer budget; 0: none")] = 1,
     workers: Annotated[int, Parameter(help="trainings side by side, one thread each")] = 2,
     time_limit: Annotated[
         float | None, Parameter(help="seeds that would end later, in seconds, are left out; none: all are run")
@@ -295,6 +295,51 @@ def visualize(
 
 
 @app.command
+def export(
+    checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
+    *,
+    output_dir: Annotated[str, Parameter(help="gets folder/, model.pt2, model.onnx and export.json")],
+    formats: Annotated[tuple[str, ...], Parameter(help="of folder, torch, onnx")] = ("folder", "torch", "onnx"),
+    fold: Annotated[bool, Parameter(help="positions become constants")] = True,
+    tolerance: Annotated[float, Parameter(help="largest difference of outputs, relative to the largest")] = 1e-4,
+    data_path: Annotated[str, Parameter(help="folder with val/ to check on (default: the packaged digits)")] = "",
+    images: Annotated[int, Parameter(help="how many images to check on")] = 64,
+) -> None:
+    """Write a model as torch.export, ONNX and a folder that loads offline, each checked against the eager model."""
+    from lape.checkpoint import read_checkpoint
+    from lape.export import export as write
+    from lape.export import sample_images
+
+    if images < 2:
+        raise LapeError(f"--images {images} is not allowed: give 2 or more")
+    pixels, data_name = sample_images(read_checkpoint(checkpoint), data_path, images)
+    print(f"checked on {len(pixels)} images of {data_name}")
+    write(checkpoint, output_dir, pixels, formats=formats, fold=fold, tolerance=tolerance)
+
+
+@app.command(name="check-data")
+def check_data(
+    data_path: Annotated[str, Parameter(help="folder with train/<class>/* and val/<class>/*")],
+    *,
+    json: Annotated[
+        str | None, Parameter(help="write all findings to this JSON file; -: stdout", allow_leading_hyphen=True)
+    ] = None,
+    workers: Annotated[int, Parameter(help="processes; 0: one a processor")] = 0,
+) -> None:
+    """Open every image of a data folder before a long run; exit code 0 when training may start, else 2."""
+    from lape.check_data import check_data as check
+
+    report = check(data_path, workers=workers or None)
+    if json is not None:
+        _write(json, _as_json(report.to_dict()))
+    if json != "-":
+        for line in report.lines():
+            print(line)
+    if not report.fit:
+        raise LapeError(f"{data_path} is not fit for training: {len(report.errors)} error(s) are listed above")
+
+
+@app.command
 def hosts() -> None:
     """List the models that can be converted, by the class of their blocks."""
     from lape.hosts import hosts as table
@@ -322,7 +367,7 @@ def _print_row(title: str, text: str) -> None:
     print(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False))
 
 
-def _as_json(rows: list[dict[str, Any]]) -> str:
+def _as_json(rows: Any) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 
 

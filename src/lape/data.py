@@ -338,7 +338,7 @@ class Loader(DataLoader):
 
 def _loader(samples: Samples, batches: Sampler, recipe: Recipe) -> Loader:
     # more workers than processors only cost, and torch warns of them; tensors in memory need none
-    workers = 0 if isinstance(samples.dataset, InMemory) else min(recipe.num_workers, _processors())
+    workers = 0 if isinstance(samples.dataset, InMemory) else min(recipe.num_workers, processors())
     return Loader(
         samples,
         batch_sampler=batches,
@@ -365,7 +365,7 @@ def _collate(batch: Any) -> Any:
     return (images, targets, skipped) if skipped else (images, targets)
 
 
-def _processors() -> int:
+def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -505,7 +505,7 @@ def _folder(folder: Path, recipe: Recipe, transform: Transform) -> ImageFolder:
         str(folder),
         transform=transform,
         loader=partial(load_image, in_chans=recipe.in_chans),
-        is_valid_file=_is_image,
+        is_valid_file=is_image,
         allow_empty=True,  # reported here, with the folder and the fix
     )
     counts = np.bincount(found.targets, minlength=len(found.classes))
@@ -525,7 +525,7 @@ def _classes(root: Path, split: str) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{root} has no folder {split}/ (it holds {_first(_names(root))}): {LAYOUT}")
     classes = _subfolders(folder)
-    flat = [name for name in _names(folder) if _is_image(name) and name not in classes]
+    flat = [name for name in _names(folder) if is_image(name) and name not in classes]
     if flat:
         fix = f"move every image to {folder}/<class>/"
         raise DataError(f"{folder} holds {len(flat)} image(s) outside class folders ({_first(flat)}): {fix}")
@@ -546,7 +546,7 @@ def _names(folder: Path) -> list[str]:
         raise DataError(f"cannot read folder {folder} ({error.strerror}): make it readable for this user") from None
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
     """Whether the name is an image's; macOS leaves `._x.jpg` beside x.jpg, which is none."""
     return has_file_allowed_extension(path, IMG_EXTENSIONS) and not os.path.basename(path).startswith("._")
 

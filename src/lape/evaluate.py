@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lape.checkpoint import Checkpoint, load_reference_state_dict, read_checkpoint
+from lape.checkpoint import Checkpoint, read_checkpoint
 from lape.convert import conversion_of, create_model, describe
 from lape.distributed import join_world, rank_and_size, sum_over_ranks
 from lape.errors import CheckpointError, DataError, LapeError
 from lape.recipe import Recipe
+from lape.reference import load_reference_state_dict
 
 # What a checkpoint knows about itself. The first four must not be contradicted by a flag.
 IDENTITY = ("model", "join_type", "pe", "in_chans")

@@ -117,7 +117,7 @@ def record_run(recipe: Recipe, world: World, place: tuple[int, int]) -> str:
         "starts": [*starts, {"epoch": place[0], "step": place[1], **describe_start(world), "seed": recipe.seed}],
     }
     text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda file: (file.write(text.encode()), None)[1])
+    write_atomically(path, lambda file: file.write(text.encode()))
     return run_id
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
@@ -24,19 +24,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from lape.build import short
-from lape.checkpoint import (
-    Checkpoint,
-    load_reference_state_dict,
-    read_checkpoint,
-    reference_names,
-    to_reference_state_dict,
-    write_atomically,
-)
+from lape.checkpoint import Checkpoint, read_checkpoint, write_atomically
 from lape.data import BatchPlan, Data, batch_plan, eval_transform
 from lape.distributed import World, sum_over_ranks
 from lape.errors import CheckpointError, LapeError
 from lape.names import nearest
 from lape.recipe import Recipe
+from lape.reference import load_reference_state_dict, reference_names, to_reference_state_dict
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "previous_checkpoint.pth", "best_checkpoint.pth"
 LOG, TABLE, LOCK = "log.txt", "log.csv", ".lock"
@@ -175,16 +169,13 @@ def write_log(history: list[dict[str, Any]], folder: Path) -> None:
     """log.txt (one JSON line an epoch) and log.csv (one row an epoch), whole."""
     names = list(dict.fromkeys(name for line in history for name in line))
     rows = [names, *([_cell(line.get(name)) for name in names] for line in history)]
-    write_atomically(folder / LOG, lambda file: _put(file, "".join(json.dumps(line) + "\n" for line in history)))
-    write_atomically(folder / TABLE, lambda file: _put(file, "".join(",".join(row) + "\n" for row in rows)))
+    log, table = "".join(json.dumps(line) + "\n" for line in history), "".join(",".join(row) + "\n" for row in rows)
+    write_atomically(folder / LOG, lambda file: file.write(log.encode()))
+    write_atomically(folder / TABLE, lambda file: file.write(table.encode()))
 
 
 def _cell(value: Any) -> str:
     return "" if value is None else str(value)  # names and numbers: nothing to quote
-
-
-def _put(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())
 
 
 # ------------------------------------------------------------------------------------------------ go on

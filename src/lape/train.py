@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lape.build import build_model, load_teacher, trainable
-from lape.checkpoint import load_reference_state_dict, read_checkpoint
+from lape.checkpoint import read_checkpoint
 from lape.convert import describe
 from lape.data import BatchPlan, Data, batch_plan, eval_loader, eval_transform, load_data, steps_per_epoch, train_loader
 from lape.distributed import World, expect_answers, join_world, on_main, sum_over_ranks
@@ -45,6 +45,7 @@ from lape.logs import Curves, check_services, record_run
 from lape.losses import classification_loss, distillation_loss
 from lape.progress import Progress
 from lape.recipe import Recipe
+from lape.reference import load_reference_state_dict
 from lape.state import (
     BEST,
     CHECKPOINT,
@@ -363,7 +364,7 @@ def _set_up_torch(recipe: Recipe) -> None:
 
 def _parallel(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
     """What the loop calls. Its parameters are the model's own: evaluation and files use the model."""
-    net = torch.compile(model) if recipe.compile else model
+    net: Any = torch.compile(model) if recipe.compile else model
     if world.size == 1:
         return net
     return DistributedDataParallel(net, device_ids=[world.device] if world.device.type == "cuda" else None)

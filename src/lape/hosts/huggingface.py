@@ -7,13 +7,14 @@ layers by their class, wherever they are.
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lape.bias import masked
-from lape.errors import UnsupportedModelError
+from lape.errors import LapeError, UnsupportedModelError
 from lape.hosts.base import Anatomy, Host, check_blocks, class_name
 from lape.position import Grid, Layout
 
@@ -143,12 +144,36 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def blueprint(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """Class name and configuration of one of the library's own models; None for a model around one."""
+    cls: Any = type(model)
+    if not cls.__module__.startswith("transformers.models.") or not hasattr(model, "config"):
+        return None
+    config: Any = model.config
+    return cls.__name__, json.loads(config.to_json_string(use_diff=False))
+
+
+def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """One of the library's own model classes from a configuration, with random weights."""
+    import transformers
+
+    cls: Any = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise LapeError(f"{name!r} is not a model class of transformers {transformers.__version__}")
+    config_class: Any = cls.config_class
+    model: nn.Module = cls(config_class.from_dict(kwargs))
+    return model
+
+
 TRANSFORMERS = Host(
     name="Hugging Face vision encoder",
     root_classes=(*FAMILIES, *_REFUSED_EMBEDDINGS),
     root_child="embeddings",
     block_classes=tuple(family.layer for family in FAMILIES.values()),
     examine=examine,
+    library="transformers",
+    blueprint=blueprint,
+    build=build,
     measure=measure,
     note="ViT, DeiT, DINOv2 (with registers), BEiT, ViT-MSN, I-JEPA, CLIP and SigLIP vision, and models that hold one",
     tested=("transformers 5.23.0",),

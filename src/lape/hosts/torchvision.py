@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lape.bias import masked
-from lape.hosts.base import Anatomy, Host, check_blocks
+from lape.errors import LapeError
+from lape.hosts.base import Anatomy, Host, check_blocks, class_name
 from lape.position import Layout
 
 _VIT = "torchvision.models.vision_transformer"
@@ -44,11 +45,39 @@ def examine(root: nn.Module) -> Anatomy:
     )
 
 
+_ARGUMENTS = (
+    *("image_size", "patch_size", "hidden_dim", "mlp_dim", "dropout", "attention_dropout", "num_classes"),
+    "representation_size",
+)
+
+
+def blueprint(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """The arguments of a plain VisionTransformer, read from its attributes; None for a model around one."""
+    vit: Any = model
+    if class_name(type(model)) != f"{_VIT}.VisionTransformer":
+        return None
+    arguments = {name: getattr(vit, name) for name in _ARGUMENTS}
+    layers = vit.encoder.layers
+    return "VisionTransformer", {**arguments, "num_layers": len(layers), "num_heads": layers[0].num_heads}
+
+
+def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A torchvision VisionTransformer with random weights."""
+    from torchvision.models import VisionTransformer
+
+    if name != "VisionTransformer":
+        raise LapeError(f"torchvision model {name!r} is not known here: VisionTransformer is")
+    return VisionTransformer(**kwargs)
+
+
 VISION_TRANSFORMER = Host(
     name="torchvision VisionTransformer",
     root_classes=(f"{_VIT}.VisionTransformer",),
     block_classes=_BLOCKS,
     examine=examine,
+    library="torchvision",
+    blueprint=blueprint,
+    build=build,
     note="vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14, at one size",
     tested=("torchvision 0.29.2",),
 )

@@ -1,0 +1,177 @@
+"""Positions as numbers: cosine similarity between patches, and measures of how local it is.
+
+    s_ij = <w_i, w_j> / (|w_i| |w_j|)                      position correlation (LaPE, ICCV 2023, Eq. 12)
+
+w_i is what a block has of the position of patch i. It comes from `lape.positions`, the one place where positions are
+computed: nothing is normalised here. Shape suffixes: L layers, N tokens, n patches (prefix tokens left out), D width.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lape.convert import TABLES, Size, conversion_of, num_prefix_tokens, positions
+from lape.errors import LapeError
+from lape.joins import JOINS
+from lape.position import Grid, PositionTable
+
+View = Literal["received", "seen"]
+
+
+def correlation(model: nn.Module, size: Size | None = None, view: View = "seen") -> Tensor:
+    """Cosine similarity between the positions of all patches, layer by layer.
+
+    `model` is a converted model; `size` the image size in pixels (None: the model's own); `view` as in
+    `lape.positions`. Returns (L, n, n) in [-1, 1], float32 on the CPU. Raises what `lape.positions` raises.
+    """
+    return cosine(positions(model, size, view)[:, num_prefix_tokens(model) :])
+
+
+def cosine(positions_LnD: Tensor) -> Tensor:
+    """Cosine similarity of the rows, (..., n, D) -> (..., n, n), float32 on the CPU.
+
+    Summed in float64, so the diagonal is exactly 1. A row of zeros has no direction: its similarity to every row,
+    itself included, is 0.
+    """
+    rows = positions_LnD.detach().to("cpu", torch.float64)
+    length = rows.norm(dim=-1, keepdim=True)
+    direction = torch.where(length > 0, rows / length.where(length > 0, 1.0), 0.0)
+    return (direction @ direction.mT).clamp(-1, 1).float()
+
+
+def grid_at(model: nn.Module, size: Size | None = None) -> Grid:
+    """(rows, columns) of patches of an image of `size` pixels that `lape.positions` accepts; None: the model's."""
+    conversion = conversion_of(model)
+    if size is None:
+        return conversion.layout.grid
+    height, width = (size, size) if isinstance(size, int) else size
+    return height // conversion.anatomy.patch_size[0], width // conversion.anatomy.patch_size[1]
+
+
+def raw_table(model: nn.Module, size: Size | None = None) -> Tensor | None:
+    """P (N, D), before any layer's norm, prefix tokens first; None where no single table is left (unshare, folded)."""
+    conversion = conversion_of(model)
+    join = JOINS[conversion.join]
+    if join.table_per_block or (join.normalised and conversion.folded):
+        return None
+    if not join.normalised:
+        return positions(model, size)[0].detach()
+    table = conversion.anatomy.root.get_submodule(f"{TABLES}.0")
+    assert isinstance(table, PositionTable)
+    return conversion.layout.spread(table.position(grid_at(model, size)))[0].detach()
+
+
+def center_token(grid: Grid) -> int:
+    """The patch in the middle; up and left of it where a side is even. 90 on 14 x 14, as in the LaPE authors' plots."""
+    rows, columns = grid
+    return (rows - 1) // 2 * columns + (columns - 1) // 2
+
+
+def check_token(grid: Grid, token: int | None) -> int:
+    """The patch's index, the centre for None. Raises LapeError outside the grid."""
+    rows, columns = grid
+    if token is None:
+        return center_token(grid)
+    if not 0 <= token < rows * columns:
+        raise LapeError(
+            f"token {token} is outside the {rows} x {columns} grid of patches: "
+            f"choose 0 to {rows * columns - 1} (row x {columns} + column)"
+        )
+    return token
+
+
+def token_map(correlation_Lnn: Tensor, grid: Grid, token: int | None = None) -> Tensor:
+    """Row `token` of each (n, n) map laid out on the grid, (..., n, n) -> (..., rows, columns); None is the centre."""
+    token = check_token(grid, token)
+    return correlation_Lnn[..., token, :].unflatten(-1, grid)
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+def squared_distances(grid: Grid) -> Tensor:
+    """(n, n) squared Euclidean distance between patches, in patches: whole numbers, so equal ones compare equal."""
+    row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    place = torch.stack([row.flatten(), column.flatten()], dim=-1)
+    return (place[:, None] - place[None, :]).square().sum(-1)
+
+
+def similarity_by_distance(correlation_Lnn: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Mean similarity against distance: c_l(d) = mean of s_ij over all pairs with |i - j| = d.
+
+    Returns the distances that occur on the grid, in patches, ascending from 0, (K,), and the means (L, K).
+    """
+    return _mean_by_radius(correlation_Lnn.double().flatten(-2), squared_distances(grid).flatten())
+
+
+def _mean_by_radius(values_Lm: Tensor, squared_m: Tensor) -> tuple[Tensor, Tensor]:
+    squared, group = squared_m.unique(return_inverse=True)
+    sums = values_Lm.new_zeros(*values_Lm.shape[:-1], len(squared)).index_add_(-1, group, values_Lm)
+    return squared.double().sqrt(), sums / group.bincount()
+
+
+def half_distance(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
+    """(L,) distance, in patches, at which the mean similarity c_l(d) has lost half of what there is to lose.
+
+    The smallest d with c_l(d) <= (c_l(0) + m_l) / 2, m_l being the mean of s_ij over all pairs i != j; linear between
+    the distances that occur. inf where c_l never falls. (A level common to all pairs, as the bias of a LayerNorm adds
+    one, does not hide the fall.)
+    """
+    distance, curve = similarity_by_distance(correlation_Lnn, grid)
+    start = curve[..., :1]
+    fallen = curve <= (level := (start + _mean_of_pairs(correlation_Lnn)[..., None]) / 2)
+    after = fallen.int().argmax(-1, keepdim=True)
+    before = (after - 1).clamp(min=0)
+    high, low = curve.gather(-1, before), curve.gather(-1, after)
+    share = (high - level) / (high - low).where(high > low, 1.0)
+    crossing = distance[before] + share * (distance[after] - distance[before])
+    return torch.where(fallen.any(-1, keepdim=True) & (level < start), crossing, torch.inf).squeeze(-1)
+
+
+def locality_radius(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
+    """(L,) mean distance to the patches that a patch resembles more than most, as a share of that to all patches.
+
+        r_l = sum_ij e_ij d_ij / sum_ij e_ij  /  mean_ij d_ij,      e_ij = max(s_ij - m_l, 0)
+
+    m_l is the mean of s_ij over all pairs i != j. Near 0: a patch resembles itself and its neighbours. 1: near and far
+    patches alike (also where all similarities are equal).
+    """
+    distance = squared_distances(grid).double().sqrt()
+    excess = (correlation_Lnn.double() - _mean_of_pairs(correlation_Lnn)[..., None, None]).clamp(min=0)
+    total = excess.sum((-2, -1))
+    radius = (excess * distance).sum((-2, -1)) / total.where(total > 0, 1.0)
+    return torch.where(total > 0, radius / distance.mean().clamp(min=1e-12), 1.0)
+
+
+def _mean_of_pairs(correlation_Lnn: Tensor) -> Tensor:
+    """(L,) mean over i != j."""
+    s, n = correlation_Lnn.double(), correlation_Lnn.shape[-1]
+    return (s.sum((-2, -1)) - s.diagonal(dim1=-2, dim2=-1).sum(-1)) / max(n * (n - 1), 1)
+
+
+def monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
+    """(L,) undirected monotonicity: mean over patches i of 1 - Spearman(r, mean of s_ij over |i - j| = r).
+
+    2: similarity falls with every step away from a patch; 1: no order; 0: it rises. Where all similarities are equal
+    the rank correlation counts as 0. Source: M_U of LOOPE (arXiv 2504.14386).
+    """
+    squared = squared_distances(grid)
+    scores = []
+    for patch in range(len(squared)):
+        radius, mean = _mean_by_radius(correlation_Lnn[..., patch, :].double(), squared[patch])
+        scores.append(1 - _spearman(radius.expand_as(mean), mean.float()))  # float: what sums differ by is no order
+    return torch.stack(scores).mean(0)
+
+
+def _spearman(a_LK: Tensor, b_LK: Tensor) -> Tensor:
+    a, b = (rank - rank.mean(-1, keepdim=True) for rank in (_ranks(a_LK), _ranks(b_LK)))
+    scale = a.norm(dim=-1) * b.norm(dim=-1)
+    return torch.where(scale > 0, (a * b).sum(-1) / scale.where(scale > 0, 1.0), 0.0)
+
+
+def _ranks(values_LK: Tensor) -> Tensor:
+    """Ranks along the last axis, ties share their mean rank."""
+    ordered = values_LK.sort(-1).values.contiguous()
+    values = values_LK.contiguous()
+    return (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double() / 2

@@ -1,0 +1,437 @@
+"""Positions as pictures: the numbers of `lape.correlation`, drawn; nothing is derived from a model's weights here.
+
+One colour scale throughout: -1..1 for cosine similarity, symmetric about zero for biases, on a diverging map that
+colour-blind readers can tell apart. Figures are built without pyplot: no window system, no global state.
+Shape suffixes: L layers, N tokens, n patches (prefix tokens left out), D width, H heads.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+
+from lape.checkpoint import model_from_checkpoint, read_checkpoint, write_atomically
+from lape.convert import Description, Size, describe, position_bias, positions
+from lape.correlation import (
+    View,
+    check_token,
+    cosine,
+    grid_at,
+    half_distance,
+    locality_radius,
+    monotonicity,
+    raw_table,
+    similarity_by_distance,
+    token_map,
+)
+from lape.errors import LapeError
+from lape.position import KINDS, Grid
+
+COLOURS = "RdBu_r"
+WHO: dict[View, str] = {"seen": "each layer sees them", "received": "each layer receives them"}
+COSINE = Normalize(-1, 1), "cosine similarity"
+
+
+# --- one map ----------------------------------------------------------------------------------------------------------
+
+
+def draw_map(axes: Axes, values: Tensor, grid: Grid, token: int | None, norm: Normalize, most_ticks: int = 8) -> Any:
+    """One map as an image: (n, n) between all patches, or, with `token`, (rows, columns) of that patch, framed.
+
+    Ticks count patches; those of an n x n map stand where a row of the grid begins. Returns the image.
+    """
+    height, width = values.shape
+    image = axes.imshow(values.numpy(), cmap=COLOURS, norm=norm, interpolation="antialiased", aspect="equal")
+    unit = 1 if token is not None else grid[1]
+    axes.set_xticks(_ticks(width, unit, most_ticks))
+    axes.set_yticks(_ticks(height, unit, most_ticks))
+    if token is not None:
+        row, column = divmod(token, grid[1])
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=0.9))
+    return image
+
+
+def _ticks(length: int, unit: int, most: int) -> list[int]:
+    """0, step, 2 step, ... below length: at most `most` of them, step a round multiple of unit."""
+    steps = (unit * base * 10**power for power in range(6) for base in (1, 2, 5))
+    step = next(step for step in steps if math.ceil(length / step) <= most)
+    return list(range(0, length, step))
+
+
+def _box(figure: Figure, left: float, bottom: float, width: float, height: float) -> tuple[float, float, float, float]:
+    """A rectangle in inches as fractions of the figure."""
+    total_width, total_height = figure.get_size_inches()
+    return left / total_width, bottom / total_height, width / total_width, height / total_height
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+class Sheet:
+    """A figure with one map and its colour bar, drawn again and again with other values: laid out only once."""
+
+    def __init__(self, values: Tensor, grid: Grid, token: int | None, norm: Normalize, unit: str):
+        aspect = values.shape[-1] / values.shape[-2]
+        width = min(4.2 * math.sqrt(max(aspect, 1.0)), 8.5) * min(aspect, 1.0)
+        height = max(width / aspect, 1.2)
+        left, right, bottom, top = 0.75, 1.05, 0.6, 0.65
+        slack = max(0.0, 5.6 - (left + width + right)) / 2  # room for the title above a narrow map
+        self.figure = _figure(2 * slack + left + width + right, bottom + height + top)
+        axes = self.figure.add_axes(_box(self.figure, slack + left, bottom, width, height))
+        self._image = draw_map(axes, values, grid, token, norm)
+        axes.set_xlabel("patch" if token is None else "column of patches")
+        axes.set_ylabel("patch" if token is None else "row of patches")
+        bar = self.figure.add_axes(_box(self.figure, slack + left + width + 0.12, bottom, 0.16, height))
+        self.figure.colorbar(self._image, cax=bar).set_label(unit)
+        top_y = 1 - 0.1 / self.figure.get_size_inches()[1]
+        self._title = self.figure.text(0.5, top_y, "", ha="center", va="top", fontsize=10.5)
+
+    def show(self, values: Tensor, title: str) -> Figure:
+        self._image.set_data(values.numpy())
+        self._title.set_text(title)
+        return self.figure
+
+
+# --- many maps --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One row of an overview, a map a column: all patches (token None) or one patch's map on the grid."""
+
+    label: str
+    maps: Sequence[Tensor]
+    grid: Grid
+    token: int | None = None
+
+    @property
+    def aspect(self) -> float:
+        height, width = self.maps[0].shape
+        return width / height
+
+    @property
+    def axes_label(self) -> str:
+        return "patch" if self.token is None else "row, column"
+
+
+def overview(title: str, strips: Sequence[Strip], columns: Sequence[str], norm: Normalize, unit: str) -> Figure:
+    """Strips under each other with one colour range and one bar; too many columns are broken into bands."""
+    cell = 1.4 * min(max(math.sqrt(max(strip.aspect for strip in strips)), 1.0), 2.0)
+    bands = _bands(len(columns), most=int(18 / cell))
+    heights = [cell / max(strip.aspect, 1.0) for strip in strips]
+    labelled = [k + 1 == len(strips) or strips[k + 1].axes_label != strips[k].axes_label for k in range(len(strips))]
+    gap, left, right, top, head = 0.12, 0.85, 0.95, 0.55, 0.3
+    band_height = head + sum(heights) + sum(0.3 if ticks else gap for ticks in labelled) + 0.1
+    width = max(left + len(bands[0]) * (cell + gap) + right, 7.0)
+    height = top + len(bands) * band_height + 0.05
+
+    figure = _figure(width, height)
+    for number, band in enumerate(bands):
+        y = height - top - number * band_height - head
+        for strip, strip_height, ticks in zip(strips, heights, labelled, strict=True):
+            for place, column in enumerate(band):
+                box = _box(figure, left + place * (cell + gap), y - strip_height, cell, strip_height)
+                axes = figure.add_axes(box)
+                draw_map(axes, strip.maps[column], strip.grid, strip.token, norm, most_ticks=4)
+                axes.tick_params(labelsize=6.5, length=2, pad=1.5, labelleft=place == 0, labelbottom=ticks)
+                if place == 0:
+                    axes.set_ylabel(strip.label, fontsize=8, labelpad=3)
+                if strip is strips[0]:
+                    axes.set_title(columns[column], fontsize=9, pad=4)
+            y -= strip_height + (0.3 if ticks else gap)
+    bar_height = min(height - top - head - 0.4, 4.0)
+    bar = figure.add_axes(_box(figure, width - right + 0.1, height - top - head - bar_height, 0.14, bar_height))
+    figure.colorbar(figure.axes[0].images[0], cax=bar).set_label(unit, fontsize=8)
+    bar.tick_params(labelsize=7)
+    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=11)
+    return figure
+
+
+def _bands(count: int, most: int) -> list[range]:
+    """0..count-1 in consecutive ranges of nearly equal length, at most `most` each."""
+    bands = math.ceil(count / max(most, 1))
+    length = math.ceil(count / bands)
+    return [range(start, min(start + length, count)) for start in range(0, count, length)]
+
+
+# --- a model's pictures -----------------------------------------------------------------------------------------------
+
+
+def visualize(
+    source: str | PathLike[str] | nn.Module,
+    save_dir: str | PathLike[str],
+    *,
+    model_name: str | None = None,
+    token: int | None = None,
+    size: Size | None = None,
+    view: View | None = None,
+    join: str | None = None,
+    pe: str | None = None,
+    ema: bool = False,
+) -> list[Path]:
+    """Draws what a model's positions became in every layer, into the folder `<save_dir>/<model_name>/`.
+
+    Tables: `<join>_layer<i>_sim_overall.jpg` (cosine similarity of all patches), `<join>_layer<i>_sim_<k>thToken.jpg`
+    (patch k with all, on the grid) and `PE_token_sim.jpg` (the same of the raw table, where there is one). Relative
+    biases: `<join>_layer<i>_head<j>.jpg`. Both: `overview.png`, `overview.pdf`, and the numbers in `positions.npz`.
+    Layers count from 0. The names are those of the LaPE authors' script.
+
+    Args:
+        source: a converted model, or a checkpoint that `lape.checkpoint.read_checkpoint` reads.
+        model_name: names the folder; deit_{t,s,b}[_distill]_... also says the model where the checkpoint does not.
+        token: index k of the patch, row x columns + column; None is the centre (90 on 14 x 14).
+        size: image size in pixels, None the model's own.
+        view: as in `lape.positions`, None is "seen"; a relative bias has no views.
+        join, pe, ema: for a checkpoint: what it must hold (None: what it says); draw its averaged weights.
+
+    Returns the files written. Raises LapeError for a model without positions, a token outside the grid, a view or size
+    that means nothing, a checkpoint that cannot be read or contradicts join or pe, a folder that cannot be written.
+    """
+    if isinstance(source, nn.Module):
+        if join is not None or pe is not None or ema:
+            raise LapeError(
+                "join, pe and ema choose what is read from a checkpoint, and a model was given: leave them out"
+            )
+        model, name = source, model_name or f"{type(source).__name__}_{describe(source).join}"
+    else:
+        model, name = load(source, model_name, join, pe, size, ema)
+    about = describe(model)
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise LapeError(f"model_name={name!r} is not the name of a folder: put the path into save_dir")
+    if KINDS[about.pe].is_bias:
+        if size is not None or view is not None:
+            raise LapeError(f"pe={about.pe!r} is a bias on attention logits of one grid: leave size and view out")
+        return _draw_biases(model, Path(save_dir) / name, about, token)
+    return _draw_positions(model, Path(save_dir) / name, about, token, size, view or "seen")
+
+
+def load(
+    path: str | PathLike[str], model_name: str | None, join: str | None, pe: str | None, size: Size | None, ema: bool
+) -> tuple[nn.Module, str]:
+    """The model in a checkpoint, and the name of its folder: `model_name`, or the model's and the join's."""
+    checkpoint = read_checkpoint(Path(path))
+    said = checkpoint.args
+    kwargs = {} if "model_kwargs" in said else dimensions(checkpoint.model)
+    model = model_from_checkpoint(
+        checkpoint,
+        model=None if "model" in said else deit_named(model_name),
+        join=join,
+        pe=pe,
+        input_size=None
+        if "input_size" in said or checkpoint.kind == "folder"
+        else trained_size(checkpoint.model) or size,
+        ema=ema,
+        **kwargs,
+    )
+    name = re.sub(r"[/\\]", "_", str(said.get("model", type(model).__name__)))
+    return model, model_name or f"{name}_{describe(model).join}"
+
+
+def dimensions(state: dict[str, Tensor]) -> dict[str, int | float]:
+    """The arguments of a timm model that the shapes in a DeiT-style state dict tell.
+
+    The number of heads shows in no shape but that of a relative bias; elsewhere it does not touch positions: 1.
+    """
+    try:
+        patch, hidden = state["patch_embed.proj.weight"], state["blocks.0.mlp.fc1.weight"]
+    except KeyError:
+        return {}
+    bias = state.get("blocks.0.attn.relative_position_bias_table")
+    return {
+        "embed_dim": patch.shape[0],
+        "patch_size": patch.shape[-1],
+        "in_chans": patch.shape[1],
+        "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        "mlp_ratio": hidden.shape[0] / hidden.shape[1],
+        "num_heads": 1 if bias is None else bias.shape[1],
+    }
+
+
+def trained_size(state: dict[str, Tensor]) -> int | None:
+    """The side in pixels of the square image that a DeiT-style state dict is for, where its position table tells."""
+    table, patch = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    if table is None or patch is None:
+        return None
+    patches = table.shape[-2] - sum(key in state for key in ("cls_token", "dist_token"))
+    side = math.isqrt(max(patches, 0))
+    return side * patch.shape[-1] if side * side == patches else None
+
+
+def deit_named(model_name: str | None) -> str | None:
+    """The timm model that the authors' --model_name stands for: deit_t_LaPE, deit_s_distill_basic, ...; else None."""
+    found = re.match(r"deit_([tsb])_(distill_)?", model_name or "")
+    if not found:
+        return None
+    width = {"t": "tiny", "s": "small", "b": "base"}[found[1]]
+    return f"deit_{width}_{'distilled_' if found[2] else ''}patch16_224"
+
+
+def _draw_positions(
+    model: nn.Module, folder: Path, about: Description, token: int | None, size: Size | None, view: View
+) -> list[Path]:
+    positions_LND = positions(model, size, view).detach()
+    table_ND = raw_table(model, size)
+    grid = grid_at(model, size)
+    token = check_token(grid, token)
+    correlation_Lnn = cosine(positions_LND[:, about.prefix_tokens :])
+    maps_Lhw = token_map(correlation_Lnn, grid, token)
+    overall, single = (
+        Strip("all patches", list(correlation_Lnn), grid),
+        Strip(f"token {token}", list(maps_Lhw), grid, token),
+    )
+    layers = [f"layer {layer}" for layer in range(len(correlation_Lnn))]
+    what = _what(folder, about, grid)
+
+    pictures = Pictures(folder)
+    pictures.add_maps(overall, layers, what, [f"{about.join}_layer{i}_sim_overall.jpg" for i in range(len(layers))])
+    pictures.add_maps(
+        single, layers, what, [f"{about.join}_layer{i}_sim_{token}thToken.jpg" for i in range(len(layers))]
+    )
+    numbers = {"positions": positions_LND, "correlation": correlation_Lnn, "token_maps": maps_Lhw}
+    if table_ND is not None:
+        raw_nn = cosine(table_ND[about.prefix_tokens :])
+        raw_hw = token_map(raw_nn, grid, token)
+        pictures.add_maps(replace(single, maps=[raw_hw]), ["table P"], what, ["PE_token_sim.jpg"])
+        numbers |= {"table": table_ND, "table_correlation": raw_nn}
+        overall, single = replace(overall, maps=[raw_nn, *overall.maps]), replace(single, maps=[raw_hw, *single.maps])
+        layers = ["table P", *layers]
+    pictures.add_overview(
+        overview(f"{what}\npositions as {WHO[view]}; {_place(token, grid)}", [overall, single], layers, *COSINE)
+    )
+    numbers["distance"], numbers["similarity_by_distance"] = similarity_by_distance(correlation_Lnn, grid)
+    numbers |= {m.__name__: m(correlation_Lnn, grid) for m in (half_distance, locality_radius, monotonicity)}
+    return pictures.finish(numbers, about, grid=grid, token=token, view=view)
+
+
+def _draw_biases(model: nn.Module, folder: Path, about: Description, token: int | None) -> list[Path]:
+    bias_LHnn = position_bias(model).detach().float().cpu()
+    grid = about.grid
+    token = check_token(grid, token)
+    maps_LHhw = token_map(bias_LHnn, grid, token)
+    limit = bias_LHnn.abs().max().item() or 1.0
+    scale = Normalize(-limit, limit), "bias on attention logits"
+    layers = [f"layer {layer}" for layer in range(len(bias_LHnn))]
+    what = _what(folder, about, grid)
+
+    pictures = Pictures(folder)
+    for head, bias_Lnn in enumerate(bias_LHnn.unbind(1)):
+        names = [f"{about.join}_layer{layer}_head{head}.jpg" for layer in range(len(layers))]
+        pictures.add_maps(Strip(f"head {head}", list(bias_Lnn), grid), layers, what, names, *scale)
+    strips = [Strip(f"head {head}", list(maps), grid, token) for head, maps in enumerate(maps_LHhw.unbind(1))]
+    pictures.add_overview(overview(f"{what}\nbias of {_place(token, grid)}, head by head", strips, layers, *scale))
+    return pictures.finish({"bias": bias_LHnn, "token_maps": maps_LHhw}, about, grid=grid, token=token)
+
+
+def _what(folder: Path, about: Description, grid: Grid) -> str:
+    return f"{folder.name}: join {about.join}, pe {about.pe}, {grid[0]} x {grid[1]} patches"
+
+
+def _place(token: int, grid: Grid) -> str:
+    return f"token {token} (row {token // grid[1]}, column {token % grid[1]})"
+
+
+class Pictures:
+    """A folder being written: each file appears whole or not at all. Raises LapeError when it cannot be written."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.written: list[Path] = []
+
+    def add(self, figure: Figure, name: str, **options: Any) -> None:
+        kind = name.rpartition(".")[2]
+        if kind == "jpg":
+            options["pil_kwargs"] = {"quality": 92, "subsampling": 0}
+        self._write(name, lambda file: figure.savefig(file, format=kind, **options))
+
+    def add_maps(
+        self,
+        strip: Strip,
+        columns: Sequence[str],
+        what: str,
+        names: Sequence[str],
+        norm: Normalize = COSINE[0],
+        unit: str = COSINE[1],
+    ) -> None:
+        """One picture a map."""
+        sheet = Sheet(strip.maps[0], strip.grid, strip.token, norm, unit)
+        for values, column, name in zip(strip.maps, columns, names, strict=True):
+            label = strip.label if strip.token is None else _place(strip.token, strip.grid)
+            self.add(sheet.show(values, f"{column}, {label}\n{what}"), name)
+
+    def add_overview(self, figure: Figure) -> None:
+        self.add(figure, "overview.png", dpi=150)
+        self.add(figure, "overview.pdf", metadata={"CreationDate": None})
+
+    def finish(self, numbers: dict[str, Tensor], about: Description, **facts: Any) -> list[Path]:
+        """Writes positions.npz: the arrays, and join, pe, num_prefix_tokens and `facts` beside them."""
+        facts |= {"join": about.join, "pe": about.pe, "num_prefix_tokens": about.prefix_tokens}
+        arrays: dict[str, Any] = facts | {name: value.cpu().numpy() for name, value in numbers.items()}
+        self._write("positions.npz", lambda file: np.savez_compressed(file, **arrays))
+        return self.written
+
+    def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LapeError(f"cannot create the folder {self.folder} ({error.strerror}): choose another one") from None
+        write_atomically(self.folder / name, write)
+        self.written.append(self.folder / name)
+
+
+def original_main(tokens: Sequence[str] | None = None) -> int:
+    """The command line of the authors' `similarity_visualize.py`; returns the exit code, 2 for wrong use.
+
+    What no flag is given for, the checkpoint decides; a flag that contradicts it is refused.
+    """
+    from cyclopts import App
+
+    from lape.cli import run
+
+    app = App(
+        name="similarity_visualize.py",
+        help_format="plaintext",
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
+    )
+
+    @app.default
+    def draw(
+        *,
+        ckpt_path: str = "result/deit_t_LaPE/best_checkpoint.pth",
+        save_dir: str = "visualize/similarity/",
+        model_name: str = "deit_t_LaPE",
+        pe: str | None = None,
+        join_type: str | None = None,
+        token: int | None = None,
+    ) -> None:
+        """Draw the position correlation of every layer.
+
+        Parameters
+        ----------
+        ckpt_path: the checkpoint
+        save_dir: where the folder MODEL_NAME is written
+        model_name: names that folder; deit_{t,s,b}[_distill]_JOIN also says the model if the checkpoint does not
+        pe: kind of position embedding that the checkpoint must hold
+        join_type: join that the checkpoint must hold
+        token: the patch that is compared with all others, row x columns + column [default: the centre]
+        """
+        written = visualize(ckpt_path, save_dir, model_name=model_name, token=token, join=join_type, pe=pe)
+        print(f"Visualization done! {len(written)} files in {written[0].parent}")
+
+    return run(app, sys.argv[1:] if tokens is None else tokens)

@@ -1,0 +1,160 @@
+"""Names: a converted model's state dict under the names of the authors' files and of the host, and back.
+
+A converted model holds its parts where PyTorch puts them (`blocks.0.norm1.token_norm.weight`,
+`lape_position.0.pos_embed`); files hold the names of the authors' code (`blocks.0.norm1.weight`,
+`blocks.0.pe_norm.weight`, `pos_embed`), which for the host's own parameters are the host's. `reference_names` is the
+one table between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lape.bias import offset_index
+from lape.convert import TABLES, Conversion, conversion_of
+from lape.errors import CheckpointError
+from lape.joins import JOINS
+from lape.position import KINDS, Grid, resample
+
+_INDEX = "relative_position_index"  # a buffer in the reference's files; derived from the grid here
+
+
+def reference_names(model: nn.Module) -> dict[str, str]:
+    """The state-dict keys of a converted model -> their names in files."""
+    conversion = conversion_of(model)
+    anatomy, prefix = conversion.anatomy, _prefix(model, conversion)
+    rename = [(f"{path}.{wrapped}.", f"{path}.") for path, wrapped in conversion.sites]
+    if conversion.watch is not None:
+        rename.append((f"{conversion.watch}.host_patch_embed.", f"{conversion.watch}."))
+    for path, wrapped in conversion.sites:
+        if wrapped == "token_norm":
+            block = path.removesuffix(anatomy.norm)
+            rename += [(f"{path}.{own}", f"{block}{own}") for own in ("pe_norm.", "pe_gate", "folded_position")]
+        elif wrapped == "host_attention":
+            rename.append((f"{path}.position_bias.", f"{path}."))
+    rename += [(f"{TABLES}.{i}.pos_embed", name) for i, name in enumerate(_table_names(conversion))]
+
+    def reference_name(key: str) -> str:
+        if not key.startswith(prefix):
+            return key
+        inner = key.removeprefix(prefix)
+        return prefix + next((new + inner.removeprefix(old) for old, new in rename if inner.startswith(old)), inner)
+
+    return {key: reference_name(key) for key in model.state_dict()}
+
+
+def _prefix(model: nn.Module, conversion: Conversion) -> str:
+    """The path of the converted model inside `model`, with its dot."""
+    path = next(path for path, module in model.named_modules() if module is conversion.anatomy.root)
+    return f"{path}." if path else ""
+
+
+def _table_names(conversion: Conversion) -> list[str]:
+    """The names of the position tables in files, inside the converted model: the host's, numbered for `unshare`."""
+    slot = conversion.anatomy.table_slot or "pos_embed"
+    if not JOINS[conversion.join].table_per_block:
+        return [slot]
+    return [f"{slot}{i}" for i in range(len(conversion.anatomy.blocks))]
+
+
+def to_reference_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a converted model under the names and in the shapes of the authors' files; nothing is left out.
+
+    `1D_sin` tables are (R, D) there, and relative position biases come with their index. The constants of a folded
+    model, which the authors' code does not have, are `blocks.N.folded_position` and `blocks.N.attn.folded_bias`.
+    """
+    conversion = conversion_of(model)
+    names, prefix = reference_names(model), _prefix(model, conversion)
+    state = {names[key]: tensor for key, tensor in model.state_dict().items()}
+    if conversion.pe == "1D_sin" and not (conversion.folded and JOINS[conversion.join].normalised):
+        state |= {name: state[name].flatten(0, -2) for name in (prefix + n for n in _table_names(conversion))}
+    return state | _indices(conversion, prefix)
+
+
+def _indices(conversion: Conversion, prefix: str) -> dict[str, Tensor]:
+    axes = KINDS[conversion.pe].bias_axes
+    if not axes or conversion.folded:
+        return {}
+    return {f"{prefix}{path}.{_INDEX}": offset_index(conversion.layout.grid, axes) for path, _ in conversion.sites}
+
+
+def load_reference_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], *, source_grid: Grid | None = None
+) -> nn.Module:
+    """Loads a state dict with the authors' names into a converted model, strictly, and returns the model.
+
+    Args:
+        source_grid: the (rows, columns) that the tables in `state_dict` are for; when given and another than the
+            model's, tables are resampled (bicubic, float32, before the chain). None: shapes must agree.
+
+    Raises:
+        CheckpointError: keys missing or unexpected, or shapes that differ; the message names them. The model is
+            unchanged then.
+    """
+    conversion = conversion_of(model)
+    own, names, prefix = model.state_dict(), reference_names(model), _prefix(model, conversion)
+    tables = {prefix + name for name in _table_names(conversion)}
+    given = dict(state_dict)
+    for key, index_nn in _indices(conversion, prefix).items():
+        other = given.pop(key, None)
+        if other is not None and not torch.equal(other, index_nn):
+            raise CheckpointError(f"{key} is not that of a {conversion.layout.grid} grid: the file is for another grid")
+    missing = [name for name in names.values() if name not in given]
+    unexpected = sorted(given.keys() - set(names.values()))
+    new, wrong = {}, []
+    for key, name in names.items():
+        if name not in given:
+            continue
+        tensor = given[name]
+        if name in tables:
+            tensor = _table_like(own[key], tensor, conversion, source_grid)
+        if tensor.shape != own[key].shape:
+            wrong.append(f"{name} is {_shape(tensor)}, the model's {_shape(own[key])}")
+        new[key] = tensor
+    problems = [
+        text
+        for title, items in (("missing", missing), ("unexpected", unexpected), ("shapes differ:", wrong))
+        if (text := _listed(title, items))
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint does not fit the model (join={conversion.join}, pe={conversion.pe}): "
+            f"{'; '.join(problems)}. Check model name, join, PE kind, input size and number of classes"
+        )
+    model.load_state_dict(new, strict=True)
+    return model
+
+
+def _table_like(own: Tensor, given: Tensor, conversion: Conversion, source_grid: Grid | None) -> Tensor:
+    """A table of a file, (R, D), (1, R, D) or a map (1, rows, columns, D), in the model's shape if its rows agree."""
+    if given.ndim == 4 and source_grid is None:
+        return given  # a map tells its own grid: it must be the model's
+    rows_1RD = given.reshape(1, -1, given.shape[-1])
+    if source_grid is not None:
+        rows_1RD = _resampled(rows_1RD, conversion, source_grid)
+    return rows_1RD.reshape(own.shape) if rows_1RD.shape[1:] == own.flatten(0, -2).shape else rows_1RD
+
+
+def _resampled(pos_embed_1RD: Tensor, conversion: Conversion, source_grid: Grid) -> Tensor:
+    source = replace(conversion.layout, grid=source_grid)
+    if pos_embed_1RD.shape[1] != source.num_rows:
+        raise CheckpointError(
+            f"pos_embed has {pos_embed_1RD.shape[1]} rows, a grid of {source_grid[0]} x {source_grid[1]} with "
+            f"{source.prefix_rows} prefix rows needs {source.num_rows}: give the grid that the file was trained at"
+        )
+    return resample(pos_embed_1RD, source, conversion.layout.grid)
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _listed(title: str, items: list[str], most: int = 4) -> str:
+    if not items:
+        return ""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return f"{title} {', '.join(items[:most])}{more}"

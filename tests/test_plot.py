@@ -1,0 +1,248 @@
+"""Pictures: the files of the original's script, and the numbers beside them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lape
+from lape.plot import COLOURS, COSINE, Strip, deit_named, original_main, overview, visualize
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(__file__).parents[2] / "shared"
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 4}
+
+
+def model_with(
+    join: str, pe: str = "learnable", name: str = "deit_tiny_patch16_224", **kwargs: object
+) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return lape.create_model(name, join, pe, **{**SMALL, **kwargs}).eval()
+
+
+def written(tmp_path: Path, model: torch.nn.Module, **options: object) -> tuple[set[str], dict[str, np.ndarray]]:
+    files = visualize(model, tmp_path, model_name="m", **options)  # type: ignore[arg-type]
+    assert all(file.stat().st_size > 0 for file in files)
+    assert {file.name for file in files} == {file.name for file in (tmp_path / "m").iterdir()}
+    with np.load(tmp_path / "m" / "positions.npz") as numbers:
+        return {file.name for file in files}, dict(numbers)
+
+
+def checkpoint(path: Path, network: torch.nn.Module, **args: object) -> Path:
+    """A file as DeiT-style training writes it; with no `args`, bare weights."""
+    torch.save({"model": lape.to_reference_state_dict(network)} | ({"args": args} if args else {}), path)
+    return path
+
+
+# --- files and numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("join", ["basic", "share", "unshare", "LaPE-sharing", "LaPE"])
+def test_files_have_the_names_of_the_original(tmp_path: Path, join: str) -> None:
+    files, numbers = written(tmp_path, model_with(join))
+    expected = {f"{join}_layer{i}_sim_{what}.jpg" for i in range(2) for what in ("overall", "5thToken")}
+    expected |= {"overview.png", "overview.pdf", "positions.npz"}
+    assert files == expected | ({"PE_token_sim.jpg"} if join != "unshare" else set())
+    assert (str(numbers["join"]), str(numbers["pe"]), str(numbers["view"])) == (join, "learnable", "seen")
+
+
+def test_token_90_is_drawn_on_14_by_14(tmp_path: Path) -> None:
+    files, numbers = written(tmp_path, model_with("LaPE", img_size=224, patch_size=16, depth=1))
+    assert "LaPE_layer0_sim_90thToken.jpg" in files
+    assert numbers["token"] == 90
+    assert numbers["grid"].tolist() == [14, 14]
+
+
+@pytest.mark.parametrize("view", ["seen", "received"])
+def test_numbers_are_those_of_positions(tmp_path: Path, view: str) -> None:
+    model = model_with("basic", "learnable", "deit_tiny_distilled_patch16_224")
+    _, numbers = written(tmp_path, model, view=view, token=7)
+    assert np.array_equal(numbers["positions"], lape.positions(model, view=view).detach().numpy())  # type: ignore[arg-type]
+    assert np.array_equal(numbers["correlation"], lape.correlation(model, view=view).numpy())  # type: ignore[arg-type]
+    assert np.array_equal(numbers["token_maps"].reshape(2, 16), numbers["correlation"][:, 7])
+    assert numbers["num_prefix_tokens"] == 2
+    assert np.array_equal(numbers["table"], lape.positions(model)[0].detach().numpy())
+
+
+def test_a_wide_grid(tmp_path: Path) -> None:
+    _, numbers = written(tmp_path, model_with("LaPE", "2D_sin", img_size=(28, 112), patch_size=4))
+    assert numbers["token_maps"].shape == (2, 7, 28)
+    assert numbers["token"] == 3 * 28 + 13
+    with Image.open(tmp_path / "m" / "LaPE_layer0_sim_97thToken.jpg") as picture:
+        assert picture.width > 2 * picture.height
+    with Image.open(tmp_path / "m" / "LaPE_layer0_sim_overall.jpg") as picture:
+        assert 0.8 < picture.width / picture.height < 1.3
+
+
+def test_another_image_size(tmp_path: Path) -> None:
+    model = model_with("LaPE")
+    _, numbers = written(tmp_path, model, size=(16, 64))
+    assert numbers["grid"].tolist() == [2, 8]
+    assert np.array_equal(numbers["positions"], lape.positions(model, (16, 64)).detach().numpy())
+
+
+@pytest.mark.parametrize("join", ["basic", "LaPE"])
+def test_biases_are_drawn_per_head(tmp_path: Path, join: str) -> None:
+    model = model_with(join, "2D_RPE")
+    files, numbers = written(tmp_path, model, token=3)
+    expected = {f"{join}_layer{i}_head{j}.jpg" for i in range(2) for j in range(2)}
+    assert files == expected | {"overview.png", "overview.pdf", "positions.npz"}
+    assert np.array_equal(numbers["bias"], lape.position_bias(model).detach().numpy())
+    assert np.array_equal(numbers["token_maps"].reshape(2, 2, 16), numbers["bias"][:, :, 3])
+
+
+def test_the_overview_shows_the_numbers_in_one_colour_range() -> None:
+    maps = [torch.full((4, 4), -0.5), torch.eye(4)]
+    token = [torch.rand(2, 2) for _ in maps]
+    figure = overview("title", [Strip("all", maps, (2, 2)), Strip("token 0", token, (2, 2), 0)], ["a", "b"], *COSINE)
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert len(images) == 4
+    for image, values in zip(images, maps + token, strict=True):
+        assert np.allclose(np.asarray(image.get_array()), values.numpy())
+        assert image.get_clim() == (-1, 1)
+        assert image.get_cmap().name == COLOURS
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("layers", "grid"), [(1, (1, 1)), (5, (14, 14)), (25, (2, 9)), (30, (9, 2))])
+def test_nothing_in_an_overview_is_clipped_or_overlaps(layers: int, grid: tuple[int, int]) -> None:
+    n = grid[0] * grid[1]
+    strips = [
+        Strip("all patches", [torch.zeros(n, n)] * layers, grid),
+        Strip("token 0", [torch.zeros(grid)] * layers, grid, 0),
+    ]
+    title = "deit_tiny_patch16_224_LaPE: join LaPE, pe learnable, 14 x 14 patches"
+    figure = overview(title, strips, [f"layer {i}" for i in range(layers)], *COSINE)
+    figure.canvas.draw()
+    whole = figure.bbox
+    boxes = [axes.get_tightbbox() for axes in figure.axes] + [text.get_window_extent() for text in figure.texts]
+    for box in boxes:
+        assert box is not None
+        assert box.x0 >= whole.x0
+        assert box.y0 >= whole.y0
+        assert box.x1 <= whole.x1
+        assert box.y1 <= whole.y1
+    frames = [axes.get_window_extent() for axes in figure.axes]
+    assert not any(a.overlaps(b) for i, a in enumerate(frames) for b in frames[:i])
+
+
+def test_drawing_leaves_pyplot_and_a_display_alone(tmp_path: Path) -> None:
+    code = f"""
+import sys, lape
+from lape.plot import visualize
+model = lape.create_model("deit_tiny_patch16_224", "LaPE", img_size=32, patch_size=16, embed_dim=12, depth=1)
+visualize(model, {str(tmp_path)!r})
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "VisionTransformer_LaPE" / "overview.pdf").exists()
+
+
+# --- wrong use --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token": 16}, "token 16 is outside the 4 x 4 grid"),
+        ({"view": "raw"}, "unknown view 'raw'"),
+        ({"size": 33}, "no multiple of the patch"),
+        ({"model_name": "../m"}, "not the name of a folder"),
+        ({"join": "LaPE"}, "a model was given"),
+    ],
+)
+def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(lape.LapeError, match=message) as caught:
+        visualize(model_with("LaPE"), tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_positions_is_refused(tmp_path: Path) -> None:
+    for model, options, message in (
+        (model_with("basic", "none"), {}, "nothing to show"),
+        (model_with("LaPE", "2D_RPE"), {"view": "seen"}, "leave size and view out"),
+        (model_with("LaPE", "2D_RPE"), {"size": 64}, "leave size and view out"),
+        (torch.nn.Linear(2, 2), {}, "not converted"),
+    ):
+        with pytest.raises(lape.LapeError, match=message):
+            visualize(model, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(lape.LapeError, match=r"cannot create the folder .*choose another"):
+        visualize(model_with("LaPE"), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# --- checkpoints and the original's command ---------------------------------------------------------------------------
+
+
+def test_names_of_the_original() -> None:
+    assert deit_named("deit_t_LaPE") == "deit_tiny_patch16_224"
+    assert deit_named("deit_s_distill_basic") == "deit_small_distilled_patch16_224"
+    assert deit_named("deit_b_share") == "deit_base_patch16_224"
+    assert deit_named("vit_t") is None
+    assert deit_named(None) is None
+
+
+@pytest.mark.parametrize("pe", ["learnable", "2D_sin", "2D_RPE"])
+def test_the_original_command_draws_bare_weights(tmp_path: Path, pe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing but weights: the name says which model, the shapes say how large."""
+    model = model_with("LaPE", pe)
+    args = {} if pe != "2D_RPE" else {"input_size": 32}
+    path = checkpoint(tmp_path / "weights.pth", model, **args)
+    flags = ["--ckpt_path", str(path), "--save_dir", str(tmp_path), "--model_name", "deit_t_LaPE"]
+    assert original_main([*flags, "--pe", pe, "--join-type", "LaPE"]) == 0
+    assert "Visualization done!" in capsys.readouterr().out
+    with np.load(tmp_path / "deit_t_LaPE" / "positions.npz") as numbers:
+        if pe == "2D_RPE":
+            assert np.array_equal(numbers["bias"], lape.position_bias(model).detach().numpy())
+        else:
+            assert np.array_equal(numbers["positions"], lape.positions(model).detach().numpy())
+
+
+def test_a_flag_that_contradicts_the_file_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"model": "deit_tiny_patch16_224", "join_type": "basic", "pe": "learnable", "input_size": 32}
+    path = checkpoint(tmp_path / "c.pth", model_with("basic"), **said)
+    flags = ["--ckpt_path", str(path), "--save_dir", str(tmp_path / "out"), "--model_name", "deit_t_LaPE"]
+    for wrong, words in ((["--join-type", "LaPE"], ("LaPE", "basic")), (["--pe", "2D_sin"], ("2D_sin", "learnable"))):
+        assert original_main([*flags, *wrong]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert all(word in error for word in words)
+    assert not (tmp_path / "out").exists()
+    assert original_main(flags) == 0
+    assert (tmp_path / "out" / "deit_t_LaPE" / "basic_layer1_sim_overall.jpg").exists()
+
+
+@pytest.mark.parametrize("flags", [["--ckpt_path", "nowhere.pth"], ["--no-such-flag", "1"], ["--token", "x"]])
+def test_wrong_flags_exit_with_2_and_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert original_main(flags) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
+    script = ROOT / "similarity_visualize.py"
+    done = subprocess.run(
+        [sys.executable, script, "--ckpt_path", "no.pth"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_of_the_authors(tmp_path: Path) -> None:
+    path = SHARED / "reference" / "deit_tiny_lape_64px.pth"
+    if not path.exists():
+        pytest.skip("the authors' checkpoint is not here")
+    files = visualize(path, tmp_path, model_name="deit_t_LaPE", join="LaPE", pe="learnable")
+    names = {file.name for file in files}
+    assert {f"LaPE_layer{i}_sim_overall.jpg" for i in range(12)} <= names
+    assert "PE_token_sim.jpg" in names
