@@ -78,7 +78,8 @@ def begin(host: str | None, out: Path, log: Path) -> subprocess.Popen:
         first = next(iter(HOSTS.values()))
         launcher = ["ip", "netns", "exec", host, *launcher, "--nnodes", "1:2", "--nproc-per-node", "1"]
         launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first}:29400", "--rdzv-id", "lape"]
-        launcher += ["--local-addr", HOSTS[host]]
+        # a namespace has no name that resolves to its address, so torchrun cannot find out where the store is to be
+        launcher += ["--local-addr", HOSTS[host], "--rdzv-conf", f"is_host={int(HOSTS[host] == first)}"]
         environ["GLOO_SOCKET_IFNAME"] = host
     command = [*launcher, "main.py", *FLAGS.split(), "--model-kwargs", json.dumps(MODEL), "--output-dir", str(out)]
     with log.open("a") as file:
