@@ -81,6 +81,7 @@ def begin(host: str | None, out: Path, log: Path) -> subprocess.Popen:
         # a namespace has no name that resolves to its address, so torchrun cannot find out where the store is to be
         launcher += ["--local-addr", HOSTS[host], "--rdzv-conf", f"is_host={int(HOSTS[host] == first)}"]
         environ["GLOO_SOCKET_IFNAME"] = host
+        environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a host that joins later waits for an address in vain
     command = [*launcher, "main.py", *FLAGS.split(), "--model-kwargs", json.dumps(MODEL), "--output-dir", str(out)]
     with log.open("a") as file:
         return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT)

@@ -108,22 +108,31 @@ def test_two_processes_train_as_one_does(tmp_path):
     """DistributedDataParallel with parts, of which only the last exchanges gradients, against one process."""
     flags = "--model vit_tiny_patch16_224 --join-type LaPE --input-size 16 --epochs 1 --lr 0.01 --unscale-lr --opt sgd"
     flags += " --warmup-epochs 0 --aa none --reprob 0 --mixup 0 --cutmix 0 --no-repeated-aug --device cpu --drop-path 0"
-    flags += " --color-jitter 0 --smoothing 0 --no-model-ema --global-batch 256"
+    flags += " --color-jitter 0 --smoothing 0 --no-model-ema --global-batch 256 --batch-size 64"
     kwargs = ["--model-kwargs", json.dumps(KWARGS)]
-    for processes, size in ((1, 256), (2, 64)):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "main.py"]
-        more = [*kwargs, "--batch-size", str(size), "--output-dir", str(tmp_path / str(size))]
-        done = subprocess.run(
-            [sys.executable, *launcher, *flags.split(), *more],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
+    settings = {**PLAIN, "warmup_epochs": 0, "opt": "sgd", "lr": 0.01, "batch_size": 256}
+    train(tiny(**settings, output_dir=str(tmp_path / "one")), say=quiet)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "main.py"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *launcher,
+            *flags.split(),
+            *kwargs,
+            "--batch-size",
+            "64",
+            "--output-dir",
+            str(tmp_path / "two"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
     assert "Batch: 64 x 2 process(es) x 2 parts = 256" in done.stdout
-    one, two = (read(tmp_path / size / CHECKPOINT)["model"] for size in ("256", "64"))
+    one, two = (read(tmp_path / name / CHECKPOINT)["model"] for name in ("one", "two"))
     for name, expected in one.items():
         torch.testing.assert_close(two[name], expected, rtol=0, atol=1e-5)
 

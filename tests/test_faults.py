@@ -19,9 +19,8 @@ from lape.state import BEST, CHECKPOINT, LOG, PREVIOUS
 from lape.train import train
 
 ROOT = Path(__file__).parents[1]
-FLAGS = (
-    "--model vit_tiny_patch16_224 --join-type LaPE --input-size 16 --batch-size 256 --device cpu --aa none --reprob 0"
-)
+FLAGS = "--model vit_tiny_patch16_224 --join-type LaPE --input-size 16 --batch-size 256 --device cpu --aa none"
+FLAGS += " --reprob 0 --color-jitter 0"
 
 
 def command(*more: str) -> list[str]:

@@ -136,7 +136,7 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
         if curves is not None:
             at_end.callback(curves.close)
         _introduce(recipe, data, state, world, plan, steps, say)
-        net = _parallel(state.model, recipe, world)
+        net = _parallel(state.model, recipe, world, plan)
         mixup = _mixup(recipe, num_classes)
         expect_answers(recipe.dist_timeout)
         saved = time.monotonic()
@@ -362,12 +362,26 @@ def _set_up_torch(recipe: Recipe) -> None:
         make_deterministic()
 
 
-def _parallel(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
-    """What the loop calls. Its parameters are the model's own: evaluation and files use the model."""
+def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -> nn.Module:
+    """What the loop calls. Its parameters are the model's own: evaluation and files use the model.
+
+    DistributedDataParallel adds up gradients in another order from its second step on, when it has seen in which order
+    they come. A run that goes on would take its first step as no other run did, and with three processes or more end
+    with other bits. So a step on nothing comes first, of which nothing stays.
+    """
     net: Any = torch.compile(model) if recipe.compile else model
     if world.size == 1:
         return net
-    return DistributedDataParallel(net, device_ids=[world.device] if world.device.type == "cuda" else None)
+    net = DistributedDataParallel(net, device_ids=[world.device] if world.device.type == "cuda" else None)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    nothing = torch.zeros(plan.size, recipe.in_chans, recipe.input_size, recipe.input_size, device=world.device)
+    with autocast(recipe.amp, world.device):
+        output = net.train(recipe.train_mode)(nothing)
+    sum(one.float().sum() for one in (output if isinstance(output, tuple) else (output,))).backward()
+    model.zero_grad()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return net
 
 
 def _open_curves(state: State, recipe: Recipe, world: World) -> Curves | None:
