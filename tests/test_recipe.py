@@ -90,7 +90,11 @@ ORIGINAL = {
     "dist_url": "env://",
 }
 
-OURS = {"eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every"}
+OURS = {
+    *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
+    *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
+    *("best_by", "log_to", "ema", "deterministic", "dist_timeout"),
+}
 
 
 def refusal(**values: Any) -> str:

@@ -27,7 +27,12 @@ LAYERS = [  # each may import from itself and from those before it
     {"convert"},
     {"reference"},
     {
+        "build",
+        "check_data",
         "checkpoint",
+        "faults",
+        "logs",
+        "state",
         "correlation",
         "recipe",
         "augment",

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,53 +12,21 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from training import ALONE, KWARGS, Stop, log_without_times, quiet, read, run_until, same, stop_after, tiny
 
 import lape
-from lape.data import load_data, steps_per_epoch
-from lape.distributed import World
+from lape.build import build_model
+from lape.data import batch_plan, load_data, steps_per_epoch
 from lape.errors import CheckpointError, LapeError
 from lape.evaluate import evaluate_checkpoint
+from lape.logs import BOARD, RUN
 from lape.losses import classification_loss, distillation_loss
 from lape.position import resample
 from lape.recipe import Recipe
-from lape.train import BEST, CHECKPOINT, LOG, build_model, peak_lr, resume, start, train, training_loss
+from lape.state import BEST, CHECKPOINT, LOCK, LOG, PREVIOUS, TABLE, peak_lr, resume, start
+from lape.train import train, training_loss
 
 ROOT = Path(__file__).parents[1]
-KWARGS = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
-TIMES = ("seconds", "data_seconds", "images_per_second")
-ALONE = World(0, 1, torch.device("cpu"))
-
-
-def tiny(**changes) -> Recipe:
-    settings = {"model": "vit_tiny_patch16_224", "model_kwargs": KWARGS, "input_size": 16, "join_type": "LaPE"}
-    settings |= {"aa": "none", "reprob": 0.0, "color_jitter": 0.0, "warmup_epochs": 0, "lr": 2e-3, "unscale_lr": True}
-    settings |= {"device": "cpu", "num_workers": 0, "batch_size": 256, "epochs": 1}
-    return Recipe(**{**settings, **changes})
-
-
-def quiet(_text: str) -> None:
-    pass
-
-
-def read(path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-class Stop(Exception):
-    """Ends a run after an epoch, as a kill at that moment would."""
-
-
-def stop_after(epochs: int):
-    def on_epoch(line: dict) -> None:
-        if line["epoch"] + 1 == epochs:
-            raise Stop
-
-    return on_epoch
-
-
-def run_until(epochs: int, recipe: Recipe) -> None:
-    with pytest.raises(Stop):
-        train(recipe, on_epoch=stop_after(epochs), say=quiet)
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -186,22 +155,6 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder
 
 
-def same(found, wanted) -> bool:
-    """Equal in every bit, through dicts and lists."""
-    if isinstance(wanted, torch.Tensor):
-        return torch.equal(found, wanted)
-    if isinstance(wanted, dict):
-        return found.keys() == wanted.keys() and all(same(found[key], wanted[key]) for key in wanted)
-    if isinstance(wanted, list | tuple):
-        return len(found) == len(wanted) and all(same(a, b) for a, b in zip(found, wanted, strict=True))
-    return found == wanted
-
-
-def log_without_times(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, workers):
     recipe = tiny(**FULL, output_dir=str(tmp_path), num_workers=workers)
@@ -300,7 +253,7 @@ def test_the_authors_full_checkpoint_resumes(shared):
     recipe = tiny(**settings, model_kwargs=kwargs, resume=str(shared / "reference" / "tiny_lape_full_format.pth"))
     state = start(recipe, build_model(recipe, 7), ALONE)
     checkpoint = lape.read_checkpoint(recipe.resume)
-    resume(state, checkpoint, recipe, say=quiet)
+    resume(state, checkpoint, recipe, batch_plan(recipe), say=quiet)
     assert state.next_epoch == 3
     names = lape.reference.reference_names(state.model)
     theirs = checkpoint.raw["optimizer"]["state"]
@@ -324,7 +277,9 @@ def test_the_authors_full_checkpoint_resumes(shared):
 
 
 def test_files_hold_what_is_promised(uninterrupted):
-    assert sorted(path.name for path in uninterrupted.iterdir()) == sorted([CHECKPOINT, BEST, LOG])
+    assert sorted(path.name for path in uninterrupted.iterdir()) == sorted(
+        [CHECKPOINT, PREVIOUS, BEST, LOG, TABLE, LOCK, RUN, BOARD]
+    )
     content = read(uninterrupted / CHECKPOINT)
     deit = {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"}
     assert deit | {"classes", "transform", "model_kwargs"} <= content.keys()
@@ -356,13 +311,44 @@ def test_another_run_is_not_overwritten(tmp_path):
     assert (tmp_path / BEST).read_bytes() == b"of another run"
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    ("most", "message"),
+    [
+        (
+            3,
+            r"3 steps in a row .*loss nan, gradient norm nan, learning rate .*e\+\d+ in epoch 1, step",
+        ),
+        (10, r"the validation loss is nan after epoch 1 at learning rate .*e\+"),
+    ],
+)
+def test_weights_that_are_lost_stop_the_run_and_keep_the_checkpoint(tmp_path, most, message):
     recipe = tiny(epochs=3, output_dir=str(tmp_path))
     run_until(1, recipe)
-    before = (tmp_path / CHECKPOINT).read_bytes()
-    with pytest.raises(LapeError, match=r"the loss is nan in epoch 1, step \d+, at learning rate .*e\+"):
-        train(recipe.replace(resume=str(tmp_path / CHECKPOINT), lr=1e30, opt="sgd", model_ema=False), say=quiet)
-    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    before = {name: (tmp_path / name).read_bytes() for name in (CHECKPOINT, BEST, LOG)}
+    broken = recipe.replace(resume=str(tmp_path / CHECKPOINT), lr=1e30, opt="sgd", max_skipped=most)
+    with pytest.raises(LapeError, match=message) as caught:
+        train(broken, say=quiet)
+    assert "\n" not in str(caught.value)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_changes_nothing(tmp_path, monkeypatch):
+    calls = []
+
+    def broken(*args):
+        calls.append(training_loss(*args))
+        return calls[-1] * float("nan") if len(calls) == 3 else calls[-1]
+
+    monkeypatch.setattr("lape.train.training_loss", broken)
+    said: list[str] = []
+    result = train(tiny(save_steps=1, output_dir=str(tmp_path)), say=said.append)
+    assert any(re.search(r"Step skipped.*loss nan, gradient norm nan.*epoch 0, step 2 \(1 in a row\)", s) for s in said)
+    assert "Left out in this epoch: 1 step(s) without a finite loss" in said
+    line = result.history[0]
+    assert line["skipped_steps"] == 1
+    good = [loss.item() for number, loss in enumerate(calls) if number != 2]
+    assert line["train_loss"] == pytest.approx(sum(good) / 4, rel=1e-6)
+    assert all(torch.isfinite(p).all() for p in result.model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -478,7 +464,9 @@ def test_two_processes_train_write_and_evaluate_to_the_number_in_the_log(tmp_pat
     assert done.stdout.count("Start training for 2 epochs") == 1, "only the first process speaks"
     assert "64 x 2 process(es) = 128" in done.stdout
     assert "Warning" not in done.stderr
-    assert sorted(path.name for path in out.iterdir()) == sorted([CHECKPOINT, BEST, LOG])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [CHECKPOINT, PREVIOUS, BEST, LOG, TABLE, LOCK, RUN, BOARD]
+    )
     first, last = log_without_times(out)
     assert last["train_loss"] < first["train_loss"]
     found = evaluate_checkpoint(Recipe(resume=str(out / CHECKPOINT), device="cpu"), say=quiet)

@@ -10,7 +10,9 @@ import contextlib
 import inspect
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
 
-from lape.errors import LapeError
+from lape.errors import LapeError, LostError
 from lape.recipe import Recipe, check_launch, spelling_of, topic_of, topics
 
 USER_ERROR = 2
@@ -30,7 +32,7 @@ STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", 
 EVALUATION = (
     *STORED,
     *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem"),
-    *("dist_eval", "device", "amp", "threads"),
+    *("ema", "dist_eval", "device", "amp", "threads"),
 )
 
 Command = Callable[..., None]
@@ -315,6 +317,28 @@ def export(
     write(checkpoint, output_dir, pixels, formats=formats, fold=fold, tolerance=tolerance)
 
 
+@app.command(name="check-data")
+def check_data(
+    data_path: Annotated[str, Parameter(help="folder with train/<class>/* and val/<class>/*")],
+    *,
+    json: Annotated[
+        str | None, Parameter(help="write all findings to this JSON file; -: stdout", allow_leading_hyphen=True)
+    ] = None,
+    workers: Annotated[int, Parameter(help="processes; 0: one a processor")] = 0,
+) -> None:
+    """Open every image of a data folder before a long run; exit code 0 when training may start, else 2."""
+    from lape.check_data import check_data as check
+
+    report = check(data_path, workers=workers or None)
+    if json is not None:
+        _write(json, _as_json(report.to_dict()))
+    if json != "-":
+        for line in report.lines():
+            print(line)
+    if not report.fit:
+        raise LapeError(f"{data_path} is not fit for training: {len(report.errors)} error(s) are listed above")
+
+
 @app.command
 def hosts() -> None:
     """List the models that can be converted, by the class of their blocks."""
@@ -343,7 +367,7 @@ def _print_row(title: str, text: str) -> None:
     print(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False))
 
 
-def _as_json(rows: list[dict[str, Any]]) -> str:
+def _as_json(rows: Any) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -384,7 +408,7 @@ def run(command: App, tokens: Sequence[str]) -> int:
         with _quiet_unless_first():
             command(_dashes(tokens))
     except (LapeError, CycloptsError) as error:
-        _report(_one_line(error))
+        _report(_one_line(error), isinstance(error, LostError))
         return USER_ERROR
     except KeyboardInterrupt:
         if _rank() == 0:
@@ -417,12 +441,26 @@ def _quiet_unless_first() -> Iterator[None]:
         yield
 
 
-def _report(message: str) -> None:
-    """Print one line to stderr. A later process waits: the launcher ends it first if the error is everyone's."""
-    if _rank() > 0:
+def _report(message: str, lost: bool = False) -> None:
+    """Print one line to stderr. A later process waits: the launcher ends it first if the error is everyone's.
+
+    One that has lost another waits as well, or the launcher would end that one before it can say why.
+    """
+    if lost:
+        _wait_for_launcher(5)
+    elif _rank() > 0:
         time.sleep(3)
+    if _rank() > 0:
         message = f"[rank {_rank()}] {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _wait_for_launcher(seconds: float) -> None:
+    """Until it ends this process, too, which then still has something to say."""
+    asked = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda _number, _frame: asked.set())
+    asked.wait(seconds)
 
 
 def _one_line(error: Exception) -> str:

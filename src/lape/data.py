@@ -3,7 +3,8 @@
 **Layouts.** `D/train/<class>/*` and `D/val/<class>/*` (torchvision's `ImageFolder`, classes in its lexical order),
 CIFAR-10 and CIFAR-100 in the original's Python files, iNaturalist 2018 and 2019 as DeiT lays them out, and the digits
 inside the package. A layout that cannot be trusted is a `DataError` of one line; a corrupt image is one that names the
-file, when it is read. It is never replaced by another and never skipped.
+file, when it is read. It is never replaced by another, unless `skip_corrupt` asks for that in training, where each is
+named and counted.
 
 **Randomness.** What a training image becomes is a pure function of (seed, epoch, index, copy), and which images make
 step s of an epoch is one of (seed, epoch, size of the global batch). So neither the number of loader processes, nor
@@ -20,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -44,8 +46,10 @@ if TYPE_CHECKING:
     from lape.recipe import Recipe
 
 __all__ = [
+    "BatchPlan",
     "Data",
     "EvalTransform",
+    "batch_plan",
     "check_batch",
     "eval_loader",
     "eval_transform",
@@ -58,6 +62,7 @@ __all__ = [
 
 COPIES = 3  # of an image under repeated augmentation
 EVAL_BATCH = 1.5  # DeiT's evaluation batch, as a multiple of the training batch
+MOST_SKIPPED = 20  # unreadable images in a row; more is no accident
 CACHE_BYTES = 2**28  # tensors of an unaugmented in-memory data set are kept up to this size
 LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*"
 
@@ -126,18 +131,53 @@ def load_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
 # -- loaders -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the images of one optimizer step are dealt out: `total` = `size` x processes x `parts`."""
+
+    size: int  # images that a process computes at once
+    parts: int  # such batches a step, whose gradients are accumulated
+    total: int
+
+
 def check_batch(recipe: Recipe) -> None:
     """Refuse an odd batch under mixup or cutmix, which pair the images of a batch.
 
     Raises:
         LapeError: names the batch size and the fix.
     """
-    mixes = recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None
-    if mixes and recipe.batch_size % 2:
+    if not recipe.global_batch and _mixes(recipe) and recipe.batch_size % 2:
         raise LapeError(
             f"batch_size={recipe.batch_size} is odd and mixup/cutmix pair the images of a batch: "
             f"use --batch-size {recipe.batch_size + 1}, or --mixup 0 --cutmix 0"
         )
+
+
+def _mixes(recipe: Recipe) -> bool:
+    return recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None
+
+
+def batch_plan(recipe: Recipe, world_size: int = 1) -> BatchPlan:
+    """Return the batches of a step. With `global_batch` their total is that on every number of processes.
+
+    Raises:
+        LapeError: the processes cannot share the `global_batch` (under mixup or cutmix: in even batches).
+    """
+    mixes = _mixes(recipe)
+    if not recipe.global_batch:
+        return BatchPlan(recipe.batch_size, 1, recipe.batch_size * world_size)
+    each, rest = divmod(recipe.global_batch, world_size)
+    sizes = [n for n in range(1, min(recipe.batch_size, each) + 1) if each % n == 0 and not (mixes and n % 2)]
+    if rest or not sizes:
+        step = world_size * (2 if mixes else 1)
+        near = max(round(recipe.global_batch / step), 1) * step
+        why = ", in even batches for mixup/cutmix" if mixes else ""
+        raise LapeError(
+            f"global_batch={recipe.global_batch} cannot be shared by {world_size} process(es) with at most "
+            f"{recipe.batch_size} images at once{why}: use --global-batch {near} and --batch-size {step // world_size} "
+            "or more"
+        )
+    return BatchPlan(sizes[-1], each // sizes[-1], recipe.global_batch)
 
 
 def steps_per_epoch(n_samples: int, recipe: Recipe, world_size: int = 1) -> int:
@@ -146,15 +186,16 @@ def steps_per_epoch(n_samples: int, recipe: Recipe, world_size: int = 1) -> int:
     Raises:
         DataError: not even one fits.
     """
-    together = recipe.batch_size * world_size
-    if n_samples < together:
+    plan = batch_plan(recipe, world_size)
+    if n_samples < plan.total:
         fits = n_samples // world_size
         fix = f"--batch-size {fits} or less" if fits else f"at most {n_samples} processes"
+        fix = f"--global-batch {fits * world_size} or less" if fits and recipe.global_batch else fix
         raise DataError(
-            f"batch size {recipe.batch_size} x {world_size} process(es) = {together} is larger than the training set "
-            f"of {n_samples} image(s), an epoch would have no step: use {fix}"
+            f"batch size {plan.size * plan.parts} x {world_size} process(es) = {plan.total} is larger than the "
+            f"training set of {n_samples} image(s), an epoch would have no step: use {fix}"
         )
-    return n_samples // together
+    return n_samples // plan.total
 
 
 def train_loader(
@@ -162,15 +203,16 @@ def train_loader(
 ) -> Loader:
     """Return the batches of one epoch that belong to one process: (B, in_chans, H, W) float32 and (B,) int64.
 
-    All processes get the same number of full batches, `steps_per_epoch` less `skip_batches` (those that were trained
-    before an interruption). A `DataError` of a sample is raised here, also when a worker met it.
+    All processes get the same number of full batches: for each of `steps_per_epoch` less `skip_batches` steps (those
+    that were trained before an interruption) as many as `batch_plan` has parts. A `DataError` of a sample is raised
+    here, also when a worker met it; with `skip_corrupt` the loader's `skipped` names it.
 
     Raises:
         DataError: no batch fits.
         LapeError: `skip_batches` is not a number of batches of this epoch.
     """
     batches = TrainBatches(len(_sized(dataset)), recipe, epoch, rank, world_size, skip_batches)
-    return _loader(Samples(dataset, (recipe.seed, epoch)), batches, recipe)
+    return _loader(Samples(dataset, (recipe.seed, epoch), recipe.skip_corrupt), batches, recipe)
 
 
 def eval_loader(dataset: Dataset, recipe: Recipe, *, rank: int = 0, world_size: int = 1) -> Loader:
@@ -183,12 +225,12 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
     """The (index, copy) keys of each batch of one process in one epoch.
 
     The epoch is one list shared by all processes, dealt out in turn: step s is the same set of samples for every
-    number of processes with the same global batch.
+    number of processes, and of parts, with the same global batch.
     """
 
     def __init__(self, n: int, recipe: Recipe, epoch: int, rank: int, world_size: int, skip: int) -> None:
         self.n, self.rank, self.world_size, self.skip = n, rank, world_size, skip
-        self.together = recipe.batch_size * world_size
+        self.plan = batch_plan(recipe, world_size)
         self.steps = steps_per_epoch(n, recipe, world_size)
         self.copies = COPIES if recipe.repeated_aug else 1
         self.seed = _hash(recipe.seed, epoch)
@@ -196,12 +238,13 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
             raise LapeError(f"cannot skip {skip} batches of an epoch of {self.steps}: give a number between the two")
 
     def __len__(self) -> int:
-        return self.steps - self.skip
+        return (self.steps - self.skip) * self.plan.parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed)).tolist()
-        for step in range(self.skip, self.steps):
-            places = range(step * self.together + self.rank, (step + 1) * self.together, self.world_size)
+        together = self.plan.size * self.world_size
+        for batch in range(self.skip * self.plan.parts, self.steps * self.plan.parts):
+            places = range(batch * together + self.rank, (batch + 1) * together, self.world_size)
             yield [(order[place // self.copies], place % self.copies) for place in places]
 
 
@@ -224,10 +267,11 @@ class Samples(Dataset):
 
     Python's, NumPy's and torch's CPU generators are seeded before each item and put back after the batch: an
     augmentation may use any of them, and the caller's streams do not notice. With `stream` None nothing is seeded.
+    With `skip_corrupt` an image that cannot be read is replaced by the next one that can.
     """
 
-    def __init__(self, dataset: Dataset, stream: tuple[int, int] | None) -> None:
-        self.dataset, self.stream = dataset, stream
+    def __init__(self, dataset: Dataset, stream: tuple[int, int] | None, skip_corrupt: bool = False) -> None:
+        self.dataset, self.stream, self.skip_corrupt = dataset, stream, skip_corrupt
 
     def __len__(self) -> int:
         return len(_sized(self.dataset))
@@ -241,10 +285,23 @@ class Samples(Dataset):
         try:
             if isinstance(self.dataset, InMemory):
                 return self.dataset.batch([index for index, _ in keys])
+            skipped: list[str] = []
             with _generators_kept():
-                return [self._draw(*key) for key in keys]
+                items = [self._draw_readable(*key, skipped) for key in keys]
+            return (items, skipped) if skipped else items
         except DataError as error:
-            return DataError(str(error))
+            way_out = "" if self.stream is None or self.skip_corrupt else ", or train without it: --skip-corrupt"
+            return DataError(f"{error}{way_out}")
+
+    def _draw_readable(self, index: int, copy: int, skipped: list[str]) -> tuple[torch.Tensor, int]:
+        if not self.skip_corrupt:
+            return self._draw(index, copy)
+        for further in range(MOST_SKIPPED):
+            try:
+                return self._draw((index + further) % len(self), copy)
+            except DataError as error:
+                skipped.append(str(error))
+        raise DataError(f"{MOST_SKIPPED} images in a row cannot be read, the last: {skipped[-1]}")
 
     def _draw(self, index: int, copy: int) -> tuple[torch.Tensor, int]:
         if self.stream is not None:
@@ -256,7 +313,11 @@ class Samples(Dataset):
 
 
 class Loader(DataLoader):
-    """A `DataLoader` that raises a sample's `DataError` as it was."""
+    """A `DataLoader` that raises a sample's `DataError` as it was; `skipped` are those of images that were left out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skipped: list[str] = []  # of the batches handed out so far
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         with warnings.catch_warnings():
@@ -266,7 +327,9 @@ class Loader(DataLoader):
         for batch in batches:
             if isinstance(batch, DataError):
                 break
-            yield batch
+            if len(batch) == 3:
+                self.skipped += batch[2]
+            yield batch[:2]
         else:
             return
         del batches  # stops the workers; left to the garbage collector, that takes torch ten seconds
@@ -275,7 +338,7 @@ class Loader(DataLoader):
 
 def _loader(samples: Samples, batches: Sampler, recipe: Recipe) -> Loader:
     # more workers than processors only cost, and torch warns of them; tensors in memory need none
-    workers = 0 if isinstance(samples.dataset, InMemory) else min(recipe.num_workers, _processors())
+    workers = 0 if isinstance(samples.dataset, InMemory) else min(recipe.num_workers, processors())
     return Loader(
         samples,
         batch_sampler=batches,
@@ -284,18 +347,25 @@ def _loader(samples: Samples, batches: Sampler, recipe: Recipe) -> Loader:
         pin_memory=recipe.pin_mem and recipe.device != "cpu" and torch.cuda.is_available(),
         # fork: a fresh interpreter would import torch again in every worker of every epoch
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        worker_init_fn=_outlive_sigterm,
         generator=torch.Generator(),  # its own, or starting an epoch would advance the caller's
     )
 
 
+def _outlive_sigterm(_worker: int) -> None:
+    """A launcher sends SIGTERM to loader processes, too; they end with the training process, which saves first."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _collate(batch: Any) -> Any:
-    if isinstance(batch, DataError | tuple):
+    if isinstance(batch, DataError) or (isinstance(batch, tuple) and isinstance(batch[0], torch.Tensor)):
         return batch
-    images, targets = default_collate(batch)
-    return images, targets
+    items, skipped = batch if isinstance(batch, tuple) else (batch, [])
+    images, targets = default_collate(items)
+    return (images, targets, skipped) if skipped else (images, targets)
 
 
-def _processors() -> int:
+def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -435,7 +505,7 @@ def _folder(folder: Path, recipe: Recipe, transform: Transform) -> ImageFolder:
         str(folder),
         transform=transform,
         loader=partial(load_image, in_chans=recipe.in_chans),
-        is_valid_file=_is_image,
+        is_valid_file=is_image,
         allow_empty=True,  # reported here, with the folder and the fix
     )
     counts = np.bincount(found.targets, minlength=len(found.classes))
@@ -455,7 +525,7 @@ def _classes(root: Path, split: str) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{root} has no folder {split}/ (it holds {_first(_names(root))}): {LAYOUT}")
     classes = _subfolders(folder)
-    flat = [name for name in _names(folder) if _is_image(name) and name not in classes]
+    flat = [name for name in _names(folder) if is_image(name) and name not in classes]
     if flat:
         fix = f"move every image to {folder}/<class>/"
         raise DataError(f"{folder} holds {len(flat)} image(s) outside class folders ({_first(flat)}): {fix}")
@@ -476,7 +546,7 @@ def _names(folder: Path) -> list[str]:
         raise DataError(f"cannot read folder {folder} ({error.strerror}): make it readable for this user") from None
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
     """Whether the name is an image's; macOS leaves `._x.jpg` beside x.jpg, which is none."""
     return has_file_allowed_extension(path, IMG_EXTENSIONS) and not os.path.basename(path).startswith("._")
 

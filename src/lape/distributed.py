@@ -6,7 +6,9 @@ process and no process group at all). NCCL on CUDA, gloo elsewhere.
 
 from __future__ import annotations
 
+import datetime
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lape.errors import LapeError
+from lape.errors import LapeError, LostError
+
+# Joining, reading a folder and the like may take one machine longer than another; a step may not.
+SETUP_SECONDS = 900.0
+# How the backends say that another process is gone, or silent for too long.
+_LOST = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|socket|recvValue failed", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class World:
 
 
 @contextmanager
-def join_world(device: str = "auto") -> Iterator[World]:
+def join_world(device: str = "auto", timeout: float | None = None) -> Iterator[World]:
     """Join the processes that the launcher started (its environment variables say so), and leave them at the end.
 
     The group is left on errors too, so that nothing hangs and nothing warns. A group that is already open is used
@@ -40,20 +49,48 @@ def join_world(device: str = "auto") -> Iterator[World]:
 
     Args:
         device: `auto` (CUDA when there is one), `cpu`, `cuda` (one a process), `cuda:N`, or another name of torch.
+        timeout: seconds that `expect_answers` allows to later exchanges, for the message.
 
     Raises:
         LapeError: the device does not exist, or there are more processes than GPUs.
+        LostError: another process has ended or does not answer.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
     ours = size > 1 and not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
+        backend, wait = "nccl" if chosen.type == "cuda" else "gloo", datetime.timedelta(seconds=SETUP_SECONDS)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=wait)
     try:
         yield World(rank, size, chosen)
+    except RuntimeError as error:
+        if not (ours and _is_loss(error)):
+            raise
+        within = f" within {timeout:.0f} s (--dist-timeout)" if timeout else ""
+        raise LostError(
+            f"another process of this run has ended or did not answer{within}, its own message says why "
+            f"({' '.join(str(error).split())[:160]}): this one ends, too; the last checkpoint stands, go on with "
+            "--resume auto"
+        ) from error
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def expect_answers(seconds: float) -> None:
+    """From now on, a process that lets others wait for longer than this counts as dead."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    wait = datetime.timedelta(seconds=seconds)
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(wait)
+    else:  # torch before 2.12
+        dist.distributed_c10d._set_pg_timeout(wait)
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or bool(_LOST.search(str(error)))
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -19,3 +19,7 @@ class DataError(LapeError):
 
 class CheckpointError(LapeError):
     """A file that is not a checkpoint, is unsafe to load, or does not fit the model. The message names the keys."""
+
+
+class LostError(LapeError):
+    """Another process of the run is gone or silent."""

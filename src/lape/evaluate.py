@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +137,16 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
         tell = say if world.is_main else _silence
         checkpoint = read_checkpoint(recipe.resume)
         recipe = settings_of(checkpoint, recipe)
+        if recipe.ema:
+            checkpoint = averaged(checkpoint)
         autocast(recipe.amp, world.device)
         data = load_data(recipe, train=False)
         check_classes(checkpoint, data.classes)
         model = restore_model(checkpoint, recipe, recipe.input_size).to(world.device)
         tell(f"Data: {data.name}")
-        tell(f"Model: {recipe.model} from {recipe.resume}\n{describe(model)}\nTransform: {eval_transform(recipe)}")
+        weights = "averaged (EMA) weights of " if recipe.ema else ""
+        tell(f"Model: {recipe.model} from {weights}{recipe.resume}")
+        tell(f"{describe(model)}\nTransform: {eval_transform(recipe)}")
         rank, size = (world.rank, world.size) if recipe.dist_eval else (0, 1)
         loader = eval_loader(data.val, recipe, rank=rank, world_size=size)
         metrics = evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval)
@@ -223,13 +227,22 @@ def restore_model(checkpoint: Checkpoint, recipe: Recipe, input_size: int | tupl
     return load_reference_state_dict(model, checkpoint.model, source_grid=source_grid(checkpoint, model)).eval()
 
 
-def source_grid(checkpoint: Checkpoint, model: nn.Module) -> tuple[int, int] | None:
-    """The (rows, columns) that a file's position table is for, `model` being of the same patch size.
+def averaged(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its moving average as the weights. Raises CheckpointError where it holds none."""
+    if checkpoint.model_ema is None:
+        raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave --ema out")
+    return replace(checkpoint, model=checkpoint.model_ema)
 
-    A file that does not say its image size (DeiT's releases) has a square grid. None when it has no table.
+
+def source_grid(checkpoint: Checkpoint, model: nn.Module) -> tuple[int, int] | None:
+    """The (rows, columns) that a file's position table is for.
+
+    Its patch size is that of its patch embedding, the model's where that has another name. A file that does not say
+    its image size (DeiT's releases) has a square grid. None when it has no table.
     """
     size = checkpoint.args.get("input_size") or (checkpoint.args.get("model_kwargs") or {}).get("img_size")
-    patch = conversion_of(model).anatomy.patch_size
+    patches = checkpoint.model.get("patch_embed.proj.weight")
+    patch = conversion_of(model).anatomy.patch_size if patches is None else tuple(patches.shape[-2:])
     if checkpoint.raw.get("grid"):
         return tuple(checkpoint.raw["grid"])
     if size:
@@ -238,7 +251,10 @@ def source_grid(checkpoint: Checkpoint, model: nn.Module) -> tuple[int, int] | N
     table = checkpoint.model.get("pos_embed")
     if table is None:
         return None
-    side = math.isqrt(table.shape[-2] - conversion_of(model).layout.prefix_rows)
+    prefix = conversion_of(model).layout.prefix_rows
+    if "dist_token" in checkpoint.model and prefix == 1:  # the file has a row more for it
+        prefix = 2
+    side = math.isqrt(table.shape[-2] - prefix)
     return side, side
 
 

@@ -64,6 +64,9 @@ class Recipe(BaseModel):
     model_ema: bool = _model(True, "keep an exponential moving average of the weights")
     model_ema_decay: float = _model(0.99996, "decay of the moving average", ge=0, le=1)
     model_ema_force_cpu: bool = _model(False, "keep the moving average in host memory")
+    model_ema_warmup: bool = _model(False, "short runs: the average starts as a plain mean and slows to its decay")
+    grad_checkpointing: bool = _model(False, "less memory: compute activations twice instead of keeping them")
+    compile: bool = _model(False, "compile the training step with torch.compile")
 
     # Data
     data_path: str = _data("", "folder with train/<class>/* and val/<class>/*; empty: the packaged digits")
@@ -71,6 +74,7 @@ class Recipe(BaseModel):
     inat_category: InatCategory = _data("name", "which label of an INAT data set")
     num_workers: int = _data(10, "loader processes per training process", ge=0)
     pin_mem: bool = _data(True, "page-locked loader memory on CUDA")
+    skip_corrupt: bool = _data(False, "train on the next image instead of an unreadable one; named and counted")
     eval_crop_ratio: float = _data(1.0, "side of evaluation's crop over side of the resized image", gt=0, le=1)
     mean: tuple[float, ...] | None = _data(None, "channel means of the normalisation (default: ImageNet's)")
     std: tuple[float, ...] | None = _data(None, "channel deviations of the normalisation (default: ImageNet's)")
@@ -78,6 +82,10 @@ class Recipe(BaseModel):
     # Training
     epochs: int = _training(300, "epochs to train", gt=0)
     batch_size: int = _training(64, "images per process and step", gt=0)
+    global_batch: int = _training(
+        0, "images of a step over all processes, in parts of at most --batch-size; 0: --batch-size each", ge=0
+    )
+    max_skipped: int = _training(10, "stop after so many steps in a row without a finite loss and gradient", gt=0)
     seed: int = _training(0, "seed of everything random", ge=0)
     start_epoch: int = _training(0, "first epoch to run, when not resuming", ge=0)
     bce_loss: bool = _training(False, "binary cross-entropy instead of softmax cross-entropy")
@@ -135,18 +143,25 @@ class Recipe(BaseModel):
     distillation_tau: float = _distillation(1.0, "temperature of soft distillation", gt=0)
 
     # Run
-    output_dir: str = _run("", "where checkpoints and log.txt go; empty: nothing is written")
+    output_dir: str = _run("", "where checkpoints and logs go; empty: nothing is written")
+    save_steps: int = _run(0, "save within an epoch, too, every so many steps; 0: after each epoch only", ge=0)
+    save_minutes: float = _run(0.0, "save within an epoch, too, when so many minutes have passed; 0: do not", ge=0)
+    best_by: Literal["raw", "ema"] = _run("raw", "whose top-1 makes best_checkpoint.pth: the weights or their average")
+    log_to: tuple[Literal["wandb", "trackio"], ...] = _run((), "send the curves there as well: wandb, trackio")
     resume: str = _run("", "checkpoint to go on from (auto: the newest in --output-dir) or to evaluate")
     eval: bool = _run(False, "evaluate only")
+    ema: bool = _run(False, "with --eval: evaluate the averaged weights")
     dist_eval: bool = _run(False, "share the evaluation among the processes, exactly")
     device: str = _run("auto", "auto (CUDA when there is one), cpu, cuda, cuda:N")
     amp: Literal["auto", "off", "fp16", "bf16"] = _run("auto", "mixed precision; auto: fp16 on CUDA, else off")
     threads: int = _run(0, "CPU threads of torch; 0: torch decides", ge=0)
+    deterministic: bool = _run(False, "algorithms that give the same bits again on one machine, where slower, too")
     log_every: int = _run(10, "steps between progress lines off a terminal", gt=0)
 
     # Launcher
     world_size: int = _launcher(1, "must be what the launcher started; use torchrun --nproc_per_node", gt=0)
     dist_url: str = _launcher("env://", "must be env://; use torchrun's --rdzv-endpoint or --master-port")
+    dist_timeout: float = _launcher(60.0, "seconds without an answer after which a process counts as dead", gt=0)
     # fmt: on
 
     def __init__(self, **values: Any) -> None:
@@ -217,6 +232,10 @@ class Recipe(BaseModel):
             raise LapeError(
                 f"distillation_type={self.distillation_type!r} needs a teacher: give --teacher-path CHECKPOINT"
             )
+        if self.ema and not self.eval:
+            raise LapeError("ema=True chooses what is evaluated: add --eval; training averages with --model-ema")
+        if self.best_by == "ema" and not self.model_ema:
+            raise LapeError("best_by='ema' needs the average: leave --no-model-ema out, or use --best-by raw")
         if self.src and not self.three_augment:
             raise LapeError("src=True is a part of DeiT III's augmentation: add --three-augment, or leave --src out")
         return self

@@ -1,0 +1,192 @@
+"""What is trained: the model of a recipe, the weights it starts from, and the teacher beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from timm.layers import resample_patch_embed
+from torch import Tensor, nn
+
+from lape.augment import eval_transform
+from lape.checkpoint import Checkpoint, read_checkpoint
+from lape.convert import conversion_of, create_model
+from lape.errors import CheckpointError, LapeError
+from lape.evaluate import source_grid
+from lape.names import nearest
+from lape.recipe import Recipe
+from lape.reference import load_reference_state_dict, to_reference_state_dict
+
+Say = Callable[[str], None]
+PATCHES = "patch_embed.proj.weight"
+
+
+def build_model(recipe: Recipe, num_classes: int, say: Say = print) -> nn.Module:
+    """The model of a recipe, the same in every process; with the weights of `finetune` where it names a file."""
+    torch.manual_seed(recipe.seed)
+    model = create_model(
+        recipe.model,
+        join=recipe.join_type,
+        pe=recipe.pe,
+        num_classes=num_classes,
+        img_size=recipe.input_size,
+        in_chans=recipe.in_chans,
+        drop_rate=recipe.drop,
+        drop_path_rate=recipe.drop_path,
+        **recipe.model_kwargs,
+    )
+    if recipe.finetune:
+        load_weights(model, read_checkpoint(recipe.finetune), say)
+    if recipe.attn_only:
+        _train_attention_only(model)
+    if recipe.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if recipe.distillation_type != "none":
+        if not hasattr(model, "set_distilled_training"):
+            raise LapeError(
+                f"model {recipe.model!r} has no distillation head: use a distilled one, such as "
+                "deit_tiny_distilled_patch16_224, or --distillation-type none"
+            )
+        model.set_distilled_training(True)  # type: ignore[operator]
+    return model
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> None:
+    """Start a model from another's weights, as far as they can be carried over.
+
+    A position table is resampled to the model's grid, a patch embedding to its patch size (pseudo-inverse resize,
+    FlexiViT: Beyer et al. 2023). The distillation token of the file, with its row of the table and its head, is left
+    out where the model has none. A head for another number of classes starts anew, and so do PE norms, a distillation
+    token and its head that the file lacks. What is left out, resized or anew is said in one line.
+
+    Raises:
+        CheckpointError: any other difference between file and model.
+    """
+    ours, theirs = to_reference_state_dict(model), dict(checkpoint.model)
+    grid = source_grid(checkpoint, model)
+    left = _leave_distillation(ours, theirs)
+    resized = _resize_patches(ours, theirs)
+    fresh = {name: tensor for name, tensor in ours.items() if _starts_anew(name, tensor, theirs.get(name))}
+    kept = {name: tensor for name, tensor in theirs.items() if name not in fresh}
+    load_reference_state_dict(model, fresh | kept, source_grid=grid)
+    notes = [
+        f"it does not have or fit these, so they start anew: {short(fresh)}" if fresh else "",
+        f"left out: {short(left)}" if left else "",
+        resized,
+        f"position table resampled from a grid of {grid[0]} x {grid[1]}"
+        if grid is not None and grid != conversion_of(model).layout.grid and "pos_embed" in theirs
+        else "",
+    ]
+    say(f"Fine-tuning from {checkpoint.path}. {'; '.join(note for note in notes if note)}".rstrip(". ") + ".")
+
+
+def _starts_anew(name: str, ours: Tensor, theirs: Tensor | None) -> bool:
+    if name.startswith(("head.", "head_dist.")):
+        return theirs is None or theirs.shape != ours.shape
+    return theirs is None and ".pe_norm." in name
+
+
+def _leave_distillation(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    """Take a distilled model's second token out of `theirs` where ours has none: its row is the second of a table."""
+    left = [name for name in theirs if name.startswith(("head_dist.", "dist_token")) and name not in ours]
+    if "dist_token" in left:
+        for name, table in theirs.items():
+            if name.startswith("pos_embed"):
+                theirs[name] = torch.cat([table[..., :1, :], table[..., 2:, :]], dim=-2)
+                left.append(f"row 1 of {name}")
+    for name in left:
+        theirs.pop(name, None)
+    return left
+
+
+def _resize_patches(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
+    if PATCHES not in ours or PATCHES not in theirs:
+        return ""
+    new, old = ours[PATCHES].shape[-2:], theirs[PATCHES].shape[-2:]
+    if new == old:
+        return ""
+    theirs[PATCHES] = resample_patch_embed(theirs[PATCHES], list(new))
+    return f"patch embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} pixels"
+
+
+def short(names: Collection[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
+
+
+def trainable(model: nn.Module) -> int:
+    """How many parameters learn."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _train_attention_only(model: nn.Module) -> None:
+    """As DeiT does: attention, the position table and the heads learn, all else is frozen."""
+    heads = model.get_classifier()  # type: ignore[operator]
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    head_ids = {id(parameter) for head in heads for parameter in head.parameters()}
+    for name, parameter in model.named_parameters():
+        wanted = ".attn." in name or name.endswith("pos_embed") or id(parameter) in head_ids
+        parameter.requires_grad_(parameter.requires_grad and wanted)
+
+
+class Teacher(nn.Module):
+    """A frozen classifier that sees the student's images in its own normalisation: (B, C, H, W) -> logits (B, K)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, seen: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.same = seen == wanted
+        (mean, std), (own_mean, own_std) = (
+            (torch.tensor(m).view(1, -1, 1, 1), torch.tensor(s).view(1, -1, 1, 1)) for m, s in (seen, wanted)
+        )
+        self.register_buffer("scale", std / own_std)
+        self.register_buffer("shift", (mean - own_mean) / own_std)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images if self.same else images * self.scale + self.shift)
+
+
+def load_teacher(recipe: Recipe, num_classes: int, device: torch.device, say: Say = print) -> Teacher | None:
+    """The teacher of a recipe. Its normalisation is that of its checkpoint, else that of timm's configuration.
+
+    Raises:
+        LapeError: unknown name, or a model that cannot see images of this size.
+        CheckpointError: the file is not of that model and these classes.
+    """
+    if recipe.distillation_type == "none":
+        return None
+    import timm
+
+    name = recipe.teacher_model
+    if not timm.is_model(name.split(".")[0]):
+        guess = nearest(name, timm.list_models())
+        raise LapeError(f"unknown teacher_model {name!r}{f'; did you mean {guess!r}?' if guess else ''}")
+    model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=recipe.in_chans)
+    checkpoint = read_checkpoint(recipe.teacher_path)
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{recipe.teacher_path} is not a {name} with {num_classes} classes ({' '.join(str(error).split())[:300]}): "
+            "give the teacher's --teacher-model, trained on the same classes"
+        ) from None
+    student = eval_transform(recipe)
+    seen = (tuple(student.mean), tuple(student.std))
+    source, own = ("its checkpoint", checkpoint.transform) if checkpoint.transform else ("timm", model.pretrained_cfg)
+    assert isinstance(own, dict)
+    wanted = (tuple(own["mean"]), tuple(own["std"]))
+    if len(wanted[0]) != recipe.in_chans:
+        source, wanted = "the student: its own has other channels", seen
+    teacher = Teacher(model, seen, wanted).to(device)
+    try:
+        teacher(torch.zeros(1, recipe.in_chans, recipe.input_size, recipe.input_size, device=device))
+    except (AssertionError, RuntimeError) as error:
+        raise LapeError(f"teacher_model {name!r} cannot see images of {recipe.input_size} pixels: {error}") from None
+    say(f"Teacher: {name} from {recipe.teacher_path}; normalisation of {source}: mean {wanted[0]}, std {wanted[1]}")
+    return teacher
