@@ -257,39 +257,67 @@ def predict(
 
 @app.command
 def visualize(
-    checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
-    *,
-    save_dir: Annotated[str, Parameter(help="the pictures go into SAVE_DIR/MODEL_NAME/")],
+    *checkpoints: Annotated[str, Parameter(help=".pth files or folders written by lape.save")],
+    save_dir: Annotated[str | None, Parameter(help="the pictures go into SAVE_DIR/MODEL_NAME/")] = None,
+    html: Annotated[str | None, Parameter(help="write the explorer, one file for the browser, here")] = None,
+    image: Annotated[
+        tuple[str, ...], Parameter(help="with --html: photographs to look at, for attention as well")
+    ] = (),
     model_name: Annotated[str | None, Parameter(help="name of the folder (default: model and join)")] = None,
     token: Annotated[int | None, Parameter(help="patch whose map is drawn (default: the centre)")] = None,
     size: Annotated[
         tuple[int, ...] | None, Parameter(help="image side, or height and width, pixels (default: the model's)")
     ] = None,
     view: Annotated[
-        Literal["seen", "received"] | None, Parameter(help="positions as attention sees or a block receives them")
+        Literal["seen", "received", "unbiased"] | None,
+        Parameter(help="positions as attention sees them (unbiased: less the norm's bias) or a block receives them"),
     ] = None,
     join_type: Annotated[str | None, Parameter(help="must agree with the checkpoint, if it says")] = None,
     pe: Annotated[str | None, Parameter(help="must agree with the checkpoint, if it says")] = None,
     ema: Annotated[bool, Parameter(help="draw the averaged weights", negative=())] = False,
 ) -> None:
-    """Draw what the position embedding became in every layer, and write the numbers (.npz)."""
+    """Draw what the position embedding became in every layer, and write the numbers (.npz).
+
+    Several checkpoints are drawn side by side: in the explorer, and as one figure a kind of map in SAVE_DIR.
+    """
+    if not checkpoints:
+        raise LapeError("no checkpoint was given: lape visualize CHECKPOINT --save-dir DIR")
+    if save_dir is None and html is None:
+        raise LapeError("nothing to write: give --save-dir DIR for pictures, --html FILE for the explorer, or both")
     if size is not None and len(size) > 2:
         raise LapeError(f"--size {' '.join(map(str, size))} has {len(size)} values: give one, or height and width")
+    if image and html is None:
+        raise LapeError("--image shows photographs in the explorer: give --html FILE as well")
+    if save_dir is None and (token is not None or view is not None):
+        raise LapeError("--token and --view choose what pictures show: give --save-dir DIR as well")
+    if len(checkpoints) > 1 and model_name is not None and save_dir is not None:
+        raise LapeError("--model-name names the folder of one checkpoint, several were given: leave it out")
+    sides = size if size is None or len(size) == 2 else size[0]
 
-    from lape.plot import visualize as draw
+    if save_dir is not None:
+        from lape.plot import visualize as draw
 
-    files = draw(
-        checkpoint,
-        save_dir,
-        model_name=model_name,
-        token=token,
-        size=size if size is None or len(size) == 2 else size[0],
-        view=view,
-        join=join_type,
-        pe=pe,
-        ema=ema,
-    )
-    print(f"{len(files)} files in {files[0].parent}, first look at {next(f for f in files if f.stem == 'overview')}")
+        for checkpoint in checkpoints:
+            files = draw(
+                checkpoint,
+                save_dir,
+                model_name=model_name,
+                token=token,
+                size=sides,
+                view=view,
+                join=join_type,
+                pe=pe,
+                ema=ema,
+            )
+            first = next(f for f in files if f.stem == "overview")
+            print(f"{len(files)} files in {files[0].parent}, first look at {first}")
+    if html is not None:
+        from lape.explorer import explore
+
+        page = explore(
+            checkpoints, html, images=image, size=sides, model_name=model_name, join=join_type, pe=pe, ema=ema
+        )
+        print(f"open {page} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
 
 
 @app.command

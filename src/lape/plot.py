@@ -40,7 +40,11 @@ from lape.errors import LapeError
 from lape.position import KINDS, Grid
 
 COLOURS = "RdBu_r"
-WHO: dict[View, str] = {"seen": "each layer sees them", "received": "each layer receives them"}
+WHO: dict[View, str] = {
+    "seen": "each layer sees them",
+    "received": "each layer receives them",
+    "unbiased": "each layer sees them, without the bias of its norm",
+}
 COSINE = Normalize(-1, 1), "cosine similarity"
 
 
