@@ -16,8 +16,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.checkpoint import checkpoint
 
 import lape
+from lape.joined import FoldedNorm, PositionalBlock
 from lape.joins import JOINS, check_combination
-from lape.norm import FoldedNorm, PositionalBlock, PositionalNorm
+from lape.norm import PositionalNorm
 from lape.position import KINDS
 
 HOSTS = {
@@ -147,6 +148,8 @@ def test_five_equalities(host, join, pe, tmp_path):
         folder = lape.save(model, tmp_path / "model", name=name, **{**TINY, **extra})
         loaded = lape.load(folder)
         folded = lape.fold_(copy.deepcopy(model))
+        folded_loaded = lape.load(lape.save(folded, tmp_path / "folded", name=name, **{**TINY, **extra}))
+    assert torch.equal(folded_loaded(x), folded(x))
     scale = expected.abs().max()
     for what, got in {"converted": converted, "loaded": loaded(x), "folded": folded(x)}.items():
         assert (got - expected).abs().max() <= TOLERANCE * scale, what
@@ -229,7 +232,7 @@ REFUSED = {
     "windows": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer is not a supported model"),
     "dropped patches": (lambda: make(patch_drop_rate=0.5), "patch_drop_rate"),
     "two models": (lambda: torch.nn.ModuleList([make(), make()]), "holds 2 convertible models"),
-    "other norm": (lambda: make(norm_layer=torch.nn.RMSNorm), "RMSNorm, not a LayerNorm"),
+    "no norm": (lambda: make(norm_layer=torch.nn.Identity), "Identity: the norm before attention must be"),
 }
 
 
@@ -414,7 +417,7 @@ def test_folding_leaves_nothing_to_compute():
     assert not [name for name, _ in model.named_parameters() if "pe_norm" in name or "pos_embed" in name]
     assert isinstance(model.blocks[0].norm1, FoldedNorm)
     assert lape.positions(model).shape == (3, 17, 32)
-    for wrong in (lape.remove_, lape.fold_, lape.to_reference_state_dict):
+    for wrong in (lape.remove_, lape.fold_):
         with pytest.raises(lape.LapeError, match="folded"):
             wrong(model)
 
@@ -571,3 +574,67 @@ def test_any_size_compiles_to_one_graph():
         x = torch.randn(2, 3, *size)
         expected = model(x)
         assert (compiled(x) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+# --------------------------------------------------------------------- warm start
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("join", ["LaPE", "LaPE-sharing"])
+def test_a_warm_start_is_the_host_at_first_and_learns(host, join, tmp_path):
+    model, original = make(host), make(host)
+    x = image(model)
+    lape.apply_(model, join, warm_start=True)
+    assert lape.describe(model).input_addition
+    assert torch.equal(model(x), original(x))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # the gates open in the first step, the norms behind them move in the second
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+    with torch.no_grad():
+        trained = model(x)
+        assert not torch.equal(trained, original(x))
+        gate, p = model.blocks[0].norm1.pe_gate, model.blocks[0].norm1.position()
+        received = lape.positions(model)[0]
+        assert torch.equal(received[received.any(-1)], (gate * p)[0])
+        name, extra = HOSTS[host]
+        loaded = lape.load(lape.save(model, tmp_path / "m", name=name, **{**TINY, **extra}))
+        assert torch.equal(loaded(x), trained)
+        folded = lape.fold_(copy.deepcopy(model))
+        assert (folded(x) - trained).abs().max() <= TOLERANCE * trained.abs().max()
+        twin = copy.deepcopy(model)
+        assert twin.pos_embed is twin.lape_position[0].pos_embed  # host and chain read one table, in a copy too
+    lape.remove_(model)
+    assert_same_structure(model, original)
+
+
+def test_a_warm_start_survives_another_size():
+    model, original = lape.apply_(make(), warm_start=True), make()
+    for m in (model, original):
+        m.set_input_size(img_size=(8, 24))
+    x = torch.randn(2, 3, 8, 24)
+    assert torch.equal(model(x), original(x))
+    assert model.pos_embed is model.lape_position[0].pos_embed
+
+
+@pytest.mark.parametrize(("join", "pe"), [("share", None), ("basic", None), ("LaPE", "2D_sin")])
+def test_a_warm_start_without_meaning_is_refused(join, pe):
+    with pytest.raises(lape.LapeError, match="warm_start=True with join="):
+        lape.apply_(make(), join, pe, warm_start=True)
+
+
+def test_a_hook_on_the_token_norm_keeps_what_it_saw():
+    """The position is added in place only where nobody can notice."""
+    model = lape.apply_(make())
+    norm, x = model.blocks[0].norm1, torch.randn(2, 17, 32)
+    seen = []
+    expected = norm.token_norm(x)
+    total = norm(x)
+    norm.token_norm.register_forward_hook(lambda _, __, y: seen.append(y))
+    assert torch.equal(norm(x), total)
+    assert torch.equal(seen[0], expected)
+    assert not torch.equal(total, expected)

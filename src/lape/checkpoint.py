@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor, nn
 
-from lape.convert import build, conversion_of
+from lape.convert import build, conversion_of, fold_
 from lape.errors import CheckpointError, LapeError
 from lape.hosts import host_named
 from lape.joins import join_named
@@ -205,20 +205,24 @@ def model_from_checkpoint(
         kwargs.setdefault("num_classes", checkpoint.num_classes)
     if (in_chans := checkpoint.args.get("in_chans")) is not None:
         kwargs.setdefault("in_chans", in_chans)
+    warm_start = bool(checkpoint.args.get("warm_start"))
     made = build(
         checkpoint.library,
         checkpoint.setting("model", model),
         kwargs,
         checkpoint.setting("join_type", None if join is None else join_named(join).name),
-        checkpoint.setting("pe", None if pe is None else kind_named(pe).name),
+        None if warm_start else checkpoint.setting("pe", None if pe is None else kind_named(pe).name),
+        warm_start=warm_start,
     )
+    if checkpoint.raw.get("folded"):
+        fold_(made)
     return load_reference_state_dict(made, state).eval()
 
 
 # ------------------------------------------------------------------------------------------------ write
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Calls `write(file)` on a temporary file beside `path`, syncs it to disk and renames it: whole or not at all.
 
     Raises LapeError when the folder cannot be written; an earlier file at `path` is untouched then.
@@ -267,7 +271,7 @@ def save(
         classes: class names in the order of the outputs.
         transform: the evaluation transform (`EvalTransform.to_dict()`).
 
-    Raises LapeError when the model's name is not known, it is folded, or the folder cannot be written.
+    Raises LapeError when how to build the model is not known, or the folder cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
@@ -292,6 +296,8 @@ def save(
         "model_kwargs": factory["kwargs"],
         "join": conversion.join,
         "pe": conversion.pe,
+        "warm_start": conversion.warm_start,
+        "folded": conversion.folded,
         "grid": conversion.layout.grid,
         "classes": classes,
         "transform": transform,
@@ -305,13 +311,9 @@ def save(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LapeError(f"cannot create the folder {path}: {error.strerror}") from error
-    write_atomically(path / WEIGHTS, lambda file: _write(file, to_bytes(state)))
-    write_atomically(path / CONFIG, lambda file: _write(file, text.encode()))
+    write_atomically(path / WEIGHTS, lambda file: file.write(to_bytes(state)))
+    write_atomically(path / CONFIG, lambda file: file.write(text.encode()))
     return path
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
 
 
 def _read_folder(path: Path) -> Checkpoint:
@@ -324,7 +326,8 @@ def _read_folder(path: Path) -> Checkpoint:
     state = _unpickle_safely(path / WEIGHTS)
     kwargs = dict(config["model_kwargs"])
     args = {"model": config["model"], "join_type": config["join"], "pe": config["pe"], "model_kwargs": kwargs}
-    raw = {key: config.get(key) for key in ("library", "classes", "transform", "grid")}
+    args["warm_start"] = bool(config.get("warm_start"))
+    raw = {key: config.get(key) for key in ("library", "folded", "classes", "transform", "grid")}
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
 
 

@@ -311,6 +311,12 @@ def visualize(
             )
             first = next(f for f in files if f.stem == "overview")
             print(f"{len(files)} files in {files[0].parent}, first look at {first}")
+        if len(checkpoints) > 1:
+            from lape.plot import compare as draw_together
+            from lape.plot import load
+
+            models = {c: load(c, model_name, join_type, pe, sides, ema)[0] for c in checkpoints}
+            print(f"{len(draw_together(models, save_dir, view=view or 'seen'))} files of all models in {save_dir}")
     if html is not None:
         from lape.explorer import explore
 
@@ -318,6 +324,29 @@ def visualize(
             checkpoints, html, images=image, size=sides, model_name=model_name, join=join_type, pe=pe, ema=ema
         )
         print(f"open {page} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
+
+
+@app.command
+def export(
+    checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
+    *,
+    output_dir: Annotated[str, Parameter(help="gets folder/, model.pt2, model.onnx and export.json")],
+    formats: Annotated[tuple[str, ...], Parameter(help="of folder, torch, onnx")] = ("folder", "torch", "onnx"),
+    fold: Annotated[bool, Parameter(help="positions become constants")] = True,
+    tolerance: Annotated[float, Parameter(help="largest difference of outputs, relative to the largest")] = 1e-4,
+    data_path: Annotated[str, Parameter(help="folder with val/ to check on (default: the packaged digits)")] = "",
+    images: Annotated[int, Parameter(help="how many images to check on")] = 64,
+) -> None:
+    """Write a model as torch.export, ONNX and a folder that loads offline, each checked against the eager model."""
+    from lape.checkpoint import read_checkpoint
+    from lape.export import export as write
+    from lape.export import sample_images
+
+    if images < 2:
+        raise LapeError(f"--images {images} is not allowed: give 2 or more")
+    pixels, data_name = sample_images(read_checkpoint(checkpoint), data_path, images)
+    print(f"checked on {len(pixels)} images of {data_name}")
+    write(checkpoint, output_dir, pixels, formats=formats, fold=fold, tolerance=tolerance)
 
 
 @app.command

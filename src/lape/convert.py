@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lape.bias import FoldedBias, PositionalAttention, PositionBias
 from lape.errors import LapeError, UnsupportedModelError
 from lape.grids import Grids, GridWatch
-from lape.hosts import Anatomy, find_host, host_named, host_of_library
+from lape.hosts import Anatomy, class_name, find_host, host_named, host_of_library
+from lape.joined import FoldedNorm, PositionalBlock, PositionSource
 from lape.joins import JOINS, Join, check_combination, join_named
-from lape.norm import FoldedNorm, PositionalBlock, PositionalNorm, PositionSource
+from lape.norm import PositionalNorm
 from lape.position import KINDS, Grid, Kind, Layout, PositionTable, kind_named
 
 TABLES = "lape_position"  # name under which a converted model holds its position tables
@@ -39,10 +40,12 @@ class Conversion:
     anatomy: Anatomy  # of the model as it was found
     sites: tuple[tuple[str, str], ...]  # (path of a wrapper, name of the wrapped module in it)
     slot_order: tuple[str, ...]  # the parameter names of the table's owner before the conversion
+    replaced_encoder: nn.Module | None = None  # the host's own position module when a table took its place
     watch: str | None = None  # path of the wrapped patch embedding, where the grid may vary
     replaced_table: nn.Parameter | None = None  # the host's own table when another kind took its place
     overrides: tuple[str, ...] = ()  # methods of the host that were extended on the instance
     factory: dict[str, Any] = field(default_factory=dict)  # name and kwargs, when made by create_model
+    warm_start: bool = False
     folded: bool = False
 
     @property
@@ -65,17 +68,21 @@ class Description:
     positioned_prefix_tokens: int  # those that own a row of the table
     parameters: int  # all of the model
     position_parameters: int  # tables, biases and PE norms
+    warm_start: bool
     folded: bool
+    beside: str | None = None  # position inside the host's attention, which was left alone
 
     def __str__(self) -> str:
         site = {"input": "blocks", "block": "block inputs", "norm": "attention norms"}[JOINS[self.join].site]
         site = "attention biases" if KINDS[self.pe].is_bias else site
         bare = self.prefix_tokens - self.positioned_prefix_tokens
         return (
-            f"{self.host}: join={self.join} pe={self.pe}{' (folded)' if self.folded else ''}, "
+            f"{self.host}: join={self.join} pe={self.pe}{' (folded)' if self.folded else ''}"
+            f"{' (warm start, gated)' if self.warm_start else ''}, "
             f"{self.joined}/{self.blocks} {site} joined, input addition {'on' if self.input_addition else 'off'}, "
             f"grid {self.grid[0]} x {self.grid[1]}, {self.prefix_tokens} prefix tokens"
             f"{f' ({bare} without a position)' if bare else ''}, "
+            f"{f'{self.beside} kept, ' if self.beside else ''}"
             f"{self.parameters:,} parameters ({self.position_parameters:,} for position)"
         )
 
@@ -83,7 +90,7 @@ class Description:
 # ------------------------------------------------------------------------------------------------ convert
 
 
-def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None) -> nn.Module:
+def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_start: bool = False) -> nn.Module:
     """Joins position and tokens the given way, in place, and returns the model.
 
     Args:
@@ -91,6 +98,9 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None) -> nn.Mo
         join: "basic", "share", "unshare", "LaPE-sharing" or "LaPE", in any case.
         pe: None keeps the model's own position table and its values; the name of a kind ("learnable", "1D_sin",
             "2D_sin", "1D_RPE", "2D_RPE", "none") builds a new one in its place.
+        warm_start: for a pretrained model and a join with LN'_l: the model's function is the host's at first. Its input
+            addition stays, and attention sees LN_l(x) + g_l P_(l+1) with a learned gate g_l = 0 a layer, so that
+            fine-tuning decides how much each layer takes. Folding turns the gates into constants too.
 
     Raises:
         UnsupportedModelError: the model is not supported; the message says why and how to register it.
@@ -105,49 +115,75 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None) -> nn.Mo
     anatomy = host.examine(root)
     kind = chosen_kind or _own_kind(anatomy)
     check_combination(chosen_join, kind)
+    if warm_start and not (chosen_join.normalised and chosen_kind is None):
+        raise LapeError(
+            f"warm_start=True with join={chosen_join.name!r} and pe={pe!r}: it keeps the model's own table and opens a "
+            "gate behind each LN'; use join='LaPE' or 'LaPE-sharing' and pe=None"
+        )
+    _check_host(host.name, anatomy, chosen_join, kind, new=chosen_kind is not None)
     if kind.is_bias and anatomy.add_bias is None:
         raise UnsupportedModelError(f"attention of {host.name} takes no mask: pe={kind.name!r} cannot be added to it")
-    wrappers, tables, watch = _build(anatomy, chosen_join, kind, new=chosen_kind is not None)
+    wrappers, tables, watch = _build(anatomy, chosen_join, kind, new=chosen_kind is not None, gated=warm_start)
     conversion = Conversion(
         host=host.name,
         join=chosen_join.name,
         pe=kind.name,
         anatomy=anatomy,
         sites=tuple((path, wrapped) for path, wrapped, _ in wrappers),
-        slot_order=tuple(_owner(anatomy)[0]._parameters),
+        slot_order=tuple(_slot(anatomy)[0]._parameters),
+        warm_start=warm_start,
     )
     _mutate(conversion, chosen_join, wrappers, tables, watch, new=chosen_kind is not None)
     return model
 
 
 def _own_kind(anatomy: Anatomy) -> Kind:
-    if anatomy.table is None:
-        raise LapeError("the model has no position table of its own: name a kind, for instance pe='learnable'")
-    return KINDS["learnable"]
+    if anatomy.table is not None:
+        return KINDS["learnable"]
+    has = f", its {anatomy.beside} stays as it is" if anatomy.beside else ""
+    if anatomy.encoder is not None:
+        has = f", {anatomy.encoder} computes its position ({class_name(type(_encoder(anatomy)))})"
+    raise LapeError(f"the model has no position table of its own{has}: name a kind, for instance pe='learnable'")
 
 
-def _owner(anatomy: Anatomy) -> tuple[nn.Module, str]:
-    path, _, name = anatomy.table_slot.rpartition(".")
+def _check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: bool) -> None:
+    """Raises LapeError for a kind that cannot be what its name says in this model."""
+    if anatomy.beside and not kind.is_table:
+        means = "a second bias would join it" if kind.is_bias else "the model would not be without a position"
+        raise LapeError(f"pe={kind.name!r}: {name} keeps its {anatomy.beside}, {means}: use pe='learnable'")
+    if new and kind.is_table and join.site == "input" and anatomy.table_slot is None:
+        raise LapeError(f"join={join.name!r}: {name} has no place where it adds a table to its tokens: use join='LaPE'")
+
+
+def _encoder(anatomy: Anatomy) -> nn.Module:
+    assert anatomy.encoder is not None
+    return anatomy.root.get_submodule(anatomy.encoder)
+
+
+def _slot(anatomy: Anatomy) -> tuple[nn.Module, str]:
+    """The module that holds the host's table, and the table's name in it; an empty name where it cannot have one."""
+    path, _, name = (anatomy.table_slot or "").rpartition(".")
     return anatomy.root.get_submodule(path), name
 
 
 def _own_table(anatomy: Anatomy) -> nn.Parameter | None:
-    owner, name = _owner(anatomy)
+    owner, name = _slot(anatomy)
     return owner._parameters.get(name)
 
 
 def _build(
-    anatomy: Anatomy, join: Join, kind: Kind, *, new: bool
+    anatomy: Anatomy, join: Join, kind: Kind, *, new: bool, gated: bool
 ) -> tuple[list[Site], list[PositionTable], GridWatch | None]:
     """The modules of a conversion: (path, name of the wrapped module in it, wrapper), tables, and the watch."""
     root, layout = anatomy.root, anatomy.layout
     blocks = [root.get_submodule(path) for path in anatomy.blocks]
     token_norms = [block.get_submodule(anatomy.norm) for block in blocks]
-    like = next(token_norms[0].parameters(), torch.empty(0))
+    like = next(token_norms[0].parameters(), next(root.parameters()))
     grids, watch = None, None
     if anatomy.patch_embed is not None and (join.site != "input" or kind.is_bias):
         grids = Grids()
-        watch = GridWatch(root.get_submodule(anatomy.patch_embed), grids, anatomy.patch_size, anatomy.pads)
+        embed = root.get_submodule(anatomy.patch_embed)
+        watch = GridWatch(embed, grids, anatomy.patch_size, anatomy.pads, anatomy.grid_from)
     if kind.is_bias:
         assert anatomy.add_bias is not None
         biases: list[Site] = [
@@ -173,7 +209,7 @@ def _build(
         if new or own is None:
             assert kind.build is not None
             values = kind.build(layout, anatomy.width).to(device=like.device, dtype=like.dtype)
-            values = values if own is None else values.reshape(*own.shape[:-2], *values.shape[-2:])
+            values = values if own is None else values.reshape(own.shape)
             return PositionTable(nn.Parameter(values, requires_grad=not kind.frozen), layout)
         parameter = own if first else nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
         return PositionTable(parameter, layout)
@@ -189,16 +225,20 @@ def _build(
         return wrappers, tables, watch
     source: PositionSource = tables[0]
     for path, token_norm in zip(anatomy.blocks, token_norms, strict=True):
-        norm = PositionalNorm(token_norm, _norm_like(token_norm, anatomy.width), source, layout, grids)
+        pe_norm = _norm_like(token_norm, anatomy.width, like)
+        norm = PositionalNorm(token_norm, pe_norm, source, layout, grids, gated=gated)
         wrappers.append((f"{path}.{anatomy.norm}", "token_norm", norm))
         source = norm if join.chained else tables[0]
     return wrappers, tables, watch
 
 
-def _norm_like(token_norm: nn.Module, width: int) -> nn.LayerNorm:
-    """LN'_l: a LayerNorm with the eps of the token norm and an affine of its own (2 D parameters)."""
-    like = next(token_norm.parameters(), torch.empty(0))
-    return nn.LayerNorm(width, eps=token_norm.eps, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
+def _norm_like(token_norm: nn.Module, width: int, like: Tensor) -> nn.LayerNorm:
+    """LN'_l: a LayerNorm with the eps of the token norm and an affine of its own (2 D parameters).
+
+    torch's RMSNorm may have no eps of its own (None: that of the dtype); LN' then has torch's default, 1e-5.
+    """
+    eps = 1e-5 if token_norm.eps is None else token_norm.eps
+    return nn.LayerNorm(width, eps=eps, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
 
 
 def _mutate(
@@ -213,7 +253,7 @@ def _mutate(
     """The only part of `apply_` that changes the model; nothing in it can be wrong use."""
     anatomy = conversion.anatomy
     root = anatomy.root
-    owner, name = _owner(anatomy)
+    owner, name = _slot(anatomy)
     before = {id(parameter) for parameter in root.parameters()}
     own = _own_table(anatomy)
     if new or join.site != "input":
@@ -221,9 +261,13 @@ def _mutate(
             conversion.replaced_table = own
         if join.site == "input" and tables:
             owner._parameters[name] = tables[0].pos_embed  # in place: the order of parameters stays the host's
-        elif own is not None:  # zeros in the host's slot switch its input addition off, whatever its forward looks like
+        elif own is not None and not conversion.warm_start:
+            # Zeros in the host's slot switch its input addition off, whatever its forward looks like.
             delattr(owner, name)
             owner.register_buffer(name, torch.zeros_like(own, requires_grad=False), persistent=False)
+    if anatomy.encoder is not None and new:
+        conversion.replaced_encoder = _encoder(anatomy)
+        _set_submodule(root, anatomy.encoder, None)
     if tables and join.site != "input":
         root.add_module(TABLES, nn.ModuleList(tables))
     for path, _, wrapper in wrappers:
@@ -232,6 +276,8 @@ def _mutate(
         conversion.watch = anatomy.patch_embed
         _set_submodule(root, str(anatomy.patch_embed), watch)
     names = {n for n, parameter in root.named_parameters() if id(parameter) not in before or n.startswith(TABLES)}
+    if anatomy.table is not None:
+        names.add(str(anatomy.table_slot))
     overrides: dict[str, Callable[..., Any]] = {"no_weight_decay": _NoWeightDecay(root, frozenset(names))}
     if hasattr(type(root), "group_matcher"):
         overrides["group_matcher"] = _GroupMatcher(root)
@@ -261,9 +307,11 @@ class _GroupMatcher:
     def __init__(self, root: nn.Module):
         self.root = root
 
-    def __call__(self, coarse: bool = False) -> dict[str, Any]:
+    def __call__(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], float]:
         host: Any = type(self.root)
-        groups = dict(host.group_matcher(self.root, coarse))
+        groups = host.group_matcher(self.root, coarse)
+        if callable(groups):  # a function of the name, with the stem as group 0
+            return lambda name: 0 if name.startswith(TABLES) else groups(name)
         return {**groups, "stem": f"{groups['stem']}|{TABLES}"}
 
 
@@ -302,15 +350,18 @@ def _resize(conversion: Conversion) -> None:
         spare = PositionTable(conversion.replaced_table, old)
         spare.resize_(layout)
         conversion.replaced_table = spare.pos_embed
-    owner, name = _owner(anatomy)
+    owner, name = _slot(anatomy)
     slot = owner._parameters.get(name)
-    adds = JOINS[conversion.join].site == "input" and KINDS[conversion.pe].is_table
-    if anatomy.table is not None and slot is not None and not adds:
+    adds = conversion.warm_start or (JOINS[conversion.join].site == "input" and KINDS[conversion.pe].is_table)
+    if conversion.warm_start:  # host and chain read one table
+        assert slot is not None
+        root.get_submodule(f"{TABLES}.0").pos_embed = slot
+    elif anatomy.table is not None and slot is not None and not adds:
         delattr(owner, name)  # the host has made a parameter of the zeros in its slot
         owner.register_buffer(name, torch.zeros_like(slot, requires_grad=False), persistent=False)
 
 
-def _set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+def _set_submodule(root: nn.Module, path: str, module: nn.Module | None) -> None:
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
 
@@ -329,7 +380,11 @@ def remove_(model: nn.Module) -> nn.Module:
         _set_submodule(root, path, root.get_submodule(path).get_submodule(wrapped))
     if conversion.watch is not None:
         _set_submodule(root, conversion.watch, root.get_submodule(conversion.watch).get_submodule("host_patch_embed"))
-    owner, name = _owner(conversion.anatomy)
+    if conversion.replaced_encoder is not None:
+        assert conversion.anatomy.encoder is not None
+        encoder = conversion.replaced_encoder.to(next(root.parameters()).device)
+        _set_submodule(root, conversion.anatomy.encoder, encoder)
+    owner, name = _slot(conversion.anatomy)
     if conversion.anatomy.table is None:  # the host had no table: its slot is empty again
         if name in owner._parameters:
             owner._parameters[name] = None
@@ -411,20 +466,22 @@ def describe(model: nn.Module) -> Description:
     assert isinstance(no_decay, _NoWeightDecay)
     own = _own_table(anatomy) is not None
     sizes = {name: parameter.numel() for name, parameter in anatomy.root.named_parameters()}
-    position_names = set(no_decay.names) | ({anatomy.table_slot} if own else set())
+    position_names = no_decay.names | ({str(anatomy.table_slot)} if own else set())
     return Description(
         host=conversion.host,
         join=conversion.join,
         pe=conversion.pe,
         joined=len(conversion.sites),
         blocks=len(anatomy.blocks),
-        input_addition=own and join.site == "input",
+        input_addition=own and (join.site == "input" or conversion.warm_start),
         grid=conversion.layout.grid,
         prefix_tokens=conversion.layout.num_prefix,
         positioned_prefix_tokens=conversion.layout.prefix_rows,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         position_parameters=sum(sizes.get(name, 0) for name in position_names),
+        warm_start=conversion.warm_start,
         folded=conversion.folded,
+        beside=anatomy.beside,
     )
 
 
@@ -485,19 +542,21 @@ def positions(model: nn.Module, size: Size | None = None, view: View = "received
         assert own is not None
         received = [PositionTable(own, conversion.layout).position(target)] * len(anatomy.blocks)
     else:
-        received = [site.position(target) for site in sites]  # type: ignore[operator]
-    if view != "received":
-        norms: list[Any] = [site.pe_norm for site in sites] if join.normalised else _token_norms(conversion)
-        if not join.normalised:
-            received = [norm(p_1RD) for norm, p_1RD in zip(norms, received, strict=True)]
-        if view == "unbiased":
-            received = [_without_bias(norm, p_1RD) for norm, p_1RD in zip(norms, received, strict=True)]
+        received = [site.received(target) for site in sites]  # type: ignore[operator]
+    if view != "received" and not join.normalised:
+        received = [norm(p_1RD) for norm, p_1RD in zip(_token_norms(conversion), received, strict=True)]
+    if view == "unbiased":
+        norms = _token_norms(conversion)
+        biases = _pe_biases(sites) if join.normalised else [getattr(norm, "bias", None) for norm in norms]
+        received = [p_1RD if b is None else p_1RD - b for p_1RD, b in zip(received, biases, strict=True)]
     layout = conversion.layout if target is None else replace(conversion.layout, grid=target)
     return torch.cat([layout.spread(p_1RD) for p_1RD in received])
 
 
-def _without_bias(norm: Any, p_1RD: Tensor) -> Tensor:
-    return p_1RD if norm.bias is None else p_1RD - norm.bias
+def _pe_biases(sites: list[Any]) -> list[Any]:
+    """The bias of each LN'_l as the layer receives it, a gate counted in; None without one."""
+    biases = ((getattr(site.pe_norm, "bias", None), site.pe_gate) for site in sites)
+    return [bias if bias is None or gate is None else gate * bias for bias, gate in biases]
 
 
 def _token_norms(conversion: Conversion) -> list[nn.Module]:
@@ -520,12 +579,14 @@ def position_bias(model: nn.Module) -> Tensor:
 # ------------------------------------------------------------------------------------------------ create
 
 
-def create_model(name: str, join: str = "LaPE", pe: str | None = None, **timm_kwargs: Any) -> nn.Module:
+def create_model(
+    name: str, join: str = "LaPE", pe: str | None = None, *, warm_start: bool = False, **timm_kwargs: Any
+) -> nn.Module:
     """A timm model by name, converted. Remembers name and arguments for `lape.save`.
 
     Args:
         name: a timm model, for instance "deit_tiny_patch16_224".
-        join, pe: as for `apply_`.
+        join, pe, warm_start: as for `apply_`.
         timm_kwargs: handed to `timm.create_model` (img_size, num_classes, pretrained, drop_path_rate, depth, ...).
 
     Raises:
@@ -535,14 +596,16 @@ def create_model(name: str, join: str = "LaPE", pe: str | None = None, **timm_kw
     join_named(join)
     if pe is not None:
         kind_named(pe)
-    return build("timm", name, timm_kwargs, join, pe)
+    return build("timm", name, timm_kwargs, join, pe, warm_start=warm_start)
 
 
-def build(library: str, name: str, kwargs: dict[str, Any], join: str, pe: str | None) -> nn.Module:
+def build(
+    library: str, name: str, kwargs: dict[str, Any], join: str, pe: str | None, *, warm_start: bool = False
+) -> nn.Module:
     """A model of a library by name and arguments, converted; it remembers them for `lape.save`."""
     host = host_of_library(library)
     assert host.build is not None
-    model = apply_(host.build(name, kwargs), join, pe)
+    model = apply_(host.build(name, kwargs), join, pe, warm_start=warm_start)
     plain = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path")}
     conversion_of(model).factory.update(library=library, name=name, kwargs=plain)
     return model

@@ -34,7 +34,6 @@ from lape.position import KINDS, Grid
 
 BUDGET = 6_000_000  # bytes of the whole file; what would not fit is kept coarser, and the page says so
 PHOTO_SIDE = 448  # pixels of the longer side of a photograph in the page
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 VIEWS: tuple[tuple[View, str], ...] = (
     ("seen", "as attention sees it"),
     ("unbiased", "without the bias of its norm"),
@@ -325,6 +324,8 @@ def build(title: str, cards: Sequence[_Card], intro: str, budget: int) -> str:
         if KINDS[card.about.pe].is_bias:
             card.add_bias(each)
         card.add_attention(each)
+    from lape.plot import SERIES
+
     data = {
         "title": title,
         "colours": colours(),

@@ -6,6 +6,7 @@ grid where it is certain, at its patch embedding; the wrappers look it up by the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,19 +66,49 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def grid_of_map(y_BHWD: Tensor) -> Grid:
+    """The grid of a patch embedding that returns a map (B, rows, columns, D)."""
+    return y_BHWD.shape[1], y_BHWD.shape[2]
+
+
+def grid_beside(output: tuple[Any, Grid]) -> Grid:
+    """The grid of a patch embedding that returns (tokens, (rows, columns))."""
+    return output[1][0], output[1][1]
+
+
 class GridWatch(Wrapper):
-    """The host's patch embedding; notes the grid of the images that it is given, (B, C, height, width)."""
+    """The host's patch embedding; notes the grid of the images that it is given, (B, C, height, width).
+
+    The grid is what `grid_from` reads in its output; without, it is reckoned from the size of the image.
+    """
 
     inner = "host_patch_embed"
 
-    def __init__(self, host_patch_embed: torch.nn.Module, grids: Grids, patch_size: tuple[int, int], pads: bool):
+    def __init__(
+        self,
+        host_patch_embed: torch.nn.Module,
+        grids: Grids,
+        patch_size: tuple[int, int],
+        pads: bool,
+        grid_from: Callable[[Any], Grid] | None = None,
+    ):
         super().__init__()
         self.host_patch_embed = host_patch_embed
         self._grids = (grids,)
         self.patch_size = patch_size
         self.pads = pads
+        self._grid_from = grid_from
 
     def forward(self, pixels_BCHW: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if pixels_BCHW.ndim != 4:
+            raise LapeError(
+                f"patches of shape {tuple(pixels_BCHW.shape)} were given, whose place may differ from image to image: "
+                "give images (B, C, height, width) of one size"
+            )
+        if self._grid_from is not None:
+            output = self.host_patch_embed(pixels_BCHW, *args, **kwargs)
+            self._grids[0].note(self._grid_from(output))
+            return output
         extra = (self.patch_size[0] - 1, self.patch_size[1] - 1) if self.pads else (0, 0)
         height, width = pixels_BCHW.shape[-2:]
         self._grids[0].note(((height + extra[0]) // self.patch_size[0], (width + extra[1]) // self.patch_size[1]))

@@ -15,43 +15,18 @@ Shape legend: B batch, N tokens, R rows of the position table, D width.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 from torch import Tensor, nn
 
 from lape.grids import Grids
+from lape.joined import Joined, PositionSource, add_position
 from lape.position import Grid, Layout
-from lape.wrap import Wrapper
 
 
-class PositionSource(Protocol):
-    """Anything that holds a position: a table, or a norm of the chain."""
+class PositionalNorm(Joined):
+    """LN_l(x) + LN'_l(P_l): the norm before attention, with the position beside it.
 
-    def position(self, grid: Grid | None = None) -> Tensor: ...
-
-
-class _Joined(Wrapper):
-    """A host module with a position put before or behind it."""
-
-    def __init__(self, source: PositionSource, layout: Layout, grids: Grids | None):
-        super().__init__()
-        # In a tuple, so that the source, which is registered elsewhere, does not become a child of this module too.
-        self._source = (source,)
-        self.layout = layout
-        self.grids = grids  # None: one size only
-
-    def position(self, grid: Grid | None = None) -> Tensor:
-        """What this layer receives, (1, R, D)."""
-        return self._source[0].position(grid)
-
-    def token_position(self, x_BND: Tensor) -> Tensor:
-        """(1, N, D) in the dtype of x: zero for the tokens that own no row."""
-        grid = None if self.grids is None else self.grids.of(self.layout, x_BND.shape[1])
-        return self.layout.spread(self.position(grid)).to(x_BND.dtype)
-
-
-class PositionalNorm(_Joined):
-    """LN_l(x) + LN'_l(P_l): the norm before attention, with the position beside it."""
+    With `gated`, LN_l(x) + g_l LN'_l(P_l) with a learned scalar g_l that starts at zero: the host's function at first.
+    """
 
     inner = "token_norm"
 
@@ -62,43 +37,24 @@ class PositionalNorm(_Joined):
         source: PositionSource,
         layout: Layout,
         grids: Grids | None = None,
+        *,
+        gated: bool = False,
     ):
         super().__init__(source, layout, grids)
         self.token_norm = token_norm
         self.pe_norm = pe_norm
+        like = next(pe_norm.parameters())
+        self.pe_gate = nn.Parameter(like.new_zeros(1)) if gated else None
 
     def position(self, grid: Grid | None = None) -> Tensor:
         """P_(l+1) = LN'_l(P_l), (1, R, D). The only place where a LayerNorm meets a position."""
         return self.pe_norm(super().position(grid))
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        y_BND = self.token_norm(x_BND)
-        return y_BND + self.token_position(y_BND)
-
-
-class PositionalBlock(_Joined):
-    """Block_l(x + P): the position joins the residual stream (joins `share` and `unshare`)."""
-
-    inner = "host_block"
-
-    def __init__(self, host_block: nn.Module, source: PositionSource, layout: Layout, grids: Grids | None = None):
-        super().__init__(source, layout, grids)
-        self.host_block = host_block
-
-    def forward(self, x_BND: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.host_block(x_BND + self.token_position(x_BND), *args, **kwargs)
-
-
-class FoldedNorm(Wrapper):
-    """LN_l(x) + c_l: `PositionalNorm` after folding, P_(l+1) being a constant for one grid."""
-
-    inner = "token_norm"
-
-    def __init__(self, token_norm: nn.Module, position_1ND: Tensor):
-        super().__init__()
-        self.token_norm = token_norm
-        self.register_buffer("folded_position", position_1ND)
+    def received(self, grid: Grid | None = None) -> Tensor:
+        """P_(l+1), times the gate where there is one, (1, R, D)."""
+        p_1RD = self.position(grid)
+        return p_1RD if self.pe_gate is None else self.pe_gate * p_1RD
 
     def forward(self, x_BND: Tensor) -> Tensor:
         y_BND = self.token_norm(x_BND)
-        return y_BND + self.get_buffer("folded_position").to(y_BND.dtype)
+        return add_position(self.token_norm, y_BND, self.token_position(y_BND))

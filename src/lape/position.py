@@ -140,7 +140,7 @@ def kind_named(name: str) -> Kind:
 
 
 class PositionTable(nn.Module):
-    """P of one grid as a parameter: `pos_embed` (1, R, D) or (R, D), frozen for the sinusoidal kinds."""
+    """P of one grid as a parameter: `pos_embed` (1, R, D), (R, D) or (1, rows, columns, D), frozen for fixed kinds."""
 
     def __init__(self, pos_embed: nn.Parameter, layout: Layout):
         super().__init__()
@@ -149,13 +149,14 @@ class PositionTable(nn.Module):
 
     def position(self, grid: Grid | None = None) -> Tensor:
         """P (1, R, D), resampled when another grid is asked for."""
-        p_1RD = self.pos_embed if self.pos_embed.ndim == 3 else self.pos_embed[None]
+        p_1RD = self.pos_embed if self.pos_embed.ndim == 3 else self.pos_embed.reshape(1, -1, self.pos_embed.shape[-1])
         return p_1RD if grid is None else resample(p_1RD, self.layout, grid)
 
     def resize_(self, layout: Layout) -> None:
         """Makes this the table of another grid, for good."""
-        values = resample(self.pos_embed.detach().reshape(1, *self.pos_embed.shape[-2:]), self.layout, layout.grid)
-        values = values.reshape(*self.pos_embed.shape[:-2], *values.shape[-2:]).clone()
+        values = resample(self.position().detach(), self.layout, layout.grid)
+        shape = {2: values.shape[1:], 3: values.shape, 4: (1, *layout.grid, values.shape[-1])}[self.pos_embed.ndim]
+        values = values.reshape(shape).clone()
         self.pos_embed = nn.Parameter(values, requires_grad=self.pos_embed.requires_grad)
         self.layout = layout
 

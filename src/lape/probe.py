@@ -295,7 +295,7 @@ def _tokens(model: nn.Module, images_BCHW: Tensor) -> list[_Seen]:
     def keep(layer: int, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(_module: nn.Module, args: Any, output: Tensor) -> None:
             found[layer]["entering"] = args[0]
-            found[layer][name] = output
+            found[layer][name] = output.clone()  # the position may be added to it in place
 
         return hook
 

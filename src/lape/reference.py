@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lape.bias import offset_index
 from lape.convert import TABLES, Conversion, conversion_of
-from lape.errors import CheckpointError, LapeError
+from lape.errors import CheckpointError
 from lape.joins import JOINS
 from lape.position import KINDS, Grid, resample
 
@@ -32,7 +32,8 @@ def reference_names(model: nn.Module) -> dict[str, str]:
         rename.append((f"{conversion.watch}.host_patch_embed.", f"{conversion.watch}."))
     for path, wrapped in conversion.sites:
         if wrapped == "token_norm":
-            rename.append((f"{path}.pe_norm.", f"{path.removesuffix(anatomy.norm)}pe_norm."))
+            block = path.removesuffix(anatomy.norm)
+            rename += [(f"{path}.{own}", f"{block}{own}") for own in ("pe_norm.", "pe_gate", "folded_position")]
         elif wrapped == "host_attention":
             rename.append((f"{path}.position_bias.", f"{path}."))
     rename += [(f"{TABLES}.{i}.pos_embed", name) for i, name in enumerate(_table_names(conversion))]
@@ -54,7 +55,7 @@ def _prefix(model: nn.Module, conversion: Conversion) -> str:
 
 def _table_names(conversion: Conversion) -> list[str]:
     """The names of the position tables in files, inside the converted model: the host's, numbered for `unshare`."""
-    slot = conversion.anatomy.table_slot
+    slot = conversion.anatomy.table_slot or "pos_embed"
     if not JOINS[conversion.join].table_per_block:
         return [slot]
     return [f"{slot}{i}" for i in range(len(conversion.anatomy.blocks))]
@@ -63,22 +64,20 @@ def _table_names(conversion: Conversion) -> list[str]:
 def to_reference_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state of a converted model under the names and in the shapes of the authors' files; nothing is left out.
 
-    `1D_sin` tables are (R, D) there, and relative position biases come with their index. Raises LapeError for a folded
-    model, which has no such form.
+    `1D_sin` tables are (R, D) there, and relative position biases come with their index. The constants of a folded
+    model, which the authors' code does not have, are `blocks.N.folded_position` and `blocks.N.attn.folded_bias`.
     """
     conversion = conversion_of(model)
-    if conversion.folded:
-        raise LapeError("a folded model has no parameters of position left to name: save the model before lape.fold_")
     names, prefix = reference_names(model), _prefix(model, conversion)
     state = {names[key]: tensor for key, tensor in model.state_dict().items()}
-    if conversion.pe == "1D_sin":
+    if conversion.pe == "1D_sin" and not (conversion.folded and JOINS[conversion.join].normalised):
         state |= {name: state[name].flatten(0, -2) for name in (prefix + n for n in _table_names(conversion))}
     return state | _indices(conversion, prefix)
 
 
 def _indices(conversion: Conversion, prefix: str) -> dict[str, Tensor]:
     axes = KINDS[conversion.pe].bias_axes
-    if not axes:
+    if not axes or conversion.folded:
         return {}
     return {f"{prefix}{path}.{_INDEX}": offset_index(conversion.layout.grid, axes) for path, _ in conversion.sites}
 
@@ -112,9 +111,7 @@ def load_reference_state_dict(
             continue
         tensor = given[name]
         if name in tables:
-            tensor = tensor.reshape(1, *tensor.shape[-2:])
-            tensor = tensor if source_grid is None else _resampled(tensor, conversion, source_grid)
-            tensor = tensor.reshape(*own[key].shape[:-2], *tensor.shape[-2:])
+            tensor = _table_like(own[key], tensor, conversion, source_grid)
         if tensor.shape != own[key].shape:
             wrong.append(f"{name} is {_shape(tensor)}, the model's {_shape(own[key])}")
         new[key] = tensor
@@ -130,6 +127,16 @@ def load_reference_state_dict(
         )
     model.load_state_dict(new, strict=True)
     return model
+
+
+def _table_like(own: Tensor, given: Tensor, conversion: Conversion, source_grid: Grid | None) -> Tensor:
+    """A table of a file, (R, D), (1, R, D) or a map (1, rows, columns, D), in the model's shape if its rows agree."""
+    if given.ndim == 4 and source_grid is None:
+        return given  # a map tells its own grid: it must be the model's
+    rows_1RD = given.reshape(1, -1, given.shape[-1])
+    if source_grid is not None:
+        rows_1RD = _resampled(rows_1RD, conversion, source_grid)
+    return rows_1RD.reshape(own.shape) if rows_1RD.shape[1:] == own.flatten(0, -2).shape else rows_1RD
 
 
 def _resampled(pos_embed_1RD: Tensor, conversion: Conversion, source_grid: Grid) -> Tensor:

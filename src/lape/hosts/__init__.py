@@ -3,7 +3,8 @@
 from lape.hosts import huggingface, timm, torchvision
 from lape.hosts.base import Anatomy, Host, class_name, find_host, host_named, host_of_library, hosts, register_host
 
-register_host(timm.VISION_TRANSFORMER)
+for _host in timm.HOSTS:
+    register_host(_host)
 register_host(huggingface.TRANSFORMERS)
 register_host(torchvision.VISION_TRANSFORMER)
 

@@ -26,14 +26,17 @@ class Anatomy:
     norm: str  # attribute of a block: the LayerNorm before attention
     attention: str  # attribute of a block: the module that attends
     table: str | None  # path of the input's position table, (1, R, D) or (R, D); None when the model has none
-    table_slot: str  # path under which a table would be read by the host's forward
+    table_slot: str | None  # path under which a table would be read by the host's forward; None: it adds none
     layout: Layout
     patch_size: tuple[int, int]  # pixels
     width: int
     num_heads: int
     patch_embed: str | None = None  # path of what takes the pixels, when images of other sizes are welcome
     pads: bool = False  # whether it pads an image to whole patches
+    grid_from: Callable[[Any], Grid] | None = None  # the grid, read in its output; None: reckoned from the image size
     add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
+    beside: str | None = None  # position that the host has inside attention: it stays as it is
+    encoder: str | None = None  # path of a module that computes the host's position; None takes its place
 
 
 Blueprint = tuple[str, dict[str, Any]]
@@ -112,6 +115,11 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
         raise UnsupportedModelError(
             f"{class_name(type(model))} holds {len(found)} convertible models: pass the one you mean, not the whole"
         )
+    refused = {name: reason for host in _HOSTS.values() for name, reason in host.refused.items()}
+    for path, module in model.named_modules():
+        if (name := class_name(type(module))) in refused:
+            where = f"{path} is a {name}: " if path else ""
+            raise UnsupportedModelError(f"{class_name(type(model))} is not a supported model: {where}{refused[name]}")
     raise UnsupportedModelError(
         f"{class_name(type(model))} is not a supported model; supported: {supported}; "
         "another one is added by lape.register_host(lape.Host(...))"
@@ -121,6 +129,20 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
 def _is_root(module: nn.Module, host: Host) -> bool:
     told_by = module if host.root_child is None else module._modules.get(host.root_child)
     return told_by is not None and not {class_name(cls) for cls in type(told_by).__mro__}.isdisjoint(host.root_classes)
+
+
+_TOKEN_NORMS = ("RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm")
+
+
+def check_norm(path: str, norm: nn.Module) -> None:
+    """Raises UnsupportedModelError unless a norm normalises each token over its width: LayerNorm, RMSNorm and alike.
+
+    The token norm stays the host's own. LN' is a LayerNorm beside any of them, as in Eq. 11, with the host's eps.
+    """
+    if not isinstance(norm, nn.LayerNorm) and type(norm).__name__ not in _TOKEN_NORMS:
+        raise UnsupportedModelError(
+            f"{path} is a {class_name(type(norm))}: the norm before attention must be a LayerNorm or an RMSNorm"
+        )
 
 
 def check_blocks(

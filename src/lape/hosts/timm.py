@@ -1,78 +1,58 @@
-"""timm's pre-norm `VisionTransformer`: plain, DeiT, distilled, DeiT-III, registers, LayerScale, pooled."""
+"""timm's pre-norm `VisionTransformer`: plain, DeiT, distilled, DeiT-III, registers, LayerScale, pooled, hybrid."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
-from lape.errors import LapeError, UnsupportedModelError
-from lape.hosts.base import Anatomy, Host, check_blocks, class_name
+from lape.errors import LapeError
+from lape.grids import grid_of_map
+from lape.hosts import timm_maps, timm_tokens
+from lape.hosts.base import Anatomy, Host
+from lape.hosts.timm_parts import PARALLEL, POST_NORM, anatomy, children, layout_of, measure
 from lape.names import nearest
-from lape.position import Grid, Layout
 
 _VIT = "timm.models.vision_transformer"
 _BLOCKS = (f"{_VIT}.Block",)
 _REFUSED = {
-    f"{_VIT}.ResPostBlock": "its norm stands behind attention (post-norm), so no norm feeds attention",
-    f"{_VIT}.ParallelScalingBlock": "one norm feeds attention and MLP at once, and the MLP must get no position",
-    f"{_VIT}.DiffParallelScalingBlock": "one norm feeds attention and MLP at once, and the MLP must get no position",
+    f"{_VIT}.ResPostBlock": POST_NORM,
+    f"{_VIT}.ParallelScalingBlock": PARALLEL,
+    f"{_VIT}.DiffParallelScalingBlock": PARALLEL,
     f"{_VIT}.ParallelThingsBlock": "it runs several attentions side by side, each with a norm of its own",
+    # Models that hold blocks like the above in another arrangement.
+    "timm.models.crossvit.MultiScaleBlock": (
+        "two branches with a position table each exchange their class tokens, so there is no one position to hand on"
+    ),
+    "timm.models.mobilevit.MobileVitBlock": (
+        "it has no position embedding, and attends between the pixels of one place in all patches"
+    ),
+    "timm.models.mobilevit.MobileVitV2Block": (
+        "it has no position embedding, and attends between the pixels of one place in all patches"
+    ),
+    "timm.models.pit.PoolingVisionTransformer": (
+        "a convolution pools tokens and widens them between its stages, so that the position of a stage is not "
+        "that of the next"
+    ),
+    "timm.models.qwen3_vit.Qwen3VitEncoder": (
+        "it resamples its position table for every image in a way of its own, beside rotary position embedding"
+    ),
 }
 
 
 def examine(root: nn.Module) -> Anatomy:
     """Where a timm VisionTransformer keeps its blocks, its table and its grid. Raises UnsupportedModelError."""
-    vit: Any = root
-    paths = [f"blocks.{name}" for name, _ in vit.blocks.named_children()]
-    check_blocks("timm", root, paths, _BLOCKS, _REFUSED)
-    for path in paths:
-        _check_block(path, root.get_submodule(path))
-    if getattr(vit.patch_drop, "prob", 0.0) > 0:
-        raise UnsupportedModelError(
-            "patch_drop_rate > 0 removes tokens at random, so a token's position is no longer known in the blocks: "
-            "create the model with patch_drop_rate=0"
-        )
     grid, patch_size = measure(root)
-    bare = vit.num_prefix_tokens if vit.no_embed_class else 0
-    layout = Layout(grid, vit.num_prefix_tokens - bare, bare)
-    table = vit.pos_embed
-    if table is not None and tuple(table.shape[:2]) != (1, layout.num_rows):
-        raise UnsupportedModelError(
-            f"pos_embed has shape {tuple(table.shape)}, expected (1, {layout.num_rows}, width): "
-            f"grid {grid[0]} x {grid[1]} and {layout.prefix_rows} prefix rows"
-        )
-    return Anatomy(
-        root=root,
-        blocks=tuple(paths),
-        norm="norm1",
-        attention="attn",
-        table=None if table is None else "pos_embed",
-        table_slot="pos_embed",
-        layout=layout,
-        patch_size=patch_size,
-        width=vit.embed_dim,
-        num_heads=vit.blocks[0].attn.num_heads,
-        patch_embed="patch_embed" if vit.dynamic_img_size else None,
-        pads=bool(getattr(vit.patch_embed, "dynamic_img_pad", False)),
+    return anatomy(
+        root,
+        children(root, "blocks"),
+        _BLOCKS,
+        _REFUSED,
+        layout_of(root, grid),
+        patch_size,
+        patch_embed="patch_embed" if getattr(root, "dynamic_img_size", False) else None,
+        grid_from=grid_of_map,
     )
-
-
-def measure(root: nn.Module) -> tuple[Grid, tuple[int, int]]:
-    """Grid and patch size of the present input size."""
-    patch_embed: Any = root.get_submodule("patch_embed")
-    return tuple(patch_embed.grid_size), tuple(patch_embed.patch_size)
-
-
-def _check_block(path: str, block: nn.Module) -> None:
-    norm, attention = block.get_submodule("norm1"), block.get_submodule("attn")
-    if not isinstance(norm, nn.LayerNorm):
-        raise UnsupportedModelError(
-            f"{path}.norm1 is a {class_name(type(norm))}, not a LayerNorm: LaPE is defined with LayerNorm"
-        )
-    if "attn_mask" not in inspect.signature(attention.forward).parameters:
-        raise UnsupportedModelError(f"{path}.attn is a {class_name(type(attention))}, which takes no attn_mask")
 
 
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -91,6 +71,7 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
         raise LapeError(f"model {name!r} with {kwargs}: {reason}") from error
     patch_embed = getattr(model, "patch_embed", None)
     size, patch = getattr(patch_embed, "img_size", None), getattr(patch_embed, "patch_size", None)
+    patch = (patch, patch) if isinstance(patch, int) else patch
     if size and patch and (size[0] % patch[0] or size[1] % patch[1]):
         raise LapeError(
             f"input size {size[0]} x {size[1]} is not divisible by the patch of {name}, {patch[0]} x {patch[1]}: "
@@ -107,7 +88,9 @@ VISION_TRANSFORMER = Host(
     library="timm",
     build=build,
     measure=measure,
-    note="plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled",
+    note="plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled, behind a CNN (hybrid)",
     tested=("timm 1.0.31",),
     refused=_REFUSED,
 )
+
+HOSTS = (VISION_TRANSFORMER, *timm_tokens.HOSTS, *timm_maps.HOSTS)

@@ -1,0 +1,97 @@
+"""What is shipped equals the eager model, takes any batch, holds nothing to compute for positions, and fails loudly."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY
+from test_convert import make, shake_position
+
+import lape
+from lape.export import export
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(5, 3, 16, 16)
+
+
+def converted(join: str = "LaPE", pe: str | None = None, host: str = "plain") -> torch.nn.Module:
+    model = lape.apply_(make(host), join, pe)
+    lape.convert.conversion_of(model).factory.update(library="timm", name="vit_tiny_patch16_224", kwargs=dict(TINY))
+    shake_position(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("join", "pe"), [("basic", "learnable"), ("share", "2D_sin"), ("LaPE", None), ("LaPE", "2D_RPE")]
+)
+def test_every_format_equals_the_eager_model(join, pe, images, tmp_path, capsys):
+    model = converted(join, pe)
+    done = export(model, tmp_path, images)
+    assert [result.format for result in done] == ["folder", "torch", "onnx"]
+    for result in done:
+        assert result.max_difference <= 1e-4
+        assert (result.top1_agreement, result.images) == (1.0, 5)
+    assert not lape.describe(model).folded  # the model that was given stays as it is
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "folder", "model.onnx", "model.pt2"]
+    assert json.loads((tmp_path / "export.json").read_text())["files"][2]["operations"] == done[2].operations
+    assert (lape.load(tmp_path / "folder")(images) - model(images)).abs().max() <= 1e-5
+    assert "top-1 equal" in capsys.readouterr().out
+
+
+def test_a_folded_graph_has_no_norm_of_a_position_and_no_resize(images, tmp_path):
+    dynamic = lape.apply_(make(dynamic_img_size=True))
+    lape.convert.conversion_of(dynamic).factory.update(
+        library="timm", name="vit_tiny_patch16_224", kwargs=dict(TINY) | {"dynamic_img_size": True}
+    )
+    for model in (converted(), dynamic):
+        (folded,) = export(model, tmp_path / "folded", images, formats=["onnx"])
+        assert "Resize" not in folded.operations
+        (plain,) = export(make_basic(), tmp_path / "basic", images, formats=["onnx"])
+        assert folded.operations["LayerNormalization"] == plain.operations["LayerNormalization"] == 2 * 3 + 1
+    (unfolded,) = export(converted(), tmp_path / "unfolded", images, formats=["onnx"], fold=False)
+    assert unfolded.operations["LayerNormalization"] > 2 * 3 + 1
+
+
+def make_basic() -> torch.nn.Module:
+    return converted("basic")
+
+
+def test_a_difference_above_the_tolerance_fails_and_keeps_what_was_there(images, tmp_path, monkeypatch):
+    export(converted(), tmp_path, images, formats=["torch"])
+    before = (tmp_path / "model.pt2").read_bytes()
+    monkeypatch.setattr("lape.export.fold_", lambda model: torch.nn.init.constant_(model.head.bias, 3.0))
+    with pytest.raises(lape.LapeError, match=r"torch: outputs differ .* more than the tolerance"):
+        export(converted(), tmp_path, images, formats=["torch"])
+    assert (tmp_path / "model.pt2").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.pt2"]
+
+
+def test_wrong_input_is_one_line(images, tmp_path):
+    with pytest.raises(lape.LapeError, match=r"unknown format 'onxx'.*did you mean 'onnx'"):
+        export(converted(), tmp_path, images, formats=["onxx"])
+    with pytest.raises(lape.LapeError, match="2 or more"):
+        export(converted(), tmp_path, images[:1])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(lape.LapeError, match="cannot write into"):
+        export(converted(), tmp_path / "file", images)
+    with pytest.raises(lape.LapeError, match="not converted"):
+        export(make(), tmp_path, images)
+
+
+def test_the_command_checks_on_real_images(tmp_path, capsys):
+    from lape.cli import app, run
+
+    checkpoint = lape.save(converted(), tmp_path / "model")
+    code = run(app, ["export", str(checkpoint), "--output-dir", str(tmp_path / "out"), "--formats", "torch", "folder"])
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "64 images" in out
+    assert "packaged digits" in out
+    assert run(app, ["export", str(tmp_path / "missing"), "--output-dir", str(tmp_path / "out")]) == 2
+    assert "no such checkpoint" in capsys.readouterr().err

@@ -1,0 +1,420 @@
+"""timm's families of Vision Transformers, a tiny model each: what is joined, what is left alone, what is refused."""
+
+import copy
+import importlib.util
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from test_convert import TOLERANCE, assert_same_structure, shake_position
+from timm.models._features import FeatureGetterNet
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
+from timm.models.vision_transformer_sam import window_partition
+from timm.models.volo import VOLO
+from timm.optim import create_optimizer_v2
+
+import lape
+from lape.joins import JOINS
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+ON_4 = {**TINY, "depth": 2}
+# family -> (timm's name, arguments, PE kind that is needed, prefix tokens, of which have no row, position that stays)
+FAMILIES = {
+    "hybrid": ("vit_tiny_r_s16_p8_224", {**SMALL, "img_size": (64, 96)}, None, 1, 0, None),
+    "RMSNorm": ("vit_tiny_patch16_224", {**ON_4, "norm_layer": "rmsnorm"}, None, 1, 0, None),
+    "torch RMSNorm": ("vit_tiny_patch16_224", {**ON_4, "norm_layer": torch.nn.RMSNorm}, None, 1, 0, None),
+    "differential attention": ("vit_tiny_patch16_224", {**ON_4, "attn_layer": "diff"}, None, 1, 0, None),
+    "BEiT": ("beit_base_patch16_224", {**ON_4, "use_abs_pos_emb": True, "use_rel_pos_bias": False}, None, 1, 0, None),
+    "BEiT with bias": ("beit_base_patch16_224", ON_4, "learnable", 1, 0, "relative"),
+    "BEiT with shared bias": (
+        "beit_base_patch16_224",
+        {**ON_4, "use_abs_pos_emb": True, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+        None,
+        1,
+        0,
+        "relative",
+    ),
+    "CaiT": ("cait_xxs24_224", {**ON_4, "depth_token_only": 1}, None, 0, 0, None),
+    "EVA": ("eva_giant_patch14_224", {**ON_4, "mlp_ratio": 2}, None, 1, 0, None),
+    "EVA-02": ("eva02_tiny_patch14_224", ON_4, None, 1, 0, "rotary"),
+    "EVA with mixed rotation": ("vit_small_patch16_rope_mixed_ape_224", ON_4, None, 1, 1, "rotary"),
+    "DINOv3": ("vit_small_patch16_dinov3", ON_4, "learnable", 5, 0, "rotary"),
+    "relative position": ("vit_relpos_small_patch16_224", ON_4, "learnable", 0, 0, "relative"),
+    "shared relative position": ("vit_srelpos_small_patch16_224", ON_4, "learnable", 0, 0, "relative"),
+    "NaFlexViT": (
+        "naflexvit_base_patch16_gap",
+        {**SMALL, "patch_size": 4, "pos_embed_grid_size": (4, 4)},
+        None,
+        4,
+        4,
+        None,
+    ),
+    "SAM": (
+        "samvit_base_patch16",
+        {**ON_4, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 16},
+        None,
+        0,
+        0,
+        "relative",
+    ),
+    "VOLO": (
+        VOLO,  # the class: its entry points fix the number of layers
+        {
+            "img_size": 48,
+            "layers": (1, 2, 1),
+            "embed_dims": (16, 32, 32),
+            "num_heads": (2, 2, 2),
+            "stem_hidden_dim": 8,
+            "downsamples": (True, False, False),
+            "outlook_attention": (True, False, False),
+            "num_classes": 5,
+        },
+        None,
+        0,
+        0,
+        None,
+    ),
+    "XCiT": ("xcit_nano_12_p16_224", {**SMALL, "img_size": (64, 48)}, "learnable", 0, 0, None),
+}
+NO_SLOT = ("relative position", "shared relative position", "XCiT")  # their forward adds no table
+CASES = [(family, join) for family in FAMILIES for join in JOINS if not (join == "basic" and family in NO_SLOT)]
+RESIZED = ("hybrid", "BEiT", "BEiT with bias", "EVA", "EVA-02", "DINOv3", "relative position")
+
+
+def make(family: str, **kwargs) -> torch.nn.Module:
+    name, extra, *_ = FAMILIES[family]
+    torch.manual_seed(1)
+    kwargs = {**extra, **kwargs}
+    model = timm.create_model(name, **kwargs) if isinstance(name, str) else name(**kwargs)
+    with torch.no_grad():  # away from the initial values, where gains of one and zero biases hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def converted(family: str, join: str = "LaPE", **kwargs) -> torch.nn.Module:
+    model = lape.apply_(make(family, **kwargs), join, FAMILIES[family][2])
+    shake_position(model)
+    return model
+
+
+def image(family: str, batch: int = 2) -> torch.Tensor:
+    size = FAMILIES[family][1].get("img_size", 16)
+    return torch.randn(batch, 3, *((size, size) if isinstance(size, int) else size))
+
+
+def host_without_position(family: str) -> torch.nn.Module:
+    """The host with zeros in its table, or without its encoder: what the token stream of a LaPE model must be."""
+    model = make(family)
+    if family == "XCiT":
+        model.pos_embed = None
+        return model
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-1] == "pos_embed":
+            parameter.data.zero_()
+    return model
+
+
+def blocks_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {path: model.get_submodule(path) for path in lape.convert.conversion_of(model).anatomy.blocks}
+
+
+def chain(model: torch.nn.Module) -> list[torch.Tensor]:
+    """P_1 ... P_L by the formula, from the numbers of the state dict alone; zero for tokens without a row."""
+    state, done = lape.to_reference_state_dict(model), lape.describe(model)
+    table = next(tensor for name, tensor in state.items() if name.split(".")[-1] == "pos_embed")
+    width = table.shape[-1]
+    p, chained = table.reshape(1, -1, width), []
+    bare, rows = done.prefix_tokens - done.positioned_prefix_tokens, done.positioned_prefix_tokens
+    for path, block in blocks_of(model).items():
+        eps = block.norm1.token_norm.eps or 1e-5
+        p = F.layer_norm(p, (width,), state[f"{path}.pe_norm.weight"], state[f"{path}.pe_norm.bias"], eps=eps)
+        chained.append(torch.cat([p[:, :rows], p.new_zeros(1, bare, width), p[:, rows:]], dim=1))
+    return chained
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_sees_token_norm_plus_position_and_nothing_else_does(family):
+    model, bare_host = converted(family), host_without_position(family)
+    _, _, _, prefix, bare, beside = FAMILIES[family]
+    done = lape.describe(model)
+    assert (done.prefix_tokens, done.positioned_prefix_tokens) == (prefix, prefix - bare)
+    assert (beside or "") in (done.beside or "")
+    assert done.joined == done.blocks
+    assert not done.input_addition
+    seen: dict[tuple[str, str], torch.Tensor] = {}
+    for path, block in blocks_of(model).items():
+        for name in ("", "norm1", "attn"):
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, key=(path, name): seen.__setitem__(key, args[0])
+            )
+    x = image(family)
+    model(x)
+    for (path, block), p in zip(blocks_of(model).items(), chain(model), strict=True):
+        tokens, attended = seen[path, "norm1"], seen[path, "attn"]
+        assert torch.equal(tokens, seen[path, ""])  # the norm reads the stream itself
+        expected = block.norm1.token_norm(tokens) + (p if tokens.ndim == 3 else p.unflatten(1, tokens.shape[1:3]))
+        if getattr(block, "window_size", 0):
+            expected, _ = window_partition(expected, block.window_size)
+        assert (attended - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    # With attention silent nothing that holds a position is left: stream, MLP and head are those of the bare host.
+    for path, block in blocks_of(model).items():
+        for attention in (block.attn, bare_host.get_submodule(path).attn):
+            attention.register_forward_hook(lambda _m, _a, output: torch.zeros_like(output))
+    assert torch.equal(model(x), bare_host(x))
+
+
+@pytest.mark.parametrize(("family", "join"), CASES)
+def test_folded_saved_and_removed(family, join, tmp_path):
+    name, extra, pe, *_ = FAMILIES[family]
+    model, original = make(family), make(family)
+    x = image(family)
+    lape.apply_(model, join, pe)
+    shake_position(model)
+    expected = model(x)
+    tolerance = TOLERANCE * expected.abs().max()
+    folded = lape.fold_(copy.deepcopy(model))
+    assert (folded(x) - expected).abs().max() <= tolerance
+    if family not in ("VOLO", "torch RMSNorm"):  # not made by a name and plain values
+        loaded = lape.load(lape.save(model, tmp_path / "model", name=name, **extra))
+        assert (loaded(x) - expected).abs().max() <= tolerance
+    lape.remove_(model)
+    assert_same_structure(model, original)
+    with torch.no_grad():  # the trained table stays the model's; put the original's back to compare all numbers
+        model.load_state_dict(original.state_dict(), strict=True)
+    assert torch.equal(model(x), original(x))
+
+
+@pytest.mark.parametrize(("family", "join"), CASES)
+def test_removed_at_once_is_the_original_bit_for_bit(family, join):
+    for pe in {FAMILIES[family][2], "2D_sin" if join != "unshare" else "learnable"}:
+        model, original = make(family), make(family)
+        lape.remove_(lape.apply_(model, join, pe))
+        assert_same_structure(model, original)
+        for key, tensor in original.state_dict().items():
+            assert torch.equal(model.state_dict()[key], tensor), key
+    x = image(family)
+    assert torch.equal(model(x), original(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_new_parameter_learns_and_the_optimizer_knows_it(family):
+    model = converted(family)
+    (model(image(family)) * torch.randn(5)).sum().backward()
+    new = {name: p for name, p in model.named_parameters() if "pe_norm" in name or name.startswith("lape_position")}
+    assert len(new) == 1 + 2 * lape.describe(model).blocks
+    assert all(p.grad is not None and p.grad.any() for p in new.values())
+    groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5).param_groups
+    settings = {id(p): group for group in groups for p in group["params"]}
+    assert all(settings[id(p)]["weight_decay"] == 0 for p in new.values())
+    table = new["lape_position.0.pos_embed"]
+    assert settings[id(table)]["lr_scale"] == min(group["lr_scale"] for group in groups)  # of the stem
+    for name, p in new.items():
+        if name.endswith("pe_norm.weight"):
+            host_norm = model.get_parameter(name.replace("pe_norm", "token_norm"))
+            assert settings[id(p)]["lr_scale"] == settings[id(host_norm)]["lr_scale"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_converted_model_keeps_working_in_timm(family):
+    model = converted(family)
+    x = image(family)
+    features = model.forward_features(x)
+    assert torch.equal(model.forward_head(features), model(x))
+    final, maps = model.forward_intermediates(x)
+    assert (final - features).abs().max() <= TOLERANCE * features.abs().max()
+    assert all(y.ndim == 4 for y in maps)
+    before = model.eval()(x)
+    model.set_grad_checkpointing(True)
+    assert torch.equal(model(x.requires_grad_()), before)
+    model(x).sum().backward()
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    lape.remove_(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_only_models_are_converted(family):
+    if family == "VOLO":
+        getter = FeatureGetterNet(make(family), out_indices=(0, 2))
+    else:
+        getter = make(family, features_only=True, out_indices=(0, 1))
+    twin = copy.deepcopy(getter)
+    lape.apply_(getter, "LaPE", FAMILIES[family][2])
+    shake_position(getter)
+    x = image(family)
+    maps, plain = getter(x), twin(x)
+    assert [y.shape for y in maps] == [y.shape for y in plain]
+    assert not torch.equal(maps[-1], plain[-1])
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple")  # timm's, resizing its bias
+@pytest.mark.parametrize("join", ["basic", "share", "LaPE"])
+@pytest.mark.parametrize("family", RESIZED)
+def test_set_input_size(family, join):
+    if (family, join) not in CASES:
+        return
+    model = converted(family, join)
+    x = image(family)
+    stride = lape.convert.conversion_of(model).anatomy.patch_size[0]
+    before, size = model(x), tuple(model.patch_embed.img_size)
+    keys = list(model.state_dict())
+    model.set_input_size(img_size=(3 * stride, 2 * stride))
+    assert lape.grid(model) == (3, 2)
+    assert list(model.state_dict()) == keys
+    assert model(torch.randn(2, 3, 3 * stride, 2 * stride)).isfinite().all()
+    lape.remove_(model)
+    plain = make(family)
+    plain.set_input_size(img_size=(3 * stride, 2 * stride))
+    assert [(k, v.shape) for k, v in model.state_dict().items()] == [
+        (k, v.shape) for k, v in plain.state_dict().items()
+    ]
+    assert size == tuple(make(family).patch_embed.img_size)
+    assert before.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("family", "kwargs", "size", "whole"),
+    [
+        ("NaFlexViT", {}, (24, 12), (24, 12)),
+        ("XCiT", {}, (80, 33), (80, 48)),  # its convolutions round up
+        ("EVA", {"dynamic_img_size": True}, (24, 12), (24, 12)),
+        ("EVA-02", {"dynamic_img_size": True}, (8, 32), (8, 32)),
+        ("hybrid", {"dynamic_img_size": True}, (128, 70), (128, 64)),
+        ("hybrid", {"dynamic_img_size": True, "dynamic_img_pad": True}, (128, 70), (128, 96)),
+    ],
+)
+def test_images_of_another_size_get_the_position_of_their_own_grid(family, kwargs, size, whole):
+    model = converted(family, **kwargs)
+    inputs = []
+    attention = list(blocks_of(model).values())[-1]
+    attention.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    attention.norm1.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    at_home = model(image(family))
+    assert model(torch.randn(2, 3, *size)).isfinite().all()
+    tokens, attended = inputs[-2:]
+    expected = lape.positions(model, whole)[-1]
+    added = (attended - attention.norm1.token_norm(tokens))[0]
+    assert added.shape == expected.shape
+    assert (added - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert at_home.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["CaiT", "EVA-02", "NaFlexViT", "SAM", "VOLO", "XCiT"])
+def test_copies_by_pickle_and_compilation(family):
+    model, x = converted(family), image(family)
+    expected = model(x)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(x), expected)
+    if family in ("NaFlexViT", "VOLO"):  # a watched grid, and a map that tells its own
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert (compiled(x) - expected).abs().max() <= 10 * TOLERANCE * expected.abs().max()
+
+
+def test_patches_of_mixed_grids_are_refused_at_run_time():
+    model = converted("NaFlexViT")
+    coordinates = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).reshape(1, 16, 2)
+    patches = {"patches": torch.randn(1, 16, 48), "patch_coord": coordinates, "patch_valid": torch.ones(1, 16).bool()}
+    assert make("NaFlexViT")(patches).isfinite().all()
+    with pytest.raises(lape.LapeError, match=r"patches of shape \(1, 16, 48\) were given.*give images"):
+        model(patches)
+    assert torch.equal(lape.remove_(model)(patches), model(patches))
+
+
+def test_a_bias_joins_where_attention_takes_one():
+    for family in ("BEiT", "EVA", "hybrid", "NaFlexViT"):
+        for join in ("basic", "LaPE"):
+            model = lape.apply_(make(family), join, "2D_RPE")
+            shake_position(model)
+            bare_host, x = host_without_position(family), image(family)
+            assert not torch.allclose(model(x), bare_host(x))
+            for name, parameter in model.named_parameters():
+                if "position_bias" in name:
+                    parameter.data.zero_()
+            assert (model(x) - bare_host(x)).abs().max() <= TOLERANCE * bare_host(x).abs().max()
+    for family in ("CaiT", "VOLO", "XCiT", "differential attention"):
+        with pytest.raises(lape.UnsupportedModelError, match="takes no mask: pe='2D_RPE'"):
+            lape.apply_(make(family), "basic", "2D_RPE")
+
+
+@pytest.mark.parametrize(
+    ("family", "join", "pe", "reason"),
+    [
+        ("relative position", "LaPE", None, "no position table of its own, its relative position bias.*pe='learnable'"),
+        ("DINOv3", "LaPE", None, "no position table of its own, its rotary position embedding.*pe='learnable'"),
+        ("XCiT", "LaPE", None, "pos_embed computes its position .*PositionalEncodingFourier.*pe='learnable'"),
+        ("relative position", "basic", "learnable", "no place where it adds a table.*use join='LaPE'"),
+        ("XCiT", "basic", "2D_sin", "no place where it adds a table.*use join='LaPE'"),
+        ("EVA-02", "basic", "none", "keeps its rotary.*would not be without a position"),
+        ("SAM", "basic", "none", "keeps its relative.*would not be without a position"),
+        ("BEiT with bias", "LaPE", "2D_RPE", "keeps its relative.*a second bias"),
+    ],
+)
+def test_kinds_that_would_not_be_what_they_say_are_refused(family, join, pe, reason):
+    model, original = make(family), make(family)
+    with pytest.raises(lape.LapeError, match=reason):
+        lape.apply_(model, join, pe)
+    assert_same_structure(model, original)
+
+
+def test_the_control_without_position():
+    for family in ("CaiT", "VOLO", "XCiT", "NaFlexViT"):
+        x = image(family)
+        model = lape.apply_(make(family), "basic", "none")
+        assert torch.equal(model(x), host_without_position(family)(x))
+        assert_same_structure(lape.remove_(model), make(family))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "reason"),
+    [
+        ("vit_tiny_patch16_224", {**ON_4, "block_fn": ParallelScalingBlock}, "the MLP must get no position"),
+        ("vit_tiny_patch16_224", {**ON_4, "block_fn": DiffParallelScalingBlock}, "the MLP must get no position"),
+        ("vit_tiny_patch16_224", {**ON_4, "block_fn": ParallelThingsBlock}, "several attentions side by side"),
+        ("vit_base_patch16_rpn_224", ON_4, r"ResPostBlock.*post-norm"),
+        ("vit_relpos_small_patch16_rpn_224", ON_4, r"ResPostRelPosBlock.*post-norm"),
+        ("eva02_enormous_patch14_clip_224", ON_4, r"EvaBlockPostNorm.*post-norm"),
+        ("eva02_tiny_patch14_224", {**ON_4, "patch_drop_rate": 0.5}, "patch_drop_rate > 0 removes tokens"),
+        ("naflexvit_base_patch16_parfac_gap", {**SMALL, "patch_size": 4}, "a table of rows and one of columns"),
+        ("naflexvit_base_patch16_par_gap", {**SMALL, "patch_size": 4}, "resampled with ar_preserving=True"),
+        ("naflexvit_base_patch16_gap", {**SMALL, "pos_embed_interp_mode": "bilinear"}, "interp_mode='bilinear'"),
+        ("cait_xxs24_224", {**ON_4, "norm_layer": torch.nn.BatchNorm1d}, "norm1 is a .*BatchNorm1d"),
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 1)}, "2 x 2 tokens"),
+        ("pit_ti_224", {"base_dims": (8, 8, 8), "depth": (1, 1, 1)}, "pools tokens"),
+        ("crossvit_tiny_240", {"depth": ((1, 1, 0),) * 3}, "two branches"),
+        ("mobilevit_xxs", {}, "no position embedding"),
+        ("mobilevitv2_050", {}, "no position embedding"),
+        ("qwen3_vit_88m_enc", {"depth": 1, "embed_dim": 32, "num_heads": 2}, "resamples its position table"),
+    ],
+)
+def test_refused_with_the_true_reason_and_unchanged(name, kwargs, reason):
+    model = timm.create_model(name, **kwargs)
+    state = copy.deepcopy(model.state_dict())
+    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
+    with pytest.raises(lape.UnsupportedModelError, match=reason):
+        lape.apply_(model, "LaPE")
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in state.items())
+
+
+def test_the_table_of_architectures_is_that_of_this_code():
+    """Every architecture of the installed timm is in docs/hosts.md, and a sample of the rows comes out again."""
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("host_table", root / "benchmarks" / "host_table.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # for its dataclass
+    spec.loader.exec_module(script)
+    written = json.loads((root / "benchmarks" / "results" / "hosts_timm.json").read_text())
+    if written["versions"]["timm"] != timm.__version__:
+        pytest.skip("the table is of another timm")
+    rows = [script.Row(**{**row, "grid": row["grid"] and tuple(row["grid"])}) for row in written["architectures"]]
+    assert [row.name for row in rows] == [n for module in script.MODULES for n in timm.list_models(module=module)]
+    assert script.page(rows, written["versions"]) == (root / "docs" / "hosts.md").read_text()
+    for row in rows[::29]:
+        assert script.examine(row.module, row.name) == row
