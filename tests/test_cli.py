@@ -43,7 +43,7 @@ EVAL_FLAGS = """
 --data-path --data-set --inat-category --batch-size --num-workers --pin-mem --no-pin-mem
 --dist-eval --no-dist-eval --device --amp --threads
 """
-COMMANDS = {"demo", "train", "eval", "export", "predict", "visualize", "hosts"}
+COMMANDS = {"demo", "train", "eval", "export", "predict", "visualize", "hosts", "compare"}
 
 # Every flag of the original's main.py in its own spelling, with a value that is not its default.
 SPELLINGS = """

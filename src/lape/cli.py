@@ -33,6 +33,12 @@ EVALUATION = (
     *("dist_eval", "device", "amp", "threads"),
 )
 
+# What the matrix of `lape compare` sets itself, and what means nothing for it.
+NOT_COMPARED = (
+    *("model", "pe", "join_type", "seed", "output_dir", "resume", "start_epoch", "eval", "dist_eval"),
+    *("threads", "num_workers", "pin_mem", "world_size", "dist_url", "log_every"),
+)
+
 Command = Callable[..., None]
 GROUPS = {topic: Group(topic, sort_key=place) for place, topic in enumerate(("Recipe", *topics()))}
 UNLESS_GIVEN = Group("From the checkpoint, unless given", sort_key=1)
@@ -197,6 +203,44 @@ def train(
         from lape.train import train as run
 
         run(settings)
+
+
+@app.command(name="compare")
+@takes(name for name in Recipe.model_fields if name not in NOT_COMPARED)
+def compare(
+    *,
+    output_dir: Annotated[str, Parameter(help="where cells and report go; what is done there is skipped")],
+    recipe: Annotated[
+        str, Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"])
+    ] = "digits",
+    joins: Annotated[tuple[str, ...], Parameter(help="joins to compare")] = ("basic", "LaPE"),
+    pes: Annotated[tuple[str, ...], Parameter(help="kinds of position embedding")] = ("learnable",),
+    models: Annotated[tuple[str, ...], Parameter(help="timm names (default: the recipe's)")] = (),
+    seeds: Annotated[tuple[int, ...], Parameter(help="seeds of each combination")] = (0, 1, 2),
+    baseline: Annotated[
+        str | None, Parameter(help="join that the others are compared with (default: basic, or the first)")
+    ] = None,
+    runs: Annotated[
+        tuple[str, ...], Parameter(help="finished runs and checkpoints to show beside, in a table of their own")
+    ] = (),
+    workers: Annotated[int, Parameter(help="trainings side by side, one thread each")] = 2,
+    **given: Any,
+) -> None:
+    """Train joins, kinds, models and seeds by one recipe and compare them: table, test, curves, report, explorer."""
+    from lape.compare import compare as run_matrix
+
+    settings = Recipe.from_yaml(recipe, **given)
+    run_matrix(
+        settings,
+        output_dir,
+        joins=joins,
+        pes=pes,
+        models=models,
+        seeds=seeds,
+        baseline=baseline,
+        runs=runs,
+        workers=workers,
+    )
 
 
 @app.command(name="eval")
