@@ -1,7 +1,7 @@
 """Makes `docs/gallery.md` and its pictures: models trained here, basic, share, LaPE-sharing and LaPE, in two kinds.
 
-    python benchmarks/gallery.py                        # the packaged digits, some minutes on two cores
-    python benchmarks/gallery.py --cifar FOLDER         # CIFAR-10 as FOLDER/train/<class>/* and FOLDER/val/<class>/* too
+    python benchmarks/gallery.py                    # the packaged digits, some minutes on two cores
+    python benchmarks/gallery.py --cifar FOLDER     # CIFAR-10 as FOLDER/train/<class>/* and FOLDER/val/<class>/* too
 
 The trainings are those of `lape compare`; what is done in --runs is not trained again. For CIFAR-10 the first images of
 each class are used, as many as --train-images and --val-images say: a budget for looking, not for accuracy.
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar", type=Path, help="folder of CIFAR-10 images")
-    parser.add_argument("--runs", type=Path, default=Path("gallery-runs"), help="where the trainings go")
+    parser.add_argument("--runs", type=Path, default=Path("runs/gallery"), help="where the trainings go")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each combination (digits; CIFAR-10: one)")
     parser.add_argument("--cifar-epochs", type=int, default=10)
     parser.add_argument("--train-images", type=int, default=250, help="of each class of CIFAR-10")

@@ -324,12 +324,10 @@ def build(title: str, cards: Sequence[_Card], intro: str, budget: int) -> str:
         if KINDS[card.about.pe].is_bias:
             card.add_bias(each)
         card.add_attention(each)
-    from lape.plot import SERIES
-
     data = {
         "title": title,
         "colours": colours(),
-        "series": SERIES,
+        "series": series([card.about.join for card in cards]),
         "images": photos,
         "models": [card.data for card in cards],
     }
@@ -343,6 +341,14 @@ def build(title: str, cards: Sequence[_Card], intro: str, budget: int) -> str:
         "style_hash": _hash(style),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _part("explorer.html"))
+
+
+def series(joins: Sequence[str]) -> list[str]:
+    """A colour a model: that of its join, as in the curves of a report, where the joins tell the models apart."""
+    from lape.plot import SERIES
+    from lape.report import COLOURS
+
+    return [COLOURS[j] for j in joins] if len(set(joins)) == len(joins) else list(SERIES)
 
 
 def colours() -> list[str]:

@@ -39,6 +39,7 @@ from lape.correlation import (
 from lape.errors import LapeError
 from lape.measures import MEASURES, measure_all
 from lape.position import KINDS, Grid
+from lape.report import COLOURS as JOIN_COLOURS
 
 COLOURS = "RdBu_r"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
@@ -358,7 +359,8 @@ def curves(title: str, series: Mapping[str, Mapping[str, Tensor]]) -> Figure:
         for index, (label, measured) in enumerate(series.items()):
             values = measured[name].double().cpu()
             values = values.where(values.isfinite(), math.nan)
-            style = {"color": SERIES[index % len(SERIES)], "linestyle": ("-", "--", ":")[index // len(SERIES) % 3]}
+            colour = JOIN_COLOURS.get(label, SERIES[index % len(SERIES)])
+            style = {"color": colour, "linestyle": ("-", "--", ":")[index // len(SERIES) % 3]}
             axes.plot(
                 range(len(values)), values.numpy(), label=label, linewidth=1.6, marker="o", markersize=2.6, **style
             )

@@ -178,7 +178,7 @@ def accuracy_curves(panels: Mapping[str, Mapping[str, Histories]]) -> Any:
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     axes_of[0].set_ylabel("test accuracy, %")
-    axes_of[len(panels) - 1].legend(loc="lower right", frameon=False)
+    axes_of[len(panels) - 1].legend(loc="best", frameon=False)
     return figure
 
 
