@@ -110,7 +110,7 @@ def section(name: str, title: str, recipe: Recipe, found: Comparison) -> str:
         for place in ("centre", "corner"):
             _draw(f"{name}_{pe}_{place}", _maps(models, place, f"{title}, {pe}: patch in the {place}"))
         measured = {join: _measures(model) for join, model in models.items()}
-        _draw(f"{name}_{pe}_measures", curves(f"{title}, {pe}", measured), colours=64)
+        _draw(f"{name}_{pe}_measures", curves(f"{title}, {pe}", measured))
         lines.append(f"### {pe}\n")
         lines += [f"![{title}, {pe}, {p} patch](gallery/{name}_{pe}_{p}.png)\n" for p in ("centre", "corner")]
         lines.append(f"![{title}, {pe}, measures over depth](gallery/{name}_{pe}_measures.png)\n")
@@ -143,13 +143,12 @@ def _measures(model):
     return measure_all(lape.correlation(model), seen, lape.grid(model))
 
 
-def _draw(name: str, figure, colours: int = 200) -> None:
-    """A PNG of few colours, which such pictures have anyway."""
+def _draw(name: str, figure) -> None:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     path = ROOT / "docs" / "gallery" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(file).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(file).convert("RGB").save(path, optimize=True)
     assert path.stat().st_size < MOST, f"{path} has {path.stat().st_size} bytes"
 
 

@@ -162,6 +162,23 @@ def test_checkpoints_and_folders_side_by_side(tmp_path: Path) -> None:
     assert names == ["saved", "VisionTransformer LaPE", "VisionTransformer LaPE (2)"]
 
 
+def test_the_command_draws_and_explores_several(
+    tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lape import cli
+
+    saved = [str(lape.save(model_with(join, "2D_sin", depth=1), tmp_path / join)) for join in ("basic", "LaPE")]
+    page = tmp_path / "e.html"
+    flags = ["--save-dir", str(tmp_path / "pictures"), "--html", str(page), "--image", str(photo), "--view", "unbiased"]
+    assert cli.run(cli.app, ["visualize", *saved, *flags]) == 0
+    assert str(page) in capsys.readouterr().out
+    assert [card["join"] for card in contents(page)["models"]] == ["basic", "LaPE"]
+    assert len(contents(page)["images"]) == 1
+    assert (tmp_path / "pictures" / "comparison_centre.svg").exists()
+    assert cli.run(cli.app, ["visualize", saved[0], "--html", str(tmp_path / "absent" / "e.html")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
@@ -453,7 +454,8 @@ class Pictures:
         kind = name.rpartition(".")[2]
         if kind == "jpg":
             options["pil_kwargs"] = {"quality": 92, "subsampling": 0}
-        self._write(name, lambda file: figure.savefig(file, format=kind, **options))
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lape"}):  # text stays text; the same ids every time
+            self._write(name, lambda file: figure.savefig(file, format=kind, **options))
 
     def add_maps(
         self,
