@@ -2,8 +2,9 @@
 
     python benchmarks/visualize_time.py
 
-The checkpoint holds random weights: what is drawn costs the same. The limit is 20 s on two cores. On a machine that does other
-work the time that passes says little: the processor time of the command, and the load beside it, are written too.
+The checkpoint holds random weights: what is drawn costs the same. The limit is 20 s on two cores. On a machine that
+does other work the time that passes says little: the processor time of the command, and the load beside it, are
+written too.
 """
 
 import json
