@@ -52,7 +52,7 @@ OURS = {
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout"),
 }
-COMMANDS = {"check-data", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
+COMMANDS = {"check-data", "compare", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
 
 # Every flag of the original's main.py in its own spelling, with a value that is not its default.
 SPELLINGS = """
@@ -374,7 +374,12 @@ def test_an_error_of_a_later_process_names_it(
         (["predict", "--checkpoint", "c.pth"], ["IMAGE"]),
         (["predict", "a.png"], ["--checkpoint"]),
         (["predict", "a.png", "--checkpoint", "c.pth", "--top-k", "0"], ["--top-k 0"]),
-        (["visualize", "c.pth"], ["--save-dir"]),
+        (["visualize"], ["CHECKPOINT"]),
+        (["visualize", "c.pth"], ["--save-dir", "--html"]),
+        (["visualize", "c.pth", "--save-dir", "d", "--image", "a.png"], ["--html"]),
+        (["visualize", "c.pth", "--html", "f.html", "--token", "1"], ["--token", "--save-dir"]),
+        (["visualize", "absent.pth", "--html", "f.html"], ["no such checkpoint", "absent.pth"]),
+        (["visualize", "c.pth", "--html", "absent/f.html"], ["no folder", "absent"]),
         (["visualize", "c.pth", "--save-dir", "d", "--size", "1", "2", "3"], ["--size 1 2 3"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import lape
-from lape.plot import COLOURS, COSINE, Strip, deit_named, original_main, overview, visualize
+from lape.plot import COLOURS, COSINE, Strip, compare, curves, deit_named, original_main, overview, places, visualize
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -45,7 +45,8 @@ def checkpoint(path: Path, network: torch.nn.Module, **args: object) -> Path:
 def test_files_have_the_names_of_the_original(tmp_path: Path, join: str) -> None:
     files, numbers = written(tmp_path, model_with(join))
     expected = {f"{join}_layer{i}_sim_{what}.jpg" for i in range(2) for what in ("overall", "5thToken")}
-    expected |= {"overview.png", "overview.pdf", "positions.npz"}
+    expected |= {f"{stem}.{kind}" for stem in ("overview", "places", "measures") for kind in ("png", "pdf", "svg")}
+    expected |= {"positions.npz"}
     assert files == expected | ({"PE_token_sim.jpg"} if join != "unshare" else set())
     assert (str(numbers["join"]), str(numbers["pe"]), str(numbers["view"])) == (join, "learnable", "seen")
 
@@ -90,7 +91,7 @@ def test_biases_are_drawn_per_head(tmp_path: Path, join: str) -> None:
     model = model_with(join, "2D_RPE")
     files, numbers = written(tmp_path, model, token=3)
     expected = {f"{join}_layer{i}_head{j}.jpg" for i in range(2) for j in range(2)}
-    assert files == expected | {"overview.png", "overview.pdf", "positions.npz"}
+    assert files == expected | {"overview.png", "overview.pdf", "overview.svg", "positions.npz"}
     assert np.array_equal(numbers["bias"], lape.position_bias(model).detach().numpy())
     assert np.array_equal(numbers["token_maps"].reshape(2, 2, 16), numbers["bias"][:, :, 3])
 
@@ -128,6 +129,40 @@ def test_nothing_in_an_overview_is_clipped_or_overlaps(layers: int, grid: tuple[
         assert box.y1 <= whole.y1
     frames = [axes.get_window_extent() for axes in figure.axes]
     assert not any(a.overlaps(b) for i, a in enumerate(frames) for b in frames[:i])
+
+
+def test_several_models_in_one_figure_with_one_scale(tmp_path: Path) -> None:
+    models = {"LaPE": model_with("LaPE"), "unshare, wide": model_with("unshare", img_size=(16, 64), depth=3)}
+    files = compare(models, tmp_path / "c")
+    stems = {f"comparison_{what}" for what in ("overall", "centre", "corner", "edge", "measures")}
+    assert {f.name for f in files} == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")}
+    with pytest.raises(lape.LapeError, match="1 of 2 models have positions"):
+        compare({"a": model_with("LaPE"), "b": model_with("LaPE", "2D_RPE")}, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_place_without_a_map_stays_empty() -> None:
+    one, two = torch.eye(4), torch.full((4, 4), 0.5)
+    figure = overview("t", [Strip("a", [None, one], (2, 2)), Strip("b", [two, None], (2, 2))], ["P", "0"], *COSINE)
+    drawn = [(axes.get_title(), np.asarray(axes.images[0].get_array())) for axes in figure.axes if axes.images]
+    assert [title for title, _ in drawn] == ["0", "P"]
+    assert np.allclose(drawn[0][1], one)
+    assert np.allclose(drawn[1][1], two)
+
+
+def test_corner_edge_and_centre() -> None:
+    assert places((14, 14)) == {"corner": 0, "edge": 6, "centre": 90}
+    assert places((7, 28)) == {"corner": 0, "edge": 13, "centre": 97}
+
+
+def test_curves_are_the_numbers() -> None:
+    values = {"monotonicity": torch.tensor([2.0, 1.5]), "layer_change": torch.tensor([torch.nan, 0.1])}
+    figure = curves("t", {"a": values, "b": {name: v + 1 for name, v in values.items()}})
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
+    assert set(panels) == {"monotonicity", "change from layer to layer"}
+    lines = panels["monotonicity"].lines
+    assert [line.get_label() for line in lines] == ["a", "b"]
+    assert np.allclose(lines[1].get_ydata(), [3.0, 2.5])
 
 
 def test_drawing_leaves_pyplot_and_a_display_alone(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "lape"
 
 PUBLIC = """
 Anatomy CheckpointError DataError Description Host LapeError Layout UnsupportedModelError apply_ correlation
-create_model describe fold_ grid hosts load load_reference_state_dict num_prefix_tokens position_bias positions
+create_model describe explore fold_ grid hosts load load_reference_state_dict num_prefix_tokens position_bias positions
 push_to_hub read_checkpoint register_host remove_ save to_reference_state_dict
 """.split()
 
@@ -43,8 +43,8 @@ LAYERS = [  # each may import from itself and from those before it
         "train",
         "evaluate",
     },
-    {"export"},
-    {"plot", "report", "demo", "cli", "__main__"},
+    {"export", "measures", "probe"},
+    {"plot", "explorer", "report", "workers", "compare", "demo", "cli", "__main__"},
 ]
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from lape.correlation import correlation
     from lape.errors import CheckpointError, DataError, LapeError, UnsupportedModelError
+    from lape.explorer import explore
     from lape.hosts import Anatomy, Host, hosts, register_host
     from lape.position import Layout
     from lape.reference import load_reference_state_dict, to_reference_state_dict
@@ -42,6 +43,7 @@ _HOME = {
         *("position_bias", "positions", "remove_"),
     ),
     "correlation": ("correlation",),
+    "explorer": ("explore",),
     "errors": ("CheckpointError", "DataError", "LapeError", "UnsupportedModelError"),
     "hosts": ("Anatomy", "Host", "hosts", "register_host"),
     "position": ("Layout",),

@@ -35,6 +35,12 @@ EVALUATION = (
     *("ema", "dist_eval", "device", "amp", "threads"),
 )
 
+# What the matrix of `lape compare` sets itself, and what means nothing for it.
+NOT_COMPARED = (
+    *("model", "pe", "join_type", "seed", "output_dir", "resume", "start_epoch", "eval", "dist_eval"),
+    *("threads", "num_workers", "pin_mem", "world_size", "dist_url", "log_every"),
+)
+
 Command = Callable[..., None]
 GROUPS = {topic: Group(topic, sort_key=place) for place, topic in enumerate(("Recipe", *topics()))}
 UNLESS_GIVEN = Group("From the checkpoint, unless given", sort_key=1)
@@ -201,6 +207,44 @@ def train(
         run(settings)
 
 
+@app.command(name="compare")
+@takes(name for name in Recipe.model_fields if name not in NOT_COMPARED)
+def compare(
+    *,
+    output_dir: Annotated[str, Parameter(help="where cells and report go; what is done there is skipped")],
+    recipe: Annotated[
+        str, Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"])
+    ] = "digits",
+    joins: Annotated[tuple[str, ...], Parameter(help="joins to compare")] = ("basic", "LaPE"),
+    pes: Annotated[tuple[str, ...], Parameter(help="kinds of position embedding")] = ("learnable",),
+    models: Annotated[tuple[str, ...], Parameter(help="timm names (default: the recipe's)")] = (),
+    seeds: Annotated[tuple[int, ...], Parameter(help="seeds of each combination")] = (0, 1, 2),
+    baseline: Annotated[
+        str | None, Parameter(help="join that the others are compared with (default: basic, or the first)")
+    ] = None,
+    runs: Annotated[
+        tuple[str, ...], Parameter(help="finished runs and checkpoints to show beside, in a table of their own")
+    ] = (),
+    workers: Annotated[int, Parameter(help="trainings side by side, one thread each")] = 2,
+    **given: Any,
+) -> None:
+    """Train joins, kinds, models and seeds by one recipe and compare them: table, test, curves, report, explorer."""
+    from lape.compare import compare as run_matrix
+
+    settings = Recipe.from_yaml(recipe, **given)
+    run_matrix(
+        settings,
+        output_dir,
+        joins=joins,
+        pes=pes,
+        models=models,
+        seeds=seeds,
+        baseline=baseline,
+        runs=runs,
+        workers=workers,
+    )
+
+
 @app.command(name="eval")
 @takes(EVALUATION, STORED)
 def evaluate(
@@ -259,39 +303,73 @@ def predict(
 
 @app.command
 def visualize(
-    checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
-    *,
-    save_dir: Annotated[str, Parameter(help="the pictures go into SAVE_DIR/MODEL_NAME/")],
+    *checkpoints: Annotated[str, Parameter(help=".pth files or folders written by lape.save")],
+    save_dir: Annotated[str | None, Parameter(help="the pictures go into SAVE_DIR/MODEL_NAME/")] = None,
+    html: Annotated[str | None, Parameter(help="write the explorer, one file for the browser, here")] = None,
+    image: Annotated[
+        tuple[str, ...], Parameter(help="with --html: photographs to look at, for attention as well")
+    ] = (),
     model_name: Annotated[str | None, Parameter(help="name of the folder (default: model and join)")] = None,
     token: Annotated[int | None, Parameter(help="patch whose map is drawn (default: the centre)")] = None,
     size: Annotated[
         tuple[int, ...] | None, Parameter(help="image side, or height and width, pixels (default: the model's)")
     ] = None,
     view: Annotated[
-        Literal["seen", "received"] | None, Parameter(help="positions as attention sees or a block receives them")
+        Literal["seen", "received", "unbiased"] | None,
+        Parameter(help="positions as attention sees them (unbiased: less the norm's bias) or a block receives them"),
     ] = None,
     join_type: Annotated[str | None, Parameter(help="must agree with the checkpoint, if it says")] = None,
     pe: Annotated[str | None, Parameter(help="must agree with the checkpoint, if it says")] = None,
     ema: Annotated[bool, Parameter(help="draw the averaged weights", negative=())] = False,
 ) -> None:
-    """Draw what the position embedding became in every layer, and write the numbers (.npz)."""
+    """Draw what the position embedding became in every layer, and write the numbers (.npz).
+
+    Several checkpoints are drawn side by side: in the explorer, and as one figure a kind of map in SAVE_DIR.
+    """
+    if not checkpoints:
+        raise LapeError("no checkpoint was given: lape visualize CHECKPOINT --save-dir DIR")
+    if save_dir is None and html is None:
+        raise LapeError("nothing to write: give --save-dir DIR for pictures, --html FILE for the explorer, or both")
     if size is not None and len(size) > 2:
         raise LapeError(f"--size {' '.join(map(str, size))} has {len(size)} values: give one, or height and width")
+    if image and html is None:
+        raise LapeError("--image shows photographs in the explorer: give --html FILE as well")
+    if save_dir is None and (token is not None or view is not None):
+        raise LapeError("--token and --view choose what pictures show: give --save-dir DIR as well")
+    if len(checkpoints) > 1 and model_name is not None and save_dir is not None:
+        raise LapeError("--model-name names the folder of one checkpoint, several were given: leave it out")
+    sides = size if size is None or len(size) == 2 else size[0]
 
-    from lape.plot import visualize as draw
+    if save_dir is not None:
+        from lape.plot import visualize as draw
 
-    files = draw(
-        checkpoint,
-        save_dir,
-        model_name=model_name,
-        token=token,
-        size=size if size is None or len(size) == 2 else size[0],
-        view=view,
-        join=join_type,
-        pe=pe,
-        ema=ema,
-    )
-    print(f"{len(files)} files in {files[0].parent}, first look at {next(f for f in files if f.stem == 'overview')}")
+        for checkpoint in checkpoints:
+            files = draw(
+                checkpoint,
+                save_dir,
+                model_name=model_name,
+                token=token,
+                size=sides,
+                view=view,
+                join=join_type,
+                pe=pe,
+                ema=ema,
+            )
+            first = next(f for f in files if f.stem == "overview")
+            print(f"{len(files)} files in {files[0].parent}, first look at {first}")
+        if len(checkpoints) > 1:
+            from lape.plot import compare as draw_together
+            from lape.plot import load
+
+            models = {c: load(c, model_name, join_type, pe, sides, ema)[0] for c in checkpoints}
+            print(f"{len(draw_together(models, save_dir, view=view or 'seen'))} files of all models in {save_dir}")
+    if html is not None:
+        from lape.explorer import explore
+
+        page = explore(
+            checkpoints, html, images=image, size=sides, model_name=model_name, join=join_type, pe=pe, ema=ema
+        )
+        print(f"open {page} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
 
 
 @app.command

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ NORMS = "lape_pe_norm"  # and its LN'_l, each under the path of its block
 RECORD = "_lape"  # attribute of a converted model: its Conversion
 
 Size = int | tuple[int, int]
+View = Literal["received", "seen", "unbiased"]
 Site = tuple[str, str, nn.Module]  # path of a host module, the name it gets in its wrapper, the wrapper
 
 
@@ -535,31 +536,34 @@ def _grid_for(conversion: Conversion, size: Size | None) -> Grid | None:
     return height // patch_height, width // patch_width
 
 
-def positions(model: nn.Module, size: Size | None = None, view: Literal["received", "seen"] = "received") -> Tensor:
+def positions(model: nn.Module, size: Size | None = None, view: View = "received") -> Tensor:
     """What each block receives as position: (L, N, D), prefix tokens first; zero for tokens that own no row.
 
     LaPE: P_(l+1) = LN'_l(P_l); LaPE-sharing: LN'_l(P); share and basic: P in every layer (basic adds it once, and the
     residual stream carries it on); unshare: W_l. `view="seen"` shows what attention makes of it: for joins in which
     position shares the token norm, LN_l of the above (the paper's figures: Eq. 7 without its per-token factor);
-    LaPE joins look the same in both views.
+    LaPE joins look the same in both views. `view="unbiased"` is "seen" without the bias of the norm that made it, which
+    all patches share and which hides in what they differ.
 
     Args:
         size: image size in pixels, a side or (height, width); the raw table is resampled before the chain.
     Raises:
         LapeError: not converted, no absolute position (RPE: use `position_bias`), a size that the patch does not
-            divide, or a folded model at another size.
+            divide, a folded model at another size, or the bias of a norm that was folded away.
     The result carries gradients, unlike that of `correlation`.
     """
     conversion = conversion_of(model)
     anatomy, join = conversion.anatomy, JOINS[conversion.join]
-    if view not in ("received", "seen"):
-        raise LapeError(f"unknown view {view!r}: known are 'received' and 'seen'")
+    if view not in get_args(View):
+        raise LapeError(f"unknown view {view!r}: known are {', '.join(map(repr, get_args(View)))}")
     if not KINDS[conversion.pe].is_table:
         fix = "lape.position_bias(model) gives its bias" if KINDS[conversion.pe].is_bias else "there is nothing to show"
         raise LapeError(f"pe={conversion.pe!r} has no position per token: {fix}")
     target = _grid_for(conversion, size)
     sites = [anatomy.root.get_submodule(path) for path, _ in conversion.sites]
     if conversion.folded and join.normalised:
+        if view == "unbiased":
+            raise LapeError("the model is folded, the bias of its norms is gone: view='unbiased' needs it unfolded")
         if target not in (None, conversion.layout.grid):
             raise LapeError(f"the model is folded for the grid {conversion.layout.grid}, size={size!r} is {target}")
         return torch.cat([site.get_buffer("folded_position") for site in sites])
@@ -569,10 +573,20 @@ def positions(model: nn.Module, size: Size | None = None, view: Literal["receive
         received = [PositionTable(own, conversion.layout).position(target)] * len(anatomy.blocks)
     else:
         received = [site.received(target) for site in sites]  # type: ignore[operator]
-    if view == "seen" and not join.normalised:
+    if view != "received" and not join.normalised:
         received = [norm(p_1RD) for norm, p_1RD in zip(_token_norms(conversion), received, strict=True)]
+    if view == "unbiased":
+        norms = _token_norms(conversion)
+        biases = _pe_biases(sites) if join.normalised else [getattr(norm, "bias", None) for norm in norms]
+        received = [p_1RD if b is None else p_1RD - b for p_1RD, b in zip(received, biases, strict=True)]
     layout = conversion.layout if target is None else replace(conversion.layout, grid=target)
     return torch.cat([layout.spread(p_1RD) for p_1RD in received])
+
+
+def _pe_biases(sites: list[Any]) -> list[Any]:
+    """The bias of each LN'_l as the layer receives it, a gate counted in; None without one."""
+    biases = ((getattr(site.pe_norm, "bias", None), site.pe_gate) for site in sites)
+    return [bias if bias is None or gate is None else gate * bias for bias, gate in biases]
 
 
 def _token_norms(conversion: Conversion) -> list[nn.Module]:
@@ -630,7 +644,9 @@ def build(
 __all__ = [
     "Conversion",
     "Description",
+    "Size",
     "UnsupportedModelError",
+    "View",
     "apply_",
     "build",
     "conversion_of",

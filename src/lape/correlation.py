@@ -6,17 +6,13 @@ w_i is what a block has of the position of patch i. It comes from `lape.position
 computed: nothing is normalised here. Shape suffixes: L layers, N tokens, n patches (prefix tokens left out), D width.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from lape.convert import TABLES, Size, conversion_of, num_prefix_tokens, positions
+from lape.convert import TABLES, Size, View, conversion_of, num_prefix_tokens, positions
 from lape.errors import LapeError
 from lape.joins import JOINS
 from lape.position import Grid, PositionTable
-
-View = Literal["received", "seen"]
 
 
 def correlation(model: nn.Module, size: Size | None = None, view: View = "seen") -> Tensor:
@@ -156,22 +152,38 @@ def monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     2: similarity falls with every step away from a patch; 1: no order; 0: it rises. Where all similarities are equal
     the rank correlation counts as 0. Source: M_U of LOOPE (arXiv 2504.14386).
     """
-    squared = squared_distances(grid)
-    scores = []
-    for patch in range(len(squared)):
-        radius, mean = _mean_by_radius(correlation_Lnn[..., patch, :].double(), squared[patch])
-        scores.append(1 - _spearman(radius.expand_as(mean), mean.float()))  # float: what sums differ by is no order
-    return torch.stack(scores).mean(0)
+    distance, ring_nn = squared_distances(grid).double().sqrt().unique(return_inverse=True)
+    shape = (len(ring_nn), len(distance))  # (n, K)
+    count_nK = torch.zeros(shape, dtype=torch.float64).scatter_add_(1, ring_nn, torch.ones_like(ring_nn).double())
+    s_Lnn = correlation_Lnn.double()
+    sum_LnK = s_Lnn.new_zeros(*s_Lnn.shape[:-2], *shape).scatter_add_(-1, ring_nn.expand_as(s_Lnn), s_Lnn)
+    mean_LnK = (sum_LnK / count_nK.clamp(min=1)).float()  # float: what sums differ by is no order
+    return (1 - spearman(count_nK > 0, distance.expand(shape), mean_LnK)).mean(-1)
 
 
-def _spearman(a_LK: Tensor, b_LK: Tensor) -> Tensor:
-    a, b = (rank - rank.mean(-1, keepdim=True) for rank in (_ranks(a_LK), _ranks(b_LK)))
+def spearman(there_GK: Tensor, a_GK: Tensor, b_LGK: Tensor) -> Tensor:
+    """(L, G) rank correlation along the last axis over the entries that are there; 0 without spread. Ties share ranks.
+
+    Layer by layer, which keeps what is sorted at a time small.
+    """
+    a = _centred_ranks(there_GK, a_GK)
+    found = [_cosine_or_zero(a, _centred_ranks(there_GK, b_GK)) for b_GK in b_LGK]
+    return torch.stack(found)
+
+
+def _centred_ranks(there_GK: Tensor, values_GK: Tensor) -> Tensor:
+    """Ranks less their mean, 0 where nothing is there."""
+    rank = _ranks(values_GK.where(there_GK, torch.inf)).where(there_GK, 0.0)
+    return (rank - rank.sum(-1, keepdim=True) / there_GK.sum(-1, keepdim=True).clamp(min=1)).where(there_GK, 0.0)
+
+
+def _cosine_or_zero(a: Tensor, b: Tensor) -> Tensor:
     scale = a.norm(dim=-1) * b.norm(dim=-1)
     return torch.where(scale > 0, (a * b).sum(-1) / scale.where(scale > 0, 1.0), 0.0)
 
 
-def _ranks(values_LK: Tensor) -> Tensor:
+def _ranks(values_GK: Tensor) -> Tensor:
     """Ranks along the last axis, ties share their mean rank."""
-    ordered = values_LK.sort(-1).values.contiguous()
-    values = values_LK.contiguous()
+    values = values_GK.contiguous()
+    ordered = values.sort(-1).values
     return (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double() / 2

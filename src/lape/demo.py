@@ -6,14 +6,9 @@ result does not depend on how many run side by side.
 
 import json
 import math
-import multiprocessing
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
@@ -23,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from lape.errors import LapeError
 from lape.recipe import Recipe
 from lape.report import Run, curves, environment, markdown_table, mean_std, rows, sentences, summarise
+from lape.workers import run_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -245,108 +241,16 @@ def train_one(recipe: Recipe, tick: Callable[[], None]) -> Trained:
 
 
 def train_all(agenda: Agenda) -> list[Trained]:
-    """Trains what the agenda hands out, and says how far it is: a bar on a terminal, a line a training elsewhere."""
-    trained = []
-    with _progress(agenda) as (tick, say):
-        for one in (_in_turn if agenda.workers == 1 else _side_by_side)(agenda, tick):
-            trained.append(one)
-            run = one.run
-            say(
-                f"  {run.join:5}  seed {run.seed}, {run.epochs:>3} epochs: "
-                f"{run.accuracy:5.1f} % of the test images right ({run.seconds:.0f} s)"
-            )
-    return trained
+    """Trains what the agenda hands out, and says how far it is."""
 
-
-def _in_turn(agenda: Agenda, tick: Callable[[], None]) -> Iterator[Trained]:
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        while recipes := agenda.take():
-            for recipe in recipes:
-                one = train_one(recipe, tick)
-                agenda.finished(one.run)
-                yield one
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _side_by_side(agenda: Agenda, tick: Callable[[], None]) -> Iterator[Trained]:
-    context = multiprocessing.get_context("spawn")  # a fork of a process that ran torch can hang
-    ticks = context.SimpleQueue()
-    others = set(multiprocessing.active_children())
-    try:
-        with ProcessPoolExecutor(agenda.workers, context, _start_worker, (ticks,)) as pool:
-            try:
-                pending: set[Future[Trained]] = set()
-                while True:
-                    while len(pending) < agenda.workers and (recipes := agenda.take()):
-                        pending |= {pool.submit(_work, recipe) for recipe in recipes}
-                    if not pending:
-                        return
-                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                    while not ticks.empty():
-                        ticks.get()
-                        tick()
-                    for future in done:
-                        agenda.finished(future.result().run)
-                        yield future.result()
-            except BaseException:  # Ctrl-C above all: do not wait for what runs
-                for child in set(multiprocessing.active_children()) - others:
-                    child.terminate()
-                raise
-    except BrokenProcessPool:
-        raise LapeError(
-            "a training process ended before its work was done (memory?): try workers=1; "
-            'a script that calls run_demo needs `if __name__ == "__main__":`'
-        ) from None
-
-
-_ticks: Any = None  # in a worker: where it says that an epoch is over
-
-
-def _start_worker(ticks: Any) -> None:
-    global _ticks
-    _ticks = ticks
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
-
-
-def _work(recipe: Recipe) -> Trained:
-    parent = multiprocessing.parent_process()
-
-    def tick() -> None:
-        if parent is not None and not parent.is_alive():
-            raise SystemExit("the demo is gone")
-        _ticks.put(None)
-
-    return train_one(recipe, tick)
-
-
-@contextmanager
-def _progress(agenda: Agenda) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
-    """Yields (call after every epoch, print a line)."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        yield (lambda: None), (lambda text: print(text, flush=True))
-        return
-    columns = (TextColumn("epochs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=agenda.epochs)
-        yield (
-            lambda: progress.update(task, advance=1, total=agenda.epochs),
-            lambda text: progress.console.print(text, markup=False),
+    def told(one: Trained) -> str:
+        run = one.run
+        return (
+            f"  {run.join:5}  seed {run.seed}, {run.epochs:>3} epochs: "
+            f"{run.accuracy:5.1f} % of the test images right ({run.seconds:.0f} s)"
         )
+
+    return run_all(agenda, train_one, told)
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------

@@ -8,39 +8,47 @@ Shape suffixes: L layers, N tokens, n patches (prefix tokens left out), D width,
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from lape.checkpoint import model_from_checkpoint, read_checkpoint, write_atomically
 from lape.convert import Description, Size, describe, position_bias, positions
 from lape.correlation import (
     View,
+    center_token,
     check_token,
     cosine,
     grid_at,
-    half_distance,
-    locality_radius,
-    monotonicity,
     raw_table,
     similarity_by_distance,
     token_map,
 )
 from lape.errors import LapeError
+from lape.measures import MEASURES, measure_all
 from lape.position import KINDS, Grid
+from lape.report import COLOURS as JOIN_COLOURS
 
 COLOURS = "RdBu_r"
-WHO: dict[View, str] = {"seen": "each layer sees them", "received": "each layer receives them"}
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+WHO: dict[View, str] = {
+    "seen": "each layer sees them",
+    "received": "each layer receives them",
+    "unbiased": "each layer sees them, without the bias of its norm",
+}
 COSINE = Normalize(-1, 1), "cosine similarity"
 
 
@@ -115,13 +123,13 @@ class Strip:
     """One row of an overview, a map a column: all patches (token None) or one patch's map on the grid."""
 
     label: str
-    maps: Sequence[Tensor]
+    maps: Sequence[Tensor | None]  # None leaves a place empty
     grid: Grid
     token: int | None = None
 
     @property
     def aspect(self) -> float:
-        height, width = self.maps[0].shape
+        height, width = next(m for m in self.maps if m is not None).shape
         return width / height
 
     @property
@@ -145,18 +153,23 @@ def overview(title: str, strips: Sequence[Strip], columns: Sequence[str], norm: 
         y = height - top - number * band_height - head
         for strip, strip_height, ticks in zip(strips, heights, labelled, strict=True):
             for place, column in enumerate(band):
+                values = strip.maps[column]
+                if values is None:
+                    continue
                 box = _box(figure, left + place * (cell + gap), y - strip_height, cell, strip_height)
                 axes = figure.add_axes(box)
-                draw_map(axes, strip.maps[column], strip.grid, strip.token, norm, most_ticks=4)
+                draw_map(axes, values, strip.grid, strip.token, norm, most_ticks=4)
                 axes.tick_params(labelsize=6.5, length=2, pad=1.5, labelleft=place == 0, labelbottom=ticks)
-                if place == 0:
+                if column == band[0] or strip.maps[column - 1] is None:
                     axes.set_ylabel(strip.label, fontsize=8, labelpad=3)
-                if strip is strips[0]:
+                    axes.tick_params(labelleft=True)
+                if strip is strips[0] or strips[0].maps[column] is None:
                     axes.set_title(columns[column], fontsize=9, pad=4)
             y -= strip_height + (0.3 if ticks else gap)
     bar_height = min(height - top - head - 0.4, 4.0)
     bar = figure.add_axes(_box(figure, width - right + 0.1, height - top - head - bar_height, 0.14, bar_height))
-    figure.colorbar(figure.axes[0].images[0], cax=bar).set_label(unit, fontsize=8)
+    shown = next(axes.images[0] for axes in figure.axes if axes.images)
+    figure.colorbar(shown, cax=bar).set_label(unit, fontsize=8)
     bar.tick_params(labelsize=7)
     figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=11)
     return figure
@@ -188,7 +201,8 @@ def visualize(
 
     Tables: `<join>_layer<i>_sim_overall.jpg` (cosine similarity of all patches), `<join>_layer<i>_sim_<k>thToken.jpg`
     (patch k with all, on the grid) and `PE_token_sim.jpg` (the same of the raw table, where there is one). Relative
-    biases: `<join>_layer<i>_head<j>.jpg`. Both: `overview.png`, `overview.pdf`, and the numbers in `positions.npz`.
+    biases: `<join>_layer<i>_head<j>.jpg`. Both: `overview` (all layers), tables also `places` (corner, edge and centre)
+    and `measures` (curves over depth), each as PNG, PDF and SVG; and the numbers in `positions.npz`.
     Layers count from 0. The names are those of the LaPE authors' script.
 
     Args:
@@ -310,12 +324,95 @@ def _draw_positions(
         numbers |= {"table": table_ND, "table_correlation": raw_nn}
         overall, single = replace(overall, maps=[raw_nn, *overall.maps]), replace(single, maps=[raw_hw, *single.maps])
         layers = ["table P", *layers]
-    pictures.add_overview(
-        overview(f"{what}\npositions as {WHO[view]}; {_place(token, grid)}", [overall, single], layers, *COSINE)
+    pictures.add_figure(
+        overview(f"{what}\npositions as {WHO[view]}; {_place(token, grid)}", [overall, single], layers, *COSINE),
+        "overview",
     )
+    strips = [
+        Strip(f"{name}\n{patch}", list(token_map(torch.stack(overall.maps), grid, patch)), grid, patch)  # type: ignore[arg-type]
+        for name, patch in places(grid).items()
+    ]
+    pictures.add_figure(overview(f"{what}\npositions as {WHO[view]}", strips, layers, *COSINE), "places")
+    measured = measure_all(correlation_Lnn, positions_LND[:, about.prefix_tokens :], grid)
+    pictures.add_figure(curves(what, {about.join: measured}), "measures")
     numbers["distance"], numbers["similarity_by_distance"] = similarity_by_distance(correlation_Lnn, grid)
-    numbers |= {m.__name__: m(correlation_Lnn, grid) for m in (half_distance, locality_radius, monotonicity)}
+    numbers |= measured
     return pictures.finish(numbers, about, grid=grid, token=token, view=view)
+
+
+def places(grid: Grid) -> dict[str, int]:
+    """The patches that readers look at first: in the corner, in the middle of the upper edge, in the centre."""
+    center = center_token(grid)
+    return {"corner": 0, "edge": center % grid[1], "centre": center}
+
+
+def curves(title: str, series: Mapping[str, Mapping[str, Tensor]]) -> Figure:
+    """Measures over depth, a panel a measure and a line a model: name -> measure -> (L,) numbers."""
+    names = [name for name in MEASURES if any(name in measured for measured in series.values())]
+    wide = min(4, len(names))
+    high = math.ceil(len(names) / wide)
+    figure = _figure(3.0 * wide + 0.3, 2.15 * high + 0.75 + 0.2 * (len(series) > 1))
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.99))
+    panels = figure.subplots(high, wide, squeeze=False).flatten()
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(panels, names, strict=False):
+        for index, (label, measured) in enumerate(series.items()):
+            values = measured[name].double().cpu()
+            values = values.where(values.isfinite(), math.nan)
+            colour = JOIN_COLOURS.get(label, SERIES[index % len(SERIES)])
+            style = {"color": colour, "linestyle": ("-", "--", ":")[index // len(SERIES) % 3]}
+            axes.plot(
+                range(len(values)), values.numpy(), label=label, linewidth=1.6, marker="o", markersize=2.6, **style
+            )
+        axes.set_title(MEASURES[name].label, fontsize=9.5)
+        axes.set_xlabel("layer", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelsize=7.5)
+        axes.grid(alpha=0.3, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10.5)
+    if len(series) > 1:
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(series), 4), frameon=False, fontsize=9)
+    return figure
+
+
+def compare(models: Mapping[str, nn.Module], save_dir: str | PathLike[str], *, view: View = "seen") -> list[Path]:
+    """Draws several models layer by layer in one figure with one colour scale, into `save_dir`.
+
+    `comparison_overall` (all patches), `comparison_centre`, `comparison_corner`, `comparison_edge` (that patch with
+    all) and `comparison_measures` (curves over depth), each as PNG, PDF and SVG. Models may differ in depth and grid;
+    relative biases are left out of them, and need `visualize` or the explorer.
+
+    Returns the files. Raises LapeError for fewer than two models with positions, or a folder that cannot be written.
+    """
+    tables = {name: model for name, model in models.items() if KINDS[describe(model).pe].is_table}
+    if len(tables) < 2:
+        raise LapeError(f"{len(tables)} of {len(models)} models have positions to compare: give two or more")
+    depth = max(describe(model).blocks for model in tables.values())
+    maps: dict[str, list[Tensor | None]] = {}
+    measured = {}
+    for name, model in tables.items():
+        seen_LnD = positions(model, view=view).detach()[:, describe(model).prefix_tokens :]
+        table = raw_table(model)
+        maps[name] = [None if table is None else cosine(table[describe(model).prefix_tokens :]), *cosine(seen_LnD)]
+        maps[name] += [None] * (depth + 1 - len(maps[name]))
+        measured[name] = measure_all(cosine(seen_LnD), seen_LnD, grid_at(model))
+    columns = ["table P", *(f"layer {layer}" for layer in range(depth))]
+    pictures = Pictures(Path(save_dir))
+    strips = [Strip(name, maps[name], grid_at(model)) for name, model in tables.items()]
+    title = f"positions as {WHO[view]}"
+    pictures.add_figure(overview(f"{title}, all patches", strips, columns, *COSINE), "comparison_overall")
+    for place in ("centre", "corner", "edge"):
+        strips = []
+        for name, model in tables.items():
+            grid, token = grid_at(model), places(grid_at(model))[place]
+            rows = [None if m is None else token_map(m, grid, token) for m in maps[name]]
+            strips.append(Strip(name, rows, grid, token))
+        pictures.add_figure(overview(f"{title}: patch in the {place}", strips, columns, *COSINE), f"comparison_{place}")
+    pictures.add_figure(curves(title, measured), "comparison_measures")
+    return pictures.written
 
 
 def _draw_biases(model: nn.Module, folder: Path, about: Description, token: int | None) -> list[Path]:
@@ -333,7 +430,8 @@ def _draw_biases(model: nn.Module, folder: Path, about: Description, token: int 
         names = [f"{about.join}_layer{layer}_head{head}.jpg" for layer in range(len(layers))]
         pictures.add_maps(Strip(f"head {head}", list(bias_Lnn), grid), layers, what, names, *scale)
     strips = [Strip(f"head {head}", list(maps), grid, token) for head, maps in enumerate(maps_LHhw.unbind(1))]
-    pictures.add_overview(overview(f"{what}\nbias of {_place(token, grid)}, head by head", strips, layers, *scale))
+    title = f"{what}\nbias of {_place(token, grid)}, head by head"
+    pictures.add_figure(overview(title, strips, layers, *scale), "overview")
     return pictures.finish({"bias": bias_LHnn, "token_maps": maps_LHhw}, about, grid=grid, token=token)
 
 
@@ -356,7 +454,8 @@ class Pictures:
         kind = name.rpartition(".")[2]
         if kind == "jpg":
             options["pil_kwargs"] = {"quality": 92, "subsampling": 0}
-        self._write(name, lambda file: figure.savefig(file, format=kind, **options))
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lape"}):  # text stays text; the same ids every time
+            self._write(name, lambda file: figure.savefig(file, format=kind, **options))
 
     def add_maps(
         self,
@@ -368,14 +467,17 @@ class Pictures:
         unit: str = COSINE[1],
     ) -> None:
         """One picture a map."""
-        sheet = Sheet(strip.maps[0], strip.grid, strip.token, norm, unit)
-        for values, column, name in zip(strip.maps, columns, names, strict=True):
+        maps = [values for values in strip.maps if values is not None]
+        sheet = Sheet(maps[0], strip.grid, strip.token, norm, unit)
+        for values, column, name in zip(maps, columns, names, strict=True):
             label = strip.label if strip.token is None else _place(strip.token, strip.grid)
             self.add(sheet.show(values, f"{column}, {label}\n{what}"), name)
 
-    def add_overview(self, figure: Figure) -> None:
-        self.add(figure, "overview.png", dpi=150)
-        self.add(figure, "overview.pdf", metadata={"CreationDate": None})
+    def add_figure(self, figure: Figure, stem: str) -> None:
+        """PNG, PDF and SVG, without a date in them: the same numbers give the same files."""
+        self.add(figure, f"{stem}.png", dpi=150)
+        self.add(figure, f"{stem}.pdf", metadata={"CreationDate": None})
+        self.add(figure, f"{stem}.svg", metadata={"Date": None})
 
     def finish(self, numbers: dict[str, Tensor], about: Description, **facts: Any) -> list[Path]:
         """Writes positions.npz: the arrays, and join, pe, num_prefix_tokens and `facts` beside them."""

@@ -5,13 +5,19 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"basic": "#D55E00", "LaPE": "#0072B2"}  # Okabe and Ito, told apart by colour-blind readers
+COLOURS = {  # Okabe and Ito, told apart by colour-blind readers
+    "basic": "#D55E00",
+    "LaPE": "#0072B2",
+    "LaPE-sharing": "#56B4E9",
+    "share": "#E69F00",
+    "unshare": "#009E73",
+}
 
 
 @dataclass(frozen=True)
@@ -126,37 +132,53 @@ def markdown_table(table: Sequence[Sequence[str]]) -> str:
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
+Histories = Sequence[Sequence[dict[str, float]]]
+"""One list of log lines a seed, each with `epoch` and `test_acc1`."""
+
+
 def curves(runs: Sequence[Run], joins: Sequence[str]) -> Any:
     """Test accuracy by epoch: one panel a budget; the mean over seeds is the line, the lowest and highest the band."""
+    panels = {}
+    for epochs in sorted({run.epochs for run in runs}):
+        chosen = {join: [r.history for r in runs if (r.epochs, r.join) == (epochs, join)] for join in joins}
+        seeds = len(chosen[joins[-1]])
+        panels[f"{epochs} epochs, {seeds} seed{'' if seeds == 1 else 's'}"] = chosen
+    return accuracy_curves(panels)
+
+
+def accuracy_curves(panels: Mapping[str, Mapping[str, Histories]]) -> Any:
+    """Title -> label -> histories: a panel a title, a line a label (mean of the seeds, band from lowest to highest)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    budgets = sorted({run.epochs for run in runs})
-    figure = Figure(figsize=(1.5 + 4.2 * len(budgets), 3.8), layout="constrained")
+    wide = min(len(panels), 3)
+    high = -(-len(panels) // wide)
+    figure = Figure(figsize=(1.5 + 4.2 * wide, 0.4 + 3.4 * high), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
-    for axes, epochs in zip(panels, budgets, strict=True):
-        seeds = 0
-        for join in joins:
-            chosen = [run.history for run in runs if run.epochs == epochs and run.join == join]
-            seeds = len(chosen)
-            steps = list(zip(*chosen, strict=True))
+    axes_of = figure.subplots(high, wide, sharey=True, squeeze=False).flatten()
+    for axes in axes_of[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, lines) in zip(axes_of, panels.items(), strict=False):
+        longest = 1
+        for label, histories in lines.items():
+            steps = list(zip(*histories, strict=True))
+            longest = max(longest, len(steps))
             x = [step[0]["epoch"] + 1 for step in steps]
             y = [[entry["test_acc1"] for entry in step] for step in steps]
-            axes.plot(x, [statistics.fmean(values) for values in y], color=COLOURS.get(join), label=join, linewidth=1.8)
-            axes.fill_between(
-                x, [min(v) for v in y], [max(v) for v in y], color=COLOURS.get(join), alpha=0.2, linewidth=0
-            )
-        axes.set_title(f"{epochs} epochs, {seeds} seed{'' if seeds == 1 else 's'}", fontsize=10)
+            colour = COLOURS.get(label)
+            axes.plot(x, [statistics.fmean(values) for values in y], color=colour, label=label, linewidth=1.8)
+            lowest, highest = [min(v) for v in y], [max(v) for v in y]
+            axes.fill_between(x, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
         axes.set_ylim(0, 102)
-        axes.set_xlim(0, epochs)
+        axes.set_xlim(0, longest)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("test accuracy, %")
-    panels[-1].legend(loc="lower right", frameon=False)
+    axes_of[0].set_ylabel("test accuracy, %")
+    axes_of[len(panels) - 1].legend(loc="best", frameon=False)
     return figure
 
 

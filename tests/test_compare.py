@@ -1,0 +1,220 @@
+"""Comparisons: every number from the runs, nothing trained twice, what loses shown losing."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lape
+from lape import cli
+from lape.compare import (
+    Cell,
+    Comparison,
+    combinations,
+    compare,
+    paired_t,
+    sentences,
+    summarise,
+    two_sided_p,
+)
+from lape.errors import LapeError
+from lape.recipe import Recipe
+from lape.report import Run
+from lape.train import train
+
+TINY = Recipe.from_yaml(
+    "digits", epochs=1, batch_size=256, model_kwargs={"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    joins, pes = ("basic", "share", "LaPE"), ("learnable", "2D_RPE")
+    return compare(TINY, tmp_path_factory.mktemp("compare"), joins=joins, pes=pes, seeds=(0, 1), workers=1)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_every_combination_with_a_meaning_is_trained(comparison: Comparison) -> None:
+    cells = comparison.results["cells"]
+    assert len(cells) == 2 * (3 + 2)
+    assert {(c["pe"], c["join"]) for c in cells if c["pe"] == "2D_RPE"} == {("2D_RPE", "basic"), ("2D_RPE", "LaPE")}
+    assert [(m["join"], m["pe"]) for m in comparison.results["meaningless"]] == [("share", "2D_RPE")]
+    assert {file.name for file in comparison.files} == {"results.json", "report.md", "curves.png", "report.html"}
+    assert json.loads((comparison.folder / "results.json").read_text())["variants"] == comparison.results["variants"]
+
+
+def test_numbers_are_those_of_the_runs(comparison: Comparison) -> None:
+    for variant in comparison.results["variants"]:
+        runs = [c for c in comparison.results["cells"] if (c["pe"], c["join"]) == (variant["pe"], variant["join"])]
+        assert variant["final"]["mean"] == statistics.fmean(run["accuracy"] for run in runs)
+        assert variant["best_epoch"]["mean"] == statistics.fmean(run["best"] for run in runs)
+        if variant["join"] == "basic":
+            assert variant["difference"] is None
+        else:
+            base = [c for c in comparison.results["cells"] if (c["pe"], c["join"]) == (variant["pe"], "basic")]
+            gaps = [a["accuracy"] - b["accuracy"] for a, b in zip(runs, base, strict=True)]
+            assert variant["difference"]["each"] == gaps
+    report = (comparison.folder / "report.md").read_text()
+    page = (comparison.folder / "report.html").read_text()
+    for variant in comparison.results["variants"]:
+        assert f"{variant['final']['mean']:.1f}" in report
+        assert f"{variant['final']['mean']:.1f}" in page
+    for sentence in comparison.results["sentences"]:
+        assert sentence in report
+
+
+def test_a_cell_is_the_training_of_its_recipe(comparison: Comparison) -> None:
+    cell = next(c for c in comparison.results["cells"] if (c["pe"], c["join"], c["seed"]) == ("learnable", "LaPE", 1))
+    threads = torch.get_num_threads()
+    recipe = TINY.replace(join_type="LaPE", seed=1, threads=1, num_workers=0)
+    alone = train(recipe, say=lambda _text: None)
+    torch.set_num_threads(threads)
+    assert (cell["accuracy"], cell["loss"]) == (alone.accuracy, alone.loss)
+    saved = lape.load(comparison.folder / "cells" / f"{recipe.model}.learnable.LaPE.seed1" / "model")
+    assert torch.equal(lape.positions(saved), lape.positions(alone.model))
+
+
+def test_what_is_done_is_skipped_and_what_is_missing_is_trained(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import shutil
+
+    import lape.train
+
+    shutil.copytree(comparison.folder, tmp_path / "copy")
+    lost = next((tmp_path / "copy" / "cells").glob("*learnable.LaPE.seed0"))
+    (lost / "result.json").unlink()
+    trained: list[Recipe] = []
+    monkeypatch.setattr(
+        lape.train, "train", lambda recipe, **kwargs: (trained.append(recipe), train(recipe, **kwargs))[1]
+    )
+    again = compare(TINY, tmp_path / "copy", joins=("basic", "LaPE"), seeds=(0, 1), workers=1)
+    assert [(r.join_type, r.seed) for r in trained] == [("LaPE", 0)]
+    kept = [v for v in comparison.results["variants"] if v["pe"] == "learnable" and v["join"] != "share"]
+    assert [v["final"] for v in again.results["variants"]] == [v["final"] for v in kept]
+    with pytest.raises(LapeError, match=r"trained with epochs=1, this comparison asks for 2.*choose another"):
+        compare(TINY.replace(epochs=2), tmp_path / "copy", joins=("basic",), seeds=(0,))
+
+
+def test_processes_side_by_side_find_the_same(comparison: Comparison, tmp_path: Path) -> None:
+    other = compare(TINY, tmp_path, joins=("basic", "LaPE"), seeds=(0,), workers=2)
+    expected = [c for c in comparison.results["cells"] if c["pe"] == "learnable" and c["seed"] == 0]
+    found = {c["join"]: c["accuracy"] for c in other.results["cells"]}
+    assert found == {c["join"]: c["accuracy"] for c in expected if c["join"] != "share"}
+
+
+def test_finished_runs_and_foreign_checkpoints_have_a_table_of_their_own(tmp_path: Path) -> None:
+    run = train(TINY.replace(output_dir=str(tmp_path / "run"), join_type="share"), say=lambda _text: None)
+    others = [tmp_path / "run", tmp_path / "run" / "checkpoint.pth"]
+    found = compare(TINY, tmp_path / "c", joins=("basic",), pes=("none",), seeds=(0,), runs=others, workers=1)
+    first, second = found.results["others"]
+    assert (first["join"], first["epochs"], first["final"]) == ("share", 1, run.accuracy)
+    assert second["final"] == pytest.approx(run.accuracy)
+    assert second["measured"].startswith("here")
+    assert "Not trained here" in (tmp_path / "c" / "report.md").read_text()
+    assert not (tmp_path / "c" / "report.html").exists()  # pe=none has no position to explore
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),  # two-sided critical values of printed tables
+    [(12.7062, 1, 0.05), (4.30265, 2, 0.05), (2.77645, 4, 0.05), (9.92484, 2, 0.01), (2.22814, 10, 0.05),
+     (3.16927, 10, 0.01), (2.26216, 9, 0.05), (63.6567, 1, 0.01), (0.0, 5, 1.0), (-2.77645, 4, 0.05)],
+)  # fmt: skip
+def test_student_t_agrees_with_printed_tables(t: float, freedom: int, p: float) -> None:
+    assert two_sided_p(t, freedom) == pytest.approx(p, rel=2e-5)
+
+
+def test_paired_t_is_mean_over_standard_error() -> None:
+    found = paired_t([1.0, 2.0, 3.0])
+    assert found["t"] == pytest.approx(2 / (1 / math.sqrt(3)))
+    assert found["p"] == pytest.approx(0.0741799, rel=1e-5)
+    assert paired_t([1.0]) == {"t": None, "p": None}
+    assert paired_t([0.0, 0.0]) == {"t": None, "p": 1.0}
+
+
+def cells(join: str, accuracies: list[float]) -> list[Cell]:
+    return [Cell("vit", "learnable", Run(join, 3, s, a, a + 2, 0.5, 1.0, [], "d")) for s, a in enumerate(accuracies)]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "words"),
+    [
+        ([60.0, 61.0, 62.5], ["behind basic by 28.8 points", "0 of 3", "p < 0.001"]),
+        ([95.0, 96.0, 96.5], ["ahead of basic by 5.8 points", "3 of 3"]),
+        ([95.0, 80.0, 96.5], ["ahead of basic by 0.5", "This may be chance"]),
+        ([89.0, 90.0, 91.0], ["level"]),
+        ([95.0], ["ahead of", "in one seed"]),
+    ],
+)
+def test_a_join_that_loses_is_shown_losing(candidate: list[float], words: list[str]) -> None:
+    variants = summarise(cells("basic", [89.0, 90.0, 91.0]) + cells("LaPE", candidate), "basic")
+    said = sentences({"baseline": "basic", "variants": variants})
+    assert len(said) == 1
+    assert all(word in said[0] for word in words), said
+    assert variants[1]["best_epoch"]["mean"] == pytest.approx(variants[1]["final"]["mean"] + 2)
+
+
+# --- wrong use --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"joins": ("basic", "LaPA")}, "unknown join 'LaPA'"),
+        ({"pes": ("3D_sin",)}, "unknown pe"),
+        ({"joins": ("share",), "pes": ("2D_RPE",)}, "nothing to train"),
+        ({"seeds": (0, 0)}, "each once"),
+        ({"seeds": ()}, "at least one"),
+        ({"workers": 0}, "workers=0"),
+        ({"baseline": "share"}, "unknown baseline 'share'"),
+    ],
+)
+def test_wrong_use_is_one_line_before_anything_is_made(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LapeError, match=message) as caught:
+        compare(TINY, tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_folders_and_runs_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(LapeError, match="cannot write into"):
+        compare(TINY, tmp_path / "file")
+    with pytest.raises(LapeError, match="no such checkpoint"):
+        compare(TINY, tmp_path / "a", runs=[tmp_path / "absent.pth"])
+    home = tmp_path / "b" / "cells" / f"{TINY.model}.learnable.basic.seed0"
+    home.mkdir(parents=True)
+    (home / "result.json").write_text("{}")
+    with pytest.raises(LapeError, match="is no result of a comparison"):
+        compare(TINY, tmp_path / "b", joins=("basic",), seeds=(0,))
+
+
+def test_combinations_keep_the_order_that_was_asked_for() -> None:
+    wanted, odd = combinations(["m"], ["none", "2D_sin"], ["LaPE", "basic"])
+    assert wanted == [("m", "none", "basic"), ("m", "2D_sin", "LaPE"), ("m", "2D_sin", "basic")]
+    assert list(odd) == [("m", "none", "LaPE")]
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import lape.compare
+
+    calls: list[tuple[Recipe, dict[str, Any]]] = []
+    monkeypatch.setattr(lape.compare, "compare", lambda recipe, folder, **kw: calls.append((recipe, kw)))
+    flags = "compare --output-dir d --joins basic share --seeds 3 4 --epochs 7 --pes 2D_sin learnable --runs r/a"
+    assert cli.run(cli.app, flags.split()) == 0
+    recipe, options = calls[0]
+    assert recipe.epochs == 7
+    assert options["joins"] == ("basic", "share")
+    assert options["seeds"] == (3, 4)
+    assert options["pes"] == ("2D_sin", "learnable")
+    assert cli.run(cli.app, ["compare", "--output-dir", "d", "--join-type", "LaPE"]) == 2
+    assert "--join" in capsys.readouterr().err
