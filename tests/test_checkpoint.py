@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,38 @@ def test_a_model_of_unknown_origin_needs_its_name(tmp_path):
     with pytest.raises(lape.LapeError, match="plain values"):
         lape.save(model, tmp_path / "n", name=NAME, norm_layer=torch.nn.LayerNorm)
     assert not (tmp_path / "n").exists()
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
+    """The upload and the download are huggingface_hub's; what they get and give is checked without a network."""
+    hub = pytest.importorskip("huggingface_hub")
+    stored = tmp_path / "hub"
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, **kwargs):
+            calls.append((repo_id, kwargs))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, stored)
+
+    def download(repo_id, allow_patterns):
+        assert sorted(allow_patterns) == sorted(path.name for path in stored.iterdir())
+        return str(stored)
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    model, x = make(), torch.randn(1, 3, 16, 16)
+    address = lape.push_to_hub(model, "somebody/tiny", private=True)
+    assert calls == [("somebody/tiny", {"private": True, "exist_ok": True})]
+    assert torch.equal(lape.load(address)(x), model(x))
+
+    def refuse(repo_id, allow_patterns):
+        raise ValueError("no such repository\nmore words")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(lape.CheckpointError, match=r"hf-hub:somebody/tiny cannot be downloaded: no such repository$"):
+        lape.load(address)
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path):

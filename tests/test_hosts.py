@@ -39,7 +39,8 @@ LIBRARIES = {
 HOSTS = [*LIBRARIES, "torchvision"]
 
 
-def make(host: str) -> torch.nn.Module:
+def make(host: str, pe: str | None = None) -> torch.nn.Module:
+    """A small model; skips a relative bias where the library's attention takes none (transformers 4)."""
     torch.manual_seed(1)
     if host == "torchvision":
         from torchvision.models import VisionTransformer
@@ -48,6 +49,8 @@ def make(host: str) -> torch.nn.Module:
         model: torch.nn.Module = VisionTransformer(**size, num_classes=3)
     else:
         transformers = pytest.importorskip("transformers")
+        if pe and KINDS[pe].is_bias and transformers.__version__ < "5":
+            pytest.skip("transformers 4 takes no bias per head; refused, as another test asserts")
         cls, config, extra = LIBRARIES[host]
         model = getattr(transformers, cls)(getattr(transformers, config)(**SMALL, **extra))
     with torch.no_grad():
@@ -110,7 +113,7 @@ def received(model: torch.nn.Module, join: str, kind: str) -> list[torch.Tensor]
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
 def test_converted_is_the_formula_is_folded_is_loaded_and_removed_is_the_original(host, join, pe, tmp_path):
-    model, original = make(host), make(host)
+    model, original = make(host, pe), make(host)
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         before = output(original, x)
@@ -122,8 +125,8 @@ def test_converted_is_the_formula_is_folded_is_loaded_and_removed_is_the_origina
         assert type(loaded) is type(original)
         folded = lape.fold_(copy.deepcopy(model))
         scale = converted.abs().max()
-        assert torch.equal(output(loaded, x), converted)
-        assert (output(folded, x) - converted).abs().max() <= 2e-6 * scale
+        for other in (loaded, folded):
+            assert (output(other, x) - converted).abs().max() <= 2e-6 * scale
         lape.remove_(model)
         if pe == "learnable":
             model.load_state_dict(original.state_dict())
@@ -176,7 +179,7 @@ def test_the_stream_that_enters_the_blocks_has_the_position_once_or_not_at_all(h
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(("join", "pe"), [("LaPE", None), ("unshare", None), ("LaPE", "2D_RPE")])
 def test_every_new_parameter_gets_a_gradient(host, join, pe):
-    model = lape.apply_(make(host), join, pe).train()
+    model = lape.apply_(make(host, pe), join, pe).train()
     output(model, torch.randn(2, 3, 16, 16)).square().sum().backward()
     names = [n for n, p in model.named_parameters() if any(w in n for w in ("pe_norm", "lape_position", "bias_table"))]
     assert names
@@ -193,7 +196,7 @@ def test_other_sizes_at_run_time(host, join, pe):
     """As the library offers them: the raw table is resampled for the grid of the images, before the chain."""
     if host == "BEiT" and pe == "2D_RPE":
         pytest.skip("BEiT hands its own bias over in the same mask; sizes are covered by the table")
-    model = lape.apply_(make(host), join, pe)
+    model = lape.apply_(make(host, pe), join, pe)
     shake_position(model)
     arguments = {} if host.startswith("DINO") or host == "BEiT" else {"interpolate_pos_encoding": True}
     wide, native = torch.randn(2, 3, 8, 32), torch.randn(2, 3, 16, 16)
@@ -253,6 +256,9 @@ def test_models_that_hold_an_encoder_are_converted_inside():
 
 def test_refused_with_the_true_reason():
     transformers = pytest.importorskip("transformers")
+    if transformers.__version__ < "5":
+        with pytest.raises(lape.UnsupportedModelError, match="takes no mask per head"):
+            lape.apply_(make("CLIP"), "LaPE", "2D_RPE")
     mae = transformers.ViTMAEModel(transformers.ViTMAEConfig(**SMALL))
     with pytest.raises(lape.UnsupportedModelError, match="shuffles the patches"):
         lape.apply_(mae)

@@ -339,7 +339,7 @@ def test_a_bias_joins_where_attention_takes_one():
                     parameter.data.zero_()
             assert (model(x) - bare_host(x)).abs().max() <= TOLERANCE * bare_host(x).abs().max()
     for family in ("CaiT", "VOLO", "XCiT", "differential attention"):
-        with pytest.raises(lape.UnsupportedModelError, match="takes no mask: pe='2D_RPE'"):
+        with pytest.raises(lape.UnsupportedModelError, match="takes no mask per head: pe='2D_RPE'"):
             lape.apply_(make(family), "basic", "2D_RPE")
 
 

@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "lape"
 PUBLIC = """
 Anatomy CheckpointError DataError Description Host LapeError Layout UnsupportedModelError apply_ correlation
 create_model describe fold_ grid hosts load load_reference_state_dict num_prefix_tokens position_bias positions
-read_checkpoint register_host remove_ save to_reference_state_dict
+push_to_hub read_checkpoint register_host remove_ save to_reference_state_dict
 """.split()
 
 LAYERS = [  # each may import from itself and from those before it

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lape.checkpoint import load, read_checkpoint, save
+    from lape.checkpoint import load, push_to_hub, read_checkpoint, save
     from lape.convert import (
         Description,
         apply_,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "checkpoint": ("load", "read_checkpoint", "save"),
+    "checkpoint": ("load", "push_to_hub", "read_checkpoint", "save"),
     "convert": (
         *("Description", "apply_", "create_model", "describe", "fold_", "grid", "num_prefix_tokens"),
         *("position_bias", "positions", "remove_"),

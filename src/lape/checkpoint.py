@@ -29,6 +29,7 @@ from lape.reference import load_reference_state_dict, to_reference_state_dict
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "lape-1"
+HUB = "hf-hub:"  # in front of OWNER/NAME, as timm spells it
 
 _JOIN_ALIASES = {"ln": "LaPE"}  # the reference's name for LaPE on relative position bias
 
@@ -86,8 +87,9 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a checkpoint of this project, of DeiT or of the LaPE authors, or a folder written by `save`.
 
-    Nothing in the file is executed: `torch.load(weights_only=True)` with `argparse.Namespace`, a plain record that
-    DeiT-style files hold, as the only addition. An https address is downloaded first (asked for by its user).
+    "hf-hub:OWNER/NAME" and https addresses are downloaded first (asked for by their user). Nothing in the file is
+    executed: `torch.load(weights_only=True)` with `argparse.Namespace`, a plain record that DeiT-style files hold, as
+    the only addition.
 
     Raises CheckpointError: no such file, not a checkpoint, torn, or a pickle that wants to run code.
     """
@@ -96,6 +98,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             Path(str(path)),
             torch.hub.load_state_dict_from_url(str(path), map_location="cpu", check_hash=True, weights_only=True),
         )
+    if str(path).startswith(HUB):
+        return _read_folder(_download(str(path).removeprefix(HUB)))
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
@@ -362,8 +366,38 @@ def _read_folder(path: Path) -> Checkpoint:
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
 
 
+def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, **save_kwargs: Any) -> str:
+    """Uploads a converted model to the Hugging Face Hub, in the files of `save`; returns its address for `load`.
+
+    Needs huggingface_hub and its login. `save_kwargs` go to `save` (name, classes, transform, ...). Raises LapeError
+    when the model cannot be saved or huggingface_hub is missing; what the Hub refuses is its own error.
+    """
+    api = _hub().HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, **save_kwargs)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a lape model")
+    return HUB + repo_id
+
+
+def _download(repo_id: str) -> Path:
+    """The files of `save` from the Hugging Face Hub; nothing else is fetched."""
+    try:
+        return Path(_hub().snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS]))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{HUB}{repo_id} cannot be downloaded: {_first_line(error)}") from error
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise LapeError("the Hugging Face Hub needs huggingface_hub: pip install huggingface_hub") from None
+    return huggingface_hub
+
+
 def load(path: str | Path, **timm_kwargs: Any) -> nn.Module:
-    """The model of a folder written by `save`, or of a `.pth` of a training run, in eval mode.
+    """The model of a folder written by `save`, of a `.pth` of a training run, or of "hf-hub:OWNER/NAME", in eval mode.
 
     `timm_kwargs` go to the model on top of what the file says. Nothing in the file is executed. Raises CheckpointError.
     """

@@ -121,7 +121,9 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
         )
     _check_host(host.name, anatomy, chosen_join, kind, new=chosen_kind is not None)
     if kind.is_bias and anatomy.add_bias is None:
-        raise UnsupportedModelError(f"attention of {host.name} takes no mask: pe={kind.name!r} cannot be added to it")
+        raise UnsupportedModelError(
+            f"attention of {host.name} takes no mask per head: pe={kind.name!r} cannot be added"
+        )
     wrappers, tables, watch = _build(anatomy, chosen_join, kind, new=chosen_kind is not None, gated=warm_start)
     conversion = Conversion(
         host=host.name,

@@ -116,7 +116,6 @@ def examine(root: nn.Module) -> Anatomy:
     norm, attention = getattr(first, family.norm), getattr(first, family.attention)
     if not isinstance(norm, nn.LayerNorm):
         raise UnsupportedModelError(f"{paths[0]}.{family.norm} is a {class_name(type(norm))}, not a LayerNorm")
-    takes_mask = "attention_mask" in inspect.signature(attention.forward).parameters
     return Anatomy(
         root=root,
         blocks=tuple(paths),
@@ -129,8 +128,16 @@ def examine(root: nn.Module) -> Anatomy:
         width=config.hidden_size,
         num_heads=config.num_attention_heads,
         patch_embed=family.patch_embed,
-        add_bias=add_to_attention_mask if takes_mask else None,
+        add_bias=add_to_attention_mask if _takes_bias(attention) else None,
     )
+
+
+def _takes_bias(attention: nn.Module) -> bool:
+    """Whether a mask may differ from head to head: in transformers 4 there is none, or one for all heads."""
+    import transformers
+
+    new = int(transformers.__version__.split(".")[0]) >= 5
+    return new and "attention_mask" in inspect.signature(attention.forward).parameters
 
 
 def measure(root: nn.Module) -> tuple[Grid, tuple[int, int]]:
@@ -176,6 +183,6 @@ TRANSFORMERS = Host(
     build=build,
     measure=measure,
     note="ViT, DeiT, DINOv2 (with registers), BEiT, ViT-MSN, I-JEPA, CLIP and SigLIP vision, and models that hold one",
-    tested=("transformers 5.23.0",),
+    tested=("transformers 4.49.0 (without relative bias)", "transformers 5.23.0"),
     refused=_REFUSED_EMBEDDINGS,
 )
