@@ -130,3 +130,10 @@ def test_nothing_of_this_machine_is_in_the_repository():
             and ".ci" not in name
         ):
             assert not pattern.search(path.read_text()), name
+
+
+def test_tables_of_the_readme_equal_the_result_files():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr or "run: python benchmarks/tables.py"

@@ -103,6 +103,10 @@ def load_data(recipe: Recipe, *, train: bool = True, val: bool = True, world_siz
     wanted = [split for split, asked in (("train", train), ("val", val)) if asked]
     sets, classes, name = read(recipe, root, {split: build[split]() for split in wanted})
     if train:
+        if len(classes) < 2:
+            raise DataError(
+                f"{root} has one class, {classes[0]!r}: nothing can be learned; is it the right folder level?"
+            )
         steps_per_epoch(len(_sized(sets["train"])), recipe, world_size)
     return Data(sets.get("train"), sets.get("val"), classes, name)
 

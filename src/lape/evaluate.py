@@ -136,6 +136,11 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
             torch.set_num_threads(recipe.threads)
         tell = say if world.is_main else _silence
         checkpoint = read_checkpoint(recipe.resume)
+        if not recipe.data_path and checkpoint.args.get("data_path"):
+            raise CheckpointError(
+                f"no --data-path was given, and {recipe.resume} was not trained on the packaged digits: "
+                "give the folder that holds val/"
+            )
         recipe = settings_of(checkpoint, recipe)
         if recipe.ema:
             checkpoint = averaged(checkpoint)

@@ -76,8 +76,14 @@ class FoldedNorm(Wrapper):
         self.register_buffer("folded_position", position_1ND)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        y_BND = self.token_norm(x_BND)
-        return add_position(self.token_norm, y_BND, laid_out(self.get_buffer("folded_position"), y_BND))
+        # Straight from the registries: at batch 1 attribute look-ups of a module are most of what folding costs.
+        token_norm, p_1ND = self._modules["token_norm"], self._buffers["folded_position"]
+        assert token_norm is not None
+        assert p_1ND is not None
+        y_BND: Tensor = token_norm(x_BND)
+        if p_1ND.dtype != y_BND.dtype or y_BND.ndim != p_1ND.ndim:
+            p_1ND = laid_out(p_1ND, y_BND)
+        return add_position(token_norm, y_BND, p_1ND)
 
 
 def add_position(norm: nn.Module, y_BND: Tensor, p_1ND: Tensor) -> Tensor:

@@ -180,6 +180,11 @@ class Recipe(BaseModel):
     def _pe(cls, value: str) -> str:
         return match_name("pe", value, PE_NAMES)
 
+    @field_validator("data_path", "output_dir", "resume", "finetune", "teacher_path")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        return os.path.expanduser(value)
+
     @field_validator("amp", mode="before")
     @classmethod
     def _amp(cls, value: Any) -> Any:

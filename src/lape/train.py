@@ -38,7 +38,7 @@ from lape.checkpoint import read_checkpoint
 from lape.convert import describe
 from lape.data import BatchPlan, Data, batch_plan, eval_loader, eval_transform, load_data, steps_per_epoch, train_loader
 from lape.distributed import World, expect_answers, join_world, on_main, sum_over_ranks
-from lape.errors import LapeError
+from lape.errors import DataError, LapeError
 from lape.evaluate import Metrics, autocast, check_classes, evaluate, settings_of
 from lape.faults import explained, make_deterministic, sigterm
 from lape.logs import Curves, check_services, record_run
@@ -199,8 +199,13 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
 
             line = _epoch_line(state, epoch, lr, steps, progress)
             say(f"Averaged stats: lr: {lr:.6f}  loss: {line['train_loss']}")
-            raw = _measure(state.model, data, recipe, world)
-            ema = _measure(state.ema.module, data, recipe, world) if state.ema is not None else None
+            try:
+                raw = _measure(state.model, data, recipe, world)
+                ema = _measure(state.ema.module, data, recipe, world) if state.ema is not None else None
+            except DataError:  # a bad validation image must not cost the epoch that was just trained
+                if recipe.output_dir and (world.size == 1 or not recipe.dist_eval):  # all ranks are here
+                    on_main(lambda: save(state, data, recipe, plan))
+                raise
             if not math.isfinite(raw.loss):
                 raise LapeError(_weights_are_broken(raw.loss, epoch, lr))
             line = {**line, **raw.log("test"), **(ema.log("test_ema") if ema is not None else {})}

@@ -1,0 +1,89 @@
+"""Writes the tables of README.md from the result files beside this script, between their markers.
+
+python benchmarks/tables.py            write them
+python benchmarks/tables.py --check    exit with 1 when README.md says something else than the files
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def demo() -> str:
+    """Accuracy of `lape demo`."""
+    path = RESULTS / "demo_digits_cpu2.json"
+    found = json.loads(path.read_text())
+    first, second = found["joins"]
+    lines = [f"| epochs | seeds | {first} | {second} | difference |", "|---|---|---|---|---|"]
+    for budget in found["budgets"]:
+        cells = [spread(budget["accuracy"][join]) for join in (first, second)]
+        lines.append(
+            f"| {budget['epochs']} | {len(budget['seeds'])} | {' | '.join(cells)} | {spread(budget['gap'], '+')} |"
+        )
+    machine = found["hardware"]
+    lines += [
+        "",
+        f"Percent of the 359 test images, after the last epoch, mean ± standard deviation over the seeds; "
+        f"{machine['cores']} CPU cores, {found['seconds']:.0f} s in all, torch {found['versions']['torch']} "
+        f"(`{path.relative_to(ROOT)}`). The gap is widest early and shrinks with a longer budget.",
+    ]
+    return "\n".join(lines)
+
+
+def spread(value: dict, sign: str = "") -> str:
+    mean = format(value["mean"], f"{sign}.1f")
+    return mean if value["n"] < 2 else f"{mean} ± {value['std']:.1f}"
+
+
+def folded() -> str:
+    """Time of converted and folded models against the unconverted host."""
+    lines = ["| model | what | host | basic | LaPE | LaPE folded |", "|---|---|---|---|---|---|"]
+    files = sorted(RESULTS.glob("folded_*.json"))
+    for path in files:
+        found = json.loads(path.read_text())
+        for kind in ("inference", "training"):
+            for batch, rows in found[kind].items():
+                cells = [f"{1e3 * rows['host']['median_s']:.1f} ms"]
+                cells += [ratio(rows[name]) if name in rows else "-" for name in ("basic", "LaPE", "LaPE folded")]
+                lines.append(f"| {found['config']['model']} | {kind}, batch {batch} | {' | '.join(cells)} |")
+    machines = {f"{f['machine']['processor']}, {f['machine']['cores']} cores" for f in map(_read, files)}
+    names = ", ".join(f"`{path.relative_to(ROOT)}`" for path in files)
+    lines += [
+        "",
+        "Ratios to the host within a round, median [quartiles], rounds interleaved; "
+        f"{'; '.join(sorted(machines))}; {names}.",
+    ]
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def ratio(row: dict) -> str:
+    low, high = row["ratio_quartiles"]
+    return f"{row['ratio_median']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def filled(text: str) -> str:
+    """The page with every marked table written anew."""
+    for table in (demo, folded):
+        start, end = f"<!-- {table.__name__}: written by benchmarks/tables.py -->", f"<!-- end of {table.__name__} -->"
+        pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.S)
+        assert pattern.search(text), f"README.md has no {start} ... {end}"
+        text = pattern.sub(lambda _, s=start, t=table, e=end: f"{s}\n{t()}\n{e}", text)
+    return text
+
+
+if __name__ == "__main__":
+    page = ROOT / "README.md"
+    new = filled(page.read_text())
+    if "--check" in sys.argv:
+        sys.exit(new != page.read_text())
+    page.write_text(new)
