@@ -68,6 +68,18 @@ def folder(tmp_path) -> Path:
     return write_folder(tmp_path / "data")
 
 
+def test_one_class_is_no_task(folder):
+    shutil.rmtree(folder / "train" / sorted(p.name for p in (folder / "train").iterdir())[0])
+    keep = next((folder / "train").iterdir()).name
+    for split in ("train", "val"):
+        for other in (folder / split).iterdir():
+            if other.name != keep:
+                shutil.rmtree(other)
+    with pytest.raises(DataError, match=r"has one class, .*right folder level"):
+        load_data(recipe(folder))
+    assert len(load_data(recipe(folder), train=False).classes) == 1  # evaluation may ask for less
+
+
 # -- the packaged digits -----------------------------------------------------------------------------------------------
 
 

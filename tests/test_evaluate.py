@@ -266,3 +266,14 @@ def test_the_authors_checkpoint_gives_the_authors_numbers(tmp_path, shared):
     evaluate_checkpoint(recipe, say=said.append)
     assert "* Acc@1 42.200 Acc@5 87.400 loss 1.619" in said
     assert "Accuracy of the network on the 1000 test images: 42.2%" in said
+
+
+def test_a_forgotten_data_path_is_not_taken_for_the_digits(tmp_path):
+    model = "vit_tiny_patch16_224"
+    made = lape.create_model(model, img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=10)
+    args = {"model": model, "join_type": "LaPE", "pe": "learnable", "input_size": 16, "data_path": "photographs"}
+    torch.save({"model": lape.to_reference_state_dict(made), "args": args}, tmp_path / "a.pth")
+    with pytest.raises(
+        CheckpointError, match=r"no --data-path was given, and .*a\.pth was not trained on the packaged"
+    ):
+        evaluate_checkpoint(Recipe(resume=str(tmp_path / "a.pth"), device="cpu"), say=str)

@@ -170,6 +170,24 @@ def test_a_corrupt_validation_image_is_never_skipped(images):
         train(tiny(**SMALL, data_path=str(images), skip_corrupt=True), say=quiet)
 
 
+def test_a_corrupt_validation_image_does_not_cost_the_epoch(images, tmp_path):
+    """The steps are saved before the run ends; with the image mended it goes on to the very same result."""
+    bad = images / "val" / "dog" / "00.png"
+    whole = bad.read_bytes()
+    recipe = tiny(**SMALL, data_path=str(images), output_dir=str(tmp_path / "out"))
+    bad.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"val/dog/00.png"):
+        train(recipe, say=quiet)
+    bad.write_bytes(whole)
+    resumed = train(recipe.replace(resume="auto"), say=quiet)
+    never_stopped = train(tiny(**SMALL, data_path=str(images)), say=quiet)
+    assert len(resumed.history) == 2
+    for (name, ours), theirs in zip(
+        resumed.model.state_dict().items(), never_stopped.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
 def test_a_data_set_of_corrupt_images_is_no_accident(images):
     for path in (images / "train").glob("*/*.png"):
         path.write_bytes(b"no image")

@@ -343,3 +343,8 @@ def test_imagenet_recipes_are_the_originals_defaults() -> None:
             name for name, value in Recipe.from_yaml(path).model_dump().items() if value != getattr(Recipe(), name)
         }
         assert changed <= {"model", "join_type", "batch_size"}, path.name
+
+
+def test_the_home_folder_is_meant_by_its_sign(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert Recipe(output_dir="~/runs", data_path="~").output_dir == "/home/somebody/runs"
