@@ -55,7 +55,7 @@ class Checkpoint:
         return None if head is None else head.shape[0]
 
     @property
-    def library(self) -> str:
+    def package(self) -> str:
         """Who builds the model."""
         return self.raw.get("library") or "timm"
 
@@ -213,13 +213,13 @@ def model_from_checkpoint(
     kwargs = {**(checkpoint.args.get("model_kwargs") or {}), **timm_kwargs}
     if "img_size" not in kwargs and (checkpoint.kind == "pth" or input_size is not None):
         kwargs["img_size"] = checkpoint.setting("input_size", input_size)
-    if checkpoint.library == "timm" and checkpoint.num_classes is not None:
+    if checkpoint.package == "timm" and checkpoint.num_classes is not None:
         kwargs.setdefault("num_classes", checkpoint.num_classes)
     if (in_chans := checkpoint.args.get("in_chans")) is not None:
         kwargs.setdefault("in_chans", in_chans)
     warm_start = bool(checkpoint.args.get("warm_start"))
     made = build(
-        checkpoint.library,
+        checkpoint.package,
         checkpoint.setting("model", model),
         kwargs,
         checkpoint.setting("join_type", None if join is None else join_named(join).name),
@@ -323,7 +323,7 @@ def save(
     elif (
         not factory and (blueprint := host_named(conversion.host).blueprint) is not None and (made := blueprint(model))
     ):
-        factory = {"library": host_named(conversion.host).library, "name": made[0], "kwargs": made[1]}
+        factory = {"library": host_named(conversion.host).package, "name": made[0], "kwargs": made[1]}
     if not factory:
         raise LapeError(
             "how to build this model again is not known: give its timm name and arguments, "

@@ -56,7 +56,7 @@ class Host:
     examine: Callable[[nn.Module], Anatomy]
     measure: Callable[[nn.Module], tuple[Grid, tuple[int, int]]] | None = None  # grid and patch size after a resize
     note: str = ""
-    library: str = ""  # the name under which saved models say who can build them again
+    package: str = ""  # the name under which saved models say who can build them again
     blueprint: Callable[[nn.Module], Blueprint | None] | None = None  # how to build a whole model again, if it tells
     build: Callable[[str, dict[str, Any]], nn.Module] | None = None  # builds it, unconverted, with random weights
     root_child: str | None = None  # when given, `root_classes` name the class of this child instead of the root's
@@ -91,9 +91,9 @@ def host_named(name: str) -> Host:
 def host_of_library(library: str) -> Host:
     """The host that builds models of this library. Raises LapeError when there is none."""
     for host in _HOSTS.values():
-        if host.library == library and host.build is not None:
+        if host.package == library and host.build is not None:
             return host
-    known = ", ".join(sorted({host.library for host in _HOSTS.values() if host.build is not None}))
+    known = ", ".join(sorted({host.package for host in _HOSTS.values() if host.build is not None}))
     raise LapeError(f"no host builds models of the library {library!r}: known are {known}; see lape.register_host")
 
 
