@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lape.errors import LapeError
 from lape.names import JOIN_NAMES, PE_NAMES, match_name
@@ -24,10 +24,12 @@ from lape.recipe import Recipe
 from lape.report import Run, accuracy_curves, environment, markdown_table, mean_std, spell
 from lape.workers import run_all
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FILES = ("results.json", "report.md", "curves.png")
 PAGE = "report.html"  # with the explorer inside; left out when no model has a position
 MADE_BY = "lape compare"
-HISTORY = ("epoch", "train_loss", "test_loss", "test_acc1")
 VARIED = ("model", "pe", "join_type", "seed")
 
 
@@ -212,23 +214,11 @@ def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Cell:
     from lape.train import train
 
     result = train(recipe, on_epoch=lambda _line: tick(), say=lambda _text: None)
-    measures: dict[str, list[float | None]] = {}
+    measures: dict[str, Tensor] = {}
     if KINDS[recipe.pe].is_table:
         seen_LnD = positions(result.model, view="seen").detach()[:, num_prefix_tokens(result.model) :]
-        for name, values in measure_all(correlation(result.model), seen_LnD, grid(result.model)).items():
-            measures[name] = [value if math.isfinite(value) else None for value in values.tolist()]
-    run = Run(
-        join=recipe.join_type,
-        epochs=recipe.epochs,
-        seed=recipe.seed,
-        accuracy=result.accuracy,
-        best=result.best_accuracy,
-        loss=result.loss,
-        seconds=result.seconds,
-        history=[{key: line[key] for key in HISTORY} for line in result.history],
-        data=result.data_name,
-        measures=measures,
-    )
+        measures = measure_all(correlation(result.model), seen_LnD, grid(result.model))
+    run = Run.of(recipe, result, measures)
     home = cell_folder(folder, recipe)
     save(result.model, home / "model")
     text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1) + "\n"

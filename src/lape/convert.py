@@ -639,23 +639,3 @@ def build(
     plain = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path")}
     conversion_of(model).factory.update(library=library, name=name, kwargs=plain)
     return model
-
-
-__all__ = [
-    "Conversion",
-    "Description",
-    "Size",
-    "UnsupportedModelError",
-    "View",
-    "apply_",
-    "build",
-    "conversion_of",
-    "create_model",
-    "describe",
-    "fold_",
-    "grid",
-    "num_prefix_tokens",
-    "position_bias",
-    "positions",
-    "remove_",
-]

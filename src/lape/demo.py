@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 BASELINE, CANDIDATE = "basic", "LaPE"
 FILES = ("results.json", "report.md", "curves.png", "correlation.png")
 MADE_BY = "lape demo"
-HISTORY = ("epoch", "train_loss", "test_loss", "test_acc1")
 
 
 @dataclass(frozen=True)
@@ -220,23 +219,8 @@ def train_one(recipe: Recipe, tick: Callable[[], None]) -> Trained:
     layers_Lnn, patches = correlation(result.model), grid(result.model)
     table_ND = raw_table(result.model)
     assert table_ND is not None
-    run = Run(
-        join=recipe.join_type,
-        epochs=recipe.epochs,
-        seed=recipe.seed,
-        accuracy=result.accuracy,
-        best=result.best_accuracy,
-        loss=result.loss,
-        seconds=result.seconds,
-        history=[{key: line[key] for key in HISTORY} for line in result.history],
-        data=result.data_name,
-        measures={
-            measure.__name__: [
-                value if math.isfinite(value) else None for value in measure(layers_Lnn, patches).tolist()
-            ]
-            for measure in (locality_radius, half_distance, monotonicity)
-        },
-    )
+    measures = (locality_radius, half_distance, monotonicity)
+    run = Run.of(recipe, result, {measure.__name__: measure(layers_Lnn, patches) for measure in measures})
     return Trained(run, cosine(table_ND[num_prefix_tokens(result.model) :]), layers_Lnn, patches)
 
 

@@ -1,5 +1,8 @@
 """What a set of runs says, in numbers, words and curves. Every word is chosen from the numbers that were measured."""
 
+from __future__ import annotations
+
+import math
 import os
 import platform
 import statistics
@@ -9,7 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lape.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lape.train import TrainResult
 
 COLOURS = {  # Okabe and Ito, told apart by colour-blind readers
     "basic": "#D55E00",
@@ -18,6 +28,8 @@ COLOURS = {  # Okabe and Ito, told apart by colour-blind readers
     "share": "#E69F00",
     "unshare": "#009E73",
 }
+
+HISTORY = ("epoch", "train_loss", "test_loss", "test_acc1")  # of a line of the log, what a report keeps
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,25 @@ class Run:
     history: list[dict[str, float]]  # epoch, train_loss, test_loss, test_acc1
     data: str
     measures: dict[str, list[float | None]] = field(default_factory=dict)  # of its positions, one number a layer
+
+    @classmethod
+    def of(cls, recipe: Recipe, result: TrainResult, measures: Mapping[str, Tensor]) -> Run:
+        """What a training found; `measures` are (L,) each, and what is not finite becomes None."""
+        return cls(
+            join=recipe.join_type,
+            epochs=recipe.epochs,
+            seed=recipe.seed,
+            accuracy=result.accuracy,
+            best=result.best_accuracy,
+            loss=result.loss,
+            seconds=result.seconds,
+            history=[{key: line[key] for key in HISTORY} for line in result.history],
+            data=result.data_name,
+            measures={
+                name: [value if math.isfinite(value) else None for value in values.tolist()]
+                for name, values in measures.items()
+            },
+        )
 
 
 def mean_std(values: Sequence[float]) -> dict[str, Any]:
