@@ -35,7 +35,10 @@ HOSTS = {
     "any size": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
 }
 MEANINGFUL = []
+ANYWHERE = [join.name for join in JOINS.values() if not join.needs_pooling]
 for _join, _kind in itertools.product(JOINS.values(), KINDS.values()):
+    if _join.needs_pooling:  # tests/test_pooled.py
+        continue
     try:
         check_combination(_join, _kind)
         MEANINGFUL.append((_join.name, _kind.name))
@@ -84,8 +87,8 @@ def written_out(model: VisionTransformer, x: torch.Tensor, join: str, kind: str)
         p = state[name].reshape(1, -1, width)
         return F.pad(p, (0, 0, prefix, 0)) if model.no_embed_class else p
 
-    def normed(p: torch.Tensor, layer: int) -> torch.Tensor:
-        weight, bias = (state[f"blocks.{layer}.pe_norm.{name}"] for name in ("weight", "bias"))
+    def normed(p: torch.Tensor, home: str) -> torch.Tensor:
+        weight, bias = (state[f"{home}.pe_norm.{name}"] for name in ("weight", "bias"))
         y = F.layer_norm(p, (width,), weight, bias, eps=1e-6)
         if model.no_embed_class:
             y[:, :prefix] = 0
@@ -109,7 +112,7 @@ def written_out(model: VisionTransformer, x: torch.Tensor, join: str, kind: str)
         return F.pad(b, (prefix, 0, prefix, 0))[None]
 
     has_table = KINDS[kind].is_table
-    h = tokens + table("pos_embed") if join == "basic" and has_table else tokens
+    h = tokens + table("pos_embed") if join in ("basic", "PVG", "MPVG") and has_table else tokens
     h = model.norm_pre(h)
     p = None if join in ("basic", "unshare") or not has_table else table("pos_embed")
     for layer in range(layers):
@@ -123,12 +126,17 @@ def written_out(model: VisionTransformer, x: torch.Tensor, join: str, kind: str)
             h = h + table(f"pos_embed{layer}")
         seen = token_norm(h)
         if join == "LaPE-sharing":
-            seen = seen + normed(p, layer)
+            seen = seen + normed(p, f"blocks.{layer}")
         if join == "LaPE" and has_table:
-            p = normed(p, layer)
+            p = normed(p, f"blocks.{layer}")
+            seen = seen + p
+        if join in ("PVG", "MPVG") and layer > 0:
+            p = normed(p, f"blocks.{layer}")
             seen = seen + p
         h = h + block.ls1(attention(seen, attn_mask=bias(layer)))
         h = h + block.ls2(block.mlp(block.norm2(h)))
+    if join == "MPVG":
+        return model.forward_head(model.norm.token_norm(h) + normed(table("pos_embed"), "norm"))
     return model.forward_head(model.norm(h))
 
 
@@ -173,7 +181,7 @@ def assert_same_structure(model: torch.nn.Module, original: torch.nn.Module) -> 
 
 
 @pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("join", "pe"), [(j, None) for j in JOINS] + MEANINGFUL)
+@pytest.mark.parametrize(("join", "pe"), [(j, None) for j in ANYWHERE] + MEANINGFUL)
 def test_removed_is_the_original_bit_for_bit(host, join, pe):
     model, original = make(host), make(host)
     lape.remove_(lape.apply_(model, join, pe))
@@ -202,7 +210,7 @@ def test_a_model_without_a_table_of_its_own():
 def test_names_are_matched_without_case_and_unknown_ones_are_listed():
     assert lape.describe(lape.apply_(make(), "lape", "LEARNABLE")).join == "LaPE"
     with pytest.raises(
-        lape.LapeError, match=r"unknown join 'LaP': known are basic, share, unshare, LaPE-sharing, LaPE"
+        lape.LapeError, match=r"unknown join 'LaP': known are basic, share, unshare, LaPE-sharing, LaPE, PVG, MPVG"
     ):
         lape.apply_(make(), "LaP")
     with pytest.raises(lape.LapeError, match=r"unknown pe '3D_sin': known are .*1D_sin"):
@@ -210,7 +218,7 @@ def test_names_are_matched_without_case_and_unknown_ones_are_listed():
 
 
 @pytest.mark.parametrize(
-    ("join", "pe"), sorted(set(itertools.product(JOINS, KINDS)) - set(MEANINGFUL)), ids=lambda name: name
+    ("join", "pe"), sorted(set(itertools.product(ANYWHERE, KINDS)) - set(MEANINGFUL)), ids=lambda name: name
 )
 def test_meaningless_combinations_are_refused_by_name_and_change_nothing(join, pe):
     model, original = make(), make()

@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import TINY
-from test_convert import TOLERANCE, assert_same_structure, shake_position
+from test_convert import ANYWHERE, TOLERANCE, assert_same_structure, shake_position
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
 from timm.models.vision_transformer_sam import window_partition
@@ -20,7 +20,6 @@ from timm.models.volo import VOLO
 from timm.optim import create_optimizer_v2
 
 import lape
-from lape.joins import JOINS
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 ON_4 = {**TINY, "depth": 2}
@@ -83,7 +82,7 @@ FAMILIES = {
     "XCiT": ("xcit_nano_12_p16_224", {**SMALL, "img_size": (64, 48)}, "learnable", 0, 0, None),
 }
 NO_SLOT = ("relative position", "shared relative position", "XCiT")  # their forward adds no table
-CASES = [(family, join) for family in FAMILIES for join in JOINS if not (join == "basic" and family in NO_SLOT)]
+CASES = [(family, join) for family in FAMILIES for join in ANYWHERE if not (join == "basic" and family in NO_SLOT)]
 RESIZED = ("hybrid", "BEiT", "BEiT with bias", "EVA", "EVA-02", "DINOv3", "relative position")
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         describe,
         fold_,
         grid,
+        last_position,
         num_prefix_tokens,
         position_bias,
         positions,
@@ -39,8 +40,8 @@ __version__ = "0.1.0"
 _HOME = {
     "checkpoint": ("load", "push_to_hub", "read_checkpoint", "save"),
     "convert": (
-        *("Description", "apply_", "create_model", "describe", "fold_", "grid", "num_prefix_tokens"),
-        *("position_bias", "positions", "remove_"),
+        *("Description", "apply_", "create_model", "describe", "fold_", "grid", "last_position"),
+        *("num_prefix_tokens", "position_bias", "positions", "remove_"),
     ),
     "correlation": ("correlation",),
     "explorer": ("explore",),

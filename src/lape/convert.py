@@ -54,6 +54,11 @@ class Conversion:
     def layout(self) -> Layout:
         return self.anatomy.layout
 
+    @property
+    def adds_at_input(self) -> bool:
+        """Whether the host's own forward adds a table that holds the position."""
+        return self.warm_start or (JOINS[self.join].at_input and KINDS[self.pe].is_table)
+
 
 @dataclass(frozen=True)
 class Description:
@@ -63,6 +68,7 @@ class Description:
     join: str
     pe: str
     joined: int  # blocks that receive a position of their own
+    last_norm: bool  # whether the norm before pooling receives one too
     blocks: int
     input_addition: bool  # whether the host still adds a table to its patch tokens
     grid: Grid
@@ -81,7 +87,7 @@ class Description:
         return (
             f"{self.host}: join={self.join} pe={self.pe}{' (folded)' if self.folded else ''}"
             f"{' (warm start, gated)' if self.warm_start else ''}, "
-            f"{self.joined}/{self.blocks} {site} joined, input addition {'on' if self.input_addition else 'off'}, "
+            f"{self.joined}/{self.blocks} {site}{' and the last norm' if self.last_norm else ''} joined, input addition {'on' if self.input_addition else 'off'}, "
             f"grid {self.grid[0]} x {self.grid[1]}, {self.prefix_tokens} prefix tokens"
             f"{f' ({bare} without a position)' if bare else ''}, "
             f"{f'{self.beside} kept, ' if self.beside else ''}"
@@ -97,7 +103,8 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
 
     Args:
         model: a supported Vision Transformer, or a module that holds exactly one (see `lape.hosts()`).
-        join: "basic", "share", "unshare", "LaPE-sharing" or "LaPE", in any case.
+        join: "basic", "share", "unshare", "LaPE-sharing", "LaPE", or, for models that pool their patches, "PVG" or
+            "MPVG"; in any case.
         pe: None keeps the model's own position table and its values; the name of a kind ("learnable", "1D_sin",
             "2D_sin", "1D_RPE", "2D_RPE", "none") builds a new one in its place.
         warm_start: for a pretrained model and a join with LN'_l: the model's function is the host's at first. Its input
@@ -123,6 +130,7 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
             "gate behind each LN'; use join='LaPE' or 'LaPE-sharing' and pe=None"
         )
     _check_host(host.name, anatomy, chosen_join, kind, new=chosen_kind is not None)
+    _check_pooling(host.name, anatomy, chosen_join)
     if kind.is_bias and anatomy.add_bias is None:
         raise UnsupportedModelError(
             f"attention of {host.name} takes no mask per head: pe={kind.name!r} cannot be added"
@@ -155,8 +163,25 @@ def _check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: boo
     if anatomy.beside and not kind.is_table:
         means = "a second bias would join it" if kind.is_bias else "the model would not be without a position"
         raise LapeError(f"pe={kind.name!r}: {name} keeps its {anatomy.beside}, {means}: use pe='learnable'")
-    if new and kind.is_table and join.site == "input" and anatomy.table_slot is None:
+    if new and kind.is_table and join.at_input and anatomy.table_slot is None:
         raise LapeError(f"join={join.name!r}: {name} has no place where it adds a table to its tokens: use join='LaPE'")
+
+
+def _check_pooling(name: str, anatomy: Anatomy, join: Join) -> None:
+    """Raises UnsupportedModelError where PVG or MPVG would meet a class token or find no last norm."""
+    if not join.needs_pooling:
+        return
+    if not anatomy.pooled:
+        raise UnsupportedModelError(
+            f"join={join.name!r} is for models whose head pools the patches, this one ({name}) reads a class token or its "
+            "pooling is not known: use join='LaPE', or for timm create it with class_token=False, global_pool='avg', "
+            "fc_norm=False"
+        )
+    if join.at_last and anatomy.last_norm is None:
+        raise UnsupportedModelError(
+            f"join={join.name!r} puts position beside the last norm, and this model ({name}) has none before it pools: "
+            "for timm create it with fc_norm=False, or use join='PVG'"
+        )
 
 
 def _encoder(anatomy: Anatomy) -> nn.Module:
@@ -227,13 +252,28 @@ def _build(
             own_table = tables[layer if join.table_per_block else 0]
             wrappers.append((path, "host_block", PositionalBlock(block, own_table, layout, grids)))
         return wrappers, tables, watch
-    source: PositionSource = tables[0]
-    for path, token_norm in zip(anatomy.blocks, token_norms, strict=True):
+
+    def norm(path: str, source: PositionSource) -> PositionalNorm:
+        token_norm = root.get_submodule(path)
         pe_norm = _norm_like(token_norm, anatomy.width, like)
-        norm = PositionalNorm(token_norm, pe_norm, source, layout, grids, gated=gated)
-        wrappers.append((f"{path}.{anatomy.norm}", "token_norm", norm))
-        source = norm if join.chained else tables[0]
+        wrapper = PositionalNorm(token_norm, pe_norm, source, layout, grids, gated=gated)
+        wrappers.append((path, "token_norm", wrapper))
+        return wrapper
+
+    source: PositionSource = tables[0]
+    for path in anatomy.blocks[join.first :]:
+        wrapper = norm(f"{path}.{anatomy.norm}", source)
+        source = wrapper if join.chained else tables[0]
+    if join.at_last:
+        assert anatomy.last_norm is not None
+        norm(anatomy.last_norm, tables[0])
     return wrappers, tables, watch
+
+
+def norm_home(anatomy: Anatomy, path: str) -> str:
+    """The module to which the LN' of the norm at `path` is counted: its block, or for the last norm the norm itself."""
+    block = path.removesuffix(f".{anatomy.norm}")
+    return block if block in anatomy.blocks else path
 
 
 def _norm_like(token_norm: nn.Module, width: int, like: Tensor) -> nn.LayerNorm:
@@ -263,7 +303,7 @@ def _mutate(
     if new or join.site != "input":
         if new:
             conversion.replaced_table = own
-        if join.site == "input" and tables:
+        if join.at_input and tables:
             owner._parameters[name] = tables[0].pos_embed  # in place: the order of parameters stays the host's
         elif own is not None and not conversion.warm_start:
             # Zeros in the host's slot switch its input addition off, whatever its forward looks like.
@@ -277,8 +317,8 @@ def _mutate(
     for path, _, wrapper in wrappers:
         _set_submodule(root, path, wrapper)
     if join.normalised and tables:
-        norms = [w.pe_norm for _, _, w in wrappers if isinstance(w, PositionalNorm)]
-        root.add_module(NORMS, _nested(dict(zip(anatomy.blocks, norms, strict=True))))
+        norms = {norm_home(anatomy, path): w.pe_norm for path, _, w in wrappers if isinstance(w, PositionalNorm)}
+        root.add_module(NORMS, _nested(norms))
     if watch is not None:
         conversion.watch = anatomy.patch_embed
         _set_submodule(root, str(anatomy.patch_embed), watch)
@@ -375,8 +415,8 @@ def _resize(conversion: Conversion) -> None:
         conversion.replaced_table = spare.pos_embed
     owner, name = _slot(anatomy)
     slot = owner._parameters.get(name)
-    adds = conversion.warm_start or (JOINS[conversion.join].site == "input" and KINDS[conversion.pe].is_table)
-    if conversion.warm_start:  # host and chain read one table
+    adds = conversion.adds_at_input
+    if adds and TABLES in root._modules:  # host and chain read one table
         assert slot is not None
         root.get_submodule(f"{TABLES}.0").pos_embed = slot
     elif anatomy.table is not None and slot is not None and not adds:
@@ -453,12 +493,12 @@ def fold_(model: nn.Module, size: Size | None = None) -> nn.Module:
         )
     root = conversion.anatomy.root
     with torch.no_grad():
-        received = positions(model) if KINDS[conversion.pe].is_table else None
+        constants = _at_sites(conversion, None) if KINDS[conversion.pe].is_table and conversion.sites else []
         for layer, (path, _) in enumerate(conversion.sites):
             site = root.get_submodule(path)
             if isinstance(site, PositionalNorm):
-                assert received is not None
-                _set_submodule(root, path, FoldedNorm(site.token_norm, received[layer : layer + 1].clone()))
+                p_1ND = conversion.layout.spread(constants[layer][0])
+                _set_submodule(root, path, FoldedNorm(site.token_norm, p_1ND.clone()))
             elif isinstance(site, PositionalAttention):
                 site.position_bias = FoldedBias(site.position_bias().clone())
     if JOINS[conversion.join].normalised:
@@ -497,9 +537,10 @@ def describe(model: nn.Module) -> Description:
         host=conversion.host,
         join=conversion.join,
         pe=conversion.pe,
-        joined=len(conversion.sites),
+        joined=len(conversion.sites) - join.at_last,
+        last_norm=join.at_last,
         blocks=len(anatomy.blocks),
-        input_addition=own and (join.site == "input" or conversion.warm_start),
+        input_addition=own and (join.at_input or conversion.warm_start),
         grid=conversion.layout.grid,
         prefix_tokens=conversion.layout.num_prefix,
         positioned_prefix_tokens=conversion.layout.prefix_rows,
@@ -540,7 +581,7 @@ def positions(model: nn.Module, size: Size | None = None, view: View = "received
     """What each block receives as position: (L, N, D), prefix tokens first; zero for tokens that own no row.
 
     LaPE: P_(l+1) = LN'_l(P_l); LaPE-sharing: LN'_l(P); share and basic: P in every layer (basic adds it once, and the
-    residual stream carries it on); unshare: W_l. `view="seen"` shows what attention makes of it: for joins in which
+    residual stream carries it on); unshare: W_l; PVG and MPVG: P in block 0, as basic, then P_l = LN'_l(P_(l-1)). `view="seen"` shows what attention makes of it: for joins in which
     position shares the token norm, LN_l of the above (the paper's figures: Eq. 7 without its per-token factor);
     LaPE joins look the same in both views. `view="unbiased"` is "seen" without the bias of the norm that made it, which
     all patches share and which hides in what they differ.
@@ -560,38 +601,56 @@ def positions(model: nn.Module, size: Size | None = None, view: View = "received
         fix = "lape.position_bias(model) gives its bias" if KINDS[conversion.pe].is_bias else "there is nothing to show"
         raise LapeError(f"pe={conversion.pe!r} has no position per token: {fix}")
     target = _grid_for(conversion, size)
-    sites = [anatomy.root.get_submodule(path) for path, _ in conversion.sites]
     if conversion.folded and join.normalised:
         if view == "unbiased":
             raise LapeError("the model is folded, the bias of its norms is gone: view='unbiased' needs it unfolded")
         if target not in (None, conversion.layout.grid):
             raise LapeError(f"the model is folded for the grid {conversion.layout.grid}, size={size!r} is {target}")
-        return torch.cat([site.get_buffer("folded_position") for site in sites])
-    if join.site == "input":
-        own = _own_table(anatomy)
-        assert own is not None
-        received = [PositionTable(own, conversion.layout).position(target)] * len(anatomy.blocks)
-    else:
-        received = [site.received(target) for site in sites]  # type: ignore[operator]
-    if view != "received" and not join.normalised:
-        received = [norm(p_1RD) for norm, p_1RD in zip(_token_norms(conversion), received, strict=True)]
-    if view == "unbiased":
-        norms = _token_norms(conversion)
-        biases = _pe_biases(sites) if join.normalised else [getattr(norm, "bias", None) for norm in norms]
-        received = [p_1RD if b is None else p_1RD - b for p_1RD, b in zip(received, biases, strict=True)]
     layout = conversion.layout if target is None else replace(conversion.layout, grid=target)
-    return torch.cat([layout.spread(p_1RD) for p_1RD in received])
+    sites = _at_sites(conversion, target)
+    layers = []
+    for layer, path in enumerate(anatomy.blocks):
+        if join.normalised and layer >= join.first:  # a norm of its own has made it already
+            p_1RD, bias = sites[layer - join.first]
+        else:
+            token_norm = getattr(anatomy.root.get_submodule(path), anatomy.norm)
+            p_1RD = sites[layer][0] if join.site == "block" else _at_input(conversion, target)
+            bias = getattr(token_norm, "bias", None)
+            p_1RD = p_1RD if view == "received" else token_norm(p_1RD)
+        p_1RD = p_1RD - bias if view == "unbiased" and bias is not None else p_1RD
+        layers.append(p_1RD if p_1RD.shape[1] == layout.num_tokens else layout.spread(p_1RD))
+    return torch.cat(layers)
 
 
-def _pe_biases(sites: list[Any]) -> list[Any]:
-    """The bias of each LN'_l as the layer receives it, a gate counted in; None without one."""
-    biases = ((getattr(site.pe_norm, "bias", None), site.pe_gate) for site in sites)
-    return [bias if bias is None or gate is None else gate * bias for bias, gate in biases]
+def _at_input(conversion: Conversion, grid: Grid | None) -> Tensor:
+    """What the host adds to its tokens, (1, R, D)."""
+    own = _own_table(conversion.anatomy)
+    assert own is not None
+    return PositionTable(own, conversion.layout).position(grid)
 
 
-def _token_norms(conversion: Conversion) -> list[nn.Module]:
-    anatomy = conversion.anatomy
-    return [getattr(anatomy.root.get_submodule(path), anatomy.norm) for path in anatomy.blocks]
+def _at_sites(conversion: Conversion, grid: Grid | None) -> list[tuple[Tensor, Tensor | None]]:
+    """What each joined place receives, (1, R, D), or (1, N, D) when folded, and the bias (D,) that is part of it."""
+    received: list[tuple[Tensor, Tensor | None]] = []
+    for path, _ in conversion.sites:
+        site: Any = conversion.anatomy.root.get_submodule(path)
+        if isinstance(site, FoldedNorm):
+            received.append((site.get_buffer("folded_position"), None))
+        elif isinstance(site, PositionalNorm):
+            bias = site.pe_norm.bias
+            received.append((site.received(grid), bias if site.pe_gate is None else site.pe_gate * bias))
+        else:
+            received.append((site.received(grid), None))
+    return received
+
+
+def last_position(model: nn.Module) -> Tensor:
+    """What the norm before pooling receives as position, (1, N, D): LN'(P) for MPVG. LapeError for other joins."""
+    conversion = conversion_of(model)
+    if not JOINS[conversion.join].at_last:
+        raise LapeError(f"join={conversion.join!r} gives the last norm no position: only join='MPVG' does")
+    p_1RD, _ = _at_sites(conversion, None)[-1]
+    return p_1RD if conversion.folded else conversion.layout.spread(p_1RD)
 
 
 def position_bias(model: nn.Module) -> Tensor:

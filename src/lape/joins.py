@@ -1,6 +1,10 @@
 """The joins as data: where the position enters, and from which source (see the table in the README).
 
 x_l tokens entering block l, P the position table, LN_l the host's norm before attention, LN'_l a norm of its own.
+
+PVG and MPVG are for models that pool their patches and read no class token (Maximizing the Position Embedding for Vision
+Transformers with Global Average Pooling, AAAI 2025): the input addition stays, block 0 gets nothing more, and MPVG puts
+position beside the last norm too. Their equations are rebuilt from the text and the counts of parameters.
 """
 
 from __future__ import annotations
@@ -22,21 +26,43 @@ class Join:
     formula: str  # what attention of block l sees
     table_per_block: bool = False
     chained: bool = False  # LN'_l takes its predecessor's output instead of P
+    at_input: bool = False  # P is added to the tokens once; where there are norms too, block 0 gets nothing more
+    at_last: bool = False  # LN'(P) beside the last norm, the one before pooling
 
     @property
     def normalised(self) -> bool:
         """Whether position has a LayerNorm of its own."""
         return self.site == "norm"
 
+    @property
+    def needs_pooling(self) -> bool:
+        """Whether it is for models that read no class token."""
+        return self.normalised and self.at_input
+
+    @property
+    def first(self) -> int:
+        """The first block that receives a position of its own."""
+        return int(self.needs_pooling)
+
 
 JOINS: dict[str, Join] = {
     join.name: join
     for join in (
-        Join("basic", "input", "LN_l(x_l), x_0 = tokens + P"),
+        Join("basic", "input", "LN_l(x_l), x_0 = tokens + P", at_input=True),
         Join("share", "block", "LN_l(x_l + P), the sum stays in the residual stream"),
         Join("unshare", "block", "LN_l(x_l + W_l), the sum stays in the residual stream", table_per_block=True),
         Join("LaPE-sharing", "norm", "LN_l(x_l) + LN'_l(P)"),
         Join("LaPE", "norm", "LN_l(x_l) + P_(l+1), P_(l+1) = LN'_l(P_l)", chained=True),
+        Join(
+            "PVG",
+            "norm",
+            "LN_l(x_l) + P_l, P_l = LN'_l(P_(l-1)) for l > 0; x_0 = tokens + P_0",
+            chained=True,
+            at_input=True,
+        ),
+        Join(
+            "MPVG", "norm", "as PVG, and LN(x_L) + LN'(P_0) before pooling", chained=True, at_input=True, at_last=True
+        ),
     )
 }
 assert tuple(JOINS) == tuple(JOIN_NAMES)

@@ -152,13 +152,13 @@ def token_and_position(model: nn.Module, images_BCHW: Tensor) -> Ratios:
     Raises LapeError where a model has no position per token (RPE, none).
     """
     conversion = conversion_of(model)
-    prefix, normalised = conversion.layout.num_prefix, JOINS[conversion.join].normalised
+    prefix, join = conversion.layout.num_prefix, JOINS[conversion.join]
     seen = positions(model, view="seen").detach()[:, prefix:]
     received = positions(model).detach()[:, prefix:]
     scale, correlation = (torch.zeros(len(seen), dtype=torch.float64) for _ in range(2))
     for batch in _batches(images_BCHW):
         for layer, x in enumerate(_tokens(model, batch)):
-            whole = x.attended if normalised else x.entering
+            whole = x.attended if join.normalised and layer >= join.first else x.entering
             scale[layer] += (_std(received[layer]) / _std(whole[:, prefix:]).clamp(min=1e-12)).mean(-1).sum().cpu()
             correlation[layer] += _pearson(x.normed[:, prefix:], seen[layer]).mean(-1).sum().cpu()
     return Ratios(scale / len(images_BCHW), correlation / len(images_BCHW))

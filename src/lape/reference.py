@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.bias import offset_index
-from lape.convert import NORMS, TABLES, Conversion, conversion_of
+from lape.convert import NORMS, TABLES, Conversion, conversion_of, norm_home
 from lape.errors import CheckpointError
 from lape.joins import JOINS
 from lape.position import KINDS, Grid, resample
@@ -32,9 +32,9 @@ def reference_names(model: nn.Module) -> dict[str, str]:
         rename.append((f"{conversion.watch}.host_patch_embed.", f"{conversion.watch}."))
     for path, wrapped in conversion.sites:
         if wrapped == "token_norm":
-            block = path.removesuffix(anatomy.norm)
-            rename.append((f"{NORMS}.{block}", f"{block}pe_norm."))
-            rename += [(f"{path}.{own}", f"{block}{own}") for own in ("pe_gate", "folded_position")]
+            home = norm_home(anatomy, path)
+            rename.append((f"{NORMS}.{home}.", f"{home}.pe_norm."))
+            rename += [(f"{path}.{own}", f"{home}.{own}") for own in ("pe_gate", "folded_position")]
         elif wrapped == "host_attention":
             rename.append((f"{path}.position_bias.", f"{path}."))
     rename += [(f"{TABLES}.{i}.pos_embed", name) for i, name in enumerate(_table_names(conversion))]
@@ -71,8 +71,9 @@ def to_reference_state_dict(model: nn.Module) -> dict[str, Tensor]:
     conversion = conversion_of(model)
     names, prefix = reference_names(model), _prefix(model, conversion)
     state = {names[key]: tensor for key, tensor in model.state_dict().items()}
-    if conversion.pe == "1D_sin" and not (conversion.folded and JOINS[conversion.join].normalised):
-        state |= {name: state[name].flatten(0, -2) for name in (prefix + n for n in _table_names(conversion))}
+    if conversion.pe == "1D_sin":
+        kept = [prefix + name for name in _table_names(conversion) if prefix + name in state]
+        state |= {name: state[name].flatten(0, -2) for name in kept}
     return state | _indices(conversion, prefix)
 
 

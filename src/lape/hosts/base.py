@@ -37,6 +37,8 @@ class Anatomy:
     add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
     beside: str | None = None  # position that the host has inside attention: it stays as it is
     encoder: str | None = None  # path of a module that computes the host's position; None takes its place
+    pooled: bool = False  # whether its head pools the patches and reads no class token
+    last_norm: str | None = None  # path of the norm between the blocks and that pooling, over the same tokens
 
 
 Blueprint = tuple[str, dict[str, Any]]

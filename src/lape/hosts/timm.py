@@ -13,7 +13,7 @@ from lape.errors import LapeError, UnsupportedModelError
 from lape.grids import grid_of_map
 from lape.hosts import timm_maps, timm_tokens
 from lape.hosts.base import Anatomy, Host, find_host
-from lape.hosts.timm_parts import PARALLEL, POST_NORM, anatomy, children, layout_of, measure
+from lape.hosts.timm_parts import PARALLEL, POST_NORM, anatomy, children, layout_of, measure, pooling
 from lape.names import nearest
 
 _VIT = "timm.models.vision_transformer"
@@ -55,6 +55,7 @@ def examine(root: nn.Module) -> Anatomy:
         patch_size,
         patch_embed="patch_embed" if getattr(root, "dynamic_img_size", False) else None,
         grid_from=grid_of_map,
+        **pooling(root),
     )
 
 

@@ -115,6 +115,17 @@ def measure(root: nn.Module) -> tuple[Grid, tuple[int, int]]:
     return tuple(patch_embed.grid_size), tuple(patch_embed.feat_ratio(as_scalar=False))
 
 
+def pooling(root: nn.Module) -> dict[str, Any]:
+    """`pooled` and `last_norm` of an anatomy, for models with `global_pool`, `norm` and perhaps `fc_norm` behind it.
+
+    Where `fc_norm` does the work, `norm` is an Identity: then no norm stands between the blocks and the pooling.
+    """
+    averages = getattr(root, "global_pool", "token") in ("avg", "avgmax", "max")
+    pooled = averages and not (getattr(root, "pool_include_prefix", False) and root.num_prefix_tokens)
+    norm = root._modules.get("norm")
+    return {"pooled": pooled, "last_norm": None if norm is None or isinstance(norm, nn.Identity) else "norm"}
+
+
 def layout_of(root: nn.Module, grid: Grid) -> Layout:
     """The layout of a model that tells `num_prefix_tokens` and perhaps `no_embed_class`."""
     prefix: int = root.num_prefix_tokens  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from torch import nn
 from lape.errors import UnsupportedModelError
 from lape.grids import grid_beside, grid_of_map
 from lape.hosts.base import Anatomy, Host
-from lape.hosts.timm_parts import POST_NORM, RELATIVE, ROTARY, anatomy, children, layout_of, measure
+from lape.hosts.timm_parts import POST_NORM, RELATIVE, ROTARY, anatomy, children, layout_of, measure, pooling
 from lape.position import Layout
 
 _BEIT_BLOCK = "timm.models.beit.Block"
@@ -34,6 +34,7 @@ def examine_beit(root: nn.Module) -> Anatomy:
         Layout(grid, prefix_rows=1),
         patch_size,
         beside=RELATIVE if any(biased) or root.rel_pos_bias is not None else None,
+        **pooling(root),
     )
 
 
@@ -56,6 +57,7 @@ def examine_eva(root: nn.Module) -> Anatomy:
         patch_embed="patch_embed" if root.dynamic_img_size else None,
         grid_from=grid_of_map,
         beside=ROTARY if root.rope is not None else None,
+        **pooling(root),
     )
 
 
@@ -65,7 +67,15 @@ def examine_relpos(root: nn.Module) -> Anatomy:
     layout = layout_of(root, grid)
     blocks = children(root, "blocks")
     return anatomy(
-        root, blocks, (f"{_RELPOS}.RelPosBlock",), _RELPOS_REFUSED, layout, patch_size, slot=None, beside=RELATIVE
+        root,
+        blocks,
+        (f"{_RELPOS}.RelPosBlock",),
+        _RELPOS_REFUSED,
+        layout,
+        patch_size,
+        slot=None,
+        beside=RELATIVE,
+        **pooling(root),
     )
 
 
@@ -91,6 +101,7 @@ def examine_naflex(root: nn.Module) -> Anatomy:
         Layout(tuple(grid), 0, root.num_prefix_tokens),  # type: ignore[arg-type]
         embeds.patch_size,
         slot="embeds.pos_embed" if kind == "learned" else None,
+        **pooling(root),
         patch_embed="embeds",
         grid_from=grid_beside,
         beside=ROTARY if root.rope is not None else None,
