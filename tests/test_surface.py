@@ -15,8 +15,8 @@ SOURCE = ROOT / "src" / "lape"
 
 PUBLIC = """
 Anatomy CheckpointError DataError Description Host LapeError Layout UnsupportedModelError apply_ correlation
-create_model describe explore fold_ grid hosts last_position load load_reference_state_dict num_prefix_tokens position_bias positions
-push_to_hub read_checkpoint register_host remove_ save to_reference_state_dict
+create_model describe explore fold_ grid hosts last_position load load_reference_state_dict num_prefix_tokens
+position_bias positions push_to_hub read_checkpoint register_host remove_ save to_reference_state_dict
 """.split()
 
 LAYERS = [  # each may import from itself and from those before it

@@ -87,7 +87,8 @@ class Description:
         return (
             f"{self.host}: join={self.join} pe={self.pe}{' (folded)' if self.folded else ''}"
             f"{' (warm start, gated)' if self.warm_start else ''}, "
-            f"{self.joined}/{self.blocks} {site}{' and the last norm' if self.last_norm else ''} joined, input addition {'on' if self.input_addition else 'off'}, "
+            f"{self.joined}/{self.blocks} {site}{' and the last norm' if self.last_norm else ''} joined, "
+            f"input addition {'on' if self.input_addition else 'off'}, "
             f"grid {self.grid[0]} x {self.grid[1]}, {self.prefix_tokens} prefix tokens"
             f"{f' ({bare} without a position)' if bare else ''}, "
             f"{f'{self.beside} kept, ' if self.beside else ''}"
@@ -173,9 +174,9 @@ def _check_pooling(name: str, anatomy: Anatomy, join: Join) -> None:
         return
     if not anatomy.pooled:
         raise UnsupportedModelError(
-            f"join={join.name!r} is for models whose head pools the patches, this one ({name}) reads a class token or its "
-            "pooling is not known: use join='LaPE', or for timm create it with class_token=False, global_pool='avg', "
-            "fc_norm=False"
+            f"join={join.name!r} is for models whose head pools the patches, this one ({name}) reads a class token or "
+            "its pooling is not known: use join='LaPE', or for timm create it with class_token=False, "
+            "global_pool='avg', fc_norm=False"
         )
     if join.at_last and anatomy.last_norm is None:
         raise UnsupportedModelError(
@@ -581,10 +582,11 @@ def positions(model: nn.Module, size: Size | None = None, view: View = "received
     """What each block receives as position: (L, N, D), prefix tokens first; zero for tokens that own no row.
 
     LaPE: P_(l+1) = LN'_l(P_l); LaPE-sharing: LN'_l(P); share and basic: P in every layer (basic adds it once, and the
-    residual stream carries it on); unshare: W_l; PVG and MPVG: P in block 0, as basic, then P_l = LN'_l(P_(l-1)). `view="seen"` shows what attention makes of it: for joins in which
-    position shares the token norm, LN_l of the above (the paper's figures: Eq. 7 without its per-token factor);
-    LaPE joins look the same in both views. `view="unbiased"` is "seen" without the bias of the norm that made it, which
-    all patches share and which hides in what they differ.
+    residual stream carries it on); unshare: W_l; PVG and MPVG: P in block 0, as basic, then P_l = LN'_l(P_(l-1)).
+    `view="seen"` shows what attention makes of it: where position shares the token norm, LN_l of the above (the paper's
+    figures: Eq. 7 without its per-token factor); a position with a norm of its own looks the same in both views.
+    `view="unbiased"` is "seen" without the bias of the norm that made it, which all patches share and which hides in
+    what they differ.
 
     Args:
         size: image size in pixels, a side or (height, width); the raw table is resampled before the chain.
@@ -637,7 +639,7 @@ def _at_sites(conversion: Conversion, grid: Grid | None) -> list[tuple[Tensor, T
         if isinstance(site, FoldedNorm):
             received.append((site.get_buffer("folded_position"), None))
         elif isinstance(site, PositionalNorm):
-            bias = site.pe_norm.bias
+            bias = site.pe_norm.get_parameter("bias")
             received.append((site.received(grid), bias if site.pe_gate is None else site.pe_gate * bias))
         else:
             received.append((site.received(grid), None))

@@ -2,9 +2,9 @@
 
 x_l tokens entering block l, P the position table, LN_l the host's norm before attention, LN'_l a norm of its own.
 
-PVG and MPVG are for models that pool their patches and read no class token (Maximizing the Position Embedding for Vision
-Transformers with Global Average Pooling, AAAI 2025): the input addition stays, block 0 gets nothing more, and MPVG puts
-position beside the last norm too. Their equations are rebuilt from the text and the counts of parameters.
+PVG and MPVG are for models that pool their patches and read no class token (Maximizing the Position Embedding for
+Vision Transformers with Global Average Pooling, AAAI 2025): the input addition stays, block 0 gets nothing more, and
+MPVG puts position beside the last norm too. Their equations are rebuilt from the text and the counts of parameters.
 """
 
 from __future__ import annotations
