@@ -37,6 +37,7 @@ class Anatomy:
     add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
     beside: str | None = None  # position that the host has inside attention: it stays as it is
     encoder: str | None = None  # path of a module that computes the host's position; None takes its place
+    table_std: float | None = None  # of the values that a learnable table starts with, where that is not the kind's
 
 
 Blueprint = tuple[str, dict[str, Any]]
