@@ -20,9 +20,17 @@ from lape.position import KINDS
 TINY = {"img_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
 FAMILIES = {"ViT-Lite": "vit_lite_2_4_32", "CVT": "cvt_2_4_32", "CCT 3x1": "cct_7_3x1_32", "CCT 7x2": "cct_7_7x2_224"}
 PUBLISHED = {  # millions of parameters with a learnable table, as the authors print them (rounded or cut off)
-    **{"vit_lite_7_4_32": 3.717, "vit_lite_6_4_32": 3.191, "cvt_7_4_32": 3.717, "cvt_6_4_32": 3.190},
-    **{"cct_2_3x2_32": 0.284, "cct_4_3x2_32": 0.482, "cct_6_3x2_32": 3.327, "cct_7_3x2_32": 3.853},
-    **{"cct_7_3x1_32": 3.760, "cct_6_3x1_32": 3.233, "cct_14_7x2_224": 22.36},
+    "vit_lite_7_4_32": 3.717,
+    "vit_lite_6_4_32": 3.191,
+    "cvt_7_4_32": 3.717,
+    "cvt_6_4_32": 3.190,
+    "cct_2_3x2_32": 0.284,
+    "cct_4_3x2_32": 0.482,
+    "cct_6_3x2_32": 3.327,
+    "cct_7_3x2_32": 3.853,
+    "cct_7_3x1_32": 3.760,
+    "cct_6_3x1_32": 3.233,
+    "cct_14_7x2_224": 22.36,
 }
 
 
@@ -79,8 +87,7 @@ def test_published_models_by_their_exact_numbers():
 def attention(x: torch.Tensor, state: dict, path: str, heads: int, bias: torch.Tensor | None) -> torch.Tensor:
     batch, tokens, width = x.shape
     q, k, v = (
-        (x @ weight.T).view(batch, tokens, heads, -1).transpose(1, 2)
-        for weight in state[f"{path}.qkv.weight"].chunk(3)
+        (x @ weight.T).view(batch, tokens, heads, -1).transpose(1, 2) for weight in state[f"{path}.qkv.weight"].chunk(3)
     )
     logits = q @ k.mT / (width // heads) ** 0.5
     weights = (logits if bias is None else logits + bias).softmax(dim=-1)

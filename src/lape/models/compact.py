@@ -20,6 +20,7 @@ There are no weights. Shape legend: B batch, C channels, N tokens, D width, K cl
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -63,7 +64,7 @@ class Tokenizer(nn.Module):
         else:
             planes = [in_chans, *[HIDDEN_PLANES] * (layers - 1), width]
             stride, padding = max(1, kernel // 2 - 1), max(1, kernel // 2)
-            for before, after in zip(planes[:-1], planes[1:], strict=True):
+            for before, after in pairwise(planes):
                 modules += [nn.Conv2d(before, after, kernel, stride, padding, bias=False), nn.ReLU()]
                 modules.append(nn.MaxPool2d(3, 2, 1))
                 self.steps += [(kernel, stride, padding), (3, 2, 1)]
@@ -79,7 +80,9 @@ class Tokenizer(nn.Module):
         self.patch_size = (self.ratio, self.ratio)  # pixels from one token to the next
         self.grid_size = self.dynamic_feat_size(self.img_size)
         if min(self.grid_size) < 1:
-            raise LapeError(f"img_size={img_size!r} is too small: a token stands for {self.ratio} x {self.ratio} pixels")
+            raise LapeError(
+                f"img_size={img_size!r} is too small: a token stands for {self.ratio} x {self.ratio} pixels"
+            )
 
     @property
     def num_patches(self) -> int:
