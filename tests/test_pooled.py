@@ -167,3 +167,18 @@ def test_class_attention_reads_a_class_token(name):
     model = timm.create_model(name, depth=1, embed_dim=32, num_heads=2, depth_token_only=1, img_size=32)
     with pytest.raises(lape.UnsupportedModelError, match="reads a class token"):
         lape.apply_(model, "PVG")
+
+
+@pytest.mark.parametrize("name", ["cvt_2_4_32", "cct_2_3x2_32"])
+def test_sequence_pooling_reads_the_last_position(name):
+    model = lape.create_model(name, "MPVG", img_size=16).eval()
+    shake_position(model)
+    x = torch.randn(2, 3, 16, 16)
+    seen = []
+    model.seq_pool.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    inside = []
+    model.norm.token_norm.register_forward_hook(lambda _, __, y: inside.append(y))
+    model(x)
+    assert torch.allclose(seen[0], inside[0] + lape.last_position(model), atol=1e-6)
+    with pytest.raises(lape.UnsupportedModelError, match="reads a class token"):
+        lape.create_model("vit_lite_2_4_32", "MPVG", img_size=16)

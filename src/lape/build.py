@@ -9,6 +9,7 @@ import torch
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
+import lape.models  # noqa: F401  a teacher may be one of them
 from lape.augment import eval_transform
 from lape.checkpoint import Checkpoint, read_checkpoint
 from lape.convert import conversion_of, create_model

@@ -238,7 +238,8 @@ def _build(
         own = _own_table(anatomy)
         if new or own is None:
             assert kind.build is not None
-            values = kind.build(layout, anatomy.width).to(device=like.device, dtype=like.dtype)
+            std = {} if kind.frozen or anatomy.table_std is None else {"std": anatomy.table_std}
+            values = kind.build(layout, anatomy.width, **std).to(device=like.device, dtype=like.dtype)
             values = values if own is None else values.reshape(own.shape)
             return PositionTable(nn.Parameter(values, requires_grad=not kind.frozen), layout)
         parameter = own if first else nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)

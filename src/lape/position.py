@@ -91,9 +91,9 @@ def sin_2d(layout: Layout, width: int) -> Tensor:
     return F.pad(patches.float(), (0, 0, layout.prefix_rows, 0))[None]
 
 
-def learnable(layout: Layout, width: int) -> Tensor:
-    """(1, R, D) from a normal distribution of std 0.02, truncated at 2 absolute (timm's and the reference's)."""
-    return nn.init.trunc_normal_(torch.empty(1, layout.num_rows, width), std=0.02)
+def learnable(layout: Layout, width: int, std: float = 0.02) -> Tensor:
+    """(1, R, D) from a normal distribution, truncated at 2 absolute; std 0.02 is timm's and the reference's."""
+    return nn.init.trunc_normal_(torch.empty(1, layout.num_rows, width), std=std)
 
 
 def _check_width(kind: str, width: int, multiple: int) -> None:
@@ -106,7 +106,7 @@ class Kind:
     """A kind of position embedding: a table added to tokens, a bias added to attention logits, or nothing."""
 
     name: str
-    build: Callable[[Layout, int], Tensor] | None = None  # tables only: (1, R, D) for a layout and a width
+    build: Callable[..., Tensor] | None = None  # tables only: (1, R, D) for a layout and a width, free ones by std
     frozen: bool = False
     bias_axes: int = 0  # biases only: 1 offset along the raster order, 2 row and column offsets
     note: str = ""
@@ -123,7 +123,11 @@ class Kind:
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("learnable", learnable, note="free table, truncated normal of std 0.02"),
+        Kind(
+            "learnable",
+            learnable,
+            note="free table, truncated normal, std 0.02 or the host's own",
+        ),
         Kind("1D_sin", sin_1d, frozen=True, note="fixed sine and cosine of the token number"),
         Kind("2D_sin", sin_2d, frozen=True, note="fixed sine and cosine of column and row"),
         Kind("1D_RPE", bias_axes=1, note="learned bias on attention logits by offset in raster order"),

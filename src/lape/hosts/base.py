@@ -39,6 +39,7 @@ class Anatomy:
     encoder: str | None = None  # path of a module that computes the host's position; None takes its place
     pooled: bool = False  # whether its head pools the patches and reads no class token
     last_norm: str | None = None  # path of the norm between the blocks and that pooling, over the same tokens
+    table_std: float | None = None  # of the values that a learnable table starts with, where that is not the kind's
 
 
 Blueprint = tuple[str, dict[str, Any]]

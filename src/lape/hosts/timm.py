@@ -63,6 +63,8 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """A timm model by name. Raises LapeError: an unknown name (the nearest is named), wrong arguments or size."""
     import timm
 
+    import lape.models  # noqa: F401  they are known to timm from here on
+
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
         guess = nearest(str(name).split(".")[0], timm.list_models())
         hint = f"did you mean {guess!r}? " if guess else ""
