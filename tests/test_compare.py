@@ -199,9 +199,21 @@ def test_wrong_folders_and_runs_are_one_line(tmp_path: Path) -> None:
 
 
 def test_combinations_keep_the_order_that_was_asked_for() -> None:
-    wanted, odd = combinations(["m"], ["none", "2D_sin"], ["LaPE", "basic"])
-    assert wanted == [("m", "none", "basic"), ("m", "2D_sin", "LaPE"), ("m", "2D_sin", "basic")]
-    assert list(odd) == [("m", "none", "LaPE")]
+    name = "cvt_2_4_32"
+    wanted, odd = combinations(Recipe(input_size=16), [name], ["none", "2D_sin"], ["LaPE", "basic"])
+    assert wanted == [(name, "none", "basic"), (name, "2D_sin", "LaPE"), (name, "2D_sin", "basic")]
+    assert list(odd) == [(name, "none", "LaPE")]
+
+
+def test_a_join_that_a_model_cannot_have_is_left_out_with_the_reason() -> None:
+    names = ["vit_lite_2_4_32", "cvt_2_4_32"]
+    wanted, odd = combinations(Recipe(input_size=16), names, ["learnable"], ["basic", "MPVG"])
+    assert wanted == [(names[0], "learnable", "basic"), *((names[1], "learnable", join) for join in ("basic", "MPVG"))]
+    assert "reads a class token" in odd[names[0], "learnable", "MPVG"]
+    with pytest.raises(LapeError, match="nothing to train: .*ResNet is not a supported model"):
+        combinations(Recipe(), ["resnet18"], ["learnable"], ["basic"])
+    with pytest.raises(LapeError, match="unknown model 'vit_lite_9'"):
+        combinations(Recipe(), ["vit_lite_9"], ["learnable"], ["basic"])
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,6 @@ def cases(draw):
     except lape.LapeError:
         assume(False)
     rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 5))
-    assume(rows * columns >= (3 if kind.is_bias else 1))  # over fewer keys a normalised bias has no gradient
     heads = draw(st.sampled_from([1, 2, 4]))
     shape = {"width": heads * 4 * draw(st.integers(2, 4)), "heads": heads, "depth": draw(st.integers(2, 4))}
     if library == "timm":
@@ -48,6 +47,7 @@ def cases(draw):
         shape["any_size"] = draw(st.booleans())
     elif library in ("torchvision", "DINOv2 registers"):  # these hosts themselves take squares only
         columns = rows
+    assume(rows * columns >= (3 if kind.is_bias else 1))  # over fewer keys a normalised bias has no gradient
     if join.needs_pooling:
         assume(shape.get("prefix") == "pooled")
     dtype = draw(st.sampled_from(list(TOLERANCE)))
@@ -173,7 +173,7 @@ def bias_of(state: dict, path: str, layout, kind, join: str) -> torch.Tensor:
     return torch.nn.functional.pad(b, (layout.num_prefix, 0, layout.num_prefix, 0))[None]
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_converted_equals_the_formula_and_learns(case):
     library, shape, join, kind, grid, dtype = case
@@ -183,11 +183,7 @@ def test_converted_equals_the_formula_and_learns(case):
     host = make(library, shape, grid)
     model = copy.deepcopy(host)
     own = {id(parameter) for parameter in model.parameters()}
-    try:
-        lape.apply_(model, join.name, kind.name)
-    except lape.LapeError as error:
-        assert "width divisible" in str(error)  # 2D_sin
-        return
+    lape.apply_(model, join.name, kind.name)
     with torch.no_grad():
         for parameter in model.parameters():
             if id(parameter) not in own and parameter.requires_grad:
@@ -206,12 +202,13 @@ def test_converted_equals_the_formula_and_learns(case):
 
     got.float().square().sum().backward()
     # The last block's bias moves only what patches ask for, and a head that reads a class token does not see them.
-    unread = f".{shape['depth'] - 1}." if kind.is_bias and shape.get("prefix") != "pooled" else "nothing"
+    last = lape.convert.conversion_of(model).anatomy.blocks[-1]
+    unread = f"{last}." if kind.is_bias and shape.get("prefix") != "pooled" else "nothing"
     for name in new:
         gradient = model.get_parameter(name).grad
         assert gradient is not None, name
         assert gradient.isfinite().all(), name
-        assert dtype == torch.bfloat16 or gradient.abs().sum() > 0 or unread in f".{name}", name
+        assert dtype == torch.bfloat16 or gradient.abs().sum() > 0 or unread in name, name
 
     with torch.no_grad():
         folded = logits(lape.fold_(copy.deepcopy(model)), x)

@@ -18,7 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lape.errors import LapeError
+from lape.errors import LapeError, UnsupportedModelError
 from lape.names import JOIN_NAMES, PE_NAMES, match_name
 from lape.recipe import Recipe
 from lape.report import Run, accuracy_curves, environment, markdown_table, mean_std, spell
@@ -88,7 +88,7 @@ def compare(
     if workers < 1:
         raise LapeError(f"workers={workers} is not allowed: choose 1 or more")
     baseline = match_name("baseline", baseline, joins) if baseline else ("basic" if "basic" in joins else joins[0])
-    wanted, meaningless = combinations(models or (recipe.model,), pes, joins)
+    wanted, meaningless = combinations(recipe, models or (recipe.model,), pes, joins)
     folder = _writable(Path(output_dir))
     common = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}
     planned = [
@@ -124,9 +124,15 @@ def compare(
 
 
 def combinations(
-    models: Sequence[str], pes: Sequence[str], joins: Sequence[str]
+    recipe: Recipe, models: Sequence[str], pes: Sequence[str], joins: Sequence[str]
 ) -> tuple[list[tuple[str, str, str]], dict[tuple[str, str, str], str]]:
-    """(model, pe, join) that mean something, and the others with the reason. Raises LapeError when none does."""
+    """(model, pe, join) that mean something, and the others with the reason.
+
+    Raises LapeError when none does, or for a model or arguments that do not exist.
+    """
+    import torch
+
+    from lape.build import build_model
     from lape.joins import JOINS, check_combination
     from lape.position import KINDS
 
@@ -136,8 +142,15 @@ def combinations(
             for join in joins:
                 try:
                     check_combination(JOINS[join], KINDS[pe])
-                    wanted.append((model, pe, join))
                 except LapeError as error:
+                    meaningless[model, pe, join] = str(error)
+                    continue
+                one = recipe.replace(model=model, pe=pe, join_type=join, finetune="")
+                try:
+                    with torch.device("meta"):  # shapes only
+                        build_model(one, num_classes=1, say=lambda _text: None)
+                    wanted.append((model, pe, join))
+                except UnsupportedModelError as error:
                     meaningless[model, pe, join] = str(error)
     if not wanted:
         raise LapeError(f"nothing to train: {next(iter(meaningless.values()))}")
@@ -430,7 +443,7 @@ def _markdown(results: dict[str, Any]) -> Iterator[str]:
 def _how(results: dict[str, Any]) -> Iterator[str]:
     hardware, versions = results["hardware"], results["versions"]
     yield f"Recipe of all: {', '.join(f'{name}={value!r}' for name, value in results['recipe'].items())}"
-    yield from (f"Left out: {m['join']} with {m['pe']}: {m['why']}" for m in results["meaningless"])
+    yield from (f"Left out: {m['model']}, {m['join']} with {m['pe']}: {m['why']}" for m in results["meaningless"])
     yield f"Trainings: {results['workers']} at a time, one thread each"
     yield f"Machine: {hardware['processor']}, {hardware['cores']} cores, {hardware['system']}"
     yield f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}"

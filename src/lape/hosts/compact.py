@@ -17,8 +17,8 @@ def examine(root: nn.Module) -> Anatomy:
     blocks = children(root, "blocks")
     std: float = root.table_std  # type: ignore[assignment]
     pooled = root.num_prefix_tokens == 0  # CVT and CCT: sequence pooling, behind `norm`
-    more = {"table_std": std, "pooled": pooled, "last_norm": "norm"}
-    return anatomy(root, blocks, _BLOCKS, {}, layout_of(root, grid), patch_size, **more)
+    layout = layout_of(root, grid)
+    return anatomy(root, blocks, _BLOCKS, {}, layout, patch_size, table_std=std, pooled=pooled, last_norm="norm")
 
 
 COMPACT_TRANSFORMER = Host(
