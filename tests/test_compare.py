@@ -14,11 +14,13 @@ from lape import cli
 from lape.compare import (
     Cell,
     Comparison,
+    cell_folder,
     combinations,
     compare,
     paired_t,
     sentences,
     summarise,
+    train_cell,
     two_sided_p,
 )
 from lape.errors import LapeError
@@ -100,6 +102,27 @@ def test_what_is_done_is_skipped_and_what_is_missing_is_trained(
     assert [v["final"] for v in again.results["variants"]] == [v["final"] for v in kept]
     with pytest.raises(LapeError, match=r"trained with epochs=1, this comparison asks for 2.*choose another"):
         compare(TINY.replace(epochs=2), tmp_path / "copy", joins=("basic",), seeds=(0,))
+
+
+def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(tmp_path: Path) -> None:
+    recipe = TINY.replace(epochs=3, join_type="LaPE", threads=1, num_workers=0, output_dir="", resume="")
+    threads = torch.get_num_threads()
+    calm = train_cell(tmp_path / "calm", recipe, lambda: None)
+    epochs = []
+
+    def pull_the_plug() -> None:
+        epochs.append(1)
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_cell(tmp_path / "stopped", recipe, pull_the_plug)
+    resumed = train_cell(tmp_path / "stopped", recipe, lambda: epochs.append(1))
+    torch.set_num_threads(threads)
+    assert len(epochs) == 3  # one of them only after the stop
+    assert resumed.run.history == calm.run.history
+    assert resumed.run.measures == calm.run.measures
+    assert not (cell_folder(tmp_path / "stopped", recipe) / "training").exists()
 
 
 def test_processes_side_by_side_find_the_same(comparison: Comparison, tmp_path: Path) -> None:
@@ -210,7 +233,7 @@ def test_a_join_that_a_model_cannot_have_is_left_out_with_the_reason() -> None:
     wanted, odd = combinations(Recipe(input_size=16), names, ["learnable"], ["basic", "MPVG"])
     assert wanted == [(names[0], "learnable", "basic"), *((names[1], "learnable", join) for join in ("basic", "MPVG"))]
     assert "reads a class token" in odd[names[0], "learnable", "MPVG"]
-    with pytest.raises(LapeError, match="nothing to train: .*ResNet is not a supported model"):
+    with pytest.raises(LapeError, match=r"nothing to train: .*ResNet is not a supported model"):
         combinations(Recipe(), ["resnet18"], ["learnable"], ["basic"])
     with pytest.raises(LapeError, match="unknown model 'vit_lite_9'"):
         combinations(Recipe(), ["vit_lite_9"], ["learnable"], ["basic"])

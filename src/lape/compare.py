@@ -9,6 +9,7 @@ import html
 import io
 import json
 import math
+import shutil
 import statistics
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
@@ -218,7 +219,10 @@ def _sort_out(planned: Sequence[Recipe], folder: Path) -> tuple[list[Cell], list
 
 
 def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Cell:
-    """Trains by one recipe, keeps the model, and writes result.json last: it says that the cell is done."""
+    """Trains by one recipe, keeps the model, and writes result.json last: it says that the cell is done.
+
+    While it trains, its checkpoints are in the cell's folder, so that one that was killed goes on after its last epoch.
+    """
     from lape.checkpoint import save, write_atomically
     from lape.convert import grid, num_prefix_tokens, positions
     from lape.correlation import correlation
@@ -226,16 +230,18 @@ def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Cell:
     from lape.position import KINDS
     from lape.train import train
 
-    result = train(recipe, on_epoch=lambda _line: tick(), say=lambda _text: None)
+    home = cell_folder(folder, recipe)
+    under_way = recipe.replace(output_dir=str(home / "training"), resume="auto")
+    result = train(under_way, on_epoch=lambda _line: tick(), say=lambda _text: None)
     measures: dict[str, Tensor] = {}
     if KINDS[recipe.pe].is_table:
         seen_LnD = positions(result.model, view="seen").detach()[:, num_prefix_tokens(result.model) :]
         measures = measure_all(correlation(result.model), seen_LnD, grid(result.model))
     run = Run.of(recipe, result, measures)
-    home = cell_folder(folder, recipe)
     save(result.model, home / "model")
     text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1) + "\n"
     write_atomically(home / "result.json", partial(_write_text, text))
+    shutil.rmtree(home / "training")
     return Cell(recipe.model, recipe.pe, run)
 
 

@@ -57,7 +57,7 @@ class Run:
             accuracy=result.accuracy,
             best=result.best_accuracy,
             loss=result.loss,
-            seconds=result.seconds,
+            seconds=max(result.seconds, sum(line["seconds"] for line in result.history)),  # those before a resume too
             history=[{key: line[key] for key in HISTORY} for line in result.history],
             data=result.data_name,
             measures={
