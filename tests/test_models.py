@@ -8,11 +8,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_convert import ANYWHERE, MEANINGFUL, TOLERANCE, assert_same_structure, shake_position
+from test_convert import MEANINGFUL, TOLERANCE, assert_same_structure, shake_position
 from timm.optim import create_optimizer_v2
 
 import lape
 import lape.models
+from lape.joins import JOINS
 from lape.models.compact import MODELS, SIZES, CompactTransformer, SequencePool
 from lape.position import KINDS
 
@@ -31,6 +32,14 @@ PUBLISHED = {  # millions of parameters with a learnable table, as the authors p
     "cct_6_3x1_32": 3.233,
     "cct_14_7x2_224": 22.36,
 }
+
+
+POOLED = [(join, pe) for join in ("PVG", "MPVG") for pe in ("learnable", "1D_sin", "2D_sin")]
+
+
+def skip_unless_pooled(family: str, join: str) -> None:
+    if JOINS[join].needs_pooling and family == "ViT-Lite":
+        pytest.skip("it reads a class token: refused, as another test asserts")
 
 
 def make(family: str, **kwargs) -> CompactTransformer:
@@ -113,7 +122,7 @@ def written_out(model: CompactTransformer, x: torch.Tensor, join: str = "basic")
     if "cls_token" in state:
         h = torch.cat([state["cls_token"].expand(len(h), -1, -1), h], dim=1)
     p = state.get("pos_embed")
-    if join == "basic" and p is not None:
+    if join in ("basic", "PVG", "MPVG") and p is not None:
         h = h + p
     layer = 0
     while f"blocks.{layer}.norm1.weight" in state:
@@ -121,15 +130,15 @@ def written_out(model: CompactTransformer, x: torch.Tensor, join: str = "basic")
         if join in ("share", "unshare"):
             h = h + (p if join == "share" else state[f"pos_embed{layer}"])
         seen = norm(h, f"{path}.norm1")
-        if "LaPE" in join:
+        if "LaPE" in join or ("PVG" in join and layer > 0):
             own = norm(p, f"{path}.pe_norm")
-            p = own if join == "LaPE" else p
+            p = p if join == "LaPE-sharing" else own
             seen = seen + own
         h = norm(h + attention(seen, state, f"{path}.attn", 2, None), f"{path}.norm2")
         hidden = F.gelu(F.linear(h, state[f"{path}.mlp.fc1.weight"], state[f"{path}.mlp.fc1.bias"]))
         h = h + F.linear(hidden, state[f"{path}.mlp.fc2.weight"], state[f"{path}.mlp.fc2.bias"])
         layer += 1
-    h = norm(h, "norm")
+    h = norm(h, "norm") + (norm(state["pos_embed"], "norm.pe_norm") if join == "MPVG" else 0)
     if "cls_token" in state:
         pooled = h[:, 0]
     else:
@@ -151,8 +160,9 @@ def test_forward_is_the_written_out_formula(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
+@pytest.mark.parametrize(("join", "pe"), [*MEANINGFUL, *POOLED])
 def test_five_equalities(family, join, pe, tmp_path):
+    skip_unless_pooled(family, join)
     model, original = make(family), make(family)
     x = image(model)
     before = original(x)
@@ -180,13 +190,20 @@ def test_five_equalities(family, join, pe, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("join", "pe"), [(j, None) for j in ANYWHERE] + MEANINGFUL)
+@pytest.mark.parametrize(("join", "pe"), [(j, None) for j in JOINS] + MEANINGFUL + POOLED)
 def test_removed_is_the_original_bit_for_bit(family, join, pe):
+    skip_unless_pooled(family, join)
     model, original = make(family), make(family)
     lape.remove_(lape.apply_(model, join, pe))
     assert_same_structure(model, original)
     x = image(model)
     assert torch.equal(model(x), original(x))
+
+
+@pytest.mark.parametrize("join", ["PVG", "MPVG"])
+def test_joins_for_pooled_patches_refuse_a_class_token(join):
+    with pytest.raises(lape.UnsupportedModelError, match=r"reads a class token"):
+        lape.apply_(make("ViT-Lite"), join)
 
 
 @pytest.mark.parametrize("pe", ["1D_RPE", "2D_RPE"])
@@ -267,8 +284,9 @@ def test_images_of_another_size_are_refused():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("join", ANYWHERE)
+@pytest.mark.parametrize("join", JOINS)
 def test_set_input_size(family, join):
+    skip_unless_pooled(family, join)
     model = lape.apply_(make(family), join)
     before = lape.positions(model)
     model.set_input_size((32, 64))
