@@ -152,7 +152,7 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
 
 def _own_kind(anatomy: Anatomy) -> Kind:
     if anatomy.table is not None:
-        return KINDS["learnable"]
+        return KINDS[anatomy.own_kind]
     has = f", its {anatomy.beside} stays as it is" if anatomy.beside else ""
     if anatomy.encoder is not None:
         has = f", {anatomy.encoder} computes its position ({class_name(type(_encoder(anatomy)))})"

@@ -4,5 +4,6 @@
 """
 
 from lape.models.compact import CompactTransformer
+from lape.models.t2t import T2TViT
 
-__all__ = ["CompactTransformer"]
+__all__ = ["CompactTransformer", "T2TViT"]
