@@ -81,11 +81,12 @@ FAMILIES = {
         None,
     ),
     "T2T-ViT": ("t2t_vit_7", {**SMALL, "img_size": (32, 48)}, "learnable", 1, 0, None),
+    "CeiT": ("ceit_tiny_patch16_224", {**SMALL, "img_size": (32, 48)}, None, 1, 0, None),
     "XCiT": ("xcit_nano_12_p16_224", {**SMALL, "img_size": (64, 48)}, "learnable", 0, 0, None),
 }
 NO_SLOT = ("relative position", "shared relative position", "XCiT")  # their forward adds no table
 CASES = [(family, join) for family in FAMILIES for join in ANYWHERE if not (join == "basic" and family in NO_SLOT)]
-RESIZED = ("T2T-ViT", "hybrid", "BEiT", "BEiT with bias", "EVA", "EVA-02", "DINOv3", "relative position")
+RESIZED = ("T2T-ViT", "CeiT", "hybrid", "BEiT", "BEiT with bias", "EVA", "EVA-02", "DINOv3", "relative position")
 
 
 def make(family: str, **kwargs) -> torch.nn.Module:
