@@ -10,9 +10,9 @@ as every other one; LCA, one more of them over the class tokens, stands behind a
 table is learned, the class token owns a row.
 
 Source: Yuan et al., "Incorporating Convolution Designs into Visual Transformers", ICCV 2021 (arXiv 2103.11816). From
-the authors' released code: 64 channels of the stem, biases of q, k, v and of all convolutions of LeFF, no activation behind
-its last BatchNorm, LayerNorm eps 1e-6, a learned table of layers on the class tokens that starts at zero, no stochastic
-depth in LCA.
+the authors' released code: 64 channels of the stem, biases of q, k, v and of all convolutions of LeFF, no activation
+behind its last BatchNorm, LayerNorm eps 1e-6, a learned table of layers on the class tokens that starts at zero, no
+stochastic depth in LCA.
 
 Parameters at 224 pixels and 1,000 classes (`tests/test_ceit.py` counts them):
 
