@@ -62,6 +62,7 @@ def compare(
     joins: Sequence[str] = ("basic", "LaPE"),
     pes: Sequence[str] = ("learnable",),
     models: Sequence[str] = (),
+    rivals: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
     baseline: str | None = None,
     runs: Sequence[str | PathLike[str]] = (),
@@ -72,6 +73,8 @@ def compare(
     Args:
         recipe: everything but model, pe, join and seed; the same budget for all.
         models: timm names, none: the recipe's.
+        rivals: timm names, each trained once a seed as it is (pe="own"), whether it can be converted or not; rotary
+            position, for instance. The recipe and its model_kwargs are the same for them.
         baseline: the join that the others are compared with, for the same model and kind; None: basic, or the first.
         runs: finished runs (folders with log.txt and checkpoint.pth) and checkpoints of others, which are evaluated
             on the recipe's data; shown in a table of their own, since nothing says that their budget was the same.
@@ -82,13 +85,16 @@ def compare(
     """
     joins, pes = ([match_name(what, name, known) for name in names] for what, names, known in
                   (("join", joins, JOIN_NAMES), ("pe", pes, PE_NAMES)))  # fmt: skip
-    for name, values in (("joins", joins), ("pes", pes), ("seeds", seeds)):
-        if not values or len(set(values)) != len(values):
+    for name, values in (("joins", joins), ("pes", pes), ("seeds", seeds), ("rivals", rivals)):
+        if (not values and name != "rivals") or len(set(values)) != len(values):
             raise LapeError(f"{name}={list(values)}: give at least one, and each once")
     if workers < 1:
         raise LapeError(f"workers={workers} is not allowed: choose 1 or more")
     baseline = match_name("baseline", baseline, joins) if baseline else ("basic" if "basic" in joins else joins[0])
     wanted, meaningless = combinations(recipe, models or (recipe.model,), pes, joins)
+    wanted += [(model, "own", "basic") for model in rivals if (model, "own", "basic") not in wanted]
+    for model in rivals:
+        _check_rival(recipe.replace(model=model, pe="own", join_type="basic"))
     folder = _writable(Path(output_dir))
     common = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}
     planned = [
@@ -155,6 +161,16 @@ def combinations(
     if not wanted:
         raise LapeError(f"nothing to train: {next(iter(meaningless.values()))}")
     return wanted, meaningless
+
+
+def _check_rival(recipe: Recipe) -> None:
+    """Raises LapeError for a model that is unknown or does not take what the recipe gives; nothing is computed."""
+    import torch
+
+    from lape.build import build_model
+
+    with torch.device("meta"):
+        build_model(recipe, num_classes=2, say=lambda _text: None)
 
 
 def _writable(folder: Path) -> Path:
@@ -454,12 +470,14 @@ def _how(results: dict[str, Any]) -> Iterator[str]:
 def _page(folder: Path, results: dict[str, Any], cells: Sequence[Cell], picture: bytes) -> Path | None:
     """The report as HTML, the models of the first seed in the explorer below it."""
     from lape.explorer import explore
+    from lape.position import KINDS
 
     shown: dict[str, Path] = {}
     several = len({cell.model for cell in cells}) > 1
     for cell in cells:
         name = f"{cell.run.join}, {cell.pe}" + (f", {cell.model}" if several else "")
-        if cell.pe != "none" and name not in shown and len(shown) < 6:
+        kind = KINDS[cell.pe]
+        if (kind.is_table or kind.is_bias) and name not in shown and len(shown) < 6:
             recipe = Recipe(model=cell.model, pe=cell.pe, join_type=cell.run.join, seed=cell.run.seed)
             shown[name] = cell_folder(folder, recipe) / "model"
     if not shown:
