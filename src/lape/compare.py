@@ -92,9 +92,8 @@ def compare(
         raise LapeError(f"workers={workers} is not allowed: choose 1 or more")
     baseline = match_name("baseline", baseline, joins) if baseline else ("basic" if "basic" in joins else joins[0])
     wanted, meaningless = combinations(recipe, models or (recipe.model,), pes, joins)
-    wanted += [(model, "own", "basic") for model in rivals if (model, "own", "basic") not in wanted]
-    for model in rivals:
-        _check_rival(recipe.replace(model=model, pe="own", join_type="basic"))
+    if rivals:
+        wanted += [row for row in combinations(recipe, rivals, ("own",), ("basic",))[0] if row not in wanted]
     folder = _writable(Path(output_dir))
     common = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}
     planned = [
@@ -161,16 +160,6 @@ def combinations(
     if not wanted:
         raise LapeError(f"nothing to train: {next(iter(meaningless.values()))}")
     return wanted, meaningless
-
-
-def _check_rival(recipe: Recipe) -> None:
-    """Raises LapeError for a model that is unknown or does not take what the recipe gives; nothing is computed."""
-    import torch
-
-    from lape.build import build_model
-
-    with torch.device("meta"):
-        build_model(recipe, num_classes=2, say=lambda _text: None)
 
 
 def _writable(folder: Path) -> Path:
