@@ -20,6 +20,7 @@ from timm.models.volo import VOLO
 from timm.optim import create_optimizer_v2
 
 import lape
+import lape.models
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 ON_4 = {**TINY, "depth": 2}
@@ -79,11 +80,13 @@ FAMILIES = {
         0,
         None,
     ),
+    "T2T-ViT": ("t2t_vit_7", {**SMALL, "img_size": (32, 48)}, "learnable", 1, 0, None),
+    "CeiT": ("ceit_tiny_patch16_224", {**SMALL, "img_size": (32, 48)}, None, 1, 0, None),
     "XCiT": ("xcit_nano_12_p16_224", {**SMALL, "img_size": (64, 48)}, "learnable", 0, 0, None),
 }
 NO_SLOT = ("relative position", "shared relative position", "XCiT")  # their forward adds no table
 CASES = [(family, join) for family in FAMILIES for join in ANYWHERE if not (join == "basic" and family in NO_SLOT)]
-RESIZED = ("hybrid", "BEiT", "BEiT with bias", "EVA", "EVA-02", "DINOv3", "relative position")
+RESIZED = ("T2T-ViT", "CeiT", "hybrid", "BEiT", "BEiT with bias", "EVA", "EVA-02", "DINOv3", "relative position")
 
 
 def make(family: str, **kwargs) -> torch.nn.Module:
@@ -286,6 +289,7 @@ def test_set_input_size(family, join):
         ("XCiT", {}, (80, 33), (80, 48)),  # its convolutions round up
         ("EVA", {"dynamic_img_size": True}, (24, 12), (24, 12)),
         ("EVA-02", {"dynamic_img_size": True}, (8, 32), (8, 32)),
+        ("T2T-ViT", {"dynamic_img_size": True}, (64, 16), (64, 16)),
         ("hybrid", {"dynamic_img_size": True}, (128, 70), (128, 64)),
         ("hybrid", {"dynamic_img_size": True, "dynamic_img_pad": True}, (128, 70), (128, 96)),
     ],

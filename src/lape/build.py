@@ -85,7 +85,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
 def _starts_anew(name: str, ours: Tensor, theirs: Tensor | None) -> bool:
     if name.startswith(("head.", "head_dist.")):
         return theirs is None or theirs.shape != ours.shape
-    return theirs is None and ".pe_norm." in name
+    return theirs is None and (".pe_norm." in name or ".peg." in name)
 
 
 def _leave_distillation(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:

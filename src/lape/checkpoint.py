@@ -321,7 +321,10 @@ def save(
     if name:
         factory = {"library": "timm", "name": name, "kwargs": timm_kwargs}
     elif (
-        not factory and (blueprint := host_named(conversion.host).blueprint) is not None and (made := blueprint(model))
+        not factory
+        and conversion.anatomy.blocks  # else it has no host
+        and (blueprint := host_named(conversion.host).blueprint) is not None
+        and (made := blueprint(model))
     ):
         factory = {"library": host_named(conversion.host).package, "name": made[0], "kwargs": made[1]}
     if not factory:

@@ -218,6 +218,7 @@ def compare(
     joins: Annotated[tuple[str, ...], Parameter(help="joins to compare")] = ("basic", "LaPE"),
     pes: Annotated[tuple[str, ...], Parameter(help="kinds of position embedding")] = ("learnable",),
     models: Annotated[tuple[str, ...], Parameter(help="timm names (default: the recipe's)")] = (),
+    rivals: Annotated[tuple[str, ...], Parameter(help="timm names, each trained as it is, by the same recipe")] = (),
     seeds: Annotated[tuple[int, ...], Parameter(help="seeds of each combination")] = (0, 1, 2),
     baseline: Annotated[
         str | None, Parameter(help="join that the others are compared with (default: basic, or the first)")
@@ -238,6 +239,7 @@ def compare(
         joins=joins,
         pes=pes,
         models=models,
+        rivals=rivals,
         seeds=seeds,
         baseline=baseline,
         runs=runs,

@@ -63,6 +63,7 @@ def compare(
     joins: Sequence[str] = ("basic", "LaPE"),
     pes: Sequence[str] = ("learnable",),
     models: Sequence[str] = (),
+    rivals: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
     baseline: str | None = None,
     runs: Sequence[str | PathLike[str]] = (),
@@ -73,6 +74,8 @@ def compare(
     Args:
         recipe: everything but model, pe, join and seed; the same budget for all.
         models: timm names, none: the recipe's.
+        rivals: timm names, each trained once a seed as it is (pe="own"), whether it can be converted or not; rotary
+            position, for instance. The recipe and its model_kwargs are the same for them.
         baseline: the join that the others are compared with, for the same model and kind; None: basic, or the first.
         runs: finished runs (folders with log.txt and checkpoint.pth) and checkpoints of others, which are evaluated
             on the recipe's data; shown in a table of their own, since nothing says that their budget was the same.
@@ -83,13 +86,15 @@ def compare(
     """
     joins, pes = ([match_name(what, name, known) for name in names] for what, names, known in
                   (("join", joins, JOIN_NAMES), ("pe", pes, PE_NAMES)))  # fmt: skip
-    for name, values in (("joins", joins), ("pes", pes), ("seeds", seeds)):
-        if not values or len(set(values)) != len(values):
+    for name, values in (("joins", joins), ("pes", pes), ("seeds", seeds), ("rivals", rivals)):
+        if (not values and name != "rivals") or len(set(values)) != len(values):
             raise LapeError(f"{name}={list(values)}: give at least one, and each once")
     if workers < 1:
         raise LapeError(f"workers={workers} is not allowed: choose 1 or more")
     baseline = match_name("baseline", baseline, joins) if baseline else ("basic" if "basic" in joins else joins[0])
     wanted, meaningless = combinations(recipe, models or (recipe.model,), pes, joins)
+    if rivals:
+        wanted += [row for row in combinations(recipe, rivals, ("own",), ("basic",))[0] if row not in wanted]
     folder = _writable(Path(output_dir))
     common = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}
     planned = [
@@ -460,12 +465,14 @@ def _how(results: dict[str, Any]) -> Iterator[str]:
 def _page(folder: Path, results: dict[str, Any], cells: Sequence[Cell], picture: bytes) -> Path | None:
     """The report as HTML, the models of the first seed in the explorer below it."""
     from lape.explorer import explore
+    from lape.position import KINDS
 
     shown: dict[str, Path] = {}
     several = len({cell.model for cell in cells}) > 1
     for cell in cells:
         name = f"{cell.run.join}, {cell.pe}" + (f", {cell.model}" if several else "")
-        if cell.pe != "none" and name not in shown and len(shown) < 6:
+        kind = KINDS[cell.pe]
+        if (kind.is_table or kind.is_bias) and name not in shown and len(shown) < 6:
             recipe = Recipe(model=cell.model, pe=cell.pe, join_type=cell.run.join, seed=cell.run.seed)
             shown[name] = cell_folder(folder, recipe) / "model"
     if not shown:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.bias import FoldedBias, PositionalAttention, PositionBias
+from lape.conditional import PositionGenerator
 from lape.errors import LapeError, UnsupportedModelError
 from lape.grids import Grids, GridWatch
 from lape.hosts import Anatomy, class_name, find_host, host_named, host_of_library
@@ -83,6 +84,9 @@ class Description:
     def __str__(self) -> str:
         site = {"input": "blocks", "block": "block inputs", "norm": "attention norms"}[JOINS[self.join].site]
         site = "attention biases" if KINDS[self.pe].is_bias else site
+        site = "block outputs" if KINDS[self.pe].conditional else site
+        if KINDS[self.pe].untouched:
+            return f"{self.host}: join={self.join} pe={self.pe}, left as it is, {self.parameters:,} parameters"
         bare = self.prefix_tokens - self.positioned_prefix_tokens
         return (
             f"{self.host}: join={self.join} pe={self.pe}{' (folded)' if self.folded else ''}"
@@ -107,7 +111,8 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
         join: "basic", "share", "unshare", "LaPE-sharing", "LaPE", or, for models that pool their patches, "PVG" or
             "MPVG"; in any case.
         pe: None keeps the model's own position table and its values; the name of a kind ("learnable", "1D_sin",
-            "2D_sin", "1D_RPE", "2D_RPE", "none") builds a new one in its place.
+            "2D_sin", "1D_RPE", "2D_RPE", "PEG", "none") builds a new one in its place. "own", with join="basic", leaves
+            any model as it is and only remembers that: a rival that is trained and saved like the others.
         warm_start: for a pretrained model and a join with LN'_l: the model's function is the host's at first. Its input
             addition stays, and attention sees LN_l(x) + g_l P_(l+1) with a learned gate g_l = 0 a layer, so that
             fine-tuning decides how much each layer takes. Folding turns the gates into constants too.
@@ -121,6 +126,11 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
     chosen_kind = None if pe is None else kind_named(pe)
     if _record(model) is not None:
         raise LapeError(f"the model is converted already ({describe(model)}): call lape.remove_(model) first")
+    if chosen_kind is not None and chosen_kind.untouched:
+        check_combination(chosen_join, chosen_kind)
+        if warm_start:
+            raise LapeError(f"warm_start=True with pe={pe!r}: there is no join to open; leave warm_start out")
+        return _leave(model)
     host, root = find_host(model)
     anatomy = host.examine(root)
     kind = chosen_kind or _own_kind(anatomy)
@@ -150,9 +160,22 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
     return model
 
 
+def _leave(model: nn.Module) -> nn.Module:
+    """Remembers a model without a change. What is known of it is that of its host, where it has one."""
+    try:
+        host, root = find_host(model)
+        name, anatomy = host.name, host.examine(root)
+    except UnsupportedModelError:
+        name, root = class_name(type(model)), model
+        anatomy = Anatomy(root, (), "", "", None, None, Layout((0, 0), 0), (1, 1), width=0, num_heads=0)
+    order = tuple(_slot(anatomy)[0]._parameters)
+    setattr(root, RECORD, Conversion(name, "basic", "own", anatomy, sites=(), slot_order=order))
+    return model
+
+
 def _own_kind(anatomy: Anatomy) -> Kind:
     if anatomy.table is not None:
-        return KINDS["learnable"]
+        return KINDS[anatomy.own_kind]
     has = f", its {anatomy.beside} stays as it is" if anatomy.beside else ""
     if anatomy.encoder is not None:
         has = f", {anatomy.encoder} computes its position ({class_name(type(_encoder(anatomy)))})"
@@ -161,7 +184,7 @@ def _own_kind(anatomy: Anatomy) -> Kind:
 
 def _check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: bool) -> None:
     """Raises LapeError for a kind that cannot be what its name says in this model."""
-    if anatomy.beside and not kind.is_table:
+    if anatomy.beside and not kind.is_table and not kind.conditional:
         means = "a second bias would join it" if kind.is_bias else "the model would not be without a position"
         raise LapeError(f"pe={kind.name!r}: {name} keeps its {anatomy.beside}, {means}: use pe='learnable'")
     if new and kind.is_table and join.at_input and anatomy.table_slot is None:
@@ -210,7 +233,7 @@ def _build(
     token_norms = [block.get_submodule(anatomy.norm) for block in blocks]
     like = next(token_norms[0].parameters(), next(root.parameters()))
     grids, watch = None, None
-    if anatomy.patch_embed is not None and (join.site != "input" or kind.is_bias):
+    if anatomy.patch_embed is not None and (join.site != "input" or kind.is_bias or kind.conditional):
         grids = Grids()
         embed = root.get_submodule(anatomy.patch_embed)
         watch = GridWatch(embed, grids, anatomy.patch_size, anatomy.pads, anatomy.grid_from)
@@ -231,6 +254,9 @@ def _build(
             for path, block in zip(anatomy.blocks, blocks, strict=True)
         ]
         return biases, [], watch
+    if kind.conditional:
+        generator = PositionGenerator(blocks[0], anatomy.width, layout, grids, like)
+        return [(anatomy.blocks[0], generator.inner, generator)], [], watch
     if not kind.is_table:
         return [], [], None
 
@@ -409,7 +435,7 @@ def _resize(conversion: Conversion) -> None:
             module.resize_(layout)
         elif isinstance(module, GridWatch):
             module.patch_size = patch_size
-        elif isinstance(module, PositionalNorm | PositionalBlock | PositionalAttention):
+        elif isinstance(module, PositionalNorm | PositionalBlock | PositionalAttention | PositionGenerator):
             module.layout = layout
     if conversion.replaced_table is not None:
         spare = PositionTable(conversion.replaced_table, old)
@@ -482,11 +508,18 @@ def fold_(model: nn.Module, size: Size | None = None) -> nn.Module:
     costs one addition a layer; a relative position bias is gathered and normalised once. `basic`, `share` and
     `unshare` compute nothing and stay as they are. Folding is one way and for one image size.
 
-    Raises LapeError when the model is not converted, is folded already, or has another grid than `size` asks for.
+    Raises LapeError when the model is not converted, is folded already, has another grid than `size` asks for, or a
+    position that no constant can stand for (pe="PEG", "own").
     """
     conversion = conversion_of(model)
     if conversion.folded:
         raise LapeError("the model is folded already")
+    kind = KINDS[conversion.pe]
+    if kind.conditional or kind.untouched:
+        raise LapeError(
+            f"pe={kind.name!r} cannot be folded: {kind.missing}, so no constant takes its place; use the model as it "
+            "is (lape export --no-fold)"
+        )
     grid = _grid_for(conversion, size)
     if grid not in (None, conversion.layout.grid):
         raise LapeError(
@@ -530,11 +563,11 @@ def describe(model: nn.Module) -> Description:
     """What was done to a converted model. Raises LapeError for a model that is not converted."""
     conversion = conversion_of(model)
     join, anatomy = JOINS[conversion.join], conversion.anatomy
-    no_decay = anatomy.root.no_weight_decay
-    assert isinstance(no_decay, _NoWeightDecay)
+    no_decay = getattr(anatomy.root, "no_weight_decay", None)
+    undecayed = no_decay.names if isinstance(no_decay, _NoWeightDecay) else frozenset()
     own = _own_table(anatomy) is not None
     sizes = {name: parameter.numel() for name, parameter in anatomy.root.named_parameters()}
-    position_names = no_decay.names | ({str(anatomy.table_slot)} if own else set())
+    position_names = undecayed | ({str(anatomy.table_slot)} if own else set())
     return Description(
         host=conversion.host,
         join=conversion.join,
@@ -601,7 +634,9 @@ def positions(model: nn.Module, size: Size | None = None, view: View = "received
     if view not in get_args(View):
         raise LapeError(f"unknown view {view!r}: known are {', '.join(map(repr, get_args(View)))}")
     if not KINDS[conversion.pe].is_table:
-        fix = "lape.position_bias(model) gives its bias" if KINDS[conversion.pe].is_bias else "there is nothing to show"
+        kind = KINDS[conversion.pe]
+        fix = f"there is nothing to show, {kind.missing}"
+        fix = "lape.position_bias(model) gives its bias" if kind.is_bias else fix
         raise LapeError(f"pe={conversion.pe!r} has no position per token: {fix}")
     target = _grid_for(conversion, size)
     if conversion.folded and join.normalised:
@@ -660,9 +695,9 @@ def position_bias(model: nn.Module) -> Tensor:
     """The bias between patches that each block adds to its attention logits: (L, H, n, n). RPE only, else LapeError."""
     conversion = conversion_of(model)
     if not KINDS[conversion.pe].is_bias:
-        raise LapeError(
-            f"pe={conversion.pe!r} has no bias on attention logits: lape.positions(model) gives its positions"
-        )
+        kind = KINDS[conversion.pe]
+        fix = "lape.positions(model) gives its positions" if kind.is_table else kind.missing
+        raise LapeError(f"pe={conversion.pe!r} has no bias on attention logits: {fix}")
     prefix = conversion.layout.num_prefix
     sites = [conversion.anatomy.root.get_submodule(path) for path, _ in conversion.sites]
     return torch.cat([site.get_submodule("position_bias")()[:, :, prefix:, prefix:] for site in sites])
@@ -697,7 +732,13 @@ def build(
     """A model of a library by name and arguments, converted; it remembers them for `lape.save`."""
     host = host_of_library(library)
     assert host.build is not None
-    model = apply_(host.build(name, kwargs), join, pe, warm_start=warm_start)
+    try:
+        made = host.build(name, kwargs)
+    except UnsupportedModelError as error:  # of a model that takes other arguments: here it need not be supported
+        if pe is None or not kind_named(pe).untouched:
+            raise
+        raise LapeError(f"model {name!r} with {kwargs}: {error.__cause__}") from error
+    model = apply_(made, join, pe, warm_start=warm_start)
     plain = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path")}
     conversion_of(model).factory.update(library=library, name=name, kwargs=plain)
     return model

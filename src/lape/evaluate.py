@@ -247,7 +247,14 @@ def source_grid(checkpoint: Checkpoint, model: nn.Module) -> tuple[int, int] | N
     """
     size = checkpoint.args.get("input_size") or (checkpoint.args.get("model_kwargs") or {}).get("img_size")
     patches = checkpoint.model.get("patch_embed.proj.weight")
-    patch = conversion_of(model).anatomy.patch_size if patches is None else tuple(patches.shape[-2:])
+    anatomy = conversion_of(model).anatomy
+    if not anatomy.blocks:  # left as it is, nothing is known of its grid
+        return None
+    patch = anatomy.patch_size
+    if patches is not None:  # a stem may stand before them: compare kernels, not kernel and pixels
+        own = getattr(getattr(anatomy.root, "patch_embed", None), "proj", None)
+        kernel = patch if own is None else tuple(own.weight.shape[-2:])
+        patch = tuple(pixels * new // old for pixels, new, old in zip(patch, patches.shape[-2:], kernel, strict=True))
     if checkpoint.raw.get("grid"):
         return tuple(checkpoint.raw["grid"])
     if size:

@@ -81,7 +81,9 @@ def check_combination(join: Join, kind: Kind) -> None:
             "use join='basic' (plain bias) or join='LaPE' (LayerNorm over its rows)"
         )
     if not kind.is_bias and not kind.is_table and join.name != "basic":
-        raise LapeError(f"join={join.name!r} with pe={kind.name!r}: there is no position to join; use join='basic'")
+        raise LapeError(
+            f"join={join.name!r} with pe={kind.name!r}: there is no position to join, {kind.missing}; use join='basic'"
+        )
     if join.table_per_block and kind.frozen:
         raise LapeError(
             f"join={join.name!r} with pe={kind.name!r} would repeat one frozen table in every block: "

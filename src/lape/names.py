@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from lape.errors import LapeError
 
 JOIN_NAMES = ("basic", "share", "unshare", "LaPE-sharing", "LaPE", "PVG", "MPVG")
-PE_NAMES = ("learnable", "1D_sin", "2D_sin", "1D_RPE", "2D_RPE", "none")
+PE_NAMES = ("learnable", "1D_sin", "2D_sin", "1D_RPE", "2D_RPE", "PEG", "none", "own")
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str | None:

@@ -103,12 +103,14 @@ def _check_width(kind: str, width: int, multiple: int) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of position embedding: a table added to tokens, a bias added to attention logits, or nothing."""
+    """A kind of position embedding: a table added to tokens, a bias on logits, one made of the tokens, or nothing."""
 
     name: str
     build: Callable[..., Tensor] | None = None  # tables only: (1, R, D) for a layout and a width, free ones by std
     frozen: bool = False
     bias_axes: int = 0  # biases only: 1 offset along the raster order, 2 row and column offsets
+    conditional: bool = False  # made of the tokens of each image
+    untouched: bool = False  # whatever the model itself does
     note: str = ""
 
     @property
@@ -118,6 +120,13 @@ class Kind:
     @property
     def is_bias(self) -> bool:
         return self.bias_axes > 0
+
+    @property
+    def missing(self) -> str:
+        """Why there is no position to show, join or fold, for kinds without table and bias."""
+        if self.conditional:
+            return "its position is made of the tokens of each image"
+        return "the model was left as it is" if self.untouched else "it has none"
 
 
 KINDS: dict[str, Kind] = {
@@ -132,7 +141,9 @@ KINDS: dict[str, Kind] = {
         Kind("2D_sin", sin_2d, frozen=True, note="fixed sine and cosine of column and row"),
         Kind("1D_RPE", bias_axes=1, note="learned bias on attention logits by offset in raster order"),
         Kind("2D_RPE", bias_axes=2, note="learned bias on attention logits by row and column offset"),
+        Kind("PEG", conditional=True, note="made of the tokens behind block 0 by a depth-wise convolution (CPVT)"),
         Kind("none", note="no position at all, the control"),
+        Kind("own", untouched=True, note="the model stays as it is, whatever its position: a rival in a comparison"),
     )
 }
 assert tuple(KINDS) == tuple(PE_NAMES)

@@ -40,6 +40,7 @@ class Anatomy:
     pooled: bool = False  # whether its head pools the patches and reads no class token
     last_norm: str | None = None  # path of the norm between the blocks and that pooling, over the same tokens
     table_std: float | None = None  # of the values that a learnable table starts with, where that is not the kind's
+    own_kind: str = "learnable"  # the kind of the model's own table
 
 
 Blueprint = tuple[str, dict[str, Any]]

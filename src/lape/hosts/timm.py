@@ -56,6 +56,7 @@ def examine(root: nn.Module) -> Anatomy:
         patch_embed="patch_embed" if getattr(root, "dynamic_img_size", False) else None,
         grid_from=grid_of_map,
         **pooling(root),
+        own_kind=getattr(root, "own_pe", "learnable"),
     )
 
 

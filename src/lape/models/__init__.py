@@ -3,6 +3,8 @@
 `lape.create_model`, recipes and `lape.load` find them without this import; it loads timm, so `import lape` does not.
 """
 
+from lape.models.ceit import CeiT
 from lape.models.compact import CompactTransformer
+from lape.models.t2t import T2TViT
 
-__all__ = ["CompactTransformer"]
+__all__ = ["CeiT", "CompactTransformer", "T2TViT"]
