@@ -424,8 +424,8 @@ def predictions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((checkpoint, list(images), top_k, device))
         return [lape.evaluate.Prediction(path, ["cat, tabby", "dog"], [0.75, 0.25]) for path in images]
 
-    real = lape.evaluate.predict
-    monkeypatch.setattr(lape.evaluate, "predict", classify)
+    real = lape.evaluate.predictions
+    monkeypatch.setattr(lape.evaluate, "predictions", classify)
     return calls
 
 

@@ -24,6 +24,10 @@ PATCHES = "patch_embed.proj.weight"
 
 def build_model(recipe: Recipe, num_classes: int, say: Say = print) -> nn.Module:
     """The model of a recipe, the same in every process; with the weights of `finetune` where it names a file."""
+    flags = {"num_classes": "the data says it", "img_size": "--input-size", "in_chans": "--in-chans"}
+    flags |= {"drop_rate": "--drop", "drop_path_rate": "--drop-path"}
+    for name in recipe.model_kwargs.keys() & flags.keys():
+        raise LapeError(f"model_kwargs {name}={recipe.model_kwargs[name]!r} has a place of its own: {flags[name]}")
     torch.manual_seed(recipe.seed)
     model = create_model(
         recipe.model,

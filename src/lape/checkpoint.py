@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor, nn
 
-from lape.convert import build, conversion_of, fold_
+from lape.convert import Conversion, build, conversion_of, fold_
 from lape.errors import CheckpointError, LapeError
 from lape.hosts import host_named
 from lape.joins import join_named
@@ -304,7 +304,7 @@ def save(
     **timm_kwargs: Any,
 ) -> Path:
     """Writes a converted model as a folder: `model.safetensors` and `config.json` (model name, join, PE kind, grid,
-    class names, evaluation transform). `lape.load` reads it, without running any code from it.
+    image size, class names, evaluation transform). `lape.load` reads it, without running any code from it.
 
     Args:
         name, timm_kwargs: the timm model and its arguments; needed for a timm model that was not made by
@@ -340,6 +340,7 @@ def save(
         "warm_start": conversion.warm_start,
         "folded": conversion.folded,
         "grid": conversion.layout.grid,
+        "input_size": _pixels(conversion),
         "classes": classes,
         "transform": transform,
     }
@@ -357,6 +358,12 @@ def save(
     write_atomically(path / WEIGHTS, lambda file: file.write(to_bytes(state)))
     write_atomically(path / CONFIG, lambda file: file.write(text.encode()))
     return path
+
+
+def _pixels(conversion: Conversion) -> tuple[int, int]:
+    """(height, width) of the images that a model is made for."""
+    (rows, columns), (height, width) = conversion.layout.grid, conversion.anatomy.patch_size
+    return rows * height, columns * width
 
 
 def _check_factory(model: nn.Module, factory: dict[str, Any]) -> None:
@@ -394,7 +401,7 @@ def _read_folder(path: Path) -> Checkpoint:
     kwargs = dict(config["model_kwargs"])
     args = {"model": config["model"], "join_type": config["join"], "pe": config["pe"], "model_kwargs": kwargs}
     args["warm_start"] = bool(config.get("warm_start"))
-    raw = {key: config.get(key) for key in ("library", "folded", "classes", "transform", "grid")}
+    raw = {key: config.get(key) for key in ("library", "folded", "classes", "transform", "grid", "input_size")}
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
 
 
