@@ -143,11 +143,11 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
                 f"no --data-path was given, and {recipe.resume} was not trained on the packaged digits: "
                 "give the folder that holds val/"
             )
-        size = stored_size(checkpoint)
-        if size is not None and size[0] != size[1] and "input_size" not in recipe.model_fields_set:
+        pixels = stored_size(checkpoint)
+        if pixels is not None and pixels[0] != pixels[1] and "input_size" not in recipe.model_fields_set:
             raise CheckpointError(
-                f"{recipe.resume} is for images of {size[0]} x {size[1]} pixels and evaluation takes square ones: give "
-                "--input-size SIDE, or classify images with lape predict"
+                f"{recipe.resume} is for images of {pixels[0]} x {pixels[1]} pixels and evaluation takes square ones: "
+                "give --input-size SIDE, or classify images with lape predict"
             )
         recipe = settings_of(checkpoint, recipe)
         if recipe.ema:
