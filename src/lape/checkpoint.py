@@ -39,7 +39,8 @@ _JOIN_ALIASES = {"ln": "LaPE"}  # the reference's name for LaPE on relative posi
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file says. `model` holds the authors' names; `args` the flags of the run that wrote it."""
+    """What a file says. `model` holds the authors' names (those of a converted model in a folder of transformers);
+    `args` the flags of the run that wrote it."""
 
     path: Path
     kind: Literal["pth", "folder"]
@@ -85,7 +86,8 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint of this project, of DeiT or of the LaPE authors, or a folder written by `save`.
+    """Reads a checkpoint of this project, of DeiT or of the LaPE authors, or a folder written by `save`, or by
+    `save_pretrained` of a converted model of transformers.
 
     "hf-hub:OWNER/NAME" and https addresses are downloaded first (asked for by their user). Nothing in the file is
     executed: `torch.load(weights_only=True)` with `argparse.Namespace`, a plain record that DeiT-style files hold, as
@@ -395,6 +397,8 @@ def _read_folder(path: Path) -> Checkpoint:
         config = json.loads((path / CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no saved model: {CONFIG} cannot be read ({_first_line(error)})") from error
+    if isinstance(config, dict) and "transformers_version" in config:
+        return _read_pretrained(path, config)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path / CONFIG} is not of format {FORMAT!r}")
     state = _unpickle_safely(path / WEIGHTS)
@@ -402,6 +406,26 @@ def _read_folder(path: Path) -> Checkpoint:
     args = {"model": config["model"], "join_type": config["join"], "pe": config["pe"], "model_kwargs": kwargs}
     args["warm_start"] = bool(config.get("warm_start"))
     raw = {key: config.get(key) for key in ("library", "folded", "classes", "transform", "grid", "input_size")}
+    return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
+
+
+def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
+    """A folder that `save_pretrained` of a converted transformers model wrote, by hand or by its Trainer."""
+    record = config.pop("lape", None)
+    if not isinstance(record, dict):
+        raise CheckpointError(
+            f"{path} holds a transformers model that is not converted: load it with its from_pretrained(), then call "
+            "lape.apply_; a converted model that was passed to lape.apply_ as a part of another one is written by "
+            "lape.save"
+        )
+    index = path / f"{WEIGHTS}.index.json"
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        state |= _unpickle_safely(path / Path(shard).name)
+    args = {"model": config["architectures"][0], "join_type": record["join"], "pe": record["pe"]}
+    args |= {"warm_start": record["warm_start"], "model_kwargs": config}
+    raw = {"library": "transformers", "folded": record["folded"], "grid": record["grid"]}
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
 
 
@@ -436,7 +460,8 @@ def _hub() -> Any:
 
 
 def load(path: str | Path, **timm_kwargs: Any) -> nn.Module:
-    """The model of a folder written by `save`, of a `.pth` of a training run, or of "hf-hub:OWNER/NAME", in eval mode.
+    """The model of a folder written by `save` (or by transformers' `save_pretrained` of a converted model), of a `.pth`
+    of a training run, or of "hf-hub:OWNER/NAME", in eval mode.
 
     `timm_kwargs` go to the model on top of what the file says. Nothing in the file is executed. Raises CheckpointError.
     """
