@@ -37,7 +37,7 @@ EVALUATION = (
 
 # What the matrix of `lape compare` sets itself, and what means nothing for it.
 NOT_COMPARED = (
-    *("model", "pe", "join_type", "seed", "output_dir", "resume", "start_epoch", "eval", "dist_eval"),
+    *("model", "pe", "join_type", "warm_start", "seed", "output_dir", "resume", "start_epoch", "eval", "dist_eval"),
     *("threads", "num_workers", "pin_mem", "world_size", "dist_url", "log_every"),
 )
 

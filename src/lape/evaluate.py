@@ -22,9 +22,9 @@ from lape.errors import CheckpointError, DataError, LapeError
 from lape.recipe import Recipe
 from lape.reference import load_reference_state_dict
 
-# What a checkpoint knows about itself. The first four must not be contradicted by a flag.
-IDENTITY = ("model", "join_type", "pe", "in_chans")
-STORED = (*IDENTITY, "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
+# What a checkpoint knows about itself. The first must not be contradicted by a flag.
+IDENTITY = ("model", "join_type", "pe", "in_chans", "warm_start")
+STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 PREDICT_BATCH = 32  # images that `predict` decodes and classifies at a time
 
 
@@ -267,6 +267,7 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     size = stored_size(checkpoint)
     said = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {}) | checkpoint.args
     stored = {name: said[name] for name in STORED if said.get(name) is not None}
+    stored["warm_start"] = bool(said.get("warm_start"))  # no flag of an evaluation: the file alone knows
     stored.pop("input_size", None)
     if size is not None and size[0] == size[1]:  # not square: only the transform can say it
         stored["input_size"] = size[0]
