@@ -1,7 +1,7 @@
-"""Writes the tables of README.md from the result files beside this script, between their markers.
+"""Writes the tables of README.md and docs/ from the result files beside this script, between their markers.
 
 python benchmarks/tables.py            write them
-python benchmarks/tables.py --check    exit with 1 when README.md says something else than the files
+python benchmarks/tables.py --check    exit with 1 when a page says something else than the files
 """
 
 from __future__ import annotations
@@ -62,6 +62,31 @@ def folded() -> str:
     return "\n".join(lines)
 
 
+def warm_start() -> str:
+    """Fine-tuning a pretrained model three ways."""
+    files = sorted(RESULTS.glob("warm_start_*.json"))
+    if not files:
+        return "Not measured yet: `python benchmarks/warm_start.py` does it."
+    lines = ["| data | way | before | after | after − unconverted |", "|---|---|---|---|---|"]
+    for found in map(_read, files):
+        for way, values in found["ways"].items():
+            cells = [spread(values["before"]), spread(values["after"])]
+            cells.append("-" if way == "unconverted" else spread(values["gap"], "+"))
+            lines.append(f"| {found['data']} | {way} | {' | '.join(cells)} |")
+    budgets = {
+        f"{len(f['config']['seeds'])} seeds, {f['config']['pretraining']['epochs']} epochs before, "
+        f"{f['config']['fine_tuning']['epochs']} of fine-tuning"
+        for f in map(_read, files)
+    }
+    names = ", ".join(f"`{path.relative_to(ROOT)}`" for path in files)
+    lines += [
+        "",
+        "Percent of the test images, mean ± standard deviation: before fine-tuning and after its last epoch; "
+        f"{'; '.join(sorted(budgets))}; {names}.",
+    ]
+    return "\n".join(lines)
+
+
 def _read(path: Path) -> dict:
     return json.loads(path.read_text())
 
@@ -71,19 +96,22 @@ def ratio(row: dict) -> str:
     return f"{row['ratio_median']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def filled(text: str) -> str:
+PAGES = {ROOT / "README.md": (demo, folded), ROOT / "docs" / "converting.md": (warm_start,)}
+
+
+def filled(page: Path) -> str:
     """The page with every marked table written anew."""
-    for table in (demo, folded):
+    text = page.read_text()
+    for table in PAGES[page]:
         start, end = f"<!-- {table.__name__}: written by benchmarks/tables.py -->", f"<!-- end of {table.__name__} -->"
         pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.S)
-        assert pattern.search(text), f"README.md has no {start} ... {end}"
+        assert pattern.search(text), f"{page.name} has no {start} ... {end}"
         text = pattern.sub(lambda _, s=start, t=table, e=end: f"{s}\n{t()}\n{e}", text)
     return text
 
 
 if __name__ == "__main__":
-    page = ROOT / "README.md"
-    new = filled(page.read_text())
     if "--check" in sys.argv:
-        sys.exit(new != page.read_text())
-    page.write_text(new)
+        sys.exit(any(filled(page) != page.read_text() for page in PAGES))
+    for page in PAGES:
+        page.write_text(filled(page))

@@ -28,7 +28,7 @@ TRAIN_FLAGS = """
 --ema --no-ema --deterministic --no-deterministic --dist-timeout
 --data-path --data-set --inat-category --num-workers --pin-mem --no-pin-mem --eval-crop-ratio --mean --std
 --epochs --batch-size --seed --start-epoch --bce-loss --no-bce-loss --smoothing --train-mode --no-train-mode
---finetune --attn-only --no-attn-only
+--finetune --warm-start --no-warm-start --attn-only --no-attn-only
 --opt --opt-eps --opt-betas --momentum --weight-decay --clip-grad --lr --unscale-lr --no-unscale-lr
 --sched --warmup-epochs --warmup-lr --min-lr --decay-epochs --decay-rate --dr --cooldown-epochs --patience-epochs
 --lr-noise --lr-noise-pct --lr-noise-std
@@ -50,7 +50,7 @@ EVAL_FLAGS = """
 OURS = {
     *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
-    *("best_by", "log_to", "ema", "deterministic", "dist_timeout"),
+    *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start"),
 }
 COMMANDS = {"check-data", "compare", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
 
@@ -424,8 +424,8 @@ def predictions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((checkpoint, list(images), top_k, device))
         return [lape.evaluate.Prediction(path, ["cat, tabby", "dog"], [0.75, 0.25]) for path in images]
 
-    real = lape.evaluate.predict
-    monkeypatch.setattr(lape.evaluate, "predict", classify)
+    real = lape.evaluate.predictions
+    monkeypatch.setattr(lape.evaluate, "predictions", classify)
     return calls
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -23,13 +23,37 @@ Say = Callable[[str], None]
 PATCHES = "patch_embed.proj.weight"
 
 
+def check_warm_start(recipe: Recipe, resumed: Checkpoint | None) -> None:
+    """Raises LapeError where a warm start means nothing. `resumed`: the checkpoint that a run goes on from."""
+    if not recipe.warm_start:
+        return
+    if resumed is None and not (recipe.finetune or recipe.model_kwargs.get("pretrained")):
+        raise LapeError(
+            "warm_start=True keeps what a pretrained model computes, and none is named: add --finetune CHECKPOINT, or "
+            "leave --warm-start out"
+        )
+    if recipe.pe != "learnable":
+        raise LapeError(
+            f"warm_start=True with pe={recipe.pe!r}: it keeps the pretrained model's own table; leave --pe out"
+        )
+    if recipe.attn_only:
+        raise LapeError(
+            "warm_start=True with attn_only=True: the gates would stay closed, they do not learn there; leave one out"
+        )
+
+
 def build_model(recipe: Recipe, num_classes: int, say: Say = print) -> nn.Module:
     """The model of a recipe, the same in every process; with the weights of `finetune` where it names a file."""
+    flags = {"num_classes": "the data says it", "img_size": "--input-size", "in_chans": "--in-chans"}
+    flags |= {"drop_rate": "--drop", "drop_path_rate": "--drop-path"}
+    for name in recipe.model_kwargs.keys() & flags.keys():
+        raise LapeError(f"model_kwargs {name}={recipe.model_kwargs[name]!r} has a place of its own: {flags[name]}")
     torch.manual_seed(recipe.seed)
     model = create_model(
         recipe.model,
         join=recipe.join_type,
-        pe=recipe.pe,
+        pe=None if recipe.warm_start else recipe.pe,
+        warm_start=recipe.warm_start,
         num_classes=num_classes,
         img_size=recipe.input_size,
         in_chans=recipe.in_chans,
@@ -58,21 +82,30 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
 
     A position table is resampled to the model's grid, a patch embedding to its patch size (pseudo-inverse resize,
     FlexiViT: Beyer et al. 2023). The distillation token of the file, with its row of the table and its head, is left
-    out where the model has none. A head for another number of classes starts anew, and so do PE norms, a distillation
-    token and its head that the file lacks. What is left out, resized or anew is said in one line.
+    out where the model has none. A head for another number of classes starts anew, and so do PE norms, gates and a
+    head that the file lacks. What is left out, resized or anew is said in one line, by reason.
 
     Raises:
-        CheckpointError: any other difference between file and model.
+        CheckpointError: any other difference between file and model; weights of another join for a warm start, whose
+            function it could not keep.
     """
+    _check_kept_function(model, checkpoint)
     ours, theirs = to_reference_state_dict(model), dict(checkpoint.model)
     grid = source_grid(checkpoint, model)
     left = _leave_distillation(ours, theirs)
     resized = _resize_patches(ours, theirs)
-    fresh = {name: tensor for name, tensor in ours.items() if _starts_anew(name, tensor, theirs.get(name))}
+    reasons = {name: _why_anew(name, tensor, theirs.get(name)) for name, tensor in ours.items()}
+    fresh = {name: tensor for name, tensor in ours.items() if reasons[name]}
     kept = {name: tensor for name, tensor in theirs.items() if name not in fresh}
-    load_reference_state_dict(model, fresh | kept, source_grid=grid)
+    try:
+        load_reference_state_dict(model, fresh | kept, source_grid=grid)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_advice(ours, theirs)}") from None
     notes = [
-        f"it does not have or fit these, so they start anew: {short(fresh)}" if fresh else "",
+        *(
+            f"{reason} (start anew): {short([name for name in fresh if reasons[name] == reason])}"
+            for reason in dict.fromkeys(reasons[name] for name in fresh)
+        ),
         f"left out: {short(left)}" if left else "",
         resized,
         f"position table resampled from a grid of {grid[0]} x {grid[1]}"
@@ -82,10 +115,44 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
     say(f"Fine-tuning from {checkpoint.path}. {'; '.join(note for note in notes if note)}".rstrip(". ") + ".")
 
 
-def _starts_anew(name: str, ours: Tensor, theirs: Tensor | None) -> bool:
+def _why_anew(name: str, ours: Tensor, theirs: Tensor | None) -> str:
+    """Why a weight keeps its start, "" when it comes from the file or must."""
     if name.startswith(("head.", "head_dist.")):
-        return theirs is None or theirs.shape != ours.shape
-    return theirs is None and (".pe_norm." in name or ".peg." in name)
+        if theirs is None:
+            return "a head that the file lacks"
+        return "" if theirs.shape == ours.shape else "a head for another number of classes"
+    if theirs is None and ".pe_norm." in name:
+        return "the norms of position, which the file's join lacks"
+    if theirs is None and name.endswith(".pe_gate"):
+        return "the gates of the warm start, at zero"
+    if theirs is None and ".peg." in name:
+        return "the generator of position, which the file's model lacks"
+    return ""
+
+
+def _check_kept_function(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where a warm start would not begin with what the checkpoint computes."""
+    conversion = conversion_of(model)
+    said = checkpoint.args.get("join_type") or "basic"
+    if any(".pe_norm." in name for name in checkpoint.model) and said == "basic":
+        said = "LaPE"  # a file without flags
+    goes_on = bool(checkpoint.args.get("warm_start")) and said == conversion.join
+    if conversion.warm_start and said != "basic" and not goes_on:
+        raise CheckpointError(
+            f"warm_start=True starts from a model that adds its position to the input (join basic), {checkpoint.path} "
+            f"has join {said}: leave --warm-start out"
+        )
+
+
+def _advice(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
+    """What to do where the file's join shows in its names and is not the model's."""
+    for mark, fix in (
+        (".pe_gate", "it comes from a warm start: add --warm-start"),
+        (".pe_norm.", "it has norms of position: add --join-type LaPE"),
+    ):
+        if any(mark in name for name in theirs) and not any(mark in name for name in ours):
+            return f"; {fix}"
+    return ""
 
 
 def _leave_distillation(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:

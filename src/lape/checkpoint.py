@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor, nn
 
-from lape.convert import build, conversion_of, fold_
+from lape.convert import Conversion, build, conversion_of, fold_
 from lape.errors import CheckpointError, LapeError
 from lape.hosts import host_named
 from lape.joins import join_named
@@ -39,7 +39,8 @@ _JOIN_ALIASES = {"ln": "LaPE"}  # the reference's name for LaPE on relative posi
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file says. `model` holds the authors' names; `args` the flags of the run that wrote it."""
+    """What a file says. `model` holds the authors' names (those of a converted model in a folder of transformers);
+    `args` the flags of the run that wrote it."""
 
     path: Path
     kind: Literal["pth", "folder"]
@@ -85,7 +86,8 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint of this project, of DeiT or of the LaPE authors, or a folder written by `save`.
+    """Reads a checkpoint of this project, of DeiT or of the LaPE authors, or a folder written by `save`, or by
+    `save_pretrained` of a converted model of transformers.
 
     "hf-hub:OWNER/NAME" and https addresses are downloaded first (asked for by their user). Nothing in the file is
     executed: `torch.load(weights_only=True)` with `argparse.Namespace`, a plain record that DeiT-style files hold, as
@@ -304,7 +306,7 @@ def save(
     **timm_kwargs: Any,
 ) -> Path:
     """Writes a converted model as a folder: `model.safetensors` and `config.json` (model name, join, PE kind, grid,
-    class names, evaluation transform). `lape.load` reads it, without running any code from it.
+    image size, class names, evaluation transform). `lape.load` reads it, without running any code from it.
 
     Args:
         name, timm_kwargs: the timm model and its arguments; needed for a timm model that was not made by
@@ -343,6 +345,7 @@ def save(
         "warm_start": conversion.warm_start,
         "folded": conversion.folded,
         "grid": conversion.layout.grid,
+        "input_size": _pixels(conversion),
         "classes": classes,
         "transform": transform,
     }
@@ -360,6 +363,12 @@ def save(
     write_atomically(path / WEIGHTS, lambda file: file.write(to_bytes(state)))
     write_atomically(path / CONFIG, lambda file: file.write(text.encode()))
     return path
+
+
+def _pixels(conversion: Conversion) -> tuple[int, int]:
+    """(height, width) of the images that a model is made for."""
+    (rows, columns), (height, width) = conversion.layout.grid, conversion.anatomy.patch_size
+    return rows * height, columns * width
 
 
 def _check_factory(model: nn.Module, factory: dict[str, Any]) -> None:
@@ -391,13 +400,35 @@ def _read_folder(path: Path) -> Checkpoint:
         config = json.loads((path / CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no saved model: {CONFIG} cannot be read ({_first_line(error)})") from error
+    if isinstance(config, dict) and "transformers_version" in config:
+        return _read_pretrained(path, config)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path / CONFIG} is not of format {FORMAT!r}")
     state = _unpickle_safely(path / WEIGHTS)
     kwargs = dict(config["model_kwargs"])
     args = {"model": config["model"], "join_type": config["join"], "pe": config["pe"], "model_kwargs": kwargs}
     args["warm_start"] = bool(config.get("warm_start"))
-    raw = {key: config.get(key) for key in ("library", "folded", "classes", "transform", "grid")}
+    raw = {key: config.get(key) for key in ("library", "folded", "classes", "transform", "grid", "input_size")}
+    return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
+
+
+def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
+    """A folder that `save_pretrained` of a converted transformers model wrote, by hand or by its Trainer."""
+    record = config.pop("lape", None)
+    if not isinstance(record, dict):
+        raise CheckpointError(
+            f"{path} holds a transformers model that is not converted: load it with its from_pretrained(), then call "
+            "lape.apply_; a converted model that was passed to lape.apply_ as a part of another one is written by "
+            "lape.save"
+        )
+    index = path / f"{WEIGHTS}.index.json"
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        state |= _unpickle_safely(path / Path(shard).name)
+    args = {"model": config["architectures"][0], "join_type": record["join"], "pe": record["pe"]}
+    args |= {"warm_start": record["warm_start"], "model_kwargs": config}
+    raw = {"library": "transformers", "folded": record["folded"], "grid": record["grid"]}
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
 
 
@@ -432,7 +463,8 @@ def _hub() -> Any:
 
 
 def load(path: str | Path, **timm_kwargs: Any) -> nn.Module:
-    """The model of a folder written by `save`, of a `.pth` of a training run, or of "hf-hub:OWNER/NAME", in eval mode.
+    """The model of a folder written by `save` (or by transformers' `save_pretrained` of a converted model), of a `.pth`
+    of a training run, or of "hf-hub:OWNER/NAME", in eval mode.
 
     `timm_kwargs` go to the model on top of what the file says. Nothing in the file is executed. Raises CheckpointError.
     """

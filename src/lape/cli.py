@@ -37,7 +37,7 @@ EVALUATION = (
 
 # What the matrix of `lape compare` sets itself, and what means nothing for it.
 NOT_COMPARED = (
-    *("model", "pe", "join_type", "seed", "output_dir", "resume", "start_epoch", "eval", "dist_eval"),
+    *("model", "pe", "join_type", "warm_start", "seed", "output_dir", "resume", "start_epoch", "eval", "dist_eval"),
     *("threads", "num_workers", "pin_mem", "world_size", "dist_url", "log_every"),
 )
 
@@ -278,29 +278,34 @@ def predict(
     ] = None,
     device: Annotated[str, Parameter(help="auto (CUDA when there is one), cpu, cuda, cuda:N")] = "auto",
 ) -> None:
-    """Classify images, with the transform and the class names stored in the checkpoint."""
+    """Classify images, with the transform and the class names stored in the checkpoint.
+
+    Lines appear as images are done; files are written at the end.
+    """
     if not images:
         raise LapeError("no image was given: lape predict IMAGE... --checkpoint CHECKPOINT")
     if top_k < 1:
         raise LapeError(f"--top-k {top_k} is not allowed: give 1 or more")
 
-    from lape.evaluate import predict as classify
+    for path in (json, csv):
+        if path not in (None, "-") and not Path(str(path)).parent.is_dir():  # before the work, not after it
+            raise LapeError(f"{path!r} cannot be written (no such folder): give a file in a folder that exists")
 
-    found = classify(checkpoint, images, top_k=top_k, device=device)
-    rows = [
-        {"image": p.path, "rank": rank, "class": name, "probability": probability}
-        for p in found
-        for rank, (name, probability) in enumerate(zip(p.classes, p.probabilities, strict=True), start=1)
-    ]
+    from lape.evaluate import predictions
+
+    rows: list[dict[str, Any]] = []
+    for p in _shown(predictions(checkpoint, images, top_k=top_k, device=device), len(images)):
+        best = list(zip(p.classes, p.probabilities, strict=True))
+        rows += [
+            {"image": p.path, "rank": rank, "class": name, "probability": probability}
+            for rank, (name, probability) in enumerate(best, start=1)
+        ]
+        if "-" not in (json, csv):
+            print("\n".join([p.path, *(f"  {100 * probability:6.2f} %  {name}" for name, probability in best)]))
     if json is not None:
         _write(json, _as_json(rows))
     if csv is not None:
         _write(csv, _as_csv(rows))
-    if "-" not in (json, csv):
-        for p in found:
-            print(p.path)
-            for name, probability in zip(p.classes, p.probabilities, strict=True):
-                print(f"  {100 * probability:6.2f} %  {name}")
 
 
 @app.command
@@ -445,6 +450,17 @@ def _print_row(title: str, text: str) -> None:
     width = max(shutil.get_terminal_size().columns, 40)
     start = f"  {title:<9}"
     print(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False))
+
+
+def _shown(items: Iterable[Any], total: int) -> Iterator[Any]:
+    """The items, with a bar on stderr where both streams allow it: a terminal there, and no lines in its way."""
+    if not sys.stderr.isatty() or sys.stdout.isatty() or total < 2:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, "classifying", total, console=Console(stderr=True), transient=True)
 
 
 def _as_json(rows: Any) -> str:

@@ -6,6 +6,7 @@ Shape legend: B batch, N tokens, R rows of the position table, D width, L layers
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -59,6 +60,11 @@ class Conversion:
     def adds_at_input(self) -> bool:
         """Whether the host's own forward adds a table that holds the position."""
         return self.warm_start or (JOINS[self.join].at_input and KINDS[self.pe].is_table)
+
+    def record(self) -> dict[str, Any]:
+        """What files say of it, as plain values."""
+        said = {"join": self.join, "pe": self.pe, "warm_start": self.warm_start, "folded": self.folded}
+        return {**said, "grid": list(self.layout.grid)}
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,8 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
         warm_start=warm_start,
     )
     _mutate(conversion, chosen_join, wrappers, tables, watch, new=chosen_kind is not None)
+    if hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
     return model
 
 
@@ -390,6 +398,41 @@ class _NoWeightDecay:
         return set(self.names) | (set(host(self.root)) if host else set())
 
 
+class _SavePretrained:
+    """transformers' `save_pretrained()`, whose config.json then says how the model was converted; `lape.load` reads it.
+
+    Weights keep the names that they have in memory, whatever earlier names the library would write, so that its own
+    Trainer finds all of them when it goes on from a checkpoint.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        save = type(model).save_pretrained
+        conversion = _record(model)
+        if conversion is None:
+            return save(model, save_directory, *args, **kwargs)
+        parameters = inspect.signature(save).parameters
+        given = inspect.signature(save).bind(model, save_directory, *args, **kwargs).arguments
+        state = dict(given.get("state_dict") or model.state_dict())
+        seen: set[int] = set()  # a table that two modules read, as in a warm start, is written under both names
+        for key, tensor in state.items():
+            shared = tensor.numel() > 0 and tensor.data_ptr() in seen
+            seen.add(tensor.data_ptr())
+            state[key] = tensor.clone() if shared else tensor
+        given["state_dict"] = state
+        if "save_original_format" in parameters:  # transformers 5
+            given["save_original_format"] = False
+        given |= given.pop("kwargs", {})
+        model.config.lape = conversion.record()
+        try:
+            return save(**given)
+        finally:
+            del model.config.lape
+
+
 class _GroupMatcher:
     """timm's `group_matcher()` for layer-wise learning rates: tables belong to the stem, LN'_l to block l."""
 
@@ -493,6 +536,7 @@ def remove_(model: nn.Module) -> nn.Module:
         root._modules.pop(name, None)
     for attribute in (*conversion.overrides, RECORD):
         delattr(root, attribute)
+    model.__dict__.pop("save_pretrained", None)
     return model
 
 

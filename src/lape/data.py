@@ -132,6 +132,18 @@ def load_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
         raise DataError(f"cannot read image {path} ({reason}): replace or remove the file") from error
 
 
+def check_header(path: str | os.PathLike[str]) -> None:
+    """Read the header of an image file, not its pixels. Raises DataError where it is missing or no image."""
+    try:
+        with warnings.catch_warnings(), Image.open(path):
+            warnings.simplefilter("ignore")
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is not an image that can be read: replace or remove the file") from None
+    except Exception as error:  # PIL's decoders raise what they like on a corrupt file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot read image {path} ({reason}): replace or remove the file") from error
+
+
 # -- loaders -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lape.augment import EvalTransform, eval_transform
 from lape.checkpoint import Checkpoint, read_checkpoint
-from lape.convert import conversion_of, create_model, describe
+from lape.convert import build, conversion_of, describe, fold_
 from lape.distributed import join_world, rank_and_size, sum_over_ranks
 from lape.errors import CheckpointError, DataError, LapeError
 from lape.recipe import Recipe
 from lape.reference import load_reference_state_dict
 
-# What a checkpoint knows about itself. The first four must not be contradicted by a flag.
-IDENTITY = ("model", "join_type", "pe", "in_chans")
-STORED = (*IDENTITY, "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
+# What a checkpoint knows about itself. The first must not be contradicted by a flag.
+IDENTITY = ("model", "join_type", "pe", "in_chans", "warm_start")
+STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
+PREDICT_BATCH = 32  # images that `predict` decodes and classifies at a time
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def evaluate(
     with autocast(amp, device):
         for images, targets in loader:
             targets = targets.to(device, non_blocking=True)
-            logits = model(images.to(device, non_blocking=True)).float()
+            logits = logits_of(model(images.to(device, non_blocking=True))).float()
             hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
             loss = F.cross_entropy(logits, targets, reduction="none")
             places = torch.arange(place, place + size * len(targets), size)
@@ -127,7 +129,7 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
         CheckpointError: no such file, or a flag contradicts it.
         DataError: the data has other classes than the model.
     """
-    from lape.data import eval_loader, eval_transform, load_data
+    from lape.data import eval_loader, load_data
 
     if not recipe.resume:
         raise CheckpointError("evaluation needs a checkpoint: give --resume CHECKPOINT")
@@ -141,6 +143,12 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
                 f"no --data-path was given, and {recipe.resume} was not trained on the packaged digits: "
                 "give the folder that holds val/"
             )
+        pixels = stored_size(checkpoint)
+        if pixels is not None and pixels[0] != pixels[1] and "input_size" not in recipe.model_fields_set:
+            raise CheckpointError(
+                f"{recipe.resume} is for images of {pixels[0]} x {pixels[1]} pixels and evaluation takes square ones: "
+                "give --input-size SIDE, or classify images with lape predict"
+            )
         recipe = settings_of(checkpoint, recipe)
         if recipe.ema:
             checkpoint = averaged(checkpoint)
@@ -148,6 +156,8 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
         data = load_data(recipe, train=False)
         check_classes(checkpoint, data.classes)
         model = restore_model(checkpoint, recipe, recipe.input_size).to(world.device)
+        outputs = check_classifier(checkpoint, model, recipe.input_size, recipe.in_chans)
+        check_outputs(checkpoint, data.classes, outputs)
         tell(f"Data: {data.name}")
         weights = "averaged (EMA) weights of " if recipe.ema else ""
         tell(f"Model: {recipe.model} from {weights}{recipe.resume}")
@@ -173,26 +183,79 @@ def predict(
 
     Raises:
         DataError: a file is missing or no image; the message names it.
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint cannot be read, or its model is no classifier.
     """
-    from lape.data import EvalTransform, eval_transform, load_image
+    return list(predictions(checkpoint_path, image_paths, top_k=top_k, device=device))
+
+
+def predictions(
+    checkpoint_path: str | Path, image_paths: Sequence[str | Path], *, top_k: int = 5, device: str = "auto"
+) -> Iterator[Prediction]:
+    """As `predict`, one after the other: images are decoded and classified in batches of `PREDICT_BATCH`.
+
+    Before the first one is classified, every file is opened and its header read, so that a missing file or one that is
+    no image costs no work. A file that is cut off shows in its batch only.
+    """
+    from lape.data import check_header, load_image
 
     checkpoint = read_checkpoint(checkpoint_path)
-    recipe = settings_of(checkpoint, Recipe())
-    stored = checkpoint.transform
-    transform = EvalTransform.from_dict(stored) if stored else eval_transform(recipe)
+    transform = transform_of(checkpoint)
     prepare = transform.build()
-    images = [load_image(path, transform.in_chans) for path in image_paths]  # all, before the first is classified
+    for path in image_paths:
+        check_header(path)
     with join_world(device) as world:
-        model = restore_model(checkpoint, recipe, transform.input_size).to(world.device)
-        predictions = []
-        for path, image in zip(image_paths, images, strict=True):
+        model = restore_model(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size).to(world.device)
+        outputs = check_classifier(checkpoint, model, transform.input_size, transform.in_chans)
+        names = checkpoint.classes or labels_of(model) or []
+        names = [*names, *(str(number) for number in range(len(names), outputs))]
+        for first in range(0, len(image_paths), PREDICT_BATCH):
+            paths = image_paths[first : first + PREDICT_BATCH]
+            pixels_BCHW = torch.stack([prepare(load_image(path, transform.in_chans)) for path in paths])
             with torch.no_grad():
-                probabilities_C = model(prepare(image)[None].to(world.device)).float().softmax(dim=1)[0]
-            best = probabilities_C.topk(min(top_k, len(probabilities_C)))
-            names = [_class_name(checkpoint, int(index)) for index in best.indices]
-            predictions.append(Prediction(str(path), names, [float(p) for p in best.values]))
-    return predictions
+                probabilities_BK = logits_of(model(pixels_BCHW.to(world.device))).float().softmax(dim=1)
+            best = probabilities_BK.topk(min(top_k, outputs))
+            for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
+                yield Prediction(str(path), [names[index] for index in indices], values)
+
+
+def transform_of(checkpoint: Checkpoint) -> EvalTransform:
+    """The stored evaluation transform; else a recipe's, at the model's own size, (height, width) where not square."""
+    if checkpoint.transform:
+        return EvalTransform.from_dict(checkpoint.transform)
+    transform = eval_transform(settings_of(checkpoint, Recipe()))
+    size = stored_size(checkpoint)
+    return transform if size is None or size[0] == size[1] else replace(transform, input_size=size)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returns: a tensor (timm, torchvision), or `.logits` (transformers)."""
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+def check_classifier(checkpoint: Checkpoint, model: nn.Module, input_size: int | tuple[int, int], in_chans: int) -> int:
+    """The number of classes that a model tells apart, found by classifying an empty image.
+
+    Raises:
+        CheckpointError: it has no classifier, or gives no (1, K) logits for an image of this size.
+    """
+    height, width = _sides(input_size)
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        output = model(torch.zeros(1, in_chans, height, width, device=parameter.device, dtype=parameter.dtype))
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if getattr(model, "num_classes", None) == 0 or logits is None or logits.ndim != 2:
+        raise CheckpointError(
+            f"{checkpoint.path} holds a {type(model).__name__} without a classifier: save one that ends in class "
+            "logits (timm with num_classes, ...ForImageClassification), or look at it with lape visualize"
+        )
+    return logits.shape[1]
+
+
+def labels_of(model: nn.Module) -> list[str] | None:
+    """The class names in the configuration of a transformers model, None where it has none."""
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    return None if not labels else [labels[number] for number in sorted(labels)]
 
 
 def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
@@ -201,10 +264,15 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     Raises:
         CheckpointError: a flag that was given names another model, join, position embedding or channel count.
     """
+    size = stored_size(checkpoint)
     said = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {}) | checkpoint.args
     stored = {name: said[name] for name in STORED if said.get(name) is not None}
-    if not isinstance(stored.get("input_size", 0), int):
-        del stored["input_size"]  # not square: only the stored transform can say it
+    stored["warm_start"] = bool(said.get("warm_start"))  # no flag of an evaluation: the file alone knows
+    stored.pop("input_size", None)
+    if size is not None and size[0] == size[1]:  # not square: only the transform can say it
+        stored["input_size"] = size[0]
+    if checkpoint.kind == "folder":
+        stored.setdefault("in_chans", 3)
     given = recipe.model_fields_set
     asked = recipe.replace(**{name: value for name, value in stored.items() if name not in given})
     known = Recipe(**{name: stored[name] for name in IDENTITY if name in stored})  # the same spelling as the flags
@@ -218,18 +286,73 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
 
 
 def _renamed(said: Mapping[str, Any]) -> dict[str, Any]:
-    """What a transform or a timm model calls by another name than the flags do."""
-    flags = {"crop_ratio": "eval_crop_ratio", "img_size": "input_size"}
+    """What a transform or a model of a library calls by another name than the flags do."""
+    flags = {"crop_ratio": "eval_crop_ratio", "num_channels": "in_chans"}
+    flags |= dict.fromkeys(_SIZE_NAMES, "input_size")
+    inner = said.get("vision_config")  # of a model for images and texts
+    said = {**(inner if isinstance(inner, Mapping) else {}), **said}
     return {flags.get(name, name): value for name, value in said.items()}
 
 
+def stored_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """(height, width) in pixels of the images that a checkpoint says it is for, None where it does not say."""
+    kwargs, transform = (_renamed(said or {}) for said in (checkpoint.args.get("model_kwargs"), checkpoint.transform))
+    said = (checkpoint.args, transform, kwargs, checkpoint.raw)
+    size = next((one["input_size"] for one in said if one.get("input_size") is not None), None)
+    return None if size is None else _sides(size)
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def restore_model(checkpoint: Checkpoint, recipe: Recipe, input_size: int | tuple[int, int]) -> nn.Module:
-    """The checkpoint's model in eval mode, for images of `input_size` pixels: its position table is resampled."""
-    kwargs = {**recipe.model_kwargs, "img_size": input_size, "in_chans": recipe.in_chans}
-    if checkpoint.num_classes is not None:
+    """The checkpoint's model in eval mode, for images of `input_size` pixels: its position table is resampled.
+
+    A folder of `lape.save` builds its model of any library by its own arguments, folded where it was folded.
+
+    Raises:
+        CheckpointError: a folder whose model has one size only and is asked for another, or arguments of a timm model
+            for one of another library.
+    """
+    kwargs = dict(recipe.model_kwargs)
+    if checkpoint.kind == "pth":
+        kwargs |= {"img_size": input_size, "in_chans": recipe.in_chans}
+    elif _sides(input_size) != _own_size(checkpoint):
+        kwargs |= _resizing(checkpoint, input_size)
+    if checkpoint.package == "timm" and checkpoint.num_classes is not None:
         kwargs["num_classes"] = checkpoint.num_classes
-    model = create_model(recipe.model, recipe.join_type, recipe.pe, **kwargs)
+    if checkpoint.package != "timm" and recipe.model_kwargs != checkpoint.args.get("model_kwargs"):
+        raise CheckpointError(
+            f"{checkpoint.path} holds a model of {checkpoint.package} and says how it is built: leave model_kwargs out"
+        )
+    warm_start = bool(checkpoint.args.get("warm_start"))
+    pe = None if warm_start else recipe.pe
+    model = build(checkpoint.package, recipe.model, kwargs, recipe.join_type, pe, warm_start=warm_start)
+    if checkpoint.raw.get("folded"):
+        return load_reference_state_dict(fold_(model), checkpoint.model).eval()
     return load_reference_state_dict(model, checkpoint.model, source_grid=source_grid(checkpoint, model)).eval()
+
+
+_SIZE_NAMES = ("img_size", "image_size")  # of timm; of torchvision and transformers
+
+
+def _own_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """(height, width) of the model in a folder, whatever its transform says."""
+    return stored_size(replace(checkpoint, raw={**checkpoint.raw, "transform": None}))
+
+
+def _resizing(checkpoint: Checkpoint, input_size: int | tuple[int, int]) -> dict[str, Any]:
+    """The argument that makes the model of a folder for images of another size. Raises CheckpointError."""
+    own, asked = _own_size(checkpoint), _sides(input_size)
+    fix = f"it is for {own[0]} x {own[1]} pixels; leave --input-size out" if own else "leave --input-size out"
+    if checkpoint.raw.get("folded"):
+        raise CheckpointError(f"{checkpoint.path} is folded, images of {asked[0]} x {asked[1]} do not fit: {fix}")
+    if checkpoint.package == "timm":
+        return {"img_size": asked}
+    if "image_size" not in (checkpoint.args.get("model_kwargs") or {}):
+        raise CheckpointError(f"{checkpoint.path} cannot be resized to {asked[0]} x {asked[1]} pixels: {fix}")
+    return {"image_size": input_size}
 
 
 def averaged(checkpoint: Checkpoint) -> Checkpoint:
@@ -277,15 +400,17 @@ def check_classes(checkpoint: Checkpoint, classes: list[str]) -> None:
             f"the data has {len(classes)} classes, {checkpoint.path} was trained on {len(checkpoint.classes)} others "
             f"(they differ in {', '.join(odd)}): their numbers would not match; give the data it was trained on"
         )
-    if checkpoint.num_classes is not None and checkpoint.num_classes < len(classes):
+    if checkpoint.num_classes is not None:
+        check_outputs(checkpoint, classes, checkpoint.num_classes)
+
+
+def check_outputs(checkpoint: Checkpoint, classes: list[str], outputs: int) -> None:
+    """Raises DataError where the data has more classes than the model has outputs."""
+    if outputs < len(classes):
         raise DataError(
-            f"the data has {len(classes)} classes, the head of {checkpoint.path} has {checkpoint.num_classes} outputs: "
+            f"the data has {len(classes)} classes, the head of {checkpoint.path} has {outputs} outputs: "
             "give the data it was trained on"
         )
-
-
-def _class_name(checkpoint: Checkpoint, index: int) -> str:
-    return checkpoint.classes[index] if checkpoint.classes is not None else str(index)
 
 
 def _silence(_text: str) -> None:

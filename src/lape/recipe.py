@@ -92,6 +92,9 @@ class Recipe(BaseModel):
     smoothing: float = _training(0.1, "label smoothing", ge=0, lt=1)
     train_mode: bool = _training(True, "--no-train-mode: train without dropout and stochastic depth")
     finetune: str = _training("", "checkpoint whose weights training starts from (head and grid may differ)")
+    warm_start: bool = _training(
+        False, "with --finetune: begin as the pretrained model; LaPE's position enters through gates that start at zero"
+    )
     attn_only: bool = _training(False, "train only attention, position embedding and head")
 
     # Optimizer

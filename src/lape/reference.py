@@ -87,7 +87,7 @@ def _indices(conversion: Conversion, prefix: str) -> dict[str, Tensor]:
 def load_reference_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], *, source_grid: Grid | None = None
 ) -> nn.Module:
-    """Loads a state dict with the authors' names into a converted model, strictly, and returns the model.
+    """Loads a state dict with the authors' names, or with the model's own, strictly into a converted model; returns it.
 
     Args:
         source_grid: the (rows, columns) that the tables in `state_dict` are for; when given and another than the
@@ -100,7 +100,7 @@ def load_reference_state_dict(
     conversion = conversion_of(model)
     own, names, prefix = model.state_dict(), reference_names(model), _prefix(model, conversion)
     tables = {prefix + name for name in _table_names(conversion)}
-    given = dict(state_dict)
+    given = {names.get(key, key): tensor for key, tensor in state_dict.items()}
     for key, index_nn in _indices(conversion, prefix).items():
         other = given.pop(key, None)
         if other is not None and not torch.equal(other, index_nn):

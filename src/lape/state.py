@@ -188,7 +188,11 @@ def find_resumed(recipe: Recipe, say: Say = print) -> Checkpoint | None:
         CheckpointError: the file is not whole; with `auto`, none of those that are there is.
     """
     if recipe.resume != "auto":
-        return read_checkpoint(recipe.resume) if recipe.resume else None
+        if not recipe.resume:
+            return None
+        resumed = read_checkpoint(recipe.resume)
+        _check_resumable(resumed)  # before a model is built from what the file says
+        return resumed
     if not recipe.output_dir:
         raise LapeError("--resume auto looks into the output folder: add --output-dir")
     newest, refused = None, []

@@ -33,7 +33,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lape.build import build_model, load_teacher, trainable
+from lape.build import build_model, check_warm_start, load_teacher, trainable
 from lape.checkpoint import read_checkpoint
 from lape.convert import describe
 from lape.data import BatchPlan, Data, batch_plan, eval_loader, eval_transform, load_data, steps_per_epoch, train_loader
@@ -114,6 +114,7 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
         agree(resumed, world)
         if resumed is not None:
             recipe = settings_of(resumed, recipe)
+        check_warm_start(recipe, resumed)
         data = load_data(recipe, world_size=world.size)
         plan = batch_plan(recipe, world.size)
         steps = steps_per_epoch(len(data.train), recipe, world.size)
