@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 256
+ROUNDED_OFF = 1e-3  # more than float32 loses in a sum of 16 products, or a flat area would be cut to one level less
 LUMA, LUMA_BITS = (19595, 38470, 7471), 16  # ITU-R 601-2: 0.299, 0.587, 0.114 in 16 bits
 
 # ------------------------------------------------------------------------------------------------ one pixel at a time
@@ -133,7 +134,8 @@ def warp(images_nCHW: Tensor, matrix_n6: Tensor, fill_C: Tensor, cubic_n: Tensor
             places = (row * width + column).view(n, 1, -1).expand(n, channels, -1)
             line.addcmul_(flat.gather(2, places).view_as(line).float(), part.unsqueeze(1))
         result.addcmul_(line, weight.unsqueeze(1))
-    return torch.where(inside.unsqueeze(1), result.clamp(0, 255).to(torch.uint8), fill_C.view(1, -1, 1, 1))
+    pixels = (result + ROUNDED_OFF).clamp(0, 255).to(torch.uint8)
+    return torch.where(inside.unsqueeze(1), pixels, fill_C.view(1, -1, 1, 1))
 
 
 def rotation(degrees_n: Tensor, height: int, width: int) -> Tensor:
