@@ -25,7 +25,7 @@ TRAIN_FLAGS = """
 --model-ema --no-model-ema --model-ema-decay --model-ema-force-cpu --no-model-ema-force-cpu
 --model-ema-warmup --no-model-ema-warmup --grad-checkpointing --no-grad-checkpointing --compile --no-compile
 --skip-corrupt --no-skip-corrupt --global-batch --max-skipped --save-steps --save-minutes --best-by --log-to
---ema --no-ema --deterministic --no-deterministic --dist-timeout
+--data-on-device --no-data-on-device --ema --no-ema --deterministic --no-deterministic --dist-timeout
 --data-path --data-set --inat-category --num-workers --pin-mem --no-pin-mem --eval-crop-ratio --mean --std
 --epochs --batch-size --seed --start-epoch --bce-loss --no-bce-loss --smoothing --train-mode --no-train-mode
 --finetune --warm-start --no-warm-start --attn-only --no-attn-only
@@ -50,7 +50,7 @@ EVAL_FLAGS = """
 OURS = {
     *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
-    *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start"),
+    *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device"),
 }
 COMMANDS = {"check-data", "compare", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
 

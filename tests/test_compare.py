@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,42 @@ def test_processes_side_by_side_find_the_same(comparison: Comparison, tmp_path: 
     expected = [c for c in comparison.results["cells"] if c["pe"] == "learnable" and c["seed"] == 0]
     found = {c["join"]: c["accuracy"] for c in other.results["cells"]}
     assert found == {c["join"]: c["accuracy"] for c in expected if c["join"] != "share"}
+
+
+def test_data_on_the_device_side_by_side(tmp_path: Path) -> None:
+    """Several seeds and joins at once on one device, which holds the images once a process."""
+    recipe = TINY.replace(data_on_device=True, aa="rand-m9-mstd0.5-inc1", reprob=0.25)
+    alone = compare(recipe, tmp_path / "one", joins=("LaPE",), seeds=(0, 1), workers=1)
+    beside = compare(recipe, tmp_path / "two", joins=("LaPE",), seeds=(0, 1), workers=2)
+    assert [c["history"] for c in beside.results["cells"]] == [c["history"] for c in alone.results["cells"]]
+    assert (beside.results["workers"], beside.results["gpus"]) == (2, [])
+
+
+def test_trainings_are_dealt_out_to_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lape import workers
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for gpus, expected in ((0, "000"), (1, "000"), (2, "010")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        found = []
+        for place in range(3):
+            workers._take_gpu(place)
+            found.append(os.environ["LOCAL_RANK"])
+        assert "".join(found) == expected
+
+
+def test_what_was_trained_on_a_gpu_is_measured_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids and distances are made there; a CUDA model is stood in for by one that only its `cpu` makes whole."""
+    moved, positions = [], lape.convert.positions
+
+    def checked(model: torch.nn.Module, **kwargs: Any) -> torch.Tensor:
+        assert moved == [model]
+        return positions(model, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda model: (moved.append(model), model)[1])
+    monkeypatch.setattr("lape.convert.positions", checked)
+    compare(TINY, tmp_path, joins=("LaPE",), seeds=(0,), workers=1)
+    assert len(moved) == 1
 
 
 def test_finished_runs_and_foreign_checkpoints_have_a_table_of_their_own(tmp_path: Path) -> None:

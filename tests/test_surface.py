@@ -37,6 +37,8 @@ LAYERS = [  # each may import from itself and from those before it
         "correlation",
         "recipe",
         "augment",
+        "batched",
+        "device_data",
         "data",
         "distributed",
         "losses",

@@ -226,7 +226,7 @@ def compare(
     runs: Annotated[
         tuple[str, ...], Parameter(help="finished runs and checkpoints to show beside, in a table of their own")
     ] = (),
-    workers: Annotated[int, Parameter(help="trainings side by side, one thread each")] = 2,
+    workers: Annotated[int, Parameter(help="trainings side by side, one thread each; also on one GPU")] = 2,
     **given: Any,
 ) -> None:
     """Train joins, kinds, models and seeds by one recipe and compare them: table, test, curves, report, explorer."""

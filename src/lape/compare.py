@@ -79,7 +79,7 @@ def compare(
         baseline: the join that the others are compared with, for the same model and kind; None: basic, or the first.
         runs: finished runs (folders with log.txt and checkpoint.pth) and checkpoints of others, which are evaluated
             on the recipe's data; shown in a table of their own, since nothing says that their budget was the same.
-        workers: trainings side by side.
+        workers: trainings side by side, a process each; on CUDA they share the GPU, or are dealt out to several.
 
     Raises LapeError before any training: unknown names, no combination with a meaning, a folder that cannot be written
     or holds a comparison by another recipe, a run that cannot be read.
@@ -120,6 +120,7 @@ def compare(
         "others": others,
         "cells": [{"model": cell.model, "pe": cell.pe, **asdict(cell.run)} for cell in cells],
         "workers": workers,
+        "gpus": _gpus(recipe),
         **environment(),
     }
     results["sentences"] = sentences(results)
@@ -161,6 +162,15 @@ def combinations(
     if not wanted:
         raise LapeError(f"nothing to train: {next(iter(meaningless.values()))}")
     return wanted, meaningless
+
+
+def _gpus(recipe: Recipe) -> list[str]:
+    """The GPUs that the trainings were dealt out to; none on a CPU."""
+    import torch
+
+    if recipe.device != "auto" and not recipe.device.startswith("cuda"):
+        return []
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def _writable(folder: Path) -> Path:
@@ -238,12 +248,13 @@ def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Cell:
     home = cell_folder(folder, recipe)
     under_way = recipe.replace(output_dir=str(home / "training"), resume="auto")
     result = train(under_way, on_epoch=lambda _line: tick(), say=lambda _text: None)
+    model = result.model.cpu()
     measures: dict[str, Tensor] = {}
     if KINDS[recipe.pe].is_table:
-        seen_LnD = positions(result.model, view="seen").detach()[:, num_prefix_tokens(result.model) :]
-        measures = measure_all(correlation(result.model), seen_LnD, grid(result.model))
+        seen_LnD = positions(model, view="seen").detach()[:, num_prefix_tokens(model) :]
+        measures = measure_all(correlation(model), seen_LnD, grid(model))
     run = Run.of(recipe, result, measures)
-    save(result.model, home / "model")
+    save(model, home / "model")
     text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1) + "\n"
     write_atomically(home / "result.json", partial(_write_text, text))
     shutil.rmtree(home / "training")
@@ -455,7 +466,8 @@ def _how(results: dict[str, Any]) -> Iterator[str]:
     hardware, versions = results["hardware"], results["versions"]
     yield f"Recipe of all: {', '.join(f'{name}={value!r}' for name, value in results['recipe'].items())}"
     yield from (f"Left out: {m['model']}, {m['join']} with {m['pe']}: {m['why']}" for m in results["meaningless"])
-    yield f"Trainings: {results['workers']} at a time, one thread each"
+    gpus = f", on {', '.join(results['gpus'])}" if results["gpus"] else ""
+    yield f"Trainings: {results['workers']} at a time, one thread each{gpus}"
     yield f"Machine: {hardware['processor']}, {hardware['cores']} cores, {hardware['system']}"
     yield f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}"
     yield f"Commit: {results['commit'] or 'not a git checkout'}"

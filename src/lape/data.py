@@ -40,6 +40,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from lape.augment import EvalTransform, Transform, eval_transform, is_augmented, to_mode, train_transform
+from lape.device_data import DeviceLoader, OnDevice, Step, ToBytes, room_for, split_transform
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ __all__ = [
 COPIES = 3  # of an image under repeated augmentation
 EVAL_BATCH = 1.5  # DeiT's evaluation batch, as a multiple of the training batch
 MOST_SKIPPED = 20  # unreadable images in a row; more is no accident
+READ_AT_ONCE = 256  # images of a loader's batch while they are put on the device
 CACHE_BYTES = 2**28  # tensors of an unaugmented in-memory data set are kept up to this size
 LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*"
 
@@ -80,7 +82,9 @@ class Data:
     name: str
 
 
-def load_data(recipe: Recipe, *, train: bool = True, val: bool = True, world_size: int = 1) -> Data:
+def load_data(
+    recipe: Recipe, *, train: bool = True, val: bool = True, world_size: int = 1, device: torch.device | str = "cpu"
+) -> Data:
     """Open and check the data of a recipe; nothing is written.
 
     Args:
@@ -88,9 +92,11 @@ def load_data(recipe: Recipe, *, train: bool = True, val: bool = True, world_siz
         train: open the training set, and check that `world_size` batches fit into it. Without it train/ need not exist.
         val: open the validation set.
         world_size: number of training processes.
+        device: where the images are put with `data_on_device`.
 
     Raises:
-        DataError: a layout that cannot be trusted, or fewer images than one batch of all processes.
+        DataError: a layout that cannot be trusted, or fewer images than one batch of all processes; with
+            `data_on_device` an unreadable image, images of several sizes, or more of them than fit.
         LapeError: a batch or an augmentation that cannot work.
     """
     if train:
@@ -101,14 +107,46 @@ def load_data(recipe: Recipe, *, train: bool = True, val: bool = True, world_siz
         "val": eval_transform(recipe).build,
     }
     wanted = [split for split, asked in (("train", train), ("val", val)) if asked]
-    sets, classes, name = read(recipe, root, {split: build[split]() for split in wanted})
+    made = {split: build[split]() for split in wanted}
+    steps: dict[str, list[Step]] = {}
+    if recipe.data_on_device:
+        made, steps = _for_device(recipe, made, torch.device(device))
+    sets, classes, name = read(recipe, root, made)
     if train:
         if len(classes) < 2:
             raise DataError(
                 f"{root} has one class, {classes[0]!r}: nothing can be learned; is it the right folder level?"
             )
         steps_per_epoch(len(_sized(sets["train"])), recipe, world_size)
+    for split in steps:
+        sets[split] = _put_on_device(sets[split], steps[split], recipe, torch.device(device))
     return Data(sets.get("train"), sets.get("val"), classes, name)
+
+
+def _for_device(
+    recipe: Recipe, made: dict[str, Any], device: torch.device
+) -> tuple[dict[str, Any], dict[str, list[Step]]]:
+    """Return, by split, the transform that runs once and the batched steps. Raises LapeError."""
+    if recipe.skip_corrupt:
+        raise LapeError(
+            "skip_corrupt=True leaves images out by the epoch, data_on_device reads each once: use one of them"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise LapeError(f"data_on_device needs float64 and was made for cuda and cpu, not {device.type}: leave it out")
+    parts = {split: split_transform(transform) for split, transform in made.items()}
+    once = {split: ToBytes(first) for split, (first, _) in parts.items()}
+    return once, {split: rest for split, (_, rest) in parts.items()}
+
+
+def _put_on_device(dataset: Any, steps: list[Step], recipe: Recipe, device: torch.device) -> OnDevice:
+    """Read every image once. Raises DataError."""
+    n = len(_sized(dataset))
+    images, targets = room_for(n, dataset[0][0].shape, device), torch.empty(n, dtype=torch.long, device=device)
+    first = 0
+    for some, numbers in _loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe):
+        images[first : first + len(some)], targets[first : first + len(some)] = some, numbers
+        first += len(some)
+    return OnDevice(images, targets, steps)
 
 
 def load_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
@@ -216,7 +254,7 @@ def steps_per_epoch(n_samples: int, recipe: Recipe, world_size: int = 1) -> int:
 
 def train_loader(
     dataset: Dataset, recipe: Recipe, *, epoch: int, rank: int = 0, world_size: int = 1, skip_batches: int = 0
-) -> Loader:
+) -> Loader | DeviceLoader:
     """Return the batches of one epoch that belong to one process: (B, in_chans, H, W) float32 and (B,) int64.
 
     All processes get the same number of full batches: for each of `steps_per_epoch` less `skip_batches` steps (those
@@ -228,12 +266,16 @@ def train_loader(
         LapeError: `skip_batches` is not a number of batches of this epoch.
     """
     batches = TrainBatches(len(_sized(dataset)), recipe, epoch, rank, world_size, skip_batches)
+    if isinstance(dataset, OnDevice):
+        return DeviceLoader(dataset, batches, _hash(recipe.seed, epoch))
     return _loader(Samples(dataset, (recipe.seed, epoch), recipe.skip_corrupt), batches, recipe)
 
 
-def eval_loader(dataset: Dataset, recipe: Recipe, *, rank: int = 0, world_size: int = 1) -> Loader:
+def eval_loader(dataset: Dataset, recipe: Recipe, *, rank: int = 0, world_size: int = 1) -> Loader | DeviceLoader:
     """Return the batches of one process in evaluation: images rank, rank + world_size, ...; none twice, none padded."""
     batches = EvalBatches(range(rank, len(_sized(dataset)), world_size), int(recipe.batch_size * EVAL_BATCH))
+    if isinstance(dataset, OnDevice):
+        return DeviceLoader(dataset, batches, 0)
     return _loader(Samples(dataset, None), batches, recipe)
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lape.augment import EvalTransform, eval_transform
 from lape.checkpoint import Checkpoint, read_checkpoint
 from lape.convert import build, conversion_of, describe, fold_
+from lape.device_data import DeviceLoader
 from lape.distributed import join_world, rank_and_size, sum_over_ranks
 from lape.errors import CheckpointError, DataError, LapeError
 from lape.recipe import Recipe
@@ -79,7 +80,7 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, device: torch.device, *, amp: str = "off", shared: bool = True
+    model: nn.Module, loader: DataLoader | DeviceLoader, device: torch.device, *, amp: str = "off", shared: bool = True
 ) -> Metrics:
     """Top-1, top-5 and cross entropy of a model, which is left in eval mode.
 
@@ -153,7 +154,7 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
         if recipe.ema:
             checkpoint = averaged(checkpoint)
         autocast(recipe.amp, world.device)
-        data = load_data(recipe, train=False)
+        data = load_data(recipe, train=False, device=world.device)
         check_classes(checkpoint, data.classes)
         model = restore_model(checkpoint, recipe, recipe.input_size).to(world.device)
         outputs = check_classifier(checkpoint, model, recipe.input_size, recipe.in_chans)

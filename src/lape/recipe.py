@@ -74,6 +74,7 @@ class Recipe(BaseModel):
     inat_category: InatCategory = _data("name", "which label of an INAT data set")
     num_workers: int = _data(10, "loader processes per training process", ge=0)
     pin_mem: bool = _data(True, "page-locked loader memory on CUDA")
+    data_on_device: bool = _data(False, "small data: keep the images on the device as bytes, augment batches there")
     skip_corrupt: bool = _data(False, "train on the next image instead of an unreadable one; named and counted")
     eval_crop_ratio: float = _data(1.0, "side of evaluation's crop over side of the resized image", gt=0, le=1)
     mean: tuple[float, ...] | None = _data(None, "channel means of the normalisation (default: ImageNet's)")

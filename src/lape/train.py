@@ -115,7 +115,7 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
         if resumed is not None:
             recipe = settings_of(resumed, recipe)
         check_warm_start(recipe, resumed)
-        data = load_data(recipe, world_size=world.size)
+        data = load_data(recipe, world_size=world.size, device=world.device)
         plan = batch_plan(recipe, world.size)
         steps = steps_per_epoch(len(data.train), recipe, world.size)
         num_classes = len(data.classes)
@@ -464,6 +464,9 @@ def _introduce(recipe: Recipe, data: Data, state: State, world: World, plan: Bat
     """Say what is trained on what, and how."""
     say(f"Data: {data.name}")
     say(f"Evaluation transform: {eval_transform(recipe)}")
+    if recipe.data_on_device:
+        held = data.train.images.nbytes + data.val.images.nbytes
+        say(f"Images are held on {world.device} as bytes ({held / 2**20:.1f} MiB) and augmented there")
     say(f"Model: {recipe.model}\n{describe(state.model)}")
     say(f"number of params: {trainable(state.model)}")
     parts = f" x {plan.parts} parts" if plan.parts > 1 else ""

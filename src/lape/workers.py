@@ -1,6 +1,10 @@
-"""Trainings side by side: one process each, one thread each, so that a result does not depend on how many there are."""
+"""Trainings side by side: one process each, one thread each, so that a result does not depend on how many there are.
+
+On CUDA the processes share the GPU; where there are several GPUs they are dealt out to them in turn.
+"""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -57,10 +61,12 @@ def _in_turn(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterator[Any
 
 def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterator[Any]:
     context = multiprocessing.get_context("spawn")  # a fork of a process that ran torch can hang
-    ticks = context.SimpleQueue()
+    ticks, places = context.SimpleQueue(), context.SimpleQueue()
+    for place in range(agenda.workers):
+        places.put(place)
     others = set(multiprocessing.active_children())
     try:
-        with ProcessPoolExecutor(agenda.workers, context, _start_worker, (ticks,)) as pool:
+        with ProcessPoolExecutor(agenda.workers, context, _start_worker, (ticks, places)) as pool:
             try:
                 pending: set[Future[Any]] = set()
                 while True:
@@ -89,10 +95,21 @@ def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterato
 _ticks: Any = None  # in a worker: where it says that an epoch is over
 
 
-def _start_worker(ticks: Any) -> None:
+def _start_worker(ticks: Any, places: Any) -> None:
     global _ticks
     _ticks = ticks
+    _take_gpu(places.get())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
+
+
+def _take_gpu(place: int) -> None:
+    """Make `--device auto` and `cuda` mean one of the GPUs in turn, by the variable that names a process its own.
+
+    Several trainings on one GPU take turns in computing; their memory adds up.
+    """
+    import torch
+
+    os.environ["LOCAL_RANK"] = str(place % max(1, torch.cuda.device_count()))
 
 
 def _work(job: Job, recipe: Recipe) -> Any:
