@@ -37,6 +37,7 @@ LAYERS = [  # each may import from itself and from those before it
         "recipe",
         "augment",
         "data",
+        "pixels",
         "distributed",
         "losses",
         "progress",
