@@ -38,6 +38,7 @@ LAYERS = [  # each may import from itself and from those before it
         "augment",
         "data",
         "pixels",
+        "slide",
         "distributed",
         "losses",
         "progress",

@@ -5,6 +5,7 @@ What is different, and what it does to a pixel:
 - JPEGs are decoded by torchvision. Both use libjpeg-turbo: the same bytes come out (`tests/test_pixels.py` compares).
 - They are resized by torch's 8-bit kernel instead of Pillow's. Both are antialiased, with coefficients in fixed point
   that are rounded differently: at most `LEVELS` of 255, and most pixels do not differ.
+- Shears and translations of the policy are computed by `lape.slide`: at most one level from Pillow's.
 - They stay 8-bit until they are on the device, a quarter of the bytes; there the batch becomes float and is normalised,
   with the plain path's operations in their order. What random erasing writes is drawn with the image, put in there.
 
@@ -14,6 +15,7 @@ policy and erasing on both. What is no RGB or grey JPEG (PNG, CMYK, damaged) is 
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,14 +25,16 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import AutoAugment, RandAugment
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from lape.augment import SMALL, EvalTransform, Transform
+from lape.augment import SMALL, EvalTransform, Transform, operations
 from lape.errors import LapeError
+from lape.slide import SLIDES
 
 try:  # torchvision 0.29 announces that it will give its decoders up; Pillow's are slower and give the same bytes
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -95,7 +99,7 @@ class FastEval:
 
 
 class FastTrain:
-    """DeiT's training transform: crop and flip on 8-bit tensors, the policy on a Pillow image, erasing as a patch.
+    """DeiT's training transform: crop and flip on 8-bit tensors, then the policy, erasing as a patch.
 
     Args:
         plain: what `lape.augment.train_transform` built; its own steps draw every random number.
@@ -103,7 +107,10 @@ class FastTrain:
     """
 
     def __init__(self, plain: Any, in_chans: int) -> None:
-        self.crop, self.flip, *rest = plain.transforms
+        steps = copy.deepcopy(plain)
+        for operation in operations(steps):
+            operation.aug_fn = _Operation(operation.name, operation.aug_fn)
+        self.crop, self.flip, *rest = steps.transforms
         self.erasing = rest.pop() if isinstance(rest[-1], RandomErasing) else None
         self.policy, self.in_chans = rest[:-2], in_chans  # without the steps to a normalised tensor
         self._canvas: Tensor | None = None
@@ -114,12 +121,10 @@ class FastTrain:
         wanted = random.choice(filters) if isinstance(filters, tuple | list) else filters  # as timm does
         size = list(self.crop.size)
         levels = F.resized_crop(levels, top, left, height, width, size, interpolation=wanted, antialias=True)
-        pixels = _by_pixel(self.flip(levels), self.in_chans)
-        if self.policy:
-            image: Any = Image.fromarray(pixels.numpy().squeeze())
-            for step in self.policy:
-                image = step(image)
-            pixels = torch.from_numpy(np.array(image)).reshape(pixels.shape)
+        image: Any = _by_pixel(self.flip(levels), self.in_chans)
+        for step in self.policy:
+            image = step(image if isinstance(step, RandAugment | AutoAugment) else _to_pil(image))
+        pixels = _to_levels(image)
         return pixels, self._erased(pixels.shape[2], *pixels.shape[:2])
 
     def _erased(self, channels: int, height: int, width: int) -> Patch | None:
@@ -137,6 +142,31 @@ class FastTrain:
         patch = area.clone()
         area.fill_(torch.nan)
         return int(top), int(left), patch
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """An operation of timm's policies, for images that become Pillow's only where that is needed."""
+
+    name: str
+    plain: Callable
+
+    def __call__(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and self.name in SLIDES and kwargs.get("resample") == Image.Resampling.BICUBIC:
+            function, dim = SLIDES[self.name]
+            return function(_to_levels(image), args[0], dim, kwargs["fillcolor"])
+        return self.plain(_to_pil(image), *args, **kwargs)
+
+
+def _to_pil(image: Any) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.fromarray(image.squeeze(2).numpy())
+
+
+def _to_levels(image: Any) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    levels = torch.from_numpy(np.array(image))
+    return levels if levels.ndim == 3 else levels[:, :, None]
 
 
 def _by_pixel(levels: Tensor, in_chans: int) -> Tensor:
