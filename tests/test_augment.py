@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from lape.augment import EvalTransform, _operations, eval_transform, is_augmented, to_mode, train_transform
+from lape.augment import EvalTransform, eval_transform, is_augmented, operations, to_mode, train_transform
 from lape.errors import DataError, LapeError
 from lape.recipe import Recipe
 
@@ -269,7 +269,7 @@ def test_default_policy_survives_20000_images():
         calls.append(result.getbbox() is None and bright)
         return result
 
-    for operation in _operations(transform):
+    for operation in operations(transform):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = partial(watched, posterize=operation.aug_fn)
     image = photo(16, 16)
@@ -281,10 +281,10 @@ def test_default_policy_survives_20000_images():
 
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "rand-m0", "original", "v0", "augmix-m3-w3"])
 def test_posterize_keeps_a_bit(aa):
-    operations = [op for op in _operations(train_transform(Recipe(aa=aa))) if op.name.startswith("Posterize")]
-    assert operations
+    found = [op for op in operations(train_transform(Recipe(aa=aa))) if op.name.startswith("Posterize")]
+    assert found
     bright = Image.new("RGB", (4, 4), (200, 100, 130))
-    for operation in operations:
+    for operation in found:
         assert operation.aug_fn(bright, 0).getpixel((0, 0)) == (128, 0, 128)
         assert operation.aug_fn(bright, 2).getpixel((0, 0)) == (192, 64, 128)
         assert operation.aug_fn(bright, 8) is bright

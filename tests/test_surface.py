@@ -40,6 +40,8 @@ LAYERS = [  # each may import from itself and from those before it
         "batched",
         "device_data",
         "data",
+        "pixels",
+        "slide",
         "distributed",
         "losses",
         "progress",

@@ -227,7 +227,7 @@ def _keep_one_bit(transform: transforms.Compose) -> None:
     timm may ask for 0 bits: Pillow 13 raises then (about once in 800 images under DeiT's policy), earlier ones
     return a black image. Only the operations of this transform are changed, timm itself is not.
     """
-    for operation in _operations(transform):
+    for operation in operations(transform):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _Posterize(operation.aug_fn)
 
@@ -240,7 +240,8 @@ class _Posterize:
         return self.posterize(image, max(1, bits), **kwargs)
 
 
-def _operations(transform: transforms.Compose) -> Iterator[AugmentOp]:
+def operations(transform: transforms.Compose) -> Iterator[AugmentOp]:
+    """Return every operation of the policies in a transform."""
     for step in transform.transforms:
         if isinstance(step, RandAugment | AugMixAugment):
             yield from step.ops

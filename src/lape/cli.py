@@ -31,7 +31,7 @@ INTERRUPTED = 130
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 EVALUATION = (
     *STORED,
-    *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem"),
+    *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),
     *("ema", "dist_eval", "device", "amp", "threads"),
 )
 

@@ -44,6 +44,7 @@ from lape.device_data import DeviceLoader, OnDevice, Step, ToBytes, room_for, sp
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
+    from lape.pixels import FastImages
     from lape.recipe import Recipe
 
 __all__ = [
@@ -66,6 +67,7 @@ EVAL_BATCH = 1.5  # DeiT's evaluation batch, as a multiple of the training batch
 MOST_SKIPPED = 20  # unreadable images in a row; more is no accident
 READ_AT_ONCE = 256  # images of a loader's batch while they are put on the device
 CACHE_BYTES = 2**28  # tensors of an unaugmented in-memory data set are kept up to this size
+CPU = torch.device("cpu")
 LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*"
 
 
@@ -90,7 +92,7 @@ def load_data(
     Args:
         recipe: `data_path` (empty: the packaged digits), `data_set`, and what the transforms need.
         train: open the training set, and check that `world_size` batches fit into it. Without it train/ need not exist.
-        val: open the validation set.
+        val: open the validation set. With `decode` "fast" it is read that way where no training set is opened beside.
         world_size: number of training processes.
         device: where the images are put with `data_on_device`.
 
@@ -107,11 +109,20 @@ def load_data(
         "val": eval_transform(recipe).build,
     }
     wanted = [split for split, asked in (("train", train), ("val", val)) if asked]
+    fast = recipe.decode == "fast"
+    if fast and read in (_digits, _cifar):
+        raise LapeError("decode='fast' reads image files, these images are in memory already: use --decode exact")
+    if fast and recipe.data_on_device:
+        raise LapeError("decode='fast' with data_on_device=True: images are read once and kept; use --decode exact")
     made = {split: build[split]() for split in wanted}
     steps: dict[str, list[Step]] = {}
     if recipe.data_on_device:
         made, steps = _for_device(recipe, made, torch.device(device))
     sets, classes, name = read(recipe, root, made)
+    if fast and train:  # the images that a training is measured on stay exact
+        sets["train"] = _fast(sets["train"], recipe, train=True)
+    elif fast and val:
+        sets["val"] = _fast(sets["val"], recipe, train=False)
     if train:
         if len(classes) < 2:
             raise DataError(
@@ -143,7 +154,7 @@ def _put_on_device(dataset: Any, steps: list[Step], recipe: Recipe, device: torc
     n = len(_sized(dataset))
     images, targets = room_for(n, dataset[0][0].shape, device), torch.empty(n, dtype=torch.long, device=device)
     first = 0
-    for some, numbers in _loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe):
+    for some, numbers in _loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe, CPU):
         images[first : first + len(some)], targets[first : first + len(some)] = some, numbers
         first += len(some)
     return OnDevice(images, targets, steps)
@@ -180,6 +191,17 @@ def check_header(path: str | os.PathLike[str]) -> None:
     except Exception as error:  # PIL's decoders raise what they like on a corrupt file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"cannot read image {path} ({reason}): replace or remove the file") from error
+
+
+def _fast(plain: Any, recipe: Recipe, *, train: bool) -> FastImages:
+    """The same files and classes, read by `lape.pixels`."""
+    from lape.pixels import FastEval, FastImages, fast_train, read_levels
+
+    paths = plain.sources if isinstance(plain, Images) else [path for path, _ in plain.samples]
+    read = partial(read_levels, in_chans=recipe.in_chans, plain=partial(load_image, in_chans=recipe.in_chans))
+    shown = eval_transform(recipe)
+    transform = fast_train(recipe, plain.transform) if train else FastEval(shown)
+    return FastImages(paths, plain.targets, read, transform, shown.mean, shown.std)
 
 
 # -- loaders -----------------------------------------------------------------------------------------------------------
@@ -253,13 +275,23 @@ def steps_per_epoch(n_samples: int, recipe: Recipe, world_size: int = 1) -> int:
 
 
 def train_loader(
-    dataset: Dataset, recipe: Recipe, *, epoch: int, rank: int = 0, world_size: int = 1, skip_batches: int = 0
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    skip_batches: int = 0,
+    device: torch.device = CPU,
 ) -> Loader | DeviceLoader:
     """Return the batches of one epoch that belong to one process: (B, in_chans, H, W) float32 and (B,) int64.
 
     All processes get the same number of full batches: for each of `steps_per_epoch` less `skip_batches` steps (those
     that were trained before an interruption) as many as `batch_plan` has parts. A `DataError` of a sample is raised
     here, also when a worker met it; with `skip_corrupt` the loader's `skipped` names it.
+
+    Args:
+        device: where `decode` "fast" normalises the batch, and leaves the images; others come in host memory.
 
     Raises:
         DataError: no batch fits.
@@ -268,15 +300,20 @@ def train_loader(
     batches = TrainBatches(len(_sized(dataset)), recipe, epoch, rank, world_size, skip_batches)
     if isinstance(dataset, OnDevice):
         return DeviceLoader(dataset, batches, _hash(recipe.seed, epoch))
-    return _loader(Samples(dataset, (recipe.seed, epoch), recipe.skip_corrupt), batches, recipe)
+    return _loader(Samples(dataset, (recipe.seed, epoch), recipe.skip_corrupt), batches, recipe, device)
 
 
-def eval_loader(dataset: Dataset, recipe: Recipe, *, rank: int = 0, world_size: int = 1) -> Loader | DeviceLoader:
-    """Return the batches of one process in evaluation: images rank, rank + world_size, ...; none twice, none padded."""
+def eval_loader(
+    dataset: Dataset, recipe: Recipe, *, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+) -> Loader | DeviceLoader:
+    """Return the batches of one process in evaluation: images rank, rank + world_size, ...; none twice, none padded.
+
+    `device` is as in `train_loader`.
+    """
     batches = EvalBatches(range(rank, len(_sized(dataset)), world_size), int(recipe.batch_size * EVAL_BATCH))
     if isinstance(dataset, OnDevice):
         return DeviceLoader(dataset, batches, 0)
-    return _loader(Samples(dataset, None), batches, recipe)
+    return _loader(Samples(dataset, None), batches, recipe, device)
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):
@@ -330,13 +367,16 @@ class Samples(Dataset):
 
     def __init__(self, dataset: Dataset, stream: tuple[int, int] | None, skip_corrupt: bool = False) -> None:
         self.dataset, self.stream, self.skip_corrupt = dataset, stream, skip_corrupt
+        self._take: Callable[[int], Any] = getattr(
+            dataset, "levels", dataset.__getitem__
+        )  # of a batch: 8-bit if it can
 
     def __len__(self) -> int:
         return len(_sized(self.dataset))
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         with _generators_kept():
-            return self._draw(*key)
+            return self._draw(*key, self.dataset.__getitem__)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Any:
         """Return a batch, or the `DataError` met: raised in a worker it would arrive wrapped in a traceback."""
@@ -351,31 +391,32 @@ class Samples(Dataset):
             way_out = "" if self.stream is None or self.skip_corrupt else ", or train without it: --skip-corrupt"
             return DataError(f"{error}{way_out}")
 
-    def _draw_readable(self, index: int, copy: int, skipped: list[str]) -> tuple[torch.Tensor, int]:
+    def _draw_readable(self, index: int, copy: int, skipped: list[str]) -> Any:
         if not self.skip_corrupt:
-            return self._draw(index, copy)
+            return self._draw(index, copy, self._take)
         for further in range(MOST_SKIPPED):
             try:
-                return self._draw((index + further) % len(self), copy)
+                return self._draw((index + further) % len(self), copy, self._take)
             except DataError as error:
                 skipped.append(str(error))
         raise DataError(f"{MOST_SKIPPED} images in a row cannot be read, the last: {skipped[-1]}")
 
-    def _draw(self, index: int, copy: int) -> tuple[torch.Tensor, int]:
+    def _draw(self, index: int, copy: int, take: Callable[[int], Any]) -> Any:
         if self.stream is not None:
             seed = _hash(*self.stream, index, copy)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would reseed CUDA as well
-        return self.dataset[index]
+        return take(index)
 
 
 class Loader(DataLoader):
     """A `DataLoader` that raises a sample's `DataError` as it was; `skipped` are those of images that were left out."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, device: torch.device = CPU, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.skipped: list[str] = []  # of the batches handed out so far
+        self.device = device  # where 8-bit batches are finished
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         with warnings.catch_warnings():
@@ -387,19 +428,23 @@ class Loader(DataLoader):
                 break
             if len(batch) == 3:
                 self.skipped += batch[2]
-            yield batch[:2]
+            images, targets = batch[:2]
+            if isinstance(images, tuple):
+                images = self.dataset.dataset.finish(*images, self.device)  # type: ignore[attr-defined]
+            yield images, targets
         else:
             return
         del batches  # stops the workers; left to the garbage collector, that takes torch ten seconds
         raise DataError(str(batch))
 
 
-def _loader(samples: Samples, batches: Sampler, recipe: Recipe) -> Loader:
+def _loader(samples: Samples, batches: Sampler, recipe: Recipe, device: torch.device) -> Loader:
     # more workers than processors only cost, and torch warns of them; tensors in memory need none
     workers = 0 if isinstance(samples.dataset, InMemory) else min(recipe.num_workers, processors())
     return Loader(
         samples,
         batch_sampler=batches,
+        device=device,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=recipe.pin_mem and recipe.device != "cpu" and torch.cuda.is_available(),
@@ -419,7 +464,11 @@ def _collate(batch: Any) -> Any:
     if isinstance(batch, DataError) or (isinstance(batch, tuple) and isinstance(batch[0], torch.Tensor)):
         return batch
     items, skipped = batch if isinstance(batch, tuple) else (batch, [])
-    images, targets = default_collate(items)
+    if isinstance(items[0][0], tuple):  # 8-bit
+        levels, targets = default_collate([(pixels, target) for (pixels, _), target in items])
+        images: Any = (levels, [patch for (_, patch), _ in items])
+    else:
+        images, targets = default_collate(items)
     return (images, targets, skipped) if skipped else (images, targets)
 
 

@@ -163,8 +163,10 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
         weights = "averaged (EMA) weights of " if recipe.ema else ""
         tell(f"Model: {recipe.model} from {weights}{recipe.resume}")
         tell(f"{describe(model)}\nTransform: {eval_transform(recipe)}")
+        if recipe.decode == "fast":
+            tell("Decode: fast, resized pixels may differ by 2 of 255 levels; published numbers use --decode exact")
         rank, size = (world.rank, world.size) if recipe.dist_eval else (0, 1)
-        loader = eval_loader(data.val, recipe, rank=rank, world_size=size)
+        loader = eval_loader(data.val, recipe, rank=rank, world_size=size, device=world.device)
         metrics = evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval)
         tell(str(metrics))
         tell(f"Accuracy of the network on the {metrics.count} test images: {metrics.acc1:.1f}%")

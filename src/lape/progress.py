@@ -61,7 +61,7 @@ class Progress:
             part = round(100 * self.waited / self.seconds)
             self.say(
                 f"{part}% of the epoch was spent on waiting for images ({self.waited / self.done:.3f} s of "
-                f"{self.seconds / self.done:.3f} s a step): raise --num-workers, or use smaller files"
+                f"{self.seconds / self.done:.3f} s a step): raise --num-workers, or use --decode fast or smaller files"
             )
 
     def report(self, *, loss: float, lr: float, grad_norm: float) -> None:

@@ -76,6 +76,9 @@ class Recipe(BaseModel):
     pin_mem: bool = _data(True, "page-locked loader memory on CUDA")
     data_on_device: bool = _data(False, "small data: keep the images on the device as bytes, augment batches there")
     skip_corrupt: bool = _data(False, "train on the next image instead of an unreadable one; named and counted")
+    decode: Literal["exact", "fast"] = _data(
+        "exact", "exact: Pillow, as the original; fast: pixels differ by 2 levels at most, in training or by lape eval"
+    )
     eval_crop_ratio: float = _data(1.0, "side of evaluation's crop over side of the resized image", gt=0, le=1)
     mean: tuple[float, ...] | None = _data(None, "channel means of the normalisation (default: ImageNet's)")
     std: tuple[float, ...] | None = _data(None, "channel deviations of the normalisation (default: ImageNet's)")

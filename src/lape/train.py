@@ -146,7 +146,13 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
             lr = state.optimizer.param_groups[0]["lr"]
             progress = Progress(f"Epoch: [{epoch}]", state.next_step, steps, plan, world, recipe.log_every, say)
             loader = train_loader(
-                data.train, recipe, epoch=epoch, rank=world.rank, world_size=world.size, skip_batches=state.next_step
+                data.train,
+                recipe,
+                epoch=epoch,
+                rank=world.rank,
+                world_size=world.size,
+                skip_batches=state.next_step,
+                device=world.device,
             )
             net.train(recipe.train_mode)
             loss_of_step = torch.zeros((), device=world.device)
@@ -414,7 +420,7 @@ def _complete_files(state: State, data: Data, recipe: Recipe, plan: BatchPlan, n
 def _measure(model: nn.Module, data: Data, recipe: Recipe, world: World) -> Metrics:
     """Evaluate on the validation images; with `dist_eval` the processes share them."""
     rank, size = (world.rank, world.size) if recipe.dist_eval else (0, 1)
-    loader = eval_loader(data.val, recipe, rank=rank, world_size=size)
+    loader = eval_loader(data.val, recipe, rank=rank, world_size=size, device=world.device)
     if next(model.parameters()).device != world.device:  # an EMA in host memory
         model = copy.deepcopy(model).to(world.device)
     return evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval)
