@@ -44,7 +44,7 @@ LAYERS = [  # each may import from itself and from those before it
         "evaluate",
     },
     {"export", "measures", "probe"},
-    {"plot", "explorer", "report", "workers", "compare", "demo", "cli", "__main__"},
+    {"plot", "explorer", "report", "workers", "compare", "demo", "benchmark", "cli", "__main__"},
 ]
 
 
