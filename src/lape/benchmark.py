@@ -104,11 +104,7 @@ def benchmark(
             for name, model_ in made.items()
         ]
         size = _input_size(variants[0].model)
-        found = environment()
-        found["versions"] |= {name: metadata.version(name) for name in wanted if name in made}
-        gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
-        found["hardware"] |= {"device": str(world.device), "gpu": gpu, "threads": torch.get_num_threads()}
-        found["hardware"]["load_before"] = os.getloadavg() if hasattr(os, "getloadavg") else None
+        found = machine(world.device, [name for name in wanted if name in made])
         say(f"{model}, {size[1]} x {size[2]} pixels, {describe_machine(found)}")
         with _memory_errors():
             measure(variants, size, batch_size, rounds, precision, world.device, train, inference)
@@ -472,6 +468,16 @@ def _memory_errors() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ what is shown
+
+
+def machine(device: torch.device, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Versions (of these packages as well), hardware, threads, the load before, and the commit."""
+    found = environment()
+    found["versions"] |= {name: metadata.version(name) for name in packages}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+    found["hardware"] |= {"device": str(device), "gpu": gpu, "threads": torch.get_num_threads(), "load_before": load}
+    return found
 
 
 def describe_machine(found: dict[str, Any]) -> str:
