@@ -2,14 +2,14 @@
 
     python benchmarks/original_style.py [--model deit_tiny_patch16_224] [--batch-size 16] [--rounds 12] [--device cpu]
 
-The baseline computes Eq. 8-11 of Yu et al. (ICCV 2023) step by step: LN_l(x) and LN'_l(P_l) as separate norms, their sum
-as an addition of its own, attention as matrix product, softmax, matrix product. It gets the weights of the converted
-timm model, and its logits must be equal first (`TOLERANCE`, relative to the largest logit). Then all train in
-interleaved rounds: the baseline in float32, `lape` in float32 and with bf16 autocast, and the baseline with bf16 autocast
-as well, so that precision and implementation can be told apart. Speed-ups are baseline / lape within a round.
+The baseline computes Eq. 8-11 of Yu et al. (ICCV 2023) step by step: LN_l(x) and LN'_l(P_l) as separate norms, their
+sum as an addition of its own, attention as matrix product, softmax, matrix product. It gets the weights of the
+converted timm model, and its logits must be equal first (`TOLERANCE`, relative to the largest logit). Then all train in
+interleaved rounds: the baseline in float32, `lape` in float32 and with bf16 autocast, and the baseline with bf16
+autocast as well, so that precision and implementation can be told apart. Speed-ups are baseline / lape within a round.
 
-Also written: which share of the machine's matrix-product rate (torch.matmul of 2048 x 2048, measured in the same run, in
-that precision) each step reaches. Result: benchmarks/results/original_style_<device>_<model>.json
+Also written: which share of the machine's matrix-product rate (torch.matmul of 2048 x 2048, measured in the same run,
+in that precision) each step reaches. Result: benchmarks/results/original_style_<device>_<model>.json
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ LAYERS = [  # each may import from itself and from those before it
     {"errors", "names"},
     {"position", "wrap", "grids"},
     {"joined"},
-    {"norm", "bias", "joins", "hosts"},
+    {"handover", "norm", "bias", "joins", "hosts"},
     {"convert"},
     {"reference"},
     {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lape.bias import FoldedBias, PositionalAttention, PositionBias
 from lape.errors import LapeError, UnsupportedModelError
 from lape.grids import Grids, GridWatch
+from lape.handover import HandOver
 from lape.hosts import Anatomy, class_name, find_host, host_named, host_of_library
 from lape.hosts.base import check_module
 from lape.joined import FoldedNorm, PositionalBlock, PositionSource
@@ -232,7 +233,8 @@ def _build(
         pe_norm = _norm_like(token_norm, anatomy.width, like)
         norm = PositionalNorm(token_norm, pe_norm, source, layout, grids, gated=gated)
         wrappers.append((f"{path}.{anatomy.norm}", "token_norm", norm))
-        source = norm if join.chained else tables[0]
+        if join.chained and len(wrappers) < len(blocks):
+            source = HandOver(norm)
     return wrappers, tables, watch
 
 
