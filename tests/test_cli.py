@@ -52,7 +52,7 @@ OURS = {
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode"),
 }
-COMMANDS = {"check-data", "compare", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
+COMMANDS = {"bench", "check-data", "compare", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
 
 # Every flag of the original's main.py in its own spelling, with a value that is not its default.
 SPELLINGS = """

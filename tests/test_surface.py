@@ -24,7 +24,7 @@ LAYERS = [  # each may import from itself and from those before it
     {"position", "wrap", "grids"},
     {"joined"},
     {"models"},
-    {"norm", "bias", "conditional", "joins", "hosts"},
+    {"handover", "norm", "bias", "conditional", "joins", "hosts"},
     {"convert"},
     {"reference"},
     {
@@ -49,7 +49,7 @@ LAYERS = [  # each may import from itself and from those before it
         "evaluate",
     },
     {"export", "measures", "probe"},
-    {"plot", "explorer", "report", "workers", "compare", "demo", "cli", "__main__"},
+    {"plot", "explorer", "report", "workers", "compare", "demo", "benchmark", "cli", "__main__"},
 ]
 
 

@@ -402,6 +402,77 @@ def export(
     write(checkpoint, output_dir, pixels, formats=formats, fold=fold, tolerance=tolerance)
 
 
+@app.command
+def bench(
+    *,
+    model: Annotated[str, Parameter(help="timm name of the Vision Transformer")] = Recipe.model_fields["model"].default,
+    model_kwargs: Annotated[
+        dict[str, Any] | None,
+        Parameter(
+            help="more arguments of the timm model: KEY=VALUE pairs or JSON",
+            converter=_keywords,
+            accepts_keys=False,
+            n_tokens=-1,
+            json_dict=False,
+        ),
+    ] = None,
+    joins: Annotated[tuple[str, ...], Parameter(help="joins; the first is what others are compared with")] = (
+        "basic",
+        "LaPE",
+    ),
+    pe: Annotated[str | None, Parameter(help="kind of position embedding (default: the model's own)")] = None,
+    fold: Annotated[bool, Parameter(help="folded forms as well, for inference", negative=())] = False,
+    compile: Annotated[bool, Parameter(help="measure compiled models", negative=())] = False,
+    amp: Annotated[Literal["none", "bf16", "fp16"], Parameter(help="mixed precision")] = "none",
+    batch_size: Annotated[int, Parameter(help="images a step")] = Recipe.model_fields["batch_size"].default,
+    image_size: Annotated[int | None, Parameter(help="side in pixels (default: the model's)")] = None,
+    device: Annotated[str, Parameter(help="auto (CUDA when there is one), cpu, cuda, cuda:N")] = "auto",
+    threads: Annotated[int, Parameter(help="CPU threads of torch; 0: torch decides")] = 0,
+    rounds: Annotated[int, Parameter(help="how often each variant is timed, in turn")] = 20,
+    train: Annotated[bool, Parameter(help="time a training step")] = True,
+    inference: Annotated[bool, Parameter(help="time inference, and the latency of one image")] = True,
+    peers: Annotated[
+        tuple[str, ...], Parameter(help="the same ViT without lape beside it, of timm, torchvision, transformers")
+    ] = (),
+    json: Annotated[
+        str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
+    ] = None,
+) -> None:
+    """Measure what joins cost: parameters, MACs, images a second, latency and memory, in interleaved rounds."""
+    if threads < 0:
+        raise LapeError(f"--threads {threads} is not allowed: give 0 or more")
+    if json not in (None, "-") and (Path(json).is_dir() or not Path(json).parent.is_dir()):
+        raise LapeError(f"--json {json!r} cannot be written: give a file in a folder that exists")
+
+    import torch
+
+    from lape.benchmark import benchmark, table
+
+    if threads:
+        torch.set_num_threads(threads)
+    found = benchmark(
+        model,
+        joins,
+        pe=pe,
+        model_kwargs=model_kwargs,
+        fold=fold,
+        compiled=compile,
+        amp=amp,
+        batch_size=batch_size,
+        image_size=image_size,
+        device=device,
+        rounds=rounds,
+        train=train,
+        inference=inference,
+        peers=peers,
+        say=(lambda line: print(line, file=sys.stderr)) if json == "-" else print,
+    )
+    if json is not None:
+        _write(json, _as_json(found))
+    if json != "-":
+        print("\n".join(["", *table(found)]))
+
+
 @app.command(name="check-data")
 def check_data(
     data_path: Annotated[str, Parameter(help="folder with train/<class>/* and val/<class>/*")],

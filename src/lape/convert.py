@@ -18,6 +18,7 @@ from lape.bias import FoldedBias, PositionalAttention, PositionBias
 from lape.conditional import PositionGenerator
 from lape.errors import LapeError, UnsupportedModelError
 from lape.grids import Grids, GridWatch
+from lape.handover import HandOver
 from lape.hosts import Anatomy, class_name, find_host, host_named, host_of_library
 from lape.hosts.base import check_module
 from lape.joined import FoldedNorm, PositionalBlock, PositionSource
@@ -299,7 +300,8 @@ def _build(
     source: PositionSource = tables[0]
     for path in anatomy.blocks[join.first :]:
         wrapper = norm(f"{path}.{anatomy.norm}", source)
-        source = wrapper if join.chained else tables[0]
+        if join.chained and path != anatomy.blocks[-1]:
+            source = HandOver(wrapper)
     if join.at_last:
         assert anatomy.last_norm is not None
         norm(anatomy.last_norm, tables[0])

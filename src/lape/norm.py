@@ -8,7 +8,8 @@ sigma_P / sigma_(x+P), whatever the layer would need (Eq. 7). LN'_l has an affin
 The residual stream and the MLP branch get no position. Equations: Yu et al., ICCV 2023.
 
 No block of the host is rewritten: its own `norm1(x)` simply returns LN_l(x) + P_(l+1). A norm *asks* its predecessor
-for P_l, so no state is written during a forward, and copies, checkpointing and compilation see ordinary arithmetic.
+for P_l: it needs no state of a forward, and copies, checkpointing and compilation see ordinary arithmetic. So that the
+predecessor need not compute it twice, it is handed over where that is safe (`lape.handover`, a pure cache).
 
 Shape legend: B batch, N tokens, R rows of the position table, D width.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lape.grids import Grids
+from lape.handover import HandOver
 from lape.joined import Joined, PositionSource, add_position
 from lape.position import Grid, Layout
 
@@ -45,6 +47,7 @@ class PositionalNorm(Joined):
         self._pe_norm = (pe_norm,)  # registered with the whole model: a sharded block could not lend it to the next one
         like = next(pe_norm.parameters())
         self.pe_gate = nn.Parameter(like.new_zeros(1)) if gated else None
+        self.successor: HandOver | None = None  # where a later norm asks for P_(l+1)
 
     @property
     def pe_norm(self) -> nn.Module:
@@ -58,6 +61,8 @@ class PositionalNorm(Joined):
     def received(self, grid: Grid | None = None) -> Tensor:
         """P_(l+1), times the gate where there is one, (1, R, D)."""
         p_1RD = self.position(grid)
+        if self.successor is not None:
+            self.successor.leave(p_1RD, grid)
         return p_1RD if self.pe_gate is None else self.pe_gate * p_1RD
 
     def forward(self, x_BND: Tensor) -> Tensor:

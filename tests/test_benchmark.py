@@ -1,0 +1,154 @@
+"""`lape bench`: what is measured is measured truly, and a mistake is one line."""
+
+import importlib.util
+import json
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+
+import lape
+from lape import cli
+from lape.benchmark import benchmark, compare, macs, peak_memory, table, time_rounds
+
+WORDS = [f"{key}={value}" for key, value in TINY.items() if key != "img_size"]
+COMMAND = ["bench", "--model", "vit_tiny_patch16_224", "--image-size", "16", "--batch-size", "2", "--rounds", "3"]
+COMMAND += ["--device", "cpu", "--model-kwargs", *WORDS]
+
+
+def run(*extra: str) -> int:
+    return cli.run(cli.app, [*COMMAND, *extra])
+
+
+def test_a_table_and_a_file_with_all_variants(tmp_path, capsys):
+    path = tmp_path / "found.json"
+    peers = ["timm", "torchvision", "transformers"]
+    assert run("--fold", "--joins", "basic", "lape", "--peers", *peers, "--json", str(path)) == 0
+    found = json.loads(path.read_text())
+    variants = found["variants"]
+    assert list(variants) == ["basic", "LaPE", "LaPE folded", *peers]
+    assert found["hardware"]["cores"] >= 1
+    assert set(found["versions"]) >= {"torch", "timm", "torchvision", "transformers"}
+    shown = capsys.readouterr().out
+    for name, numbers in variants.items():
+        assert f"\n{name}" in shown
+        assert numbers["macs"] == variants["basic"]["macs"]  # a LayerNorm is no matrix product
+        for part in ("inference", "latency", "training"):
+            if part == "training" and name == "LaPE folded":
+                assert part not in numbers
+                continue
+            assert len(numbers[part]["seconds_each_round"]) == 3
+            assert min(numbers[part]["seconds_each_round"]) > 0
+            assert numbers[part]["peak_bytes"] > 4 * numbers["parameters"]
+    width, layers = TINY["embed_dim"], TINY["depth"]
+    assert variants["LaPE"]["parameters"] == variants["basic"]["parameters"] + 2 * width * layers
+    # the same ViT everywhere: same size, same work
+    assert {variants[peer]["parameters"] for peer in peers} == {variants["basic"]["parameters"]}
+    assert {variants[peer]["inference"]["peak_bytes"] for peer in ("basic", "timm")} == {
+        variants["basic"]["inference"]["peak_bytes"]
+    }
+
+
+def test_only_training_only_inference_and_stdout(capsys):
+    assert run("--no-inference", "--json", "-") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [set(numbers) for numbers in found["variants"].values()] == [{"parameters", "macs", "training"}] * 2
+    assert run("--no-train", "--amp", "bf16") == 0
+    shown = capsys.readouterr().out
+    assert "bf16 autocast" in shown
+    assert "training" not in shown
+
+
+def test_a_peer_that_is_not_installed_is_one_line(monkeypatch):
+    present = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else present(name))
+    said: list[str] = []
+    kwargs = {key: value for key, value in TINY.items() if key != "img_size"}
+    found = benchmark(
+        "vit_tiny_patch16_224",
+        ["basic"],
+        model_kwargs=kwargs,
+        image_size=16,
+        batch_size=1,
+        rounds=3,
+        train=False,
+        device="cpu",
+        peers=["torchvision", "timm"],
+        say=said.append,
+    )
+    assert list(found["variants"]) == ["basic", "timm"]
+    assert sum("torchvision is not installed" in line for line in said) == 1
+    assert table(found)[1].startswith("basic")
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        (["--rounds", "2"], ["--rounds 2", "3 or more"]),
+        (["--batch-size", "0"], ["--batch-size 0"]),
+        (["--image-size", "17"], ["17", "16"]),
+        (["--image-size", "0"], ["--image-size 0"]),
+        (["--joins", "LaPEE"], ["LaPEE", "LaPE-sharing"]),
+        (["--peers", "timmm"], ["timmm", "transformers"]),
+        (["--amp", "half"], ["half", "bf16"]),
+        (["--amp", "fp16"], ["fp16", "bf16"]),
+        (["--device", "cuda:99"], ["cuda:99"]),
+        (["--no-train", "--no-inference"], ["nothing to measure"]),
+        (["--json", "absent/x.json"], ["absent/x.json"]),
+        (["--model", "vit_tinny"], ["vit_tinny"]),
+        (["--model-kwargs", "depht=2"], ["depht", "depth"]),
+        (["--threads", "-1"], ["--threads"]),
+        (["--model", "deit_tiny_distilled_patch16_224", "--peers", "transformers"], ["--peers timm"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_a_mistake_is_one_line(extra: list[str], parts: list[str], capsys):
+    assert run(*extra) == cli.USER_ERROR
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    assert all(part in shown.err for part in parts), shown.err
+
+
+def test_macs_are_those_of_the_formula():
+    model = lape.create_model("vit_tiny_patch16_224", "LaPE", **TINY)
+    n, d, layers, patch = 16 + 1, TINY["embed_dim"], TINY["depth"], 4 * 4 * 3
+    block = n * d * 3 * d + 2 * n * n * d + n * d * d + 2 * n * d * 4 * d
+    assert macs(model.eval(), torch.randn(1, 3, 16, 16)) == 16 * patch * d + layers * block + d * TINY["num_classes"]
+
+
+def test_peak_memory_counts_every_byte():
+    class Doubles(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + 1) * 2  # two results of x's size live together
+
+    x = torch.zeros(1000)
+    model = Doubles()
+    model.register_buffer("kept", torch.zeros(10))
+    surplus = peak_memory(lambda: model(x), model, torch.device("cpu")) - 4 * (2 * 1000 + 10)
+    assert 0 <= surplus < 64  # the numbers 1 and 2 are tensors for a moment
+
+
+def test_every_round_times_each_once_in_an_order_of_its_own():
+    calls: list[str] = []
+    runs: dict[str, Any] = {name: lambda name=name: calls.append(name) for name in "abcd"}
+    import lape.benchmark as module
+
+    shortest, module.SHORTEST = module.SHORTEST, 0.0  # one call a round
+    try:
+        times = time_rounds(runs, 6, torch.device("cpu"))
+    finally:
+        module.SHORTEST = shortest
+    assert {name: len(found) for name, found in times.items()} == dict.fromkeys("abcd", 6)
+    timed = calls[-24:]
+    rounds = [tuple(timed[i : i + 4]) for i in range(0, 24, 4)]
+    assert all(sorted(one) == list("abcd") for one in rounds)
+    assert len(set(rounds)) > 2
+
+
+def test_ratios_are_taken_within_a_round():
+    found = compare([2.0, 20.0, 200.0, 2.2], [1.0, 10.0, 100.0, 1.0])  # the machine grew slower, for both alike
+    assert found["ratio"] == 2.0
+    low, high = found["ratio_interval"]
+    assert 2.0 <= low <= high <= 2.2
