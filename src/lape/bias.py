@@ -164,5 +164,7 @@ class PositionalAttention(Wrapper):
         x_BND: Tensor = args[0] if args else kwargs["hidden_states"]
         grid = None if self.grids is None else self.grids.of(self.layout, x_BND.shape[1])
         bias_1HNN = self.position_bias(grid).to(x_BND.dtype)
+        if self.grids is not None:
+            bias_1HNN = self.grids.pick_pairs(bias_1HNN, self.layout, x_BND.shape[1])
         args, kwargs = self._add_bias(bias_1HNN, args, kwargs)
         return self.host_attention(*args, **kwargs)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lape.bias import FoldedBias, PositionalAttention, PositionBias
 from lape.errors import LapeError, UnsupportedModelError
-from lape.grids import Grids, GridWatch
+from lape.grids import Grids, GridWatch, Places, ShuffleWatch
 from lape.hosts import Anatomy, class_name, find_host, host_named, host_of_library
 from lape.hosts.base import check_module
-from lape.joined import FoldedNorm, PositionalBlock, PositionSource
+from lape.joined import FoldedNorm, FoldedPicked, PositionalBlock, PositionSource
 from lape.joins import JOINS, Join, check_combination, join_named
 from lape.norm import PositionalNorm
 from lape.position import KINDS, Grid, Kind, Layout, PositionTable, kind_named
@@ -152,7 +152,7 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
 
 def _own_kind(anatomy: Anatomy) -> Kind:
     if anatomy.table is not None:
-        return KINDS["learnable"]
+        return KINDS[anatomy.own_kind]
     has = f", its {anatomy.beside} stays as it is" if anatomy.beside else ""
     if anatomy.encoder is not None:
         has = f", {anatomy.encoder} computes its position ({class_name(type(_encoder(anatomy)))})"
@@ -196,6 +196,12 @@ def _slot(anatomy: Anatomy) -> tuple[nn.Module, str]:
     return anatomy.root.get_submodule(path), name
 
 
+def _method(anatomy: Anatomy) -> tuple[nn.Module, str]:
+    """The module whose method shuffles patches, and the method's name."""
+    path, _, name = str(anatomy.shuffle).rpartition(".")
+    return anatomy.root.get_submodule(path), name
+
+
 def _own_table(anatomy: Anatomy) -> nn.Parameter | None:
     owner, name = _slot(anatomy)
     return owner._parameters.get(name)
@@ -211,7 +217,7 @@ def _build(
     like = next(token_norms[0].parameters(), next(root.parameters()))
     grids, watch = None, None
     if anatomy.patch_embed is not None and (join.site != "input" or kind.is_bias):
-        grids = Grids()
+        grids = Places() if anatomy.shuffle else Grids()
         embed = root.get_submodule(anatomy.patch_embed)
         watch = GridWatch(embed, grids, anatomy.patch_size, anatomy.pads, anatomy.grid_from)
     if kind.is_bias:
@@ -324,6 +330,9 @@ def _mutate(
     if watch is not None:
         conversion.watch = anatomy.patch_embed
         _set_submodule(root, str(anatomy.patch_embed), watch)
+        if isinstance(watch.grids, Places):
+            owner, method = _method(anatomy)
+            setattr(owner, method, ShuffleWatch(owner, method, watch.grids))
     names = {n for n, parameter in root.named_parameters() if id(parameter) not in before or n.startswith(TABLES)}
     if anatomy.table is not None:
         names.add(str(anatomy.table_slot))
@@ -445,6 +454,8 @@ def remove_(model: nn.Module) -> nn.Module:
         _set_submodule(root, path, root.get_submodule(path).get_submodule(wrapped))
     if conversion.watch is not None:
         _set_submodule(root, conversion.watch, root.get_submodule(conversion.watch).get_submodule("host_patch_embed"))
+        if conversion.anatomy.shuffle is not None:
+            delattr(*_method(conversion.anatomy))
     if conversion.replaced_encoder is not None:
         assert conversion.anatomy.encoder is not None
         encoder = conversion.replaced_encoder.to(next(root.parameters()).device)
@@ -500,7 +511,7 @@ def fold_(model: nn.Module, size: Size | None = None) -> nn.Module:
             site = root.get_submodule(path)
             if isinstance(site, PositionalNorm):
                 p_1ND = conversion.layout.spread(constants[layer][0])
-                _set_submodule(root, path, FoldedNorm(site.token_norm, p_1ND.clone()))
+                _set_submodule(root, path, _folded(site, p_1ND.clone()))
             elif isinstance(site, PositionalAttention):
                 site.position_bias = FoldedBias(site.position_bias().clone())
     if JOINS[conversion.join].normalised:
@@ -508,6 +519,12 @@ def fold_(model: nn.Module, size: Size | None = None) -> nn.Module:
             root._modules.pop(name, None)
     conversion.folded = True
     return model
+
+
+def _folded(site: PositionalNorm, position_1ND: Tensor) -> FoldedNorm:
+    if isinstance(site.grids, Places):
+        return FoldedPicked(site.token_norm, position_1ND, site.layout, site.grids)
+    return FoldedNorm(site.token_norm, position_1ND)
 
 
 # ------------------------------------------------------------------------------------------------ look

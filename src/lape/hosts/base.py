@@ -40,6 +40,8 @@ class Anatomy:
     pooled: bool = False  # whether its head pools the patches and reads no class token
     last_norm: str | None = None  # path of the norm between the blocks and that pooling, over the same tokens
     table_std: float | None = None  # of the values that a learnable table starts with, where that is not the kind's
+    own_kind: str = "learnable"  # what the host's own table is
+    shuffle: str | None = None  # path of a method that shuffles and drops patches, see lape.grids.ShuffleWatch
 
 
 Blueprint = tuple[str, dict[str, Any]]

@@ -31,6 +31,8 @@ class Family:
     patch_embed: str = "embeddings.patch_embeddings"
     prefix_rows: int = 1
     registers: bool = False  # whether config.num_register_tokens tokens stand between class token and patches
+    shuffle: str | None = None  # a method that shuffles and drops patches
+    frozen_kind: str = "learnable"  # what the family's own table is while it is frozen
 
 
 def _family(folder: str, name: str, **kwargs: Any) -> Family:
@@ -57,6 +59,7 @@ FAMILIES = {
         _family("vit", "ViT"),
         _family("deit", "DeiT", prefix_rows=2),
         _family("vit_msn", "ViTMSN"),
+        _family("vit_mae", "ViTMAE", shuffle="embeddings.random_masking", frozen_kind="2D_sin"),
         _family("ijepa", "IJepa", prefix_rows=0),
         _family("beit", "Beit"),
         _family("dinov2", "Dinov2", norm="norm1"),
@@ -67,10 +70,6 @@ FAMILIES = {
 }
 
 _REFUSED_EMBEDDINGS = {
-    "transformers.models.vit_mae.modeling_vit_mae.ViTMAEEmbeddings": (
-        "it shuffles the patches of every image before its layers, so that a token's place is not known there; "
-        "load its weights into ViTModel or ViTForImageClassification for fine-tuning and convert that"
-    ),
     "transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings": (
         "it packs images of different grids into one batch, so that the position differs from image to image"
     ),
@@ -129,6 +128,8 @@ def examine(root: nn.Module) -> Anatomy:
         num_heads=config.num_attention_heads,
         patch_embed=family.patch_embed,
         add_bias=add_to_attention_mask if _takes_bias(attention) else None,
+        own_kind="learnable" if table is None or table.requires_grad else family.frozen_kind,
+        shuffle=family.shuffle,
     )
 
 
@@ -182,7 +183,7 @@ TRANSFORMERS = Host(
     blueprint=blueprint,
     build=build,
     measure=measure,
-    note="ViT, DeiT, DINOv2 (with registers), BEiT, ViT-MSN, I-JEPA, CLIP and SigLIP vision, and models that hold one",
+    note="ViT, DeiT, DINOv2 (with registers), BEiT, ViT-MSN, ViT-MAE, I-JEPA, CLIP, SigLIP, and what holds one",
     tested=("transformers 4.49.0 (without relative bias)", "transformers 5.23.0"),
     refused=_REFUSED_EMBEDDINGS,
 )
