@@ -350,14 +350,14 @@ def test_a_bias_joins_where_attention_takes_one():
 @pytest.mark.parametrize(
     ("family", "join", "pe", "reason"),
     [
-        ("relative position", "LaPE", None, "no position table of its own, its relative position bias.*pe='learnable'"),
+        ("shared relative position", "LaPE", None, r"one for all blocks\) stays as it is.*pe='learnable'"),
         ("DINOv3", "LaPE", None, "no position table of its own, its rotary position embedding.*pe='learnable'"),
         ("XCiT", "LaPE", None, "pos_embed computes its position .*PositionalEncodingFourier.*pe='learnable'"),
         ("relative position", "basic", "learnable", "no place where it adds a table.*use join='LaPE'"),
         ("XCiT", "basic", "2D_sin", "no place where it adds a table.*use join='LaPE'"),
         ("EVA-02", "basic", "none", "keeps its rotary.*would not be without a position"),
         ("SAM", "basic", "none", "keeps its relative.*would not be without a position"),
-        ("BEiT with bias", "LaPE", "2D_RPE", "keeps its relative.*a second bias"),
+        ("BEiT with bias", "LaPE", "1D_RPE", "keeps its relative.*a second bias"),
     ],
 )
 def test_kinds_that_would_not_be_what_they_say_are_refused(family, join, pe, reason):

@@ -1,4 +1,4 @@
-"""Relative position: a learned bias on attention logits, LaPE on it, and the attention that receives it.
+"""Relative position: a learned bias on attention logits, LaPE on it or on the host's own, and what receives it.
 
 Knows no host. Shape legend: B batch, N tokens, D width, H heads, n patches.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lape.errors import LapeError
 from lape.grids import Grids
 from lape.position import Grid, Layout
 from lape.wrap import Wrapper
@@ -120,6 +122,51 @@ class FoldedBias(nn.Module):
         return self.get_buffer("folded_bias")
 
 
+@dataclass(frozen=True)
+class OwnBias:
+    """Where a block of a host computes a relative position bias of its own."""
+
+    method: str  # path of the method, which returns (1, H, N, N) or (H, N, N)
+    keys: int  # n: the patches that a patch attends to, all or those of its window
+    num_prefix: int = 0  # tokens before them
+    args: tuple[Any, ...] = ()  # what the method is called with to show the bias
+
+
+class NormalisedBias:
+    """LaPE on a bias that a host computes itself; stands in for the host's method, on its instance.
+
+    b_Hi = LN'(b_Hi) over the n keys of query patch i, as `PositionBias` does it for a new bias. What the host adds
+    where a prefix token takes part stays as it is.
+    """
+
+    def __init__(self, owner: nn.Module, method: str, own: OwnBias, pe_norm: nn.LayerNorm):
+        self.owner, self.method, self.own, self.pe_norm = owner, method, own, pe_norm
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        bias: Tensor = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+        prefix, keys = self.own.num_prefix, self.pe_norm.normalized_shape[0]
+        if bias.shape[-1] != prefix + keys:
+            raise LapeError(
+                f"a bias between {bias.shape[-1] - prefix} patches arrived, its LayerNorm is for {keys}: give "
+                "images of the model's size"
+            )
+        normed = self.pe_norm(bias[..., prefix:, prefix:])
+        if not prefix:
+            return normed
+        rows = torch.cat([bias[..., prefix:, :prefix], normed], dim=-1)
+        return torch.cat([bias[..., :prefix, :], rows], dim=-2)
+
+
+class ConstantBias:
+    """`NormalisedBias` after folding: a buffer of the host's module."""
+
+    def __init__(self, owner: nn.Module):
+        self.owner = owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.owner.get_buffer("folded_bias")
+
+
 AddBias = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 """(bias_1HNN, args, kwargs of the host's attention) -> the args and kwargs with the bias in its mask."""
 
@@ -164,5 +211,7 @@ class PositionalAttention(Wrapper):
         x_BND: Tensor = args[0] if args else kwargs["hidden_states"]
         grid = None if self.grids is None else self.grids.of(self.layout, x_BND.shape[1])
         bias_1HNN = self.position_bias(grid).to(x_BND.dtype)
+        if self.grids is not None:
+            bias_1HNN = self.grids.pick_pairs(bias_1HNN, self.layout, x_BND.shape[1])
         args, kwargs = self._add_bias(bias_1HNN, args, kwargs)
         return self.host_attention(*args, **kwargs)

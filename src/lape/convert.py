@@ -14,14 +14,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lape.bias import FoldedBias, PositionalAttention, PositionBias
+from lape.bias import ConstantBias, FoldedBias, NormalisedBias, PositionalAttention, PositionBias
 from lape.conditional import PositionGenerator
 from lape.errors import LapeError, UnsupportedModelError
-from lape.grids import Grids, GridWatch
+from lape.grids import Grids, GridWatch, Places, ShuffleWatch
 from lape.handover import HandOver
 from lape.hosts import Anatomy, class_name, find_host, host_named, host_of_library
 from lape.hosts.base import check_module
-from lape.joined import FoldedNorm, PositionalBlock, PositionSource
+from lape.joined import FoldedNorm, FoldedPicked, PositionalBlock, PositionSource
 from lape.joins import JOINS, Join, check_combination, join_named
 from lape.norm import PositionalNorm
 from lape.position import KINDS, Grid, Kind, Layout, PositionTable, kind_named
@@ -49,6 +49,7 @@ class Conversion:
     watch: str | None = None  # path of the wrapped patch embedding, where the grid may vary
     replaced_table: nn.Parameter | None = None  # the host's own table when another kind took its place
     overrides: tuple[str, ...] = ()  # methods of the host that were extended on the instance
+    methods: tuple[str, ...] = ()  # paths of methods of its parts, likewise
     factory: dict[str, Any] = field(default_factory=dict)  # name and kwargs, when made by create_model
     warm_start: bool = False
     folded: bool = False
@@ -61,6 +62,11 @@ class Conversion:
     def adds_at_input(self) -> bool:
         """Whether the host's own forward adds a table that holds the position."""
         return self.warm_start or (JOINS[self.join].at_input and KINDS[self.pe].is_table)
+
+    @property
+    def joins_own_bias(self) -> bool:
+        """Whether the position is the host's own relative bias."""
+        return KINDS[self.pe].is_bias and bool(self.anatomy.own_bias)
 
     def record(self) -> dict[str, Any]:
         """What files say of it, as plain values."""
@@ -117,9 +123,11 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
         model: a supported Vision Transformer, or a module that holds exactly one (see `lape.hosts()`).
         join: "basic", "share", "unshare", "LaPE-sharing", "LaPE", or, for models that pool their patches, "PVG" or
             "MPVG"; in any case.
-        pe: None keeps the model's own position table and its values; the name of a kind ("learnable", "1D_sin",
-            "2D_sin", "1D_RPE", "2D_RPE", "PEG", "none") builds a new one in its place. "own", with join="basic", leaves
-            any model as it is and only remembers that: a rival that is trained and saved like the others.
+        pe: None keeps the model's own position table and its values, or, where there is none, its relative bias; the
+            name of a kind ("learnable", "1D_sin", "2D_sin", "1D_RPE", "2D_RPE", "PEG", "none") builds a new one in its
+            place. "2D_RPE" is the model's own relative bias, values and all, where each block has one. "own", with
+            join="basic", leaves any model as it is and only remembers that: a rival that is trained and saved like the
+            others.
         warm_start: for a pretrained model and a join with LN'_l: the model's function is the host's at first. Its input
             addition stays, and attention sees LN_l(x) + g_l P_(l+1) with a learned gate g_l = 0 a layer, so that
             fine-tuning decides how much each layer takes. Folding turns the gates into constants too.
@@ -149,7 +157,7 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
         )
     _check_host(host.name, anatomy, chosen_join, kind, new=chosen_kind is not None)
     _check_pooling(host.name, anatomy, chosen_join)
-    if kind.is_bias and anatomy.add_bias is None:
+    if kind.is_bias and anatomy.add_bias is None and not anatomy.own_bias:
         raise UnsupportedModelError(
             f"attention of {host.name} takes no mask per head: pe={kind.name!r} cannot be added"
         )
@@ -185,6 +193,8 @@ def _leave(model: nn.Module) -> nn.Module:
 def _own_kind(anatomy: Anatomy) -> Kind:
     if anatomy.table is not None:
         return KINDS[anatomy.own_kind]
+    if anatomy.own_bias:
+        return KINDS["2D_RPE"]
     has = f", its {anatomy.beside} stays as it is" if anatomy.beside else ""
     if anatomy.encoder is not None:
         has = f", {anatomy.encoder} computes its position ({class_name(type(_encoder(anatomy)))})"
@@ -193,9 +203,12 @@ def _own_kind(anatomy: Anatomy) -> Kind:
 
 def _check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: bool) -> None:
     """Raises LapeError for a kind that cannot be what its name says in this model."""
+    if anatomy.own_bias and kind.name == "2D_RPE":
+        return
     if anatomy.beside and not kind.is_table and not kind.conditional:
         means = "a second bias would join it" if kind.is_bias else "the model would not be without a position"
-        raise LapeError(f"pe={kind.name!r}: {name} keeps its {anatomy.beside}, {means}: use pe='learnable'")
+        use = "pe='learnable', or pe='2D_RPE' for its own" if anatomy.own_bias else "pe='learnable'"
+        raise LapeError(f"pe={kind.name!r}: {name} keeps its {anatomy.beside}, {means}: use {use}")
     if new and kind.is_table and join.at_input and anatomy.table_slot is None:
         raise LapeError(f"join={join.name!r}: {name} has no place where it adds a table to its tokens: use join='LaPE'")
 
@@ -228,6 +241,22 @@ def _slot(anatomy: Anatomy) -> tuple[nn.Module, str]:
     return anatomy.root.get_submodule(path), name
 
 
+def _method(anatomy: Anatomy, path: str) -> tuple[nn.Module, str]:
+    """The module that a method belongs to, and the method's name."""
+    owner, _, name = path.rpartition(".")
+    return anatomy.root.get_submodule(owner), name
+
+
+def _own_bias_norms(anatomy: Anatomy) -> list[NormalisedBias]:
+    """What stands in for the methods that compute the host's own bias: LN' over its rows, eps as in the reference."""
+    found = []
+    for own in anatomy.own_bias:
+        owner, method = _method(anatomy, own.method)
+        like = next(owner.parameters())
+        found.append(NormalisedBias(owner, method, own, nn.LayerNorm(own.keys, device=like.device, dtype=like.dtype)))
+    return found
+
+
 def _own_table(anatomy: Anatomy) -> nn.Parameter | None:
     owner, name = _slot(anatomy)
     return owner._parameters.get(name)
@@ -243,9 +272,11 @@ def _build(
     like = next(token_norms[0].parameters(), next(root.parameters()))
     grids, watch = None, None
     if anatomy.patch_embed is not None and (join.site != "input" or kind.is_bias or kind.conditional):
-        grids = Grids()
+        grids = Places() if anatomy.shuffle else Grids()
         embed = root.get_submodule(anatomy.patch_embed)
         watch = GridWatch(embed, grids, anatomy.patch_size, anatomy.pads, anatomy.grid_from)
+    if kind.is_bias and anatomy.own_bias:  # nothing new but LN': see _own_bias_norms
+        return [], [], None
     if kind.is_bias:
         assert anatomy.add_bias is not None
         biases: list[Site] = [
@@ -360,9 +391,22 @@ def _mutate(
     if watch is not None:
         conversion.watch = anatomy.patch_embed
         _set_submodule(root, str(anatomy.patch_embed), watch)
+        if anatomy.shuffle is not None and isinstance(watch.grids, Places):
+            owner, method = _method(anatomy, anatomy.shuffle)
+            setattr(owner, method, ShuffleWatch(owner, method, watch.grids))
+            conversion.methods = (anatomy.shuffle,)
+    if conversion.joins_own_bias and join.normalised:
+        biases = _own_bias_norms(anatomy)
+        for bias in biases:
+            setattr(bias.owner, bias.method, bias)
+        root.add_module(NORMS, _nested({path: b.pe_norm for path, b in zip(anatomy.blocks, biases, strict=True)}))
+        conversion.methods = tuple(own.method for own in anatomy.own_bias)
     names = {n for n, parameter in root.named_parameters() if id(parameter) not in before or n.startswith(TABLES)}
     if anatomy.table is not None:
         names.add(str(anatomy.table_slot))
+    if conversion.joins_own_bias:
+        theirs = {id(p) for b in anatomy.own_bias for p in _method(anatomy, b.method)[0].parameters(recurse=False)}
+        names |= {n for n, p in root.named_parameters() if id(p) in theirs and "relative_position" in n}
     overrides: dict[str, Callable[..., Any]] = {"no_weight_decay": _NoWeightDecay(root, frozenset(names))}
     if hasattr(type(root), "group_matcher"):
         overrides["group_matcher"] = _GroupMatcher(root)
@@ -461,6 +505,8 @@ class _SetInputSize:
         conversion: Conversion = getattr(self.root, RECORD)
         if conversion.folded:
             raise LapeError("a folded model has one size: set the input size before lape.fold_")
+        if conversion.joins_own_bias and JOINS[conversion.join].normalised:
+            raise LapeError("LN' over the rows of the host's bias has one size: set the input size before lape.apply_")
         host: Any = type(self.root)
         host.set_input_size(self.root, *args, **kwargs)
         _resize(conversion)
@@ -516,6 +562,8 @@ def remove_(model: nn.Module) -> nn.Module:
         _set_submodule(root, path, root.get_submodule(path).get_submodule(wrapped))
     if conversion.watch is not None:
         _set_submodule(root, conversion.watch, root.get_submodule(conversion.watch).get_submodule("host_patch_embed"))
+    for path in conversion.methods:
+        delattr(*_method(conversion.anatomy, path))
     if conversion.replaced_encoder is not None:
         assert conversion.anatomy.encoder is not None
         encoder = conversion.replaced_encoder.to(next(root.parameters()).device)
@@ -579,14 +627,26 @@ def fold_(model: nn.Module, size: Size | None = None) -> nn.Module:
             site = root.get_submodule(path)
             if isinstance(site, PositionalNorm):
                 p_1ND = conversion.layout.spread(constants[layer][0])
-                _set_submodule(root, path, FoldedNorm(site.token_norm, p_1ND.clone()))
+                _set_submodule(root, path, _folded(site, p_1ND.clone()))
             elif isinstance(site, PositionalAttention):
                 site.position_bias = FoldedBias(site.position_bias().clone())
+        if conversion.joins_own_bias:
+            for path in conversion.methods:
+                owner, method = _method(conversion.anatomy, path)
+                own: NormalisedBias = getattr(owner, method)
+                owner.register_buffer("folded_bias", own(*own.own.args).clone())
+                setattr(owner, method, ConstantBias(owner))
     if JOINS[conversion.join].normalised:
         for name in (TABLES, NORMS):
             root._modules.pop(name, None)
     conversion.folded = True
     return model
+
+
+def _folded(site: PositionalNorm, position_1ND: Tensor) -> FoldedNorm:
+    if isinstance(site.grids, Places):
+        return FoldedPicked(site.token_norm, position_1ND, site.layout, site.grids)
+    return FoldedNorm(site.token_norm, position_1ND)
 
 
 # ------------------------------------------------------------------------------------------------ look
@@ -618,7 +678,7 @@ def describe(model: nn.Module) -> Description:
         host=conversion.host,
         join=conversion.join,
         pe=conversion.pe,
-        joined=len(conversion.sites) - join.at_last,
+        joined=len(conversion.methods) if conversion.joins_own_bias else len(conversion.sites) - join.at_last,
         last_norm=join.at_last,
         blocks=len(anatomy.blocks),
         input_addition=own and (join.at_input or conversion.warm_start),
@@ -629,7 +689,7 @@ def describe(model: nn.Module) -> Description:
         position_parameters=sum(sizes.get(name, 0) for name in position_names),
         warm_start=conversion.warm_start,
         folded=conversion.folded,
-        beside=anatomy.beside,
+        beside=None if conversion.joins_own_bias else anatomy.beside,
     )
 
 
@@ -744,9 +804,22 @@ def position_bias(model: nn.Module) -> Tensor:
         kind = KINDS[conversion.pe]
         fix = "lape.positions(model) gives its positions" if kind.is_table else kind.missing
         raise LapeError(f"pe={conversion.pe!r} has no bias on attention logits: {fix}")
+    if conversion.joins_own_bias:
+        return _own_biases(conversion)
     prefix = conversion.layout.num_prefix
     sites = [conversion.anatomy.root.get_submodule(path) for path, _ in conversion.sites]
     return torch.cat([site.get_submodule("position_bias")()[:, :, prefix:, prefix:] for site in sites])
+
+
+def _own_biases(conversion: Conversion) -> Tensor:
+    found = []
+    for own in conversion.anatomy.own_bias:
+        owner, method = _method(conversion.anatomy, own.method)
+        bias: Tensor = getattr(owner, method)(*own.args)
+        found.append(bias.reshape(1, *bias.shape[-3:])[..., own.num_prefix :, own.num_prefix :])
+    if len({bias.shape for bias in found}) > 1:
+        raise LapeError("blocks have biases of different heads or windows: there is no one (L, H, n, n) to give")
+    return torch.cat(found)
 
 
 # ------------------------------------------------------------------------------------------------ create

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lape.grids import Grids
+from lape.grids import Grids, Places
 from lape.position import Grid, Layout
 from lape.wrap import Wrapper
 
@@ -44,12 +44,18 @@ class Joined(Wrapper):
         return self.position(grid)
 
     def token_position(self, x_BND: Tensor) -> Tensor:
-        """(1, N, D) in the dtype of x, zero for the tokens that own no row; for a map (B, rows, columns, D), a map."""
+        """(1, N, D) in the dtype of x, zero for the tokens that own no row; for a map (B, rows, columns, D), a map.
+
+        (B, N, D) where the host shuffles the patches of each image.
+        """
         if x_BND.ndim == 4:  # a map tells its own grid
             own = tuple(x_BND.shape[1:3]) == self.layout.grid
             return laid_out(self.received(None if own else (x_BND.shape[1], x_BND.shape[2])), x_BND)
-        grid = None if self.grids is None else self.grids.of(self.layout, x_BND.shape[1])
-        return laid_out(self.layout.spread(self.received(grid)), x_BND)
+        if self.grids is None:
+            return laid_out(self.layout.spread(self.received()), x_BND)
+        num_tokens = x_BND.shape[1]
+        p_1ND = self.layout.spread(self.received(self.grids.of(self.layout, num_tokens)))
+        return laid_out(self.grids.pick(p_1ND, self.layout, num_tokens), x_BND)
 
 
 class PositionalBlock(Joined):
@@ -84,6 +90,19 @@ class FoldedNorm(Wrapper):
         if p_1ND.dtype != y_BND.dtype or y_BND.ndim != p_1ND.ndim:
             p_1ND = laid_out(p_1ND, y_BND)
         return add_position(token_norm, y_BND, p_1ND)
+
+
+class FoldedPicked(FoldedNorm):
+    """`FoldedNorm` of a host that shuffles patches: each image picks its rows of the constant."""
+
+    def __init__(self, token_norm: nn.Module, position_1ND: Tensor, layout: Layout, places: Places):
+        super().__init__(token_norm, position_1ND)
+        self.layout = layout
+        self.places = places
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        p_BND = self.places.pick(self.get_buffer("folded_position"), self.layout, x_BND.shape[1])
+        return add_position(self.token_norm, self.token_norm(x_BND), laid_out(p_BND, x_BND))
 
 
 def add_position(norm: nn.Module, y_BND: Tensor, p_1ND: Tensor) -> Tensor:

@@ -340,6 +340,11 @@ def _forward(model: nn.Module, images_BCHW: Tensor) -> None:
 
 
 def _check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
+    if conversion.anatomy.shuffle is not None:
+        raise LapeError(
+            "the model shuffles the patches of every image, so its tokens are in no order that can be drawn: load its "
+            "weights into ViTModel or ViTForImageClassification and convert that"
+        )
     patch, grid = conversion.anatomy.patch_size, conversion.layout.grid
     wanted = (grid[0] * patch[0], grid[1] * patch[1])
     if images_BCHW.ndim != 4 or not len(images_BCHW) or tuple(images_BCHW.shape[-2:]) != wanted:

@@ -37,6 +37,8 @@ def reference_names(model: nn.Module) -> dict[str, str]:
             rename += [(f"{path}.{own}", f"{home}.{own}") for own in ("pe_gate", "folded_position")]
         elif wrapped == "host_attention":
             rename.append((f"{path}.position_bias.", f"{path}."))
+    for block, own in zip(anatomy.blocks, anatomy.own_bias, strict=False):
+        rename.append((f"{NORMS}.{block}.", f"{own.method.rpartition('.')[0]}.pe_norm."))
     rename += [(f"{TABLES}.{i}.pos_embed", name) for i, name in enumerate(_table_names(conversion))]
 
     def reference_name(key: str) -> str:

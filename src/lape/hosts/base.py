@@ -12,9 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from lape.bias import AddBias, add_to_attn_mask
+from lape.bias import AddBias, OwnBias, add_to_attn_mask
 from lape.errors import LapeError, UnsupportedModelError
 from lape.position import Grid, Layout
+
+RELATIVE = "relative position bias in attention"
+SHARED = "relative position bias in attention (one for all blocks)"
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Anatomy:
     pads: bool = False  # whether it pads an image to whole patches
     grid_from: Callable[[Any], Grid] | None = None  # the grid, read in its output; None: reckoned from the image size
     add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
-    beside: str | None = None  # position that the host has inside attention: it stays as it is
+    beside: str | None = None  # position that the host has inside attention: it stays as it is, unless
+    own_bias: tuple[OwnBias, ...] = ()  # it is a bias of each block's own, which pe="2D_RPE" joins
     encoder: str | None = None  # path of a module that computes the host's position; None takes its place
     pooled: bool = False  # whether its head pools the patches and reads no class token
     last_norm: str | None = None  # path of the norm between the blocks and that pooling, over the same tokens
     table_std: float | None = None  # of the values that a learnable table starts with, where that is not the kind's
-    own_kind: str = "learnable"  # the kind of the model's own table
+    own_kind: str = "learnable"  # what the host's own table is
+    shuffle: str | None = None  # path of a method that shuffles and drops patches, see lape.grids.ShuffleWatch
 
 
 Blueprint = tuple[str, dict[str, Any]]

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lape.bias import masked
+from lape.bias import OwnBias, masked
 from lape.errors import LapeError, UnsupportedModelError
-from lape.hosts.base import Anatomy, Host, check_blocks, class_name
+from lape.hosts.base import RELATIVE, SHARED, Anatomy, Host, check_blocks, class_name
 from lape.position import Grid, Layout
 
 
@@ -31,6 +31,8 @@ class Family:
     patch_embed: str = "embeddings.patch_embeddings"
     prefix_rows: int = 1
     registers: bool = False  # whether config.num_register_tokens tokens stand between class token and patches
+    shuffle: str | None = None  # a method that shuffles and drops patches
+    frozen_kind: str = "learnable"  # what the family's own table is while it is frozen
 
 
 def _family(folder: str, name: str, **kwargs: Any) -> Family:
@@ -51,14 +53,21 @@ def _clip_like(folder: str, name: str, prefix_rows: int) -> Family:
     )
 
 
+def _data2vec_vision() -> Family:
+    module = "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVision"
+    return Family(f"{module}Embeddings", f"{module}Layer")
+
+
 FAMILIES = {
     family.embeddings: family
     for family in (
         _family("vit", "ViT"),
         _family("deit", "DeiT", prefix_rows=2),
         _family("vit_msn", "ViTMSN"),
+        _family("vit_mae", "ViTMAE", shuffle="embeddings.random_masking", frozen_kind="2D_sin"),
         _family("ijepa", "IJepa", prefix_rows=0),
         _family("beit", "Beit"),
+        _data2vec_vision(),
         _family("dinov2", "Dinov2", norm="norm1"),
         _family("dinov2_with_registers", "Dinov2WithRegisters", norm="norm1", registers=True),
         _clip_like("clip", "CLIP", prefix_rows=1),
@@ -67,10 +76,6 @@ FAMILIES = {
 }
 
 _REFUSED_EMBEDDINGS = {
-    "transformers.models.vit_mae.modeling_vit_mae.ViTMAEEmbeddings": (
-        "it shuffles the patches of every image before its layers, so that a token's place is not known there; "
-        "load its weights into ViTModel or ViTForImageClassification for fine-tuning and convert that"
-    ),
     "transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings": (
         "it packs images of different grids into one batch, so that the position differs from image to image"
     ),
@@ -129,7 +134,29 @@ def examine(root: nn.Module) -> Anatomy:
         num_heads=config.num_attention_heads,
         patch_embed=family.patch_embed,
         add_bias=add_to_attention_mask if _takes_bias(attention) else None,
+        own_kind="learnable" if table is None or table.requires_grad else family.frozen_kind,
+        shuffle=family.shuffle,
+        beside=_relative_position(config),
+        own_bias=_own_bias(root, paths, layout),
     )
+
+
+def _relative_position(config: Any) -> str | None:
+    """What BEiT and its kin have inside attention."""
+    if getattr(config, "use_relative_position_bias", False):
+        return RELATIVE
+    return SHARED if getattr(config, "use_shared_relative_position_bias", False) else None
+
+
+def _own_bias(root: nn.Module, paths: list[str], layout: Layout) -> tuple[OwnBias, ...]:
+    """The module in each layer that computes its relative position bias, by class; empty where layers have none."""
+    found = [
+        OwnBias(f"{path}.{name}.forward", layout.num_patches, layout.num_prefix, (layout.grid,))
+        for path in paths
+        for name, module in root.get_submodule(path).named_modules()
+        if type(module).__name__ in ("BeitRelativePositionBias", "Data2VecVisionRelativePositionBias")
+    ]
+    return tuple(found)
 
 
 def _takes_bias(attention: nn.Module) -> bool:
@@ -182,7 +209,7 @@ TRANSFORMERS = Host(
     blueprint=blueprint,
     build=build,
     measure=measure,
-    note="ViT, DeiT, DINOv2 (with registers), BEiT, ViT-MSN, I-JEPA, CLIP and SigLIP vision, and models that hold one",
+    note="ViT, DeiT, DINOv2 (with registers), BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, CLIP, SigLIP; what holds one",
     tested=("transformers 4.49.0 (without relative bias)", "transformers 5.23.0"),
     refused=_REFUSED_EMBEDDINGS,
 )

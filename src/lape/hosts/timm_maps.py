@@ -9,8 +9,8 @@ from torch import nn
 
 from lape.errors import UnsupportedModelError
 from lape.grids import grid_beside
-from lape.hosts.base import Anatomy, Host, class_name
-from lape.hosts.timm_parts import RELATIVE, ROTARY, anatomy, children, measure
+from lape.hosts.base import RELATIVE, Anatomy, Host, class_name
+from lape.hosts.timm_parts import ROTARY, anatomy, children, measure
 from lape.position import Layout
 
 _SAM_BLOCK = "timm.models.vision_transformer_sam.Block"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from lape.bias import AddBias, add_to_attn_mask, masked
+from lape.bias import AddBias, OwnBias, add_to_attn_mask, masked
 from lape.errors import UnsupportedModelError
 from lape.hosts.base import Anatomy, check_blocks, check_norm, class_name
 from lape.position import Grid, Layout
 
-RELATIVE = "relative position bias in attention"
 ROTARY = "rotary position embedding in attention"
 
 # Reasons for classes of blocks, one wording for all modules.
@@ -68,6 +68,11 @@ def anatomy(
         num_heads=attention.num_heads,  # type: ignore[arg-type]
         **{"add_bias": mask_of(attention), **more},
     )
+
+
+def own_biases(like: OwnBias, owners: list[str]) -> tuple[OwnBias, ...]:
+    """The same method of each of these modules."""
+    return tuple(replace(like, method=f"{path}.{like.method}") for path in owners)
 
 
 def _table(root: nn.Module, slot: str, layout: Layout) -> Tensor | None:

@@ -6,10 +6,20 @@ from typing import Any
 
 from torch import nn
 
+from lape.bias import OwnBias
 from lape.errors import UnsupportedModelError
 from lape.grids import grid_beside, grid_of_map
-from lape.hosts.base import Anatomy, Host
-from lape.hosts.timm_parts import POST_NORM, RELATIVE, ROTARY, anatomy, children, layout_of, measure, pooling
+from lape.hosts.base import RELATIVE, SHARED, Anatomy, Host
+from lape.hosts.timm_parts import (
+    POST_NORM,
+    ROTARY,
+    anatomy,
+    children,
+    layout_of,
+    measure,
+    own_biases,
+    pooling,
+)
 from lape.position import Layout
 
 _BEIT_BLOCK = "timm.models.beit.Block"
@@ -22,10 +32,11 @@ _RELPOS_REFUSED = {f"{_RELPOS}.ResPostRelPosBlock": POST_NORM}
 
 
 def examine_beit(root: nn.Module) -> Anatomy:
-    """BEiT: the class token owns a row; its relative bias, shared or each block's own, stays."""
+    """BEiT: the class token owns a row; its relative bias, shared or each block's own, stays or is joined itself."""
     grid, patch_size = measure(root)
     blocks = children(root, "blocks")
     biased = [root.get_submodule(f"{path}.attn").relative_position_bias_table is not None for path in blocks]
+    own = OwnBias("_get_rel_pos_bias", grid[0] * grid[1], num_prefix=1)
     return anatomy(
         root,
         blocks,
@@ -33,7 +44,8 @@ def examine_beit(root: nn.Module) -> Anatomy:
         {},
         Layout(grid, prefix_rows=1),
         patch_size,
-        beside=RELATIVE if any(biased) or root.rel_pos_bias is not None else None,
+        beside=RELATIVE if any(biased) else SHARED if root.rel_pos_bias is not None else None,
+        own_bias=own_biases(own, [f"{path}.attn" for path in blocks]) if all(biased) else (),
         **pooling(root),
     )
 
@@ -62,10 +74,12 @@ def examine_eva(root: nn.Module) -> Anatomy:
 
 
 def examine_relpos(root: nn.Module) -> Anatomy:
-    """Relative-position ViT: it has no table and adds none; a new one is joined beside its bias."""
+    """Relative-position ViT: it has no table and adds none; its bias is joined, or a new table beside it."""
     grid, patch_size = measure(root)
     layout = layout_of(root, grid)
     blocks = children(root, "blocks")
+    own = OwnBias("get_bias", layout.num_patches, num_prefix=layout.num_prefix)
+    shared = root.shared_rel_pos is not None
     return anatomy(
         root,
         blocks,
@@ -74,7 +88,8 @@ def examine_relpos(root: nn.Module) -> Anatomy:
         layout,
         patch_size,
         slot=None,
-        beside=RELATIVE,
+        beside=SHARED if shared else RELATIVE,
+        own_bias=() if shared else own_biases(own, [f"{path}.attn.rel_pos" for path in blocks]),
         **pooling(root),
     )
 
@@ -125,7 +140,14 @@ def _host(name: str, root: str, blocks: tuple[str, ...], examine: Any, note: str
 
 
 HOSTS = (
-    _host("BEiT", "timm.models.beit.Beit", (_BEIT_BLOCK,), examine_beit, "beside its relative bias", measure=measure),
+    _host(
+        "BEiT",
+        "timm.models.beit.Beit",
+        (_BEIT_BLOCK,),
+        examine_beit,
+        "its table, or its relative bias",
+        measure=measure,
+    ),
     _host(
         "CaiT",
         "timm.models.cait.Cait",
@@ -147,7 +169,7 @@ HOSTS = (
         f"{_RELPOS}.VisionTransformerRelPos",
         (f"{_RELPOS}.RelPosBlock",),
         examine_relpos,
-        "a new table beside its relative bias, pe='learnable'",
+        "on its relative bias, or a new table beside it, pe='learnable'",
         measure=measure,
         refused=_RELPOS_REFUSED,
     ),
