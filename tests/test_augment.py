@@ -145,6 +145,7 @@ CROP, FLIP, END = "RandomResizedCropAndInterpolation", "RandomHorizontalFlip", [
         ({"aa": "", "reprob": 0}, False, [CROP, FLIP, "ColorJitter", *END]),
         ({"aa": "", "reprob": 0, "color_jitter": 0}, False, [CROP, FLIP, *END]),
         ({"input_size": 32}, False, ["Resize", "RandomCrop", FLIP, "RandAugment", *END, "RandomErasing"]),
+        ({"input_size": 32, "scale": (0.8, 1)}, False, [CROP, FLIP, "RandAugment", *END, "RandomErasing"]),
         ({"three_augment": True}, False, [CROP, FLIP, "AutoAugment", "ColorJitter", *END]),
         ({"three_augment": True, "color_jitter": 0}, False, [CROP, FLIP, "AutoAugment", *END]),
         (
@@ -167,6 +168,7 @@ def test_numbers_of_the_training_steps_come_from_the_recipe():
     transform = train_transform(Recipe(**fields, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
     crop, _, policy, _, normalise, erasing = transform.transforms
     assert (crop.size, crop.interpolation.value, crop.scale) == ((48, 48), "bilinear", (0.08, 1.0))
+    assert train_transform(Recipe(**fields, scale=(0.8, 1))).transforms[0].scale == (0.8, 1.0)
     assert {op.magnitude for op in policy.ops} == {9}
     assert {op.kwargs["fillcolor"] for op in policy.ops} == {(26, 51, 76)}
     assert torch.equal(normalise.mean, torch.tensor([0.1, 0.2, 0.3]))

@@ -31,11 +31,11 @@ TRAIN_FLAGS = """
 --finetune --warm-start --no-warm-start --attn-only --no-attn-only
 --opt --opt-eps --opt-betas --momentum --weight-decay --clip-grad --lr --unscale-lr --no-unscale-lr
 --sched --warmup-epochs --warmup-lr --min-lr --decay-epochs --decay-rate --dr --cooldown-epochs --patience-epochs
---lr-noise --lr-noise-pct --lr-noise-std
---color-jitter --aa --train-interpolation --repeated-aug --no-repeated-aug
+--schedule-epochs --lr-noise --lr-noise-pct --lr-noise-std
+--color-jitter --aa --scale --train-interpolation --repeated-aug --no-repeated-aug
 --three-augment --ThreeAugment --no-three-augment --no-ThreeAugment --src --no-src
 --reprob --remode --recount --resplit --no-resplit
---mixup --cutmix --cutmix-minmax --mixup-prob --mixup-switch-prob --mixup-mode
+--mixup --cutmix --cutmix-minmax --mixup-prob --mixup-switch-prob --mixup-mode --mixup-off-epoch
 --distillation-type --teacher-model --teacher-path --distillation-alpha --distillation-tau
 --output-dir --resume --eval --no-eval --dist-eval --no-dist-eval --device --amp --threads --log-every
 --world-size --dist-url --local-rank --distributed --cosub
@@ -51,6 +51,7 @@ OURS = {
     *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode"),
+    *("scale", "mixup_off_epoch", "schedule_epochs"),
 }
 COMMANDS = {"bench", "check-data", "compare", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
 

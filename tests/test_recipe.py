@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import lape
 from lape.errors import LapeError
 from lape.names import JOIN_NAMES, PE_NAMES, match_name
 from lape.recipe import Recipe, check_launch, packaged, topics
@@ -94,6 +96,7 @@ OURS = {
     *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode"),
+    *("scale", "mixup_off_epoch", "schedule_epochs"),
 }
 
 
@@ -158,6 +161,11 @@ def test_frozen() -> None:
         ("dist_url", "tcp://10.0.0.1:29500"),
         ("resplit", True),
         ("src", True),
+        ("scale", (0.8,)),
+        ("scale", (0.8, 0.2)),
+        ("scale", (0.0, 1.0)),
+        ("schedule_epochs", 301),
+        ("mixup_off_epoch", -1),
         ("distillation_type", "hard"),
     ],
 )
@@ -335,6 +343,33 @@ def test_recipes_load_and_say_what_was_measured(path: Path) -> None:
     for word in ("Command:", "Hardware:", "Time:", "Published:", "Run here:", "Smoke:"):
         assert word in header, word
     assert f"--recipe recipes/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
+def test_the_model_of_every_recipe_builds(path: Path) -> None:
+    from lape.build import build_model
+
+    recipe = Recipe.from_yaml(path)
+    with torch.device("meta"):
+        model = build_model(recipe, 10)
+    assert "join=LaPE pe=learnable" in str(lape.describe(model))
+    small = recipe.input_size == 32
+    assert lape.grid(model) == ((16, 16) if "3x1" in recipe.model else (8, 8) if small else (14, 14))
+
+
+def test_cifar_recipes_are_the_settings_of_the_compact_transformers() -> None:
+    common = {"epochs": 310, "schedule_epochs": 300, "warmup_epochs": 10, "min_lr": 1e-5, "opt": "adamw"}
+    common |= {"batch_size": 128, "weight_decay": 0.06, "unscale_lr": True, "smoothing": 0.1, "drop_path": 0.1}
+    common |= {"mixup": 0.8, "cutmix": 1.0, "aa": "rand-m9-mstd0.5-inc1", "scale": (0.8, 1.0), "repeated_aug": False}
+    of = {
+        "10": {"lr": 5.5e-4, "warmup_lr": 1e-5, "mixup_off_epoch": 175, "reprob": 0.0},
+        "100": {"lr": 6e-4, "warmup_lr": 1e-6, "mixup_off_epoch": None, "reprob": 0.25},
+    }
+    for family, model in (("vit_lite", "vit_lite_7_4_32"), ("cvt", "cvt_7_4_32"), ("cct", "cct_7_3x1_32")):
+        for classes, own in of.items():
+            recipe = Recipe.from_yaml(RECIPES / f"{family}_cifar{classes}.yaml")
+            for name, value in {**common, **own, "model": model, "model_ema": False}.items():
+                assert getattr(recipe, name) == value, (family, classes, name)
 
 
 def test_imagenet_recipes_are_the_originals_defaults() -> None:

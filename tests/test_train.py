@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.data import Mixup
 from training import ALONE, KWARGS, Stop, log_without_times, quiet, read, run_until, same, stop_after, tiny
 
 import lape
@@ -100,6 +101,33 @@ def test_the_schedule_is_warm_up_and_cosine_by_the_formula():
         expected = 1e-6 + epoch * (1e-3 - 1e-6) / 3 if epoch < 3 else cosine
         for group in state.optimizer.param_groups:
             assert group["lr"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_epochs_behind_the_schedule_are_at_the_lowest_rate():
+    recipe = tiny(epochs=7, schedule_epochs=5, warmup_epochs=1, lr=1e-3)
+    whole, cut = (start(r, build_model(r, 10), ALONE) for r in (tiny(epochs=5, warmup_epochs=1, lr=1e-3), recipe))
+    for epoch in range(7):
+        rates = []
+        for state in (whole, cut):
+            state.scheduler.step(epoch)
+            rates.append(state.optimizer.param_groups[0]["lr"])
+        assert rates[1] == (rates[0] if epoch < 5 else 1e-5)
+
+
+@pytest.mark.parametrize("off", [None, 0, 1])
+def test_mixup_goes_off_at_its_epoch(off, monkeypatch):
+    mixed: list[bool] = []
+
+    def watched(self, images, targets):
+        mixed.append(self.mixup_enabled)
+        return original(self, images, targets)
+
+    original = Mixup.__call__
+    monkeypatch.setattr(Mixup, "__call__", watched)
+    train(tiny(epochs=2, batch_size=512, repeated_aug=False, mixup_off_epoch=off), say=quiet)
+    first, second = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
+    assert set(first) == {True}
+    assert set(second) == {off != 1}
 
 
 @pytest.mark.parametrize("join", ["basic", "LaPE", "unshare"])

@@ -128,7 +128,7 @@ def train_transform(recipe: Recipe, *, whole: bool = False) -> Transform:
     """Return DeiT's training transform: 8-bit PIL image of the recipe's mode -> float32 (in_chans, size, size).
 
     Random resized crop (a random crop with 4 pixels of padding for an input size of 32 or less, after resizing images
-    of another size), flip, then `aa`, or colour jitter where that is off, and random erasing. With `three_augment`
+    of another size, unless the recipe names the `scale` of a resized one), flip, then `aa`, or colour jitter where that is off, and random erasing. With `three_augment`
     (DeiT III): one of greyscale, solarise or blur and colour jitter instead of `aa` and erasing, and with `src` a
     random crop with 4 reflected pixels in place of the random resized crop.
 
@@ -150,6 +150,7 @@ def train_transform(recipe: Recipe, *, whole: bool = False) -> Transform:
         transform = create_transform(
             recipe.input_size,
             is_training=True,
+            scale=recipe.scale,
             hflip=0.0 if whole else 0.5,
             color_jitter=recipe.color_jitter or None,  # type: ignore[arg-type]
             auto_augment="3a" if recipe.three_augment else recipe.aa or None,  # timm's 3a is DeiT III's choice of three
@@ -209,7 +210,7 @@ def _crop(recipe: Recipe, whole: bool) -> list[Callable]:
         return [resize, transforms.CenterCrop(size)]
     if recipe.src:
         return [resize, transforms.RandomCrop(size, padding=4, padding_mode="reflect")]
-    if recipe.input_size <= SMALL and not recipe.three_augment:
+    if recipe.input_size <= SMALL and not recipe.three_augment and recipe.scale is None:
         return [resize, transforms.RandomCrop(size, padding=4)]
     return []
 

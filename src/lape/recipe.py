@@ -118,7 +118,8 @@ class Recipe(BaseModel):
     min_lr: float = _schedule(1e-5, "lowest learning rate", ge=0)
     decay_epochs: float = _schedule(30, "epochs between decays (step)", gt=0)
     decay_rate: float = _schedule(0.1, "factor of one decay (step), exponent (poly)", spelling="--dr", gt=0)
-    cooldown_epochs: int = _schedule(10, "epochs at --min-lr after the schedule ends", ge=0)
+    schedule_epochs: int | None = _schedule(None, "of --epochs, those of the schedule; later ones: --min-lr", gt=0)
+    cooldown_epochs: int = _schedule(10, "not run, as in DeiT: give more --epochs than --schedule-epochs", ge=0)
     patience_epochs: int = _schedule(10, "read by the plateau schedule only, which is refused", ge=0)
     lr_noise: tuple[float, ...] | None = _schedule(None, "noise starts (and ends) at these parts of the epochs")
     lr_noise_pct: float = _schedule(0.67, "largest noise, as a part of the learning rate", ge=0)
@@ -127,6 +128,9 @@ class Recipe(BaseModel):
     # Augmentation
     color_jitter: float = _augmentation(0.3, "colour jitter, where --aa is off or --three-augment on", ge=0)
     aa: str = _augmentation("rand-m9-mstd0.5-inc1", "AutoAugment/RandAugment policy of timm; none: off")
+    scale: tuple[float, ...] | None = _augmentation(
+        None, "areas of the random resized crop (default: 0.08 1; up to 32 pixels a padded random crop instead)"
+    )
     train_interpolation: Interpolation = _augmentation("bicubic", "resizing in training")
     repeated_aug: bool = _augmentation(True, "three views of a sample in a batch, as in DeiT")
     three_augment: bool = _augmentation(False, "DeiT III: grey, solarise or blur, not --aa", spelling="--ThreeAugment")
@@ -141,6 +145,7 @@ class Recipe(BaseModel):
     mixup_prob: float = _augmentation(1.0, "probability of mixup or cutmix", ge=0, le=1)
     mixup_switch_prob: float = _augmentation(0.5, "probability of cutmix when both are on", ge=0, le=1)
     mixup_mode: Literal["batch", "pair", "elem"] = _augmentation("batch", "what shares one mixup draw")
+    mixup_off_epoch: int | None = _augmentation(None, "no mixup and no cutmix from this epoch on (0: always)", ge=0)
 
     # Distillation
     distillation_type: Literal["none", "soft", "hard"] = _distillation("none", "kind of distillation")
@@ -209,7 +214,7 @@ class Recipe(BaseModel):
             raise LapeError(f"device={value!r} is not known: use auto, cpu, cuda, cuda:N, mps or xpu")
         return value
 
-    @field_validator("opt_betas", "cutmix_minmax")
+    @field_validator("opt_betas", "cutmix_minmax", "scale")
     @classmethod
     def _pair(cls, value: tuple[float, ...] | None, info: Any) -> tuple[float, ...] | None:
         _require(info.field_name, value, (2,))
@@ -248,6 +253,15 @@ class Recipe(BaseModel):
             raise LapeError("ema=True chooses what is evaluated: add --eval; training averages with --model-ema")
         if self.best_by == "ema" and not self.model_ema:
             raise LapeError("best_by='ema' needs the average: leave --no-model-ema out, or use --best-by raw")
+        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise LapeError(f"scale={list(self.scale)} is not allowed: must be two areas, 0 < least <= most <= 1")
+        if self.scale is not None and self.src:
+            raise LapeError("scale and src=True are two crops: leave one of them out")
+        if self.schedule_epochs is not None and self.schedule_epochs > self.epochs:
+            raise LapeError(
+                f"schedule_epochs={self.schedule_epochs} is more than epochs={self.epochs}: the schedule would not "
+                "end; raise --epochs, or leave --schedule-epochs out"
+            )
         if self.src and not self.three_augment:
             raise LapeError("src=True is a part of DeiT III's augmentation: add --three-augment, or leave --src out")
         return self

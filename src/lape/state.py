@@ -77,7 +77,8 @@ def start(recipe: Recipe, model: nn.Module, world: World) -> State:
         guess = nearest(recipe.opt, known)
         raise LapeError(f"unknown opt {recipe.opt!r}{f'; did you mean {guess!r}?' if guess else ''}: a name of timm")
     optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(recipe), "lr": peak_lr(recipe, world.size)})
-    scheduler, _ = create_scheduler(recipe, optimizer)
+    # timm's function of the epoch stays at min_lr behind the end of its own epochs.
+    scheduler, _ = create_scheduler(recipe.replace(epochs=recipe.schedule_epochs or recipe.epochs), optimizer)
     if scheduler is not None:
         scheduler.step(recipe.start_epoch)
     ema = None

@@ -164,6 +164,7 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
                 images = images.to(world.device, non_blocking=True)
                 targets = targets.to(world.device, non_blocking=True)
                 if mixup is not None:
+                    mixup.mixup_enabled = epoch < (recipe.mixup_off_epoch or recipe.epochs)
                     images, targets = mixup(images, targets)
                 with _exchanging(net, last):
                     with autocast(recipe.amp, world.device):
