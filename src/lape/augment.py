@@ -150,7 +150,7 @@ def train_transform(recipe: Recipe, *, whole: bool = False) -> Transform:
         transform = create_transform(
             recipe.input_size,
             is_training=True,
-            scale=recipe.scale,
+            scale=recipe.scale,  # type: ignore[arg-type]
             hflip=0.0 if whole else 0.5,
             color_jitter=recipe.color_jitter or None,  # type: ignore[arg-type]
             auto_augment="3a" if recipe.three_augment else recipe.aa or None,  # timm's 3a is DeiT III's choice of three
