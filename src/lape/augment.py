@@ -130,7 +130,8 @@ def train_transform(recipe: Recipe, *, whole: bool = False) -> Transform:
     Random resized crop (a random crop with 4 pixels of padding for an input size of 32 or less, after resizing images
     of another size, unless the recipe names the `scale` of a resized one), flip, then `aa`, or colour jitter where that
     is off, and random erasing. With `three_augment` (DeiT III): one of greyscale, solarise or blur and colour jitter
-    instead of `aa` and erasing, and with `src` a random crop with 4 reflected pixels in place of the random resized one.
+    instead of `aa` and erasing, and with `src` a random crop with 4 reflected pixels in place of the random resized
+    one.
 
     Args:
         recipe: its augmentation fields, input size, channels, mean and std.
