@@ -75,7 +75,8 @@ class HandOver:
         except RuntimeError:  # made in inference mode: without one
             return None
         kind = parameters[0].device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        known = torch.amp.is_autocast_available(kind)  # not for shapes on "meta"
+        autocast = known and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         modes = [grid, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast]
         return [*modes, *versions, *parameters]
 
