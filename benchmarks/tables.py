@@ -87,6 +87,85 @@ def warm_start() -> str:
     return "\n".join(lines)
 
 
+def table_2() -> str:
+    """The paper's Table 2 beside what was measured here."""
+    published = json.loads((RESULTS.parent / "published.json").read_text())
+    lines = ["| data | model | basic | LaPE | LaPE − basic |", "|---|---|---|---|---|"]
+    for data, name in (("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100")):
+        for model, row in published[data].items():
+            gap = row["LaPE"] - row["basic"]
+            lines.append(f"| {name} | {model} | {row['basic']:.3f} | {row['LaPE']:.3f} | {gap:+.3f} |")
+    lines += ["", f"Published: {published['source']}.", ""]
+    files = sorted(RESULTS.glob("cifar10_matrix_*.json"))
+    if not files:
+        lines.append("Not measured here yet: `python benchmarks/cifar_matrix.py` does it.")
+    for path in files:
+        lines += [*measured_matrix(path), ""]
+    return "\n".join(lines).rstrip()
+
+
+def claims() -> str:
+    """The gain of LaPE over basic on CIFAR-10: the paper's, and each run's here."""
+    published = json.loads((RESULTS.parent / "published.json").read_text())["cifar10"]
+    lines = ["| CIFAR-10 | model | basic | LaPE | LaPE − basic | p |", "|---|---|---|---|---|---|"]
+    for model, row in published.items():
+        gap = row["LaPE"] - row["basic"]
+        cells = ["paper, 300 epochs, 5 seeds", model, f"{row['basic']:.2f}", f"{row['LaPE']:.2f}", f"{gap:+.2f}", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    for path in sorted(RESULTS.glob("cifar10_matrix_*.json")):
+        found = json.loads(path.read_text())
+        final = {(v["model"], v["join"]): v for v in found["variants"]}
+        for model in dict.fromkeys(v["model"] for v in found["variants"]):
+            basic, lape = final[model, "basic"], final[model, "LaPE"]
+            what = f"here, {found['recipe']['epochs']} epochs, {len(lape['seeds'])} seeds"
+            cells = [what, f"`{model}`", spread(basic["final"]), spread(lape["final"]), spread(lape["difference"], "+")]
+            lines.append(f"| {' | '.join([*cells, p_value(lape['difference'])])} |")
+    lines += ["", "What was run and how, all joins, and their ranking: [docs/measured.md](docs/measured.md)."]
+    return "\n".join(lines)
+
+
+def p_value(gap: dict | None) -> str:
+    if gap is None or gap["p"] is None:
+        return ""
+    return "< 0.001" if gap["p"] < 0.001 else f"{gap['p']:.3f}"
+
+
+def measured_matrix(path: Path) -> list[str]:
+    """One run of benchmarks/cifar_matrix.py: accuracies, ranking, and how it was run."""
+    found = json.loads(path.read_text())
+    lines = ["| model | join | seeds | last epoch | − basic | p |", "|---|---|---|---|---|---|"]
+    for v in found["variants"]:
+        gap = v["difference"]
+        p = p_value(gap)
+        cells = [
+            v["model"],
+            v["join"],
+            str(len(v["seeds"])),
+            spread(v["final"]),
+            "" if gap is None else spread(gap, "+"),
+        ]
+        lines.append(f"| {' | '.join([*cells, p])} |")
+    recipe, machine = found["recipe"], found["hardware"]
+    hours = sum(cell["seconds"] for cell in found["cells"]) / 3600
+    on = ", ".join(found["gpus"]) or f"{machine['processor']}, {machine['cores']} cores, no GPU"
+    lines += [
+        "",
+        f"Measured here: {found['data']}, {recipe['epochs']} epochs, batch {recipe['batch_size']}; percent of the test "
+        "images after the last epoch, mean ± standard deviation over the seeds, paired t-test seed by seed; "
+        f"{on}; {hours:.1f} hours of training in all, {found['workers']} at a time, beside other work. "
+        f"`{found['command']}`, `{path.relative_to(ROOT)}`.",
+        "",
+        "| join | mean rank | first | pairs of model and seed | − basic over all of them | p |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in found["ranking"]:
+        gap = entry["difference"]
+        p = p_value(gap)
+        cells = [entry["join"], f"{entry['mean_rank']:.1f}", str(entry["first"]), str(entry["pairs"])]
+        lines.append(f"| {' | '.join([*cells, '' if gap is None else spread(gap, '+'), p])} |")
+    return lines
+
+
 def _read(path: Path) -> dict:
     return json.loads(path.read_text())
 
@@ -96,7 +175,11 @@ def ratio(row: dict) -> str:
     return f"{row['ratio_median']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-PAGES = {ROOT / "README.md": (demo, folded), ROOT / "docs" / "converting.md": (warm_start,)}
+PAGES = {
+    ROOT / "README.md": (demo, claims, folded),
+    ROOT / "docs" / "converting.md": (warm_start,),
+    ROOT / "docs" / "measured.md": (table_2,),
+}
 
 
 def filled(page: Path) -> str:

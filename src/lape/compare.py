@@ -216,7 +216,10 @@ def _sort_out(planned: Sequence[Recipe], folder: Path) -> tuple[list[Cell], list
         path = cell_folder(folder, recipe) / "result.json"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            known, run = found["recipe"], Run(**found["run"])
+            known = (
+                Recipe().model_dump(mode="json") | found["recipe"]
+            )  # what an older recipe did not have was the default
+            run = Run(**found["run"])
         except FileNotFoundError:
             waiting.append(recipe)
             continue
