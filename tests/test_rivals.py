@@ -216,12 +216,18 @@ def test_rivals_are_trained_evaluated_and_resumed_as_others_are(model, pe, tmp_p
 
 
 def test_one_table_of_rivals(tmp_path: Path) -> None:
-    recipe = Recipe.from_yaml(
-        "digits", epochs=1, batch_size=256, model_kwargs={"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 1}
-    )
+    size = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 1, "class_token": False, "global_pool": "avg"}
+    recipe = Recipe.from_yaml("digits", epochs=1, batch_size=256, model_kwargs={**size, "fc_norm": False})
     rivals = ("vit_small_patch16_rope_224", ROPE)
     found = compare(
-        recipe, tmp_path / "c", pes=("none", "PEG", "2D_RPE", "learnable"), rivals=rivals, seeds=(0,), workers=1
+        recipe,
+        tmp_path / "c",
+        joins=("basic", "LaPE", "MPVG"),
+        pes=("none", "PEG", "2D_RPE", "learnable"),
+        rivals=rivals,
+        rival_kwargs={**size, "use_fc_norm": False, "init_values": None},
+        seeds=(0,),
+        workers=1,
     )
     rows = [(v["model"], v["pe"], v["join"]) for v in found.results["variants"]]
     plain = recipe.model
@@ -232,17 +238,24 @@ def test_one_table_of_rivals(tmp_path: Path) -> None:
         (plain, "2D_RPE", "LaPE"),
         (plain, "learnable", "basic"),
         (plain, "learnable", "LaPE"),
+        (plain, "learnable", "MPVG"),
         *((rival, "own", "basic") for rival in rivals),
     ]
-    assert [(m["join"], m["pe"]) for m in found.results["meaningless"]] == [("LaPE", "none"), ("LaPE", "PEG")]
+    left_out = [(m["join"], m["pe"]) for m in found.results["meaningless"]]
+    assert left_out == [("LaPE", "none"), ("MPVG", "none"), ("LaPE", "PEG"), ("MPVG", "PEG"), ("MPVG", "2D_RPE")]
     report = (tmp_path / "c" / "report.md").read_text()
     assert all(rival in report for rival in rivals)
+    assert "'use_fc_norm': False" in report
+    model = lape.load(tmp_path / "c" / "cells" / f"{ROPE}.own.basic.seed0" / "model")
+    assert isinstance(model.norm, torch.nn.LayerNorm)
+    assert model.global_pool == "avg"
     assert json.loads((tmp_path / "c" / "results.json").read_text())["variants"] == found.results["variants"]
 
 
 @pytest.mark.parametrize(
     ("rivals", "message"),
     [
+        ((), "rival_kwargs={} without a rival"),
         (("vit_small_patch16_rop_224",), "unknown model 'vit_small_patch16_rop_224': did you mean"),
         (("resnet18",), r"resnet18.*unexpected keyword argument"),
         ((ROPE, ROPE), "each once"),
@@ -251,7 +264,9 @@ def test_one_table_of_rivals(tmp_path: Path) -> None:
 def test_wrong_rivals_are_one_line_before_anything_is_made(rivals, message, tmp_path):
     recipe = Recipe.from_yaml("digits", epochs=1)
     with pytest.raises(lape.LapeError, match=message):
-        compare(recipe, tmp_path / "out", rivals=rivals)
+        compare(recipe, tmp_path / "out", rivals=rivals, rival_kwargs=None if rivals else {})
+    with pytest.raises(lape.LapeError, match="is a model and a rival"):
+        compare(recipe, tmp_path / "out", models=[ROPE], joins=["basic"], pes=["own"], rivals=[ROPE])
     assert not (tmp_path / "out").exists()
 
 
@@ -261,9 +276,11 @@ def test_the_command_has_rivals(monkeypatch):
     calls = []
     monkeypatch.setattr(lape.compare, "compare", lambda recipe, folder, **kwargs: calls.append(kwargs))
     flags = f"compare --output-dir d --pes none PEG learnable --rivals {ROPE} vit_small_patch16_rope_224"
+    flags += " --rival-kwargs init_values=None depth=2"
     assert cli.run(cli.app, flags.split()) == 0
     assert calls[0]["rivals"] == (ROPE, "vit_small_patch16_rope_224")
     assert calls[0]["pes"] == ("none", "PEG", "learnable")
+    assert calls[0]["rival_kwargs"] == {"init_values": None, "depth": 2}
 
 
 def test_timm_names_of_the_documentation_exist():
