@@ -217,6 +217,7 @@ def test_rivals_are_trained_evaluated_and_resumed_as_others_are(model, pe, tmp_p
 
 def test_one_table_of_rivals(tmp_path: Path) -> None:
     size = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 1, "class_token": False, "global_pool": "avg"}
+    size["init_values"] = 1e-5  # LayerScale, which timm's rotary models have
     recipe = Recipe.from_yaml("digits", epochs=1, batch_size=256, model_kwargs={**size, "fc_norm": False})
     rivals = ("vit_small_patch16_rope_224", ROPE)
     found = compare(
@@ -225,7 +226,7 @@ def test_one_table_of_rivals(tmp_path: Path) -> None:
         joins=("basic", "LaPE", "MPVG"),
         pes=("none", "PEG", "2D_RPE", "learnable"),
         rivals=rivals,
-        rival_kwargs={**size, "use_fc_norm": False, "init_values": None},
+        rival_kwargs={**size, "use_fc_norm": False},
         seeds=(0,),
         workers=1,
     )
@@ -249,6 +250,9 @@ def test_one_table_of_rivals(tmp_path: Path) -> None:
     model = lape.load(tmp_path / "c" / "cells" / f"{ROPE}.own.basic.seed0" / "model")
     assert isinstance(model.norm, torch.nn.LayerNorm)
     assert model.global_pool == "avg"
+    without = lape.load(tmp_path / "c" / "cells" / f"{plain}.none.basic.seed0" / "model")
+    axial = lape.load(tmp_path / "c" / "cells" / f"{rivals[0]}.own.basic.seed0" / "model")
+    assert lape.describe(axial).parameters == lape.describe(without).parameters
     assert json.loads((tmp_path / "c" / "results.json").read_text())["variants"] == found.results["variants"]
 
 
@@ -276,11 +280,11 @@ def test_the_command_has_rivals(monkeypatch):
     calls = []
     monkeypatch.setattr(lape.compare, "compare", lambda recipe, folder, **kwargs: calls.append(kwargs))
     flags = f"compare --output-dir d --pes none PEG learnable --rivals {ROPE} vit_small_patch16_rope_224"
-    flags += " --rival-kwargs init_values=None depth=2"
+    flags += " --rival-kwargs init_values=1e-5 depth=2"
     assert cli.run(cli.app, flags.split()) == 0
     assert calls[0]["rivals"] == (ROPE, "vit_small_patch16_rope_224")
     assert calls[0]["pes"] == ("none", "PEG", "learnable")
-    assert calls[0]["rival_kwargs"] == {"init_values": None, "depth": 2}
+    assert calls[0]["rival_kwargs"] == {"init_values": 1e-5, "depth": 2}
 
 
 def test_timm_names_of_the_documentation_exist():
