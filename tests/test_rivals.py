@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 from test_convert import HOSTS, TOLERANCE, assert_same_structure, image, make
+from test_hosts import make as make_foreign
+from test_hosts import output as foreign_output
 from test_hosts_timm import FAMILIES
 from test_hosts_timm import image as family_image
 from test_hosts_timm import make as make_family
@@ -83,6 +85,22 @@ def test_peg_in_other_families(family):
     lape.remove_(model)
     assert_same_structure(model, original)
     assert torch.equal(model(x), original(x))
+
+
+@pytest.mark.parametrize("host", ["ViT", "DINOv2 registers", "BEiT", "SigLIP", "torchvision"])
+def test_peg_in_other_libraries(host, tmp_path):
+    model, original = make_foreign(host), make_foreign(host)
+    x = torch.randn(2, 3, 16, 16)
+    lape.apply_(model, "basic", "PEG")
+    assert lape.describe(model).joined == 1
+    got = foreign_output(model, x)
+    assert (foreign_output(lape.load(lape.save(model, tmp_path / "model")), x) - got).abs().max() <= 1e-6
+    got.square().sum().backward()
+    generator = next(m for m in model.modules() if isinstance(m, PositionGenerator))
+    assert generator.peg.weight.grad.any()
+    lape.remove_(model)
+    assert_same_structure(model, original)
+    assert torch.equal(foreign_output(model, x), foreign_output(original, x))
 
 
 def test_peg_reads_a_map_as_it_reads_its_tokens():
