@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 from test_convert import HOSTS, TOLERANCE, assert_same_structure, image, make
+from test_hosts import SMALL
 from test_hosts import make as make_foreign
 from test_hosts import output as foreign_output
 from test_hosts_timm import FAMILIES
@@ -161,6 +162,13 @@ def test_peg_copies_recomputes_compiles_and_is_not_decayed():
     model.blocks[0].forward = lambda h: checkpoint(forward, h, use_reentrant=False)
     model(x).square().sum().backward()
     assert torch.allclose(model.blocks[0].peg.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_peg_needs_whole_grids():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(**SMALL)
+    with pytest.raises(lape.LapeError, match=r"pe='PEG': .*shuffles the others.*use pe='learnable'"):
+        lape.apply_(transformers.ViTMAEModel(config), "basic", "PEG")
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,11 @@ def _own_kind(anatomy: Anatomy) -> Kind:
 
 def _check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: bool) -> None:
     """Raises LapeError for a kind that cannot be what its name says in this model."""
+    if kind.conditional and anatomy.shuffle is not None:
+        raise LapeError(
+            f"pe={kind.name!r}: {name} leaves patches out and shuffles the others, so no patch has neighbours to look "
+            "at: use pe='learnable'"
+        )
     if anatomy.own_bias and kind.name == "2D_RPE":
         return
     if anatomy.beside and not kind.is_table and not kind.conditional:
