@@ -180,6 +180,8 @@ def test_what_has_no_constant_and_no_table_says_so(pe, why):
         with pytest.raises(lape.LapeError, match=f"pe='{pe}'.*{why}"):
             ask(model)
     assert not lape.describe(model).folded
+    with pytest.raises(lape.LapeError, match=f"nothing to show of m without images.*{why}"):
+        lape.explore({"m": model}, "e.html")
     with pytest.raises(lape.LapeError, match=f"join='LaPE' with pe='{pe}'.*{why}; use join='basic'"):
         lape.apply_(make(), "LaPE", pe)
     with pytest.raises(lape.LapeError, match="warm_start=True"):
@@ -212,6 +214,11 @@ def test_a_model_that_no_host_knows_is_left_as_it_is(tmp_path):
     assert "ResNet: join=basic pe=own, left as it is" in str(lape.describe(model))
     assert torch.equal(lape.load(lape.save(model, tmp_path / "model"))(x), model(x))
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+    for ask in (lape.grid, lape.num_prefix_tokens, lambda m: lape.explore({"m": m}, tmp_path / "e.html")):
+        with pytest.raises(
+            lape.LapeError, match=r"a timm\.models\.resnet\.ResNet was left as it is, its parts are not"
+        ):
+            ask(model)
     foreign = lape.apply_(torch.nn.Linear(2, 2), "basic", "own")
     with pytest.raises(lape.LapeError, match="how to build this model again is not known"):
         lape.save(foreign, tmp_path / "foreign")

@@ -699,13 +699,19 @@ def describe(model: nn.Module) -> Description:
 
 
 def grid(model: nn.Module) -> Grid:
-    """(rows, columns) of patches of a converted model."""
-    return conversion_of(model).layout.grid
+    """(rows, columns) of patches of a converted model. Raises LapeError where its parts are not known (pe="own")."""
+    return _known(conversion_of(model)).layout.grid
 
 
 def num_prefix_tokens(model: nn.Module) -> int:
-    """Tokens before the first patch (class, distillation, registers) of a converted model."""
-    return conversion_of(model).layout.num_prefix
+    """Tokens before the first patch (class, distillation, registers) of a converted model; raises as `grid`."""
+    return _known(conversion_of(model)).layout.num_prefix
+
+
+def _known(conversion: Conversion) -> Conversion:
+    if not conversion.anatomy.blocks:
+        raise LapeError(f"pe={conversion.pe!r}: a {conversion.host} was left as it is, its parts are not known here")
+    return conversion
 
 
 def _grid_for(conversion: Conversion, size: Size | None) -> Grid | None:
