@@ -8,10 +8,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from test_convert import MEANINGFUL, TOLERANCE, assert_same_structure, shake_position
+from training import tiny
 
 import lape
 import lape.models
+from lape.evaluate import evaluate_checkpoint
 from lape.models.ceit import LeFF
+from lape.recipe import Recipe
+from lape.train import train
 
 NAME = "ceit_tiny_patch16_224"
 SMALL = {"img_size": (32, 48), "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -159,3 +163,17 @@ def test_images_of_another_size_are_refused():
         make()(torch.randn(1, 3, 32, 32))
     with pytest.raises(lape.LapeError, match="patch_size=8"):
         make().set_input_size(patch_size=8)
+
+
+@pytest.mark.parametrize(("name", "pe"), [(NAME, "learnable"), ("t2t_vit_7", "1D_sin")])
+def test_trained_by_a_recipe_and_evaluated_from_its_file(name, pe, tmp_path):
+    kwargs = {"embed_dim": 16, "depth": 1, "num_heads": 1}
+    recipe = tiny(model=name, pe=pe, model_kwargs=kwargs, input_size=32, output_dir=str(tmp_path))
+    result = train(recipe, say=lambda _text: None)
+    path = str(tmp_path / "checkpoint.pth")
+    found = evaluate_checkpoint(Recipe(eval=True, resume=path, num_workers=0), say=lambda _text: None)
+    assert found.acc1 == result.accuracy
+    finer = train(
+        recipe.replace(output_dir="", finetune=path, input_size=48), say=lambda _text: None
+    )  # the table is resampled from 2 x 2 to 3 x 3
+    assert lape.grid(finer.model) == (3, 3)

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 from test_convert import HOSTS, TOLERANCE, assert_same_structure, image, make
+from test_hosts import SMALL
+from test_hosts import make as make_foreign
+from test_hosts import output as foreign_output
 from test_hosts_timm import FAMILIES
 from test_hosts_timm import image as family_image
 from test_hosts_timm import make as make_family
@@ -85,6 +88,22 @@ def test_peg_in_other_families(family):
     assert torch.equal(model(x), original(x))
 
 
+@pytest.mark.parametrize("host", ["ViT", "DINOv2 registers", "BEiT", "SigLIP", "torchvision"])
+def test_peg_in_other_libraries(host, tmp_path):
+    model, original = make_foreign(host), make_foreign(host)
+    x = torch.randn(2, 3, 16, 16)
+    lape.apply_(model, "basic", "PEG")
+    assert lape.describe(model).joined == 1
+    got = foreign_output(model, x)
+    assert (foreign_output(lape.load(lape.save(model, tmp_path / "model")), x) - got).abs().max() <= 1e-6
+    got.square().sum().backward()
+    generator = next(m for m in model.modules() if isinstance(m, PositionGenerator))
+    assert generator.peg.weight.grad.any()
+    lape.remove_(model)
+    assert_same_structure(model, original)
+    assert torch.equal(foreign_output(model, x), foreign_output(original, x))
+
+
 def test_peg_reads_a_map_as_it_reads_its_tokens():
     model = lape.apply_(make("7 x 3 grid"), "basic", "PEG")
     generator = model.blocks[0]
@@ -145,6 +164,13 @@ def test_peg_copies_recomputes_compiles_and_is_not_decayed():
     assert torch.allclose(model.blocks[0].peg.weight.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_peg_needs_whole_grids():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(**SMALL)
+    with pytest.raises(lape.LapeError, match=r"pe='PEG': .*shuffles the others.*use pe='learnable'"):
+        lape.apply_(transformers.ViTMAEModel(config), "basic", "PEG")
+
+
 @pytest.mark.parametrize(
     ("pe", "why"), [("PEG", "made of the tokens of each image"), ("own", "the model was left as it is")]
 )
@@ -154,6 +180,8 @@ def test_what_has_no_constant_and_no_table_says_so(pe, why):
         with pytest.raises(lape.LapeError, match=f"pe='{pe}'.*{why}"):
             ask(model)
     assert not lape.describe(model).folded
+    with pytest.raises(lape.LapeError, match=f"nothing to show of m without images.*{why}"):
+        lape.explore({"m": model}, "e.html")
     with pytest.raises(lape.LapeError, match=f"join='LaPE' with pe='{pe}'.*{why}; use join='basic'"):
         lape.apply_(make(), "LaPE", pe)
     with pytest.raises(lape.LapeError, match="warm_start=True"):
@@ -186,6 +214,11 @@ def test_a_model_that_no_host_knows_is_left_as_it_is(tmp_path):
     assert "ResNet: join=basic pe=own, left as it is" in str(lape.describe(model))
     assert torch.equal(lape.load(lape.save(model, tmp_path / "model"))(x), model(x))
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+    for ask in (lape.grid, lape.num_prefix_tokens, lambda m: lape.explore({"m": m}, tmp_path / "e.html")):
+        with pytest.raises(
+            lape.LapeError, match=r"a timm\.models\.resnet\.ResNet was left as it is, its parts are not"
+        ):
+            ask(model)
     foreign = lape.apply_(torch.nn.Linear(2, 2), "basic", "own")
     with pytest.raises(lape.LapeError, match="how to build this model again is not known"):
         lape.save(foreign, tmp_path / "foreign")
@@ -216,12 +249,19 @@ def test_rivals_are_trained_evaluated_and_resumed_as_others_are(model, pe, tmp_p
 
 
 def test_one_table_of_rivals(tmp_path: Path) -> None:
-    recipe = Recipe.from_yaml(
-        "digits", epochs=1, batch_size=256, model_kwargs={"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 1}
-    )
+    size = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 1, "class_token": False, "global_pool": "avg"}
+    size["init_values"] = 1e-5  # LayerScale, which timm's rotary models have
+    recipe = Recipe.from_yaml("digits", epochs=1, batch_size=256, model_kwargs={**size, "fc_norm": False})
     rivals = ("vit_small_patch16_rope_224", ROPE)
     found = compare(
-        recipe, tmp_path / "c", pes=("none", "PEG", "2D_RPE", "learnable"), rivals=rivals, seeds=(0,), workers=1
+        recipe,
+        tmp_path / "c",
+        joins=("basic", "LaPE", "MPVG"),
+        pes=("none", "PEG", "2D_RPE", "learnable"),
+        rivals=rivals,
+        rival_kwargs={**size, "use_fc_norm": False},
+        seeds=(0,),
+        workers=1,
     )
     rows = [(v["model"], v["pe"], v["join"]) for v in found.results["variants"]]
     plain = recipe.model
@@ -232,17 +272,27 @@ def test_one_table_of_rivals(tmp_path: Path) -> None:
         (plain, "2D_RPE", "LaPE"),
         (plain, "learnable", "basic"),
         (plain, "learnable", "LaPE"),
+        (plain, "learnable", "MPVG"),
         *((rival, "own", "basic") for rival in rivals),
     ]
-    assert [(m["join"], m["pe"]) for m in found.results["meaningless"]] == [("LaPE", "none"), ("LaPE", "PEG")]
+    left_out = [(m["join"], m["pe"]) for m in found.results["meaningless"]]
+    assert left_out == [("LaPE", "none"), ("MPVG", "none"), ("LaPE", "PEG"), ("MPVG", "PEG"), ("MPVG", "2D_RPE")]
     report = (tmp_path / "c" / "report.md").read_text()
     assert all(rival in report for rival in rivals)
+    assert "'use_fc_norm': False" in report
+    model = lape.load(tmp_path / "c" / "cells" / f"{ROPE}.own.basic.seed0" / "model")
+    assert isinstance(model.norm, torch.nn.LayerNorm)
+    assert model.global_pool == "avg"
+    without = lape.load(tmp_path / "c" / "cells" / f"{plain}.none.basic.seed0" / "model")
+    axial = lape.load(tmp_path / "c" / "cells" / f"{rivals[0]}.own.basic.seed0" / "model")
+    assert lape.describe(axial).parameters == lape.describe(without).parameters
     assert json.loads((tmp_path / "c" / "results.json").read_text())["variants"] == found.results["variants"]
 
 
 @pytest.mark.parametrize(
     ("rivals", "message"),
     [
+        ((), "rival_kwargs={} without a rival"),
         (("vit_small_patch16_rop_224",), "unknown model 'vit_small_patch16_rop_224': did you mean"),
         (("resnet18",), r"resnet18.*unexpected keyword argument"),
         ((ROPE, ROPE), "each once"),
@@ -251,7 +301,9 @@ def test_one_table_of_rivals(tmp_path: Path) -> None:
 def test_wrong_rivals_are_one_line_before_anything_is_made(rivals, message, tmp_path):
     recipe = Recipe.from_yaml("digits", epochs=1)
     with pytest.raises(lape.LapeError, match=message):
-        compare(recipe, tmp_path / "out", rivals=rivals)
+        compare(recipe, tmp_path / "out", rivals=rivals, rival_kwargs=None if rivals else {})
+    with pytest.raises(lape.LapeError, match="is a model and a rival"):
+        compare(recipe, tmp_path / "out", models=[ROPE], joins=["basic"], pes=["own"], rivals=[ROPE])
     assert not (tmp_path / "out").exists()
 
 
@@ -261,9 +313,11 @@ def test_the_command_has_rivals(monkeypatch):
     calls = []
     monkeypatch.setattr(lape.compare, "compare", lambda recipe, folder, **kwargs: calls.append(kwargs))
     flags = f"compare --output-dir d --pes none PEG learnable --rivals {ROPE} vit_small_patch16_rope_224"
+    flags += " --rival-kwargs init_values=1e-5 depth=2"
     assert cli.run(cli.app, flags.split()) == 0
     assert calls[0]["rivals"] == (ROPE, "vit_small_patch16_rope_224")
     assert calls[0]["pes"] == ("none", "PEG", "learnable")
+    assert calls[0]["rival_kwargs"] == {"init_values": 1e-5, "depth": 2}
 
 
 def test_timm_names_of_the_documentation_exist():

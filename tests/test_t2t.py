@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import timm
@@ -196,3 +197,29 @@ def test_wrong_use_is_one_line(kwargs, message):
 def test_images_of_another_size_are_refused():
     with pytest.raises(lape.LapeError, match=r"images of 32 x 32 pixels were given, the model is for 32 x 48"):
         make()(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("join", ["PVG", "MPVG"])
+def test_pooled_it_takes_what_pooled_models_take(join, tmp_path):
+    pooled = {**SMALL, "class_token": False, "global_pool": "avg", "fc_norm": False}
+    model = lape.create_model("t2t_vit_7", join, "1D_sin", **pooled).eval()
+    shake_position(model)
+    x = torch.randn(2, 3, 32, 48)
+    expected = model(x)
+    assert lape.describe(model).prefix_tokens == 0
+    assert (lape.load(lape.save(model, tmp_path / "model"))(x) - expected).abs().max() <= 1e-6
+    assert (lape.fold_(model)(x) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["t2t_vit_7", "ceit_tiny_patch16_224"])
+def test_compiles_copies_and_exports(name):
+    model = lape.create_model(name, "LaPE", "learnable", **SMALL).eval()
+    x = torch.randn(2, 3, 32, 48)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert (compiled(x) - expected).abs().max() <= 1e-5
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    program = torch.export.export(
+        lape.fold_(copy.deepcopy(model)), (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
+    assert (program.module()(x[:1]) - expected[:1]).abs().max() <= 1e-5

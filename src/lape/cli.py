@@ -219,6 +219,16 @@ def compare(
     pes: Annotated[tuple[str, ...], Parameter(help="kinds of position embedding")] = ("learnable",),
     models: Annotated[tuple[str, ...], Parameter(help="timm names (default: the recipe's)")] = (),
     rivals: Annotated[tuple[str, ...], Parameter(help="timm names, each trained as it is, by the same recipe")] = (),
+    rival_kwargs: Annotated[
+        dict[str, Any] | None,
+        Parameter(
+            help="--model-kwargs of the rivals (default: the same)",
+            converter=_keywords,
+            accepts_keys=False,
+            n_tokens=-1,
+            json_dict=False,
+        ),
+    ] = None,
     seeds: Annotated[tuple[int, ...], Parameter(help="seeds of each combination")] = (0, 1, 2),
     baseline: Annotated[
         str | None, Parameter(help="join that the others are compared with (default: basic, or the first)")
@@ -240,6 +250,7 @@ def compare(
         pes=pes,
         models=models,
         rivals=rivals,
+        rival_kwargs=rival_kwargs,
         seeds=seeds,
         baseline=baseline,
         runs=runs,

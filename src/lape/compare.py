@@ -12,7 +12,7 @@ import math
 import shutil
 import statistics
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
@@ -64,6 +64,7 @@ def compare(
     pes: Sequence[str] = ("learnable",),
     models: Sequence[str] = (),
     rivals: Sequence[str] = (),
+    rival_kwargs: Mapping[str, Any] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     baseline: str | None = None,
     runs: Sequence[str | PathLike[str]] = (),
@@ -75,7 +76,8 @@ def compare(
         recipe: everything but model, pe, join and seed; the same budget for all.
         models: timm names, none: the recipe's.
         rivals: timm names, each trained once a seed as it is (pe="own"), whether it can be converted or not; rotary
-            position, for instance. The recipe and its model_kwargs are the same for them.
+            position, for instance. The recipe is the same for them.
+        rival_kwargs: their model_kwargs, where those of the recipe have other names there; None: the recipe's.
         baseline: the join that the others are compared with, for the same model and kind; None: basic, or the first.
         runs: finished runs (folders with log.txt and checkpoint.pth) and checkpoints of others, which are evaluated
             on the recipe's data; shown in a table of their own, since nothing says that their budget was the same.
@@ -93,12 +95,21 @@ def compare(
         raise LapeError(f"workers={workers} is not allowed: choose 1 or more")
     baseline = match_name("baseline", baseline, joins) if baseline else ("basic" if "basic" in joins else joins[0])
     wanted, meaningless = combinations(recipe, models or (recipe.model,), pes, joins)
+    theirs = recipe
     if rivals:
-        wanted += [row for row in combinations(recipe, rivals, ("own",), ("basic",))[0] if row not in wanted]
+        theirs = recipe if rival_kwargs is None else recipe.replace(model_kwargs=dict(rival_kwargs))
+        for row in combinations(theirs, rivals, ("own",), ("basic",))[0]:
+            if row in wanted:
+                raise LapeError(f"{row[0]} is a model and a rival with pe='own': leave it out of one")
+            wanted.append(row)
+    elif rival_kwargs is not None:
+        raise LapeError(f"rival_kwargs={dict(rival_kwargs)} without a rival: name some, or leave it out")
     folder = _writable(Path(output_dir))
     common = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}
     planned = [
-        recipe.replace(model=model, pe=pe, join_type=join, seed=seed, **common)
+        (theirs if model in rivals and pe == "own" else recipe).replace(
+            model=model, pe=pe, join_type=join, seed=seed, **common
+        )
         for seed in seeds  # all variants of a seed first: what is there after a stop can be compared
         for model, pe, join in wanted
     ]
@@ -114,6 +125,7 @@ def compare(
         "made_by": MADE_BY,
         "data": cells[0].run.data,
         "recipe": _shared(planned[0]),
+        "rivals": {"models": list(rivals), "model_kwargs": theirs.model_kwargs} if rivals else None,
         "baseline": baseline,
         "variants": summarise(cells, baseline),
         "meaningless": [{"model": m, "pe": p, "join": j, "why": why} for (m, p, j), why in meaningless.items()],
@@ -468,6 +480,8 @@ def _markdown(results: dict[str, Any]) -> Iterator[str]:
 def _how(results: dict[str, Any]) -> Iterator[str]:
     hardware, versions = results["hardware"], results["versions"]
     yield f"Recipe of all: {', '.join(f'{name}={value!r}' for name, value in results['recipe'].items())}"
+    if results.get("rivals"):
+        yield f"Rivals, as they are: {', '.join(results['rivals']['models'])}, {results['rivals']['model_kwargs']}"
     yield from (f"Left out: {m['model']}, {m['join']} with {m['pe']}: {m['why']}" for m in results["meaningless"])
     gpus = f", on {', '.join(results['gpus'])}" if results["gpus"] else ""
     yield f"Trainings: {results['workers']} at a time, one thread each{gpus}"

@@ -203,6 +203,11 @@ def _own_kind(anatomy: Anatomy) -> Kind:
 
 def _check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: bool) -> None:
     """Raises LapeError for a kind that cannot be what its name says in this model."""
+    if kind.conditional and anatomy.shuffle is not None:
+        raise LapeError(
+            f"pe={kind.name!r}: {name} leaves patches out and shuffles the others, so no patch has neighbours to look "
+            "at: use pe='learnable'"
+        )
     if anatomy.own_bias and kind.name == "2D_RPE":
         return
     if anatomy.beside and not kind.is_table and not kind.conditional:
@@ -694,13 +699,19 @@ def describe(model: nn.Module) -> Description:
 
 
 def grid(model: nn.Module) -> Grid:
-    """(rows, columns) of patches of a converted model."""
-    return conversion_of(model).layout.grid
+    """(rows, columns) of patches of a converted model. Raises LapeError where its parts are not known (pe="own")."""
+    return _known(conversion_of(model)).layout.grid
 
 
 def num_prefix_tokens(model: nn.Module) -> int:
-    """Tokens before the first patch (class, distillation, registers) of a converted model."""
-    return conversion_of(model).layout.num_prefix
+    """Tokens before the first patch (class, distillation, registers) of a converted model; raises as `grid`."""
+    return _known(conversion_of(model)).layout.num_prefix
+
+
+def _known(conversion: Conversion) -> Conversion:
+    if not conversion.anatomy.blocks:
+        raise LapeError(f"pe={conversion.pe!r}: a {conversion.host} was left as it is, its parts are not known here")
+    return conversion
 
 
 def _grid_for(conversion: Conversion, size: Size | None) -> Grid | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.convert import TABLES, Size, View, conversion_of, num_prefix_tokens, positions
+from lape.convert import grid as own_grid
 from lape.errors import LapeError
 from lape.joins import JOINS
 from lape.position import Grid, PositionTable
@@ -38,9 +39,9 @@ def cosine(positions_LnD: Tensor) -> Tensor:
 
 def grid_at(model: nn.Module, size: Size | None = None) -> Grid:
     """(rows, columns) of patches of an image of `size` pixels that `lape.positions` accepts; None: the model's."""
-    conversion = conversion_of(model)
+    conversion, own = conversion_of(model), own_grid(model)
     if size is None:
-        return conversion.layout.grid
+        return own
     height, width = (size, size) if isinstance(size, int) else size
     return height // conversion.anatomy.patch_size[0], width // conversion.anatomy.patch_size[1]
 

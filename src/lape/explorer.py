@@ -152,7 +152,8 @@ class _Card:
             self._add_positions()
         elif not KINDS[self.about.pe].is_bias and not images:
             raise LapeError(
-                f"pe={self.about.pe!r}: {name} has no position, there is nothing to show without images (attention)"
+                f"pe={self.about.pe!r}: there is nothing to show of {name} without images (attention), "
+                f"{KINDS[self.about.pe].missing}"
             )
 
     def _add_positions(self) -> None:
