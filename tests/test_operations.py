@@ -113,6 +113,8 @@ def test_nodes_of_an_exported_graph(depth):
     basic = nodes(model("basic", depth))
     assert more(nodes(lape.fold_(model("LaPE", depth))), basic) == {"add_": depth}
     assert more(nodes(model("LaPE", depth)), basic) == {
-        **{"layer_norm": depth, "add_": depth},
-        **{"to": depth, "_assert_tensor_metadata": depth},  # to the dtype of the tokens: nothing to do
+        "layer_norm": depth,
+        "add_": depth,
+        "to": depth,
+        "_assert_tensor_metadata": depth,  # to the dtype of the tokens: nothing to do
     }
