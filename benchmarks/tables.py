@@ -166,6 +166,111 @@ def measured_matrix(path: Path) -> list[str]:
     return lines
 
 
+def joins() -> str:
+    """LaPE and folded LaPE beside basic, in each runtime."""
+    files = sorted(RESULTS.glob("joins_*.json"))
+    if not files:
+        return "Not measured yet: `python benchmarks/joins.py` does it."
+    lines = ["| model | how | what | basic | LaPE | LaPE folded |", "|---|---|---|---|---|---|"]
+    for found in map(_read, files):
+        for way, result in found.items():
+            variants = result["variants"]
+            for part in ("latency", "inference", "training"):
+                if part not in variants["basic"]:
+                    continue
+                basic = variants["basic"][part]
+                cells = [f"{1e3 * basic['seconds']:.2f} ms"]
+                cells += [interval(variants[name].get(part), "ratio") for name in ("LaPE", "LaPE folded")]
+                lines.append(f"| {_model(found)} | {way} | {part}, batch {basic['batch']} | {' | '.join(cells)} |")
+            if "training" in variants["basic"]:
+                memory = [variants[name]["training"] for name in ("basic", "LaPE")]
+                cells = [f"{memory[0]['peak_bytes'] / 1e6:.1f} MB", f"{memory[1]['memory_ratio']:.4f}", "-"]
+                lines.append(f"| {_model(found)} | {way} | peak memory of training | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Ratios to basic, {HOW}; {_machines(files, several=True)}"])
+
+
+def variants() -> str:
+    """Parameters, MACs and speed of joins and of the same ViT of other libraries."""
+    files = sorted(RESULTS.glob("bench_*.json"))
+    if not files:
+        return "Not measured yet: `lape bench ... --json benchmarks/results/bench_NAME.json` does it."
+    head = ("model", "variant", "parameters", "MACs", "inference", "images/s", "training", "images/s", "peak MB")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for found in map(_read, files):
+        amp = "" if found["settings"]["amp"] == "none" else f", {found['settings']['amp']}"
+        for name, row in found["variants"].items():
+            cells = [f"{found['settings']['model']}{amp}", name, f"{row['parameters']:,}", f"{row['macs'] / 1e9:.3f} G"]
+            for part in ("inference", "training"):
+                speed = f"{row[part]['images_per_second']:.1f}" if part in row else "-"
+                cells += [interval(row.get(part), "ratio"), speed]
+            memory = f"{row['training']['peak_bytes'] / 1e6:.1f}" if "training" in row else "-"
+            lines.append(f"| {' | '.join([*cells, memory])} |")
+    return "\n".join([*lines, "", f"Time as a ratio to the first variant, {HOW}; {_machines(files)}"])
+
+
+def original_style() -> str:
+    """Training steps against the equations written out."""
+    files = sorted(RESULTS.glob("original_style_*.json"))
+    if not files:
+        return "Not measured yet: `python benchmarks/original_style.py` does it."
+    lines = ["| model | training step | time | times as fast | share of matmul |", "|---|---|---|---|---|"]
+    for found in map(_read, files):
+        settings = found["settings"]
+        for name, row in found["variants"].items():
+            share = f"{100 * row['share_of_matmul_rate']:.0f} %"
+            cells = [f"{settings['model']}, batch {settings['batch_size']}", name, f"{1e3 * row['seconds']:.1f} ms"]
+            lines.append(f"| {' | '.join([*cells, interval(row, 'speed_up'), share])} |")
+    differences = ", ".join(f"{_read(path)['largest_difference']:.1e}" for path in files)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Speed-up over the first row, {HOW}. Share of the rate that torch.matmul reached in that precision in the "
+            f"same run. Largest difference of the logits beforehand, relative: {differences}; {_machines(files)}",
+        ]
+    )
+
+
+def chain_cost() -> str:
+    """What the chain of position norms costs as models grow."""
+    files = sorted(RESULTS.glob("chain_cost_*.json"))
+    if not files:
+        return "Not measured yet: `python benchmarks/chain_cost.py` does it."
+    lines = ["| layers | width | pixels | norms of P | chain | forward of one image | LaPE / basic |", "|---" * 7 + "|"]
+    for found in map(_read, files):
+        for row in found["sizes"]:
+            times = row["times"]
+            cells = [str(row[key]) for key in ("layers", "width", "pixels", "norms_of_positions")]
+            cells += [f"{1e3 * times[name]['seconds']:.2f} ms" for name in ("positions", "basic")]
+            lines.append(f"| {' | '.join([*cells, interval(times['LaPE'], 'ratio')])} |")
+    return "\n".join([*lines, "", f"Unfolded and eager, {HOW}; {_machines(files)}"])
+
+
+HOW = "median [95 % bootstrap interval] over interleaved rounds"
+
+
+def interval(row: dict | None, name: str) -> str:
+    if row is None:
+        return "-"
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _model(found: dict) -> str:
+    return next((result["settings"]["model"] for result in found.values() if "settings" in result), "-")
+
+
+def _machines(files: list[Path], several: bool = False) -> str:
+    """Hardware and versions of these files, and their names."""
+    named = []
+    for path in files:
+        found = _read(path) if not several else next((r for r in _read(path).values() if "hardware" in r), {})
+        hardware, versions = found.get("hardware", {}), found.get("versions", {})
+        where = hardware.get("gpu") or f"{hardware.get('processor')}, {hardware.get('threads')} threads"
+        named.append(f"{where}, torch {versions.get('torch')} (`{path.relative_to(ROOT)}`)")
+    return "; ".join(named) + "."
+
+
 def _read(path: Path) -> dict:
     return json.loads(path.read_text())
 
@@ -176,9 +281,15 @@ def ratio(row: dict) -> str:
 
 
 PAGES = {
+<<<<<<< HEAD
     ROOT / "README.md": (demo, claims, folded),
     ROOT / "docs" / "converting.md": (warm_start,),
     ROOT / "docs" / "measured.md": (table_2,),
+=======
+    ROOT / "README.md": (demo, folded),
+    ROOT / "docs" / "converting.md": (warm_start,),
+    ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost),
+>>>>>>> bench
 }
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,3 +153,61 @@ def test_ratios_are_taken_within_a_round():
     assert found["ratio"] == 2.0
     low, high = found["ratio_interval"]
     assert 2.0 <= low <= high <= 2.2
+
+
+# --- the scripts in benchmarks/ ---------------------------------------------------------------------------------------
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_written_out_baseline_is_the_converted_model_in_outputs_and_gradients():
+    original_style = script("original_style")
+    model = lape.create_model("vit_tiny_patch16_224", "LaPE", **TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    baseline, x = original_style.written_out(model), torch.randn(2, 3, 16, 16)
+    assert original_style.largest_difference(model, baseline, x) < original_style.TOLERANCE
+    for one in (model, baseline):
+        one(x).square().sum().backward()
+    torch.testing.assert_close(baseline.pos_embed.grad, model.lape_position[0].pos_embed.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        baseline.blocks[1].pe_norm.weight.grad, model.blocks[1].norm1.pe_norm.weight.grad, rtol=1e-3, atol=1e-4
+    )
+    with torch.no_grad():
+        baseline.blocks[0].pe_norm.weight.mul_(2)  # the check can fail
+    assert original_style.largest_difference(model, baseline, x) > original_style.TOLERANCE
+
+
+def test_tables_are_written_from_the_files_that_the_scripts_write(tmp_path, monkeypatch, capsys):
+    import sys
+
+    tiny = ["--model", "vit_tiny_patch16_224", "--model-kwargs", json.dumps(TINY), "--batch-size", "2"]
+    tiny += ["--rounds", "3", "--device", "cpu"]
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for name, arguments in {
+        "original_style": [*tiny, "--product", "32"],
+        "joins": [*tiny, "--only", "eager"],
+        "chain_cost": ["--tiny", "--rounds", "3", "--device", "cpu"],
+    }.items():
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--output", str(results / f"{name}_cpu.json")])
+        assert not script(name).main()
+    assert run("--json", str(results / "bench_cpu.json")) == 0
+    tables = script("tables")
+    monkeypatch.setattr(tables, "RESULTS", results)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert "| LaPE | " in tables.variants()
+    assert "| lape, bf16 autocast | " in tables.original_style()
+    assert "| eager | training, batch 2 | " in tables.joins()
+    assert "| peak memory of training | " in tables.joins()
+    assert "\n| 4 | 64 | 32 | 4 | " in tables.chain_cost()

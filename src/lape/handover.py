@@ -4,7 +4,7 @@ A norm asks its predecessor for P_l, and that one asks its own: nothing is writt
 each layer computes all before it. A `HandOver` stands between two norms and keeps what the first has just computed
 until the second asks, once. It is a pure cache: it may be empty at any time, is used once, is never copied or pickled,
 and is believed only when nothing that decides the value has changed. It stays empty where a value must be computed
-anew: in a backward and under saved-tensor hooks (activation checkpointing), and in compilation.
+anew: in a backward and under saved-tensor hooks (activation checkpointing), and while torch.compile traces.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class HandOver:
 
     def position(self, grid: Grid | None = None) -> Tensor:
         """P_(l+1), (1, R, D)."""
-        if not torch.compiler.is_compiling() and (kept := self._kept.__dict__.pop("position", None)) is not None:
+        if not torch.compiler.is_dynamo_compiling() and (kept := self._kept.__dict__.pop("position", None)) is not None:
             state, p_1RD, spent = kept
             if not spent and _same(state, self._state(grid)):
                 return p_1RD
@@ -50,7 +50,7 @@ class HandOver:
 
     def leave(self, p_1RD: Tensor, grid: Grid | None) -> None:
         """`norm` has computed this in a forward, and its successor may ask for it."""
-        if torch.compiler.is_compiling() or (state := self._state(grid)) is None:
+        if torch.compiler.is_dynamo_compiling() or (state := self._state(grid)) is None:
             return
         spent: list[bool] = []
         if p_1RD.requires_grad:  # a graph that has given its gradient gives no other
@@ -68,7 +68,7 @@ class HandOver:
             source = source.norm._source[0]
         parameters += source._parameters.values()
         parameters = [p for p in parameters if p is not None]  # a LayerNorm may have no bias
-        if any(type(p) is not nn.Parameter for p in parameters):  # a transform's own, such as vmap's
+        if not all(isinstance(p, nn.Parameter) for p in parameters):  # a transform's own, such as vmap's
             return None
         try:
             versions = [p._version for p in parameters]

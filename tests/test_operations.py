@@ -1,0 +1,120 @@
+"""What a join costs, counted and not timed: operations, parameters, buffers and bytes, exactly, as functions of layers.
+
+L layers, R rows of the position table, D width. `LaPE` is L norms of a (1, R, D) position and L additions over `basic`,
+2 D parameters a layer, and the zeros that switch the host's addition off; folded, the L additions are left.
+"""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lape
+
+DEPTHS = [1, 2, 5]
+D, R = TINY["embed_dim"], 17
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches torch's kernels, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.count[function._schema.name.removeprefix("aten::")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def model(join: str, depth: int, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return lape.create_model("vit_tiny_patch16_224", join, **{**TINY, "depth": depth, **kwargs}).eval()
+
+
+def operations(of: nn.Module, *, train: bool = False) -> Counter[str]:
+    x = torch.randn(2, 3, 16, 16)
+    with torch.set_grad_enabled(train), Operations() as seen:
+        y = of(x)
+        if train:
+            y.sum().backward()
+    return seen.count
+
+
+def more(mine: Counter[str], basic: Counter[str]) -> dict[str, int]:
+    """What `mine` has more of, or less."""
+    return {name: mine[name] - basic[name] for name in mine | basic if mine[name] != basic[name]}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_operations_of_a_forward(depth):
+    basic, converted = operations(model("basic", depth)), operations(model("LaPE", depth))
+    assert basic["native_layer_norm"] == 2 * depth + 1
+    assert more(converted, basic) == {"native_layer_norm": depth, "add_": depth}
+    assert more(operations(model("LaPE-sharing", depth)), basic) == {"native_layer_norm": depth, "add_": depth}
+    assert more(operations(lape.fold_(model("LaPE", depth))), basic) == {"add_": depth}
+    assert more(operations(lape.remove_(model("LaPE", depth))), basic) == {}
+    assert more(operations(model("share", depth)), basic) == {"add": depth}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_operations_of_a_training_step(depth):
+    basic, converted = (operations(model(join, depth).train(), train=True) for join in ("basic", "LaPE"))
+    expected = {"native_layer_norm": depth, "native_layer_norm_backward": depth, "add_": depth}
+    if depth > 1:  # gradients: each is summed over the batch, and each P but the last has two users
+        expected |= {"sum": depth - 1, "add": depth - 1}
+    assert more(converted, basic) == expected
+
+
+def grew(name: str, shallow: int, deep: int, **kwargs) -> Counter[str]:
+    return operations(model(name, deep), **kwargs) - operations(model(name, shallow), **kwargs)
+
+
+def test_the_chain_is_linear_in_the_layers():
+    for train in (False, True):
+        assert {n: 2 * c for n, c in grew("LaPE", 4, 8, train=train).items()} == grew("LaPE", 4, 12, train=train)
+    deep = model("LaPE", 12)
+    with Operations() as seen:
+        lape.positions(deep)
+    assert seen.count["native_layer_norm"] == 12
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_parameters_buffers_and_bytes(depth):
+    basic, converted = model("basic", depth), model("LaPE", depth)
+    folded = lape.fold_(copy.deepcopy(converted))
+
+    def numbers(of: nn.Module) -> tuple[int, int, int]:
+        stored = sum(t.numel() * t.element_size() for t in of.state_dict().values())
+        return sum(p.numel() for p in of.parameters()), sum(b.numel() for b in of.buffers()), stored
+
+    parameters, buffers, stored = numbers(basic)
+    chain, table = 2 * D * depth, R * D
+    assert numbers(converted) == (parameters + chain, buffers + table, stored + 4 * chain)
+    assert numbers(folded) == (
+        parameters - table,
+        buffers + table + depth * table,
+        stored - 4 * table + 4 * depth * table,
+    )
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_nodes_of_an_exported_graph(depth):
+    def nodes(of: nn.Module) -> Counter[str]:
+        graph = torch.export.export(of, (torch.randn(2, 3, 16, 16),), strict=False).graph
+        targets = [node.target for node in graph.nodes if node.op == "call_function"]
+        return Counter(t._schema.name.removeprefix("aten::") for t in targets if hasattr(t, "_schema"))
+
+    basic = nodes(model("basic", depth))
+    assert more(nodes(lape.fold_(model("LaPE", depth))), basic) == {"add_": depth}
+    assert more(nodes(model("LaPE", depth)), basic) == {
+        "layer_norm": depth,
+        "add_": depth,
+        "to": depth,
+        "_assert_tensor_metadata": depth,  # to the dtype of the tokens: nothing to do
+    }
