@@ -9,7 +9,7 @@ from PIL import Image
 from test_batched import pictures
 from test_data import write_folder
 from test_resume import STATE, Killed, kill_at
-from timm.data.auto_augment import LEVEL_TO_ARG, AugmentOp, RandAugment
+from timm.data.auto_augment import AugmentOp
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from training import log_without_times, quiet, read, same, tiny
@@ -124,31 +124,38 @@ def test_flips():
     assert not too_uneven([flipped.sum(), (~flipped).sum()], [1, 1])
 
 
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.7", "rand-m12-mstd101-mmax15-inc1"])
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.7", "rand-m12-mstd101-mmax15-inc1", "3a", "v0r-mstd0.5"]
+)
 def test_operations_of_a_policy(policy, monkeypatch):
     steps = steps_of(input_size=64, aa=policy)
-    theirs: RandAugment = steps["their RandAugment"]
-    seen: dict[str, list[float]] = {op.name: [] for op in theirs.ops}
-    for op in theirs.ops:
-        monkeypatch.setattr(op, "aug_fn", lambda img, *a, name=op.name, **_: seen[name].append(a[0] if a else 0))
+    theirs = steps["their RandAugment"] if policy[0] == "r" else steps["their AutoAugment"]
+    ops = theirs.ops if policy[0] == "r" else [op for some in theirs.policy for op in some]
+    seen: list[list[float]] = [[] for _ in ops]
+    for op, found in zip(ops, seen, strict=True):
+        monkeypatch.setattr(op, "aug_fn", lambda img, *a, found=found, **_: found.append(a[0] if a else 0))
     random.seed(0), np.random.seed(0)
-    turns = 20000
-    for _ in range(turns // theirs.num_layers):
+    turns, step = 20000, steps["Policy"]
+    for _ in range(turns):
         theirs(None)
 
-    step = steps["Policy"]
-    assert step.layers == theirs.num_layers
-    which, used, level, side = step.draw(stream(turns))
-    ours = {}
-    for number, op in enumerate(step.ops):
-        argument = ARGUMENTS[op.name](level, side, op.hparams) + torch.zeros(turns)
-        ours[op.name] = argument[(which == number) & used]
-    rates = [len(ours[name]) for name in seen], [len(values) for values in seen.values()]
-    for rate in rates:  # both against what they stand for, and by that against each other
-        assert not too_uneven([*rate, turns - sum(rate)], [*[theirs.ops[0].prob / 15] * 15, 1 - theirs.ops[0].prob])
-    for name, values in seen.items():
-        if theirs.ops[0].level_fn is not None or name in MATRICES or LEVEL_TO_ARG[name] is not None:
-            assert gap(ours[name], values) < 1, name
+    ours: list[list[float]] = [[] for _ in ops]
+    numbers = stream(turns)
+    for _ in range(step.layers):
+        for which in step.lists[numbers.integer(len(step.lists))].unbind(1):
+            used, level, unit = step.draw(which, numbers)
+            for number, op in enumerate(step.ops):
+                argument = ARGUMENTS[op.name](level, unit, op.hparams)
+                ours[number] += argument[used & (which == number)].tolist()
+    for number, op in enumerate(ops):
+        expected = turns * step.layers / len(step.lists) * op.prob
+        for found in (seen, ours):  # both against what they stand for, and by that against each other
+            assert abs(len(found[number]) - expected) <= 5 * expected**0.5, op
+        if op.name == "GaussianBlurRand":  # timm draws the radius where it blurs, uniformly up to twice its argument
+            assert set(seen[number]) == {1.0}
+            assert gap(ours[number], np.linspace(0.1, 2, 999)) < 1
+        elif op.level_fn is not None and op.name != "Desaturate" and expected > 0:
+            assert gap(ours[number], seen[number]) < 1, op
 
 
 @pytest.mark.parametrize("name", sorted(ARGUMENTS))
@@ -159,10 +166,15 @@ def test_arguments_are_timms(name, monkeypatch):
     if op.level_fn is None:
         return
     levels = torch.arange(0, 10.01, 0.25, dtype=torch.float64)
-    for side, drawn in ((1.0, 0.1), (-1.0, 0.9)):
+    for unit, drawn in ((0.8, 0.1), (0.2, 0.9)):
         monkeypatch.setattr(random, "random", lambda drawn=drawn: drawn)
         expected = [op.level_fn(level, settings)[0] for level in levels.tolist()]
-        assert ARGUMENTS[name](levels, torch.tensor(side, dtype=torch.float64), settings).tolist() == expected
+        if name == "Desaturate":  # timm takes it from 1 where it is used
+            expected = [1 - value for value in expected]
+        if name == "GaussianBlurRand":  # and draws the radius there
+            expected = [0.1 + (2 * value - 0.1) * unit for value in expected]
+        found = ARGUMENTS[name](levels, torch.tensor(unit, dtype=torch.float64), settings)
+        assert found.tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_colour_jitter(monkeypatch):
@@ -238,6 +250,7 @@ def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
         ({**ROUNDS, "input_size": 32}, 32),
         ({**ROUNDS, "input_size": 40, "train_interpolation": "random"}, 33),
         ({"aa": "none", "color_jitter": 0.4, "reprob": 0.0, "input_size": 40}, 48),
+        ({"three_augment": True, "src": True, "input_size": 40}, 40),
     ],
 )
 def test_the_whole_recipe_is_distributed_as_on_the_pil_path(fields, size):
@@ -340,10 +353,8 @@ WRONG = {"in_chans": 3, "batch_size": 2, "data_on_device": True}
     ("fields", "message"),
     [
         ({"skip_corrupt": True}, "skip_corrupt=True leaves images out"),
-        ({"three_augment": True}, "AutoAugment is not made for batches on the device: leave --data-on-device out"),
-        ({"aa": "augmix-m5"}, "AugMixAugment is not made"),
-        ({"aa": "rand-m9-tweights"}, "RandAugment with a choice by weights is not made"),
-        ({"aa": "rand-m9-t3a"}, "RandAugment with operation Desaturate is not made"),
+        ({"aa": "augmix-m5"}, "AugMixAugment is not made for batches on the device: leave --data-on-device out"),
+        ({"aa": "rand-m9-tweights"}, "RandAugment by weights is not made"),
         ({"input_size": 64, "aa": "none", "train_interpolation": "lanczos"}, "use bicubic, bilinear or random"),
     ],
 )
