@@ -26,6 +26,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from lape import batched
+from lape.augment import ToMode
 from lape.errors import DataError, LapeError
 
 GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15, the odd number next to 2^64 / golden ratio, as int64
@@ -106,7 +107,7 @@ def split_transform(transform: transforms.Compose) -> tuple[transforms.Compose, 
     once = []
     while steps and not isinstance(steps[0], tuple(TWINS)):
         step = steps.pop(0)
-        if not isinstance(step, transforms.Resize | ResizeKeepRatio | transforms.CenterCrop) and not _is_mode(step):
+        if not isinstance(step, ToMode | transforms.Resize | ResizeKeepRatio | transforms.CenterCrop):
             raise LapeError(f"{type(step).__name__} is not made for batches on the device: {LEFT_OUT}")
         once.append(step)
     for step in steps:
@@ -114,10 +115,6 @@ def split_transform(transform: transforms.Compose) -> tuple[transforms.Compose, 
             raise LapeError(f"{type(step).__name__} is not made for batches on the device: {LEFT_OUT}")
     twins = [(step, TWINS[type(step)]) for step in steps]
     return transforms.Compose(once), [make(step) for step, make in twins if make is not None]
-
-
-def _is_mode(step: Any) -> bool:
-    return type(step).__name__ == "_ToMode"
 
 
 @dataclass(frozen=True)
@@ -314,7 +311,7 @@ def _change(images: Tensor, mine: Tensor, change: Callable[[Tensor, Tensor], Ten
     places = mine.nonzero()[:, 0]
     if len(places):
         at = places.to(images.device, non_blocking=True)
-        images[at] = change(images[at], values[places].to(images.device, non_blocking=True))
+        images[at] = change(images[at], values[places])
 
 
 # ------------------------------------------------------------------------------------------------ timm's operations
