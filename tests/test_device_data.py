@@ -12,8 +12,11 @@ from test_resume import STATE, Killed, kill_at
 from timm.data.auto_augment import AugmentOp
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from training import log_without_times, quiet, read, same, tiny
 
+from lape import batched
 from lape.augment import train_transform
 from lape.data import eval_loader, load_data, train_loader
 from lape.device_data import ARGUMENTS, MATRICES, PIXELS, OnDevice, Stream, ToBytes, room_for, split_transform
@@ -416,3 +419,28 @@ def test_digits_become_as_good_on_both_paths():
     }
     assert min(min(found) for found in accuracies.values()) > 50  # of ten classes
     assert abs(np.mean(accuracies[True]) - np.mean(accuracies[False])) < 15, accuracies
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations on tensors of several devices, as CUDA does (copies and single CPU numbers are allowed)."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+        if "copy" not in func.__name__ and len({one.device.type for one in tensors}) > 1:
+            raise RuntimeError(f"{func} of several devices")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fields", [ROUNDS, {"three_augment": True, "src": True}, {"aa": "none", "color_jitter": 0.4}])
+def test_no_step_asks_the_device_for_a_value_or_mixes_devices(fields):
+    """Meta tensors have no values, reading one raises; on CUDA it would wait."""
+    steps = split_transform(train_transform(Recipe(**fields, input_size=40, recount=2)))[1]
+    images = torch.empty(400, 3, 48, 48, dtype=torch.uint8, device="meta")
+    held = OnDevice(images, torch.zeros(400, dtype=torch.long, device="meta"), steps)
+    with OneDevice():
+        made, _ = held.batch([(index, 0) for index in range(400)], seed=0)
+        assert (made.device.type, made.dtype, made.shape) == ("meta", torch.float32, (400, 3, 40, 40))
+        with pytest.raises(RuntimeError, match="several devices"):
+            batched.invert(images) + torch.ones(400, 3, 48, 48)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            int(images.max())
