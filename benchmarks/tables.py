@@ -281,15 +281,10 @@ def ratio(row: dict) -> str:
 
 
 PAGES = {
-<<<<<<< HEAD
     ROOT / "README.md": (demo, claims, folded),
     ROOT / "docs" / "converting.md": (warm_start,),
     ROOT / "docs" / "measured.md": (table_2,),
-=======
-    ROOT / "README.md": (demo, folded),
-    ROOT / "docs" / "converting.md": (warm_start,),
     ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost),
->>>>>>> bench
 }
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from lape import batched
 
@@ -72,6 +72,14 @@ class TestEqualBits:
         images, added = pictures(*size, mode), torch.arange(12) * 10
         made = [one.point(lambda v, a=int(a): min(255, v + a) if v < 128 else v) for one, a in zip(images, added)]  # noqa: B905
         assert difference(batched.solarize_add(stacked(images), added), made).max() == 0
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("size", SIZES)
+def test_gaussian_blur(size, mode):
+    images, radii = pictures(*size, mode), spread(0.1, 6)
+    made = [one.filter(ImageFilter.GaussianBlur(radius)) for one, radius in zip(images, radii.tolist(), strict=True)]
+    assert difference(batched.gaussian_blur(stacked(images), radii), made).max() == 0
 
 
 def test_autocontrast_of_every_range():

@@ -85,7 +85,7 @@ class EvalTransform:
         """Return the function of a PIL image of any mode to a float32 tensor (in_chans, height, width)."""
         return transforms.Compose(
             [
-                _ToMode(self.in_chans),
+                ToMode(self.in_chans),
                 _cover(self.resized, self.interpolation),
                 transforms.CenterCrop(self.size),
                 transforms.ToTensor(),
@@ -195,7 +195,7 @@ def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class _ToMode:
+class ToMode:
     in_chans: int
 
     def __call__(self, image: Image.Image) -> Image.Image:

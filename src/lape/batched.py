@@ -5,6 +5,7 @@ integer luma, its truncation after a blend, its histogram rules, its cubic kerne
 pixel value (brightness, contrast, equalize, ...) are tables of 256 entries an image and channel, looked up in one
 gather. The result is Pillow's to the last bit, but for `warp` and `resized_crop`: they add up in float32 where Pillow
 has float64 and fixed point, which moves a few pixels by one grey level. Facts: the numbers that Pillow computes.
+Strengths (n,) may lie on the host.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 256
+BOXES = 3  # box blurs in place of a Gaussian
 ROUNDED_OFF = 1e-3  # more than float32 loses in a sum of 16 products, or a flat area would be cut to one level less
 LUMA, LUMA_BITS = (19595, 38470, 7471), 16  # ITU-R 601-2: 0.299, 0.587, 0.114 in 16 bits
 
@@ -42,20 +44,20 @@ def contrast(images_nCHW: Tensor, factor_n: Tensor) -> Tensor:
 
 def posterize(images_nCHW: Tensor, bits_n: Tensor) -> Tensor:
     """Keep the highest bits, at least one."""
-    low_n = 8 - bits_n.long().clamp(1, 8)
-    return look_up(images_nCHW, _values(images_nCHW) >> low_n.view(-1, 1, 1) << low_n.view(-1, 1, 1))
+    low = 8 - _each(bits_n, images_nCHW).long().clamp(1, 8)
+    return look_up(images_nCHW, _values(images_nCHW) >> low << low)
 
 
 def solarize(images_nCHW: Tensor, threshold_n: Tensor) -> Tensor:
     """Invert what reaches the threshold, 256 leaves the image as it is."""
     values = _values(images_nCHW)
-    return look_up(images_nCHW, torch.where(values < threshold_n.view(-1, 1, 1), values, 255 - values))
+    return look_up(images_nCHW, torch.where(values < _each(threshold_n, images_nCHW), values, 255 - values))
 
 
 def solarize_add(images_nCHW: Tensor, added_n: Tensor) -> Tensor:
     """Add to what lies below 128."""
     values = _values(images_nCHW)
-    more = (values + added_n.long().view(-1, 1, 1)).clamp(max=255)
+    more = (values + _each(added_n, images_nCHW).long()).clamp(max=255)
     return look_up(images_nCHW, torch.where(values < 128, more, values))
 
 
@@ -104,6 +106,33 @@ def sharpness(images_nCHW: Tensor, factor_n: Tensor) -> Tensor:
                 total = total + image[:, :, top : top + height - 2, left : left + width - 2]
         smooth[:, :, 1:-1, 1:-1] = (2 * total + 13) // 26
     return _blend(smooth, image, factor_n).to(torch.uint8)
+
+
+def gaussian_blur(images_nCHW: Tensor, radius_n: Tensor) -> Tensor:
+    """Pillow's blur: three box blurs along the rows, three along the columns, rounded to 8 bits after each.
+
+    A box reaches `whole` pixels to both sides and counts a part of the next, in 24-bit fixed point. Three of them have
+    the variance radius^2 (Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering",
+    SSVM 2011).
+    """
+    variance = radius_n.double().cpu() ** 2 / BOXES
+    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    inner = ((1 << 24) / (2 * (whole + part) + 1)).long()
+    outer = ((1 << 24) - (2 * whole.long() + 1) * inner) // 2
+    reach = 1 + int(whole.max()) if len(whole) else 0
+    result = images_nCHW.long()
+    for _ in range(2):
+        result = result.mT
+        for _ in range(BOXES):
+            side = result.shape[2]
+            total = torch.zeros_like(result)
+            for offset in range(-reach, reach + 1):
+                weight = torch.where(whole >= abs(offset), inner, torch.where(whole + 1 == abs(offset), outer, 0))
+                places = (torch.arange(side, device=result.device) + offset).clamp(0, side - 1)
+                total += _each(weight, result).unsqueeze(1) * result[:, :, places]
+            result = (total + (1 << 23)) >> 24
+    return result.to(torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ geometry
@@ -198,13 +227,17 @@ def shifted_crop(images_nCHW: Tensor, corner_n2: Tensor, size: tuple[int, int], 
 # ------------------------------------------------------------------------------------------------ parts
 
 
+def _each(strength_n: Tensor, images: Tensor) -> Tensor:
+    return strength_n.to(images.device, non_blocking=True).view(-1, 1, 1)
+
+
 def _values(images: Tensor) -> Tensor:
     return torch.arange(LEVELS, device=images.device).view(1, 1, -1)
 
 
 def _blend(base: Tensor, images: Tensor, factor_n: Tensor) -> Tensor:
     """Pillow's blend: float32, cut to 0..255 and truncated."""
-    factor = factor_n.float().view(-1, *[1] * (images.ndim - 1))
+    factor = factor_n.float().to(images.device, non_blocking=True).view(-1, *[1] * (images.ndim - 1))
     base = base.float()
     return (base + factor * (images.float() - base)).clamp(0, 255).trunc()
 

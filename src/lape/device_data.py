@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data.auto_augment import AugmentOp, RandAugment
+from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch import Tensor
@@ -26,6 +26,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from lape import batched
+from lape.augment import ToMode
 from lape.errors import DataError, LapeError
 
 GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15, the odd number next to 2^64 / golden ratio, as int64
@@ -106,7 +107,7 @@ def split_transform(transform: transforms.Compose) -> tuple[transforms.Compose, 
     once = []
     while steps and not isinstance(steps[0], tuple(TWINS)):
         step = steps.pop(0)
-        if not isinstance(step, transforms.Resize | ResizeKeepRatio | transforms.CenterCrop) and not _is_mode(step):
+        if not isinstance(step, ToMode | transforms.Resize | ResizeKeepRatio | transforms.CenterCrop):
             raise LapeError(f"{type(step).__name__} is not made for batches on the device: {LEFT_OUT}")
         once.append(step)
     for step in steps:
@@ -114,10 +115,6 @@ def split_transform(transform: transforms.Compose) -> tuple[transforms.Compose, 
             raise LapeError(f"{type(step).__name__} is not made for batches on the device: {LEFT_OUT}")
     twins = [(step, TWINS[type(step)]) for step in steps]
     return transforms.Compose(once), [make(step) for step, make in twins if make is not None]
-
-
-def _is_mode(step: Any) -> bool:
-    return type(step).__name__ == "_ToMode"
 
 
 @dataclass(frozen=True)
@@ -181,37 +178,44 @@ class Jitter:
         return images
 
 
-@dataclass(frozen=True)
 class Policy:
-    """timm's RandAugment: some operations of the list, each drawn anew, each applied with its probability."""
+    """timm's RandAugment and AutoAugment: some draws, each of a short list of operations with chances of their own."""
 
-    ops: Sequence[AugmentOp]
-    layers: int
-    cubic: bool | None
+    def __init__(self, lists: Sequence[Sequence[AugmentOp]], layers: int, cubic: bool | None) -> None:
+        """One of the `lists` is drawn `layers` times; all operations have the first one's spread and fill colour."""
+        self.layers, self.cubic = layers, cubic
+        self.ops = [op for some in lists for op in some]
+        self.lists = torch.full((len(lists), max(map(len, lists))), -1)  # numbers of operations
+        first = 0
+        for row, some in zip(self.lists, lists, strict=True):
+            row[: len(some)] = torch.arange(first, first + len(some))
+            first += len(some)
+        self.chances = torch.tensor([op.prob for op in self.ops], dtype=torch.float64)
+        self.magnitudes = torch.tensor([op.magnitude for op in self.ops], dtype=torch.float64)
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
         for _ in range(self.layers):
-            which, used, level, side = self.draw(stream)
-            self._apply(images, torch.where(used, which, -1), level, side, _cubic(self, stream))
+            for which in self.lists[stream.integer(len(self.lists))].unbind(1):
+                used, level, unit = self.draw(which, stream)
+                self._apply(images, torch.where(used, which, -1), level, unit, _cubic(self, stream))
         return images
 
-    def draw(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B,) each: number of the operation, whether it is applied, level, and 1 or -1 for its direction."""
-        first = self.ops[0]  # all have these in common
-        which, used = stream.integer(len(self.ops)), stream.uniform() <= first.prob
-        spread = first.magnitude_std
-        uniform = spread == math.inf
-        level = stream.uniform(0, first.magnitude) if uniform else stream.normal(first.magnitude, spread)
-        side = torch.where(stream.happens(0.5), -1.0, 1.0).double()
-        return which, used, level.clamp(0, first.magnitude_max or 10), side
+    def draw(self, which: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) each: whether the operation is applied, its level, and a number in [0, 1) for what else it draws."""
+        used = (which >= 0) & (stream.uniform() <= self.chances[which])
+        spread, magnitude = self.ops[0].magnitude_std, self.magnitudes[which]
+        level = magnitude * stream.uniform() if spread == math.inf else magnitude + stream.normal(0, spread)
+        return used, level.clamp(0, self.ops[0].magnitude_max or 10), stream.uniform()
 
-    def _apply(self, images: Tensor, which: Tensor, level: Tensor, side: Tensor, cubic: Tensor) -> None:
+    def _apply(self, images: Tensor, which: Tensor, level: Tensor, unit: Tensor, cubic: Tensor) -> None:
         height, width = images.shape[2:]
         maps = torch.zeros(len(images), 6, dtype=torch.float64)
         moved = torch.zeros(len(images), dtype=torch.bool)
         for number, op in enumerate(self.ops):
             mine = which == number
-            argument = ARGUMENTS[op.name](level, side, op.hparams)
+            if not mine.any():
+                continue
+            argument = ARGUMENTS[op.name](level, unit, op.hparams)
             if op.name in PIXELS:
                 _change(images, mine, PIXELS[op.name], argument)
             else:
@@ -307,7 +311,7 @@ def _change(images: Tensor, mine: Tensor, change: Callable[[Tensor, Tensor], Ten
     places = mine.nonzero()[:, 0]
     if len(places):
         at = places.to(images.device, non_blocking=True)
-        images[at] = change(images[at], values[places].to(images.device, non_blocking=True))
+        images[at] = change(images[at], values[places])
 
 
 # ------------------------------------------------------------------------------------------------ timm's operations
@@ -315,31 +319,47 @@ def _change(images: Tensor, mine: Tensor, change: Callable[[Tensor, Tensor], Ten
 Argument = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 
 
-def _none(level: Tensor, side: Tensor, settings: dict[str, Any]) -> Tensor:
+def _side(unit: Tensor) -> Tensor:
+    return torch.where(unit < 0.5, -1.0, 1.0).double()
+
+
+def _none(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
     return level
 
 
 def _either_side(most: float) -> Argument:
-    return lambda level, side, settings: side * (level / 10 * most)
+    return lambda level, unit, settings: _side(unit) * (level / 10 * most)
 
 
 def _by_setting(name: str, otherwise: float) -> Argument:
-    return lambda level, side, settings: side * (level / 10 * float(settings.get(name, otherwise)))
+    return lambda level, unit, settings: _side(unit) * (level / 10 * float(settings.get(name, otherwise)))
 
 
-def _factor(level: Tensor, side: Tensor, settings: dict[str, Any]) -> Tensor:
+def _factor(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
     return level / 10 * 1.8 + 0.1
 
 
-def _growing_factor(level: Tensor, side: Tensor, settings: dict[str, Any]) -> Tensor:
-    return (1 + side * (level / 10 * 0.9)).clamp(min=0.1)
+def _growing_factor(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
+    return (1 + _side(unit) * (level / 10 * 0.9)).clamp(min=0.1)
 
 
 def _whole(most: int, *, add: int = 0, sign: int = 1, top: int = 256) -> Argument:
-    return lambda level, side, settings: add + sign * (level / 10 * most).trunc().clamp(max=top)
+    return lambda level, unit, settings: add + sign * (level / 10 * most).trunc().clamp(max=top)
 
 
-# Level (0 to 10, beyond with mmax), direction (1 or -1), settings -> argument of an operation; the ranges are timm's.
+def _desaturated(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
+    return 1 - (0.5 + 0.5 * (level / 10)).clamp(0.5, 1.0)
+
+
+def _radius(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
+    return (0.1 + 1.9 * (level / 10)).clamp(0.1, 2.0)
+
+
+def _drawn_radius(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
+    return 0.1 + (2.0 * (level / 10).clamp(0, 1) - 0.1) * unit
+
+
+# Level (0 to 10, beyond with mmax), a number in [0, 1), settings -> argument of an operation; the ranges are timm's.
 ARGUMENTS: dict[str, Argument] = {
     "AutoContrast": _none,
     "Equalize": _none,
@@ -357,6 +377,9 @@ ARGUMENTS: dict[str, Argument] = {
     "Solarize": _whole(256),
     "SolarizeIncreasing": _whole(256, add=256, sign=-1),
     "SolarizeAdd": _whole(110, top=128),
+    "Desaturate": _desaturated,
+    "GaussianBlur": _radius,
+    "GaussianBlurRand": _drawn_radius,
     **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), _factor),
     **dict.fromkeys(
         ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing"), _growing_factor
@@ -370,7 +393,8 @@ PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "SolarizeAdd": batched.solarize_add,
     **dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), batched.posterize),
     **dict.fromkeys(("Solarize", "SolarizeIncreasing"), batched.solarize),
-    **dict.fromkeys(("Color", "ColorIncreasing"), batched.color),
+    **dict.fromkeys(("GaussianBlur", "GaussianBlurRand"), batched.gaussian_blur),
+    **dict.fromkeys(("Color", "ColorIncreasing", "Desaturate"), batched.color),
     **dict.fromkeys(("Contrast", "ContrastIncreasing"), batched.contrast),
     **dict.fromkeys(("Brightness", "BrightnessIncreasing"), batched.brightness),
     **dict.fromkeys(("Sharpness", "SharpnessIncreasing"), batched.sharpness),
@@ -408,15 +432,20 @@ def _jitter(step: transforms.ColorJitter) -> Step:
     return Jitter({name: bounds for name, bounds in named.items() if bounds is not None})
 
 
-def _policy(step: RandAugment) -> Step:
-    unknown = [op.name for op in step.ops if op.name not in ARGUMENTS]
-    if unknown or step.choice_weights is not None:
-        what = f"operation {unknown[0]}" if unknown else "a choice by weights"
+def _rand_augment(step: RandAugment) -> Step:
+    if step.choice_weights is not None:
         raise LapeError(
-            f"RandAugment with {what} is not made for batches on the device: use --aa rand-m9-mstd0.5-inc1, or "
+            "RandAugment by weights is not made for batches on the device: use --aa rand-m9-mstd0.5-inc1, or "
             f"{LEFT_OUT}"
         )
-    return Policy(step.ops, step.num_layers, _kernel(step.ops[0].kwargs["resample"]))
+    return _policy([[op] for op in step.ops], step.num_layers)
+
+
+def _policy(lists: Sequence[Sequence[AugmentOp]], layers: int) -> Step:
+    unknown = [op.name for some in lists for op in some if op.name not in ARGUMENTS]
+    if unknown:  # none of timm 1.0.31
+        raise LapeError(f"timm's operation {unknown[0]} is not made for batches on the device: {LEFT_OUT}")
+    return Policy(lists, layers, _kernel(lists[0][0].kwargs["resample"]))
 
 
 def _erase(step: RandomErasing) -> Step:
@@ -442,7 +471,8 @@ TWINS: dict[type, Twin | None] = {
     transforms.RandomCrop: _crop,
     transforms.RandomHorizontalFlip: lambda step: Flip(step.p),
     transforms.ColorJitter: _jitter,
-    RandAugment: _policy,
+    RandAugment: _rand_augment,
+    AutoAugment: lambda step: _policy(step.policy, 1),
     MaybeToTensor: None,  # a part of Normalise
     transforms.ToTensor: None,
     transforms.Normalize: lambda step: Normalise(torch.as_tensor(step.mean), torch.as_tensor(step.std)),
