@@ -63,9 +63,13 @@ class HandOver:
             return None
         parameters: list[Any] = []
         source: Any = self
-        while isinstance(source, HandOver):
-            parameters += source.norm.pe_norm._parameters.values()
-            source = source.norm._source[0]
+        while not isinstance(source, nn.Module):  # the table ends the walk
+            if isinstance(source, HandOver):
+                parameters += source.norm.pe_norm._parameters.values()
+                source = source.norm._source[0]
+            else:  # a border between stages
+                parameters += source.merging.parameters()
+                source = source.source
         parameters += source._parameters.values()
         parameters = [p for p in parameters if p is not None]  # a LayerNorm may have no bias
         if any(type(p) is not nn.Parameter for p in parameters):  # a transform's own, such as vmap's
