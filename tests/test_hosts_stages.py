@@ -217,6 +217,23 @@ def parts_flat(model, host) -> list[dict[str, torch.Tensor]]:
     return [owner.state_dict() for owner in owners]
 
 
+def test_a_border_is_computed_once_a_forward_and_anew_after_a_step():
+    model, x = lape.apply_(make("timm"), "LaPE", "learnable"), image("timm")
+    shake_position(model)
+    calls: list[torch.Size] = []
+    merging = model.layers[1].downsample
+    merging.register_forward_hook(lambda _m, args, _y: calls.append(args[0].shape))
+    model(x)
+    assert calls.count(torch.Size([1, 8, 6, 16])) == 1
+    with torch.no_grad():
+        for parameter in (merging.reduction.weight, merging.norm.weight):
+            parameter.mul_(1.5)
+        assert torch.equal(model(x), copy.deepcopy(model)(x))
+    generated = lape.apply_(make("timm"), "basic", "PEG")
+    assert not torch.equal(generated(x), make("timm")(x))
+    assert torch.equal(lape.remove_(generated)(x), make("timm")(x))
+
+
 def test_one_stage_or_one_clear_line():
     model = lape.apply_(make("timm"), "LaPE", "learnable")
     assert lape.positions(model, stage=1).shape == (1, 12, 32)

@@ -79,6 +79,8 @@ class HandOver:
         except RuntimeError:  # made in inference mode: without one
             return None
         kind = parameters[0].device.type
+        if kind == "meta":  # no values, and no autocast to ask about
+            return None
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         modes = [grid, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast]
         return [*modes, *versions, *parameters]
