@@ -64,8 +64,8 @@ HOSTS = (
         refused={
             "timm.models.swin_transformer_v2.SwinTransformerV2Block": POST_NORM,
             "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock": POST_NORM,
-            "timm.models._features.FeatureListNet": (
-                "it holds the layers of a model one by one, not the model; for Swin create it with feature_cls='getter'"
+            f"{_SWIN}.SwinTransformerBlock": (
+                "its model was taken apart by features_only=True: create it with feature_cls='getter', too"
             ),
         },
     ),
