@@ -240,7 +240,10 @@ REFUSED = {
         "ResPostBlock.*behind",
     ),
     "no transformer": (lambda: timm.create_model("resnet18"), "ResNet is not a supported model.*register_host"),
-    "windows": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer is not a supported model"),
+    "windows": (
+        lambda: timm.create_model("swinv2_tiny_window8_256", depths=(1, 1, 1, 1)),
+        "SwinTransformerV2Block.*behind",
+    ),
     "dropped patches": (lambda: make(patch_drop_rate=0.5), "patch_drop_rate"),
     "two models": (lambda: torch.nn.ModuleList([make(), make()]), "holds 2 convertible models"),
     "no norm": (lambda: make(norm_layer=torch.nn.Identity), "Identity: the norm before attention must be"),

@@ -259,13 +259,26 @@ def test_refused_with_the_true_reason():
     if transformers.__version__ < "5":
         with pytest.raises(lape.UnsupportedModelError, match="takes no mask per head"):
             lape.apply_(make("CLIP"), "LaPE", "2D_RPE")
-    swin = transformers.SwinModel(
-        transformers.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1], num_heads=[1])
+    swin = transformers.Swinv2Model(
+        transformers.Swinv2Config(image_size=32, patch_size=4, embed_dim=8, depths=[1], num_heads=[1])
     )
-    with pytest.raises(lape.UnsupportedModelError, match="SwinModel is not a supported model"):
+    with pytest.raises(lape.UnsupportedModelError, match="behind attention"):
         lape.apply_(swin)
     with pytest.raises(lape.LapeError, match="no position table of its own"):
         lape.apply_(transformers.BeitModel(transformers.BeitConfig(**SMALL)))
+
+
+def test_a_table_for_a_model_whose_slot_is_a_plain_none():
+    transformers = pytest.importorskip("transformers")
+    model, x = transformers.BeitModel(transformers.BeitConfig(**SMALL)).eval(), torch.randn(1, 3, 16, 16)
+    plain, attributes = output(model, x), set(vars(model.embeddings))
+    lape.apply_(model, "basic", "learnable")
+    shake_position(model)
+    with torch.no_grad():
+        model.embeddings.position_embeddings.add_(torch.randn(1, 17, 32))
+    assert not torch.allclose(output(model, x), plain)
+    assert set(vars(lape.remove_(model).embeddings)) == attributes
+    assert torch.equal(output(model, x), plain)
 
 
 # --------------------------------------------------------------------- a model of one's own

@@ -192,6 +192,8 @@ def test_compiled(images):
 
 
 def test_what_needs_every_patch_in_its_place_is_refused(images):
+    with pytest.raises(lape.LapeError, match="neighbours are not known"):
+        lape.apply_(make(), "basic", "PEG")
     model = lape.apply_(make())
     with pytest.raises(lape.LapeError, match="shuffles the patches"):
         attention_distance(model, images[0])

@@ -389,7 +389,7 @@ def test_the_control_without_position():
         ("naflexvit_base_patch16_par_gap", {**SMALL, "patch_size": 4}, "resampled with ar_preserving=True"),
         ("naflexvit_base_patch16_gap", {**SMALL, "pos_embed_interp_mode": "bilinear"}, "interp_mode='bilinear'"),
         ("cait_xxs24_224", {**ON_4, "norm_layer": torch.nn.BatchNorm1d}, "norm1 is a .*BatchNorm1d"),
-        ("swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 1)}, "2 x 2 tokens"),
+        ("swinv2_tiny_window8_256", {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 1)}, "post-norm"),
         ("pit_ti_224", {"base_dims": (8, 8, 8), "depth": (1, 1, 1)}, "pools tokens"),
         ("crossvit_tiny_240", {"depth": ((1, 1, 0),) * 3}, "two branches"),
         ("mobilevit_xxs", {}, "no position embedding"),

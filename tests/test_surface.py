@@ -24,7 +24,7 @@ LAYERS = [  # each may import from itself and from those before it
     {"position", "wrap", "grids"},
     {"joined"},
     {"models"},
-    {"handover", "norm", "bias", "conditional", "joins", "hosts"},
+    {"handover", "stages", "norm", "bias", "conditional", "joins", "hosts"},
     {"convert"},
     {"reference"},
     {

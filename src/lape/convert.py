@@ -25,6 +25,7 @@ from lape.joined import FoldedNorm, FoldedPicked, PositionalBlock, PositionSourc
 from lape.joins import JOINS, Join, check_combination, join_named
 from lape.norm import PositionalNorm
 from lape.position import KINDS, Grid, Kind, Layout, PositionTable, kind_named
+from lape.stages import Merged, PositionalInput
 
 TABLES = "lape_position"  # name under which a converted model holds its position tables
 NORMS = "lape_pe_norm"  # and its LN'_l, each under the path of its block
@@ -214,7 +215,9 @@ def _check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: boo
         means = "a second bias would join it" if kind.is_bias else "the model would not be without a position"
         use = "pe='learnable', or pe='2D_RPE' for its own" if anatomy.own_bias else "pe='learnable'"
         raise LapeError(f"pe={kind.name!r}: {name} keeps its {anatomy.beside}, {means}: use {use}")
-    if new and kind.is_table and join.at_input and anatomy.table_slot is None:
+    if kind.conditional and anatomy.shuffle is not None:
+        raise LapeError(f"pe={kind.name!r}: {name} shuffles its patches, so that neighbours are not known: use pe=None")
+    if new and kind.is_table and join.at_input and anatomy.table_slot is None and anatomy.input is None:
         raise LapeError(f"join={join.name!r}: {name} has no place where it adds a table to its tokens: use join='LaPE'")
 
 
@@ -305,43 +308,71 @@ def _build(
     if not kind.is_table:
         return [], [], None
 
-    def table(first: bool) -> PositionTable:
+    def table(layer: int) -> PositionTable:
         own = _own_table(anatomy)
+        layout, width = anatomy.at(layer)
+        if not new and own is not None and layer == 0:
+            return PositionTable(own, layout)
         if new or own is None:
             assert kind.build is not None
             std = {} if kind.frozen or anatomy.table_std is None else {"std": anatomy.table_std}
-            values = kind.build(layout, anatomy.width, **std).to(device=like.device, dtype=like.dtype)
-            values = values if own is None else values.reshape(own.shape)
-            return PositionTable(nn.Parameter(values, requires_grad=not kind.frozen), layout)
-        parameter = own if first else nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
-        return PositionTable(parameter, layout)
+            values = kind.build(layout, width, **std).to(device=like.device, dtype=like.dtype)
+            learns = not kind.frozen
+        else:  # a copy for each block, as the host's table reaches it
+            values = _raw_sources(anatomy, PositionTable(own, anatomy.layout))[layer].position().detach().clone()
+            learns = own.requires_grad
+        values = values if own is None or anatomy.stages else values.reshape(own.shape)
+        return PositionTable(nn.Parameter(values, requires_grad=learns), layout)
 
-    tables = [table(first=i == 0) for i in range(len(blocks) if join.table_per_block else 1)]
-    if join.site == "input":
-        return [], tables, None
+    tables = [table(layer) for layer in range(len(blocks) if join.table_per_block else 1)]
     wrappers: list[Site] = []
+    if join.site == "input":
+        if anatomy.table_slot is None and anatomy.input is not None:
+            added = PositionalInput(root.get_submodule(anatomy.input), tables[0], layout, None)
+            wrappers.append((anatomy.input, "host_patch_embed", added))
+        return wrappers, tables, None
+    raw = _raw_sources(anatomy, tables[0])
     if join.site == "block":
         for layer, (path, block) in enumerate(zip(anatomy.blocks, blocks, strict=True)):
-            own_table = tables[layer if join.table_per_block else 0]
-            wrappers.append((path, "host_block", PositionalBlock(block, own_table, layout, grids)))
+            own_source = tables[layer] if join.table_per_block else raw[layer]
+            wrappers.append((path, "host_block", PositionalBlock(block, own_source, anatomy.at(layer)[0], grids)))
         return wrappers, tables, watch
 
-    def norm(path: str, source: PositionSource) -> PositionalNorm:
+    def norm(path: str, source: PositionSource, layer: int) -> PositionalNorm:
         token_norm = root.get_submodule(path)
-        pe_norm = _norm_like(token_norm, anatomy.width, like)
+        layout, width = anatomy.at(layer)
+        pe_norm = _norm_like(token_norm, width, like)
         wrapper = PositionalNorm(token_norm, pe_norm, source, layout, grids, gated=gated)
         wrappers.append((path, "token_norm", wrapper))
         return wrapper
 
     source: PositionSource = tables[0]
-    for path in anatomy.blocks[join.first :]:
-        wrapper = norm(f"{path}.{anatomy.norm}", source)
+    for layer, path in list(enumerate(anatomy.blocks))[join.first :]:
+        source = _entered(anatomy, layer, source) if join.chained else raw[layer]
+        wrapper = norm(f"{path}.{anatomy.norm}", source, layer)
         if join.chained and path != anatomy.blocks[-1]:
             source = HandOver(wrapper)
     if join.at_last:
         assert anatomy.last_norm is not None
-        norm(anatomy.last_norm, tables[0])
+        norm(anatomy.last_norm, raw[-1], len(blocks) - 1)
     return wrappers, tables, watch
+
+
+def _entered(anatomy: Anatomy, layer: int, source: PositionSource) -> PositionSource:
+    """The source as a block gets it: merged when a stage begins there."""
+    for number, stage in enumerate(anatomy.stages):
+        if stage.merging is not None and anatomy.layers_of(number).start == layer:
+            merging = anatomy.root.get_submodule(stage.merging)
+            return Merged(merging, source, anatomy.stages[number - 1].grid, stage.merges_map)
+    return source
+
+
+def _raw_sources(anatomy: Anatomy, table: PositionSource) -> list[PositionSource]:
+    """The table as each block gets it, without norms."""
+    found = [table]
+    for layer in range(1, len(anatomy.blocks)):
+        found.append(_entered(anatomy, layer, found[-1]))
+    return found
 
 
 def norm_home(anatomy: Anatomy, path: str) -> str:
@@ -377,7 +408,8 @@ def _mutate(
     if new or join.site != "input":
         if new:
             conversion.replaced_table = own
-        if join.at_input and tables:
+        if join.at_input and tables and anatomy.table_slot is not None:
+            owner.__dict__.pop(name, None)  # a host without a table may hold None there, which would hide it
             owner._parameters[name] = tables[0].pos_embed  # in place: the order of parameters stays the host's
         elif own is not None and not conversion.warm_start:
             # Zeros in the host's slot switch its input addition off, whatever its forward looks like.
@@ -386,7 +418,7 @@ def _mutate(
     if anatomy.encoder is not None and new:
         conversion.replaced_encoder = _encoder(anatomy)
         _set_submodule(root, anatomy.encoder, None)
-    if tables and join.site != "input":
+    if tables and (join.site != "input" or wrappers):
         root.add_module(TABLES, nn.ModuleList(tables))
     for path, _, wrapper in wrappers:
         _set_submodule(root, path, wrapper)
@@ -512,6 +544,8 @@ class _SetInputSize:
             raise LapeError("a folded model has one size: set the input size before lape.fold_")
         if conversion.joins_own_bias and JOINS[conversion.join].normalised:
             raise LapeError("LN' over the rows of the host's bias has one size: set the input size before lape.apply_")
+        if conversion.anatomy.stages:
+            raise LapeError("a converted model of stages has one size: set the input size before lape.apply_")
         host: Any = type(self.root)
         host.set_input_size(self.root, *args, **kwargs)
         _resize(conversion)
@@ -577,6 +611,9 @@ def remove_(model: nn.Module) -> nn.Module:
     if conversion.anatomy.table is None:  # the host had no table: its slot is empty again
         if name in owner._parameters:
             owner._parameters[name] = None
+            if name not in conversion.slot_order:  # a plain attribute, as it was
+                del owner._parameters[name]
+                setattr(owner, name, None)
     else:
         table = conversion.replaced_table
         if table is None and TABLES in root._modules:
@@ -676,14 +713,14 @@ def describe(model: nn.Module) -> Description:
     join, anatomy = JOINS[conversion.join], conversion.anatomy
     no_decay = getattr(anatomy.root, "no_weight_decay", None)
     undecayed = no_decay.names if isinstance(no_decay, _NoWeightDecay) else frozenset()
-    own = _own_table(anatomy) is not None
+    own = _own_table(anatomy) is not None or (join.site == "input" and TABLES in anatomy.root._modules)
     sizes = {name: parameter.numel() for name, parameter in anatomy.root.named_parameters()}
     position_names = undecayed | ({str(anatomy.table_slot)} if own else set())
     return Description(
         host=conversion.host,
         join=conversion.join,
         pe=conversion.pe,
-        joined=len(conversion.methods) if conversion.joins_own_bias else len(conversion.sites) - join.at_last,
+        joined=_num_joined(conversion),
         last_norm=join.at_last,
         blocks=len(anatomy.blocks),
         input_addition=own and (join.at_input or conversion.warm_start),
@@ -696,6 +733,14 @@ def describe(model: nn.Module) -> Description:
         folded=conversion.folded,
         beside=None if conversion.joins_own_bias else anatomy.beside,
     )
+
+
+def _num_joined(conversion: Conversion) -> int:
+    """Blocks that receive a position of their own."""
+    if conversion.joins_own_bias:
+        return len(conversion.methods)
+    blocks = [path for path, wrapped in conversion.sites if wrapped != "host_patch_embed"]
+    return len(blocks) - JOINS[conversion.join].at_last
 
 
 def grid(model: nn.Module) -> Grid:
@@ -729,7 +774,9 @@ def _grid_for(conversion: Conversion, size: Size | None) -> Grid | None:
     return height // patch_height, width // patch_width
 
 
-def positions(model: nn.Module, size: Size | None = None, view: View = "received") -> Tensor:
+def positions(
+    model: nn.Module, size: Size | None = None, view: View = "received", *, stage: int | None = None
+) -> Tensor:
     """What each block receives as position: (L, N, D), prefix tokens first; zero for tokens that own no row.
 
     LaPE: P_(l+1) = LN'_l(P_l); LaPE-sharing: LN'_l(P); share and basic: P in every layer (basic adds it once, and the
@@ -741,9 +788,11 @@ def positions(model: nn.Module, size: Size | None = None, view: View = "received
 
     Args:
         size: image size in pixels, a side or (height, width); the raw table is resampled before the chain.
+        stage: for a model of stages (Swin), whose grids and widths differ: which stage, from 0.
     Raises:
         LapeError: not converted, no absolute position (RPE: use `position_bias`), a size that the patch does not
-            divide, a folded model at another size, or the bias of a norm that was folded away.
+            divide, a folded model or a model of stages at another size, the bias of a norm that was folded away, or
+            a stage that there is not.
     The result carries gradients, unlike that of `correlation`.
     """
     conversion = conversion_of(model)
@@ -756,6 +805,7 @@ def positions(model: nn.Module, size: Size | None = None, view: View = "received
         fix = "lape.position_bias(model) gives its bias" if kind.is_bias else fix
         raise LapeError(f"pe={conversion.pe!r} has no position per token: {fix}")
     target = _grid_for(conversion, size)
+    _check_stage(anatomy, stage, target)
     if conversion.folded and join.normalised:
         if view == "unbiased":
             raise LapeError("the model is folded, the bias of its norms is gone: view='unbiased' needs it unfolded")
@@ -763,25 +813,43 @@ def positions(model: nn.Module, size: Size | None = None, view: View = "received
             raise LapeError(f"the model is folded for the grid {conversion.layout.grid}, size={size!r} is {target}")
     layout = conversion.layout if target is None else replace(conversion.layout, grid=target)
     sites = _at_sites(conversion, target)
+    added = _at_input(conversion, target) if join.at_input else []
     layers = []
     for layer, path in enumerate(anatomy.blocks):
         if join.normalised and layer >= join.first:  # a norm of its own has made it already
             p_1RD, bias = sites[layer - join.first]
         else:
             token_norm = getattr(anatomy.root.get_submodule(path), anatomy.norm)
-            p_1RD = sites[layer][0] if join.site == "block" else _at_input(conversion, target)
+            p_1RD = sites[layer][0] if join.site == "block" else added[layer]
             bias = getattr(token_norm, "bias", None)
             p_1RD = p_1RD if view == "received" else token_norm(p_1RD)
         p_1RD = p_1RD - bias if view == "unbiased" and bias is not None else p_1RD
-        layers.append(p_1RD if p_1RD.shape[1] == layout.num_tokens else layout.spread(p_1RD))
-    return torch.cat(layers)
+        layers.append(p_1RD if anatomy.stages or p_1RD.shape[1] == layout.num_tokens else layout.spread(p_1RD))
+    return torch.cat(layers if stage is None else layers[anatomy.layers_of(stage)])
 
 
-def _at_input(conversion: Conversion, grid: Grid | None) -> Tensor:
-    """What the host adds to its tokens, (1, R, D)."""
+def _check_stage(anatomy: Anatomy, stage: int | None, target: Grid | None) -> None:
+    last = len(anatomy.stages) - 1
+    if not anatomy.stages:
+        if stage is not None:
+            raise LapeError(f"stage={stage!r}: all blocks of this model have one grid, leave stage out")
+        return
+    if stage not in range(last + 1):
+        raise LapeError(
+            f"stage={stage!r}: position has another grid and width in each stage, so no one tensor or figure "
+            f"holds it; name a stage from 0 to {last}: lape.positions(model, stage=0)"
+        )
+    if target not in (None, anatomy.layout.grid):
+        raise LapeError(f"a model of stages has one size: its grid is {anatomy.layout.grid}, not {target}")
+
+
+def _at_input(conversion: Conversion, grid: Grid | None) -> list[Tensor]:
+    """What is added to the tokens once, as it reaches each block, (1, R, D)."""
     own = _own_table(conversion.anatomy)
-    assert own is not None
-    return PositionTable(own, conversion.layout).position(grid)
+    if own is None:
+        own = conversion.anatomy.root.get_parameter(f"{TABLES}.0.pos_embed")
+    sources = _raw_sources(conversion.anatomy, PositionTable(own, conversion.layout))
+    return [source.position(grid) for source in sources]
 
 
 def _at_sites(conversion: Conversion, grid: Grid | None) -> list[tuple[Tensor, Tensor | None]]:

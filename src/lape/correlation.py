@@ -16,13 +16,13 @@ from lape.joins import JOINS
 from lape.position import Grid, PositionTable
 
 
-def correlation(model: nn.Module, size: Size | None = None, view: View = "seen") -> Tensor:
+def correlation(model: nn.Module, size: Size | None = None, view: View = "seen", *, stage: int | None = None) -> Tensor:
     """Cosine similarity between the positions of all patches, layer by layer.
 
-    `model` is a converted model; `size` the image size in pixels (None: the model's own); `view` as in
-    `lape.positions`. Returns (L, n, n) in [-1, 1], float32 on the CPU. Raises what `lape.positions` raises.
+    `model` is a converted model; `size` the image size in pixels (None: the model's own); `view` and
+    `stage` as in `lape.positions`. Returns (L, n, n) in [-1, 1], float32 on the CPU. Raises what `lape.positions` does.
     """
-    return cosine(positions(model, size, view)[:, num_prefix_tokens(model) :])
+    return cosine(positions(model, size, view, stage=stage)[:, num_prefix_tokens(model) :])
 
 
 def cosine(positions_LnD: Tensor) -> Tensor:

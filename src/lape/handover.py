@@ -63,9 +63,13 @@ class HandOver:
             return None
         parameters: list[Any] = []
         source: Any = self
-        while isinstance(source, HandOver):
-            parameters += source.norm.pe_norm._parameters.values()
-            source = source.norm._source[0]
+        while not isinstance(source, nn.Module):  # the table ends the walk
+            if isinstance(source, HandOver):
+                parameters += source.norm.pe_norm._parameters.values()
+                source = source.norm._source[0]
+            else:  # a border between stages
+                parameters += source.merging.parameters()
+                source = source.source
         parameters += source._parameters.values()
         parameters = [p for p in parameters if p is not None]  # a LayerNorm may have no bias
         if not all(isinstance(p, nn.Parameter) for p in parameters):  # a transform's own, such as vmap's
@@ -75,8 +79,9 @@ class HandOver:
         except RuntimeError:  # made in inference mode: without one
             return None
         kind = parameters[0].device.type
-        known = torch.amp.is_autocast_available(kind)  # not for shapes on "meta"
-        autocast = known and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        if kind == "meta":  # no values, and no autocast to ask about
+            return None
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         modes = [grid, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast]
         return [*modes, *versions, *parameters]
 

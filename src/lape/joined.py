@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lape.errors import LapeError
 from lape.grids import Grids, Places
 from lape.position import Grid, Layout
 from lape.wrap import Wrapper
@@ -52,6 +53,11 @@ class Joined(Wrapper):
             own = tuple(x_BND.shape[1:3]) == self.layout.grid
             return laid_out(self.received(None if own else (x_BND.shape[1], x_BND.shape[2])), x_BND)
         if self.grids is None:
+            if x_BND.shape[1] != self.layout.num_tokens:
+                raise LapeError(
+                    f"{x_BND.shape[1]} tokens arrived, the position is for {self.layout.num_tokens} (a grid of "
+                    f"{self.layout.grid[0]} x {self.layout.grid[1]}): give images of the model's size"
+                )
             return laid_out(self.layout.spread(self.received()), x_BND)
         num_tokens = x_BND.shape[1]
         p_1ND = self.layout.spread(self.received(self.grids.of(self.layout, num_tokens)))

@@ -340,6 +340,8 @@ def _forward(model: nn.Module, images_BCHW: Tensor) -> None:
 
 
 def _check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
+    if conversion.anatomy.stages:
+        raise LapeError("the model attends in windows, on another grid in each stage: its attention is not drawn")
     if conversion.anatomy.shuffle is not None:
         raise LapeError(
             "the model shuffles the patches of every image, so its tokens are in no order that can be drawn: load its "

@@ -7,7 +7,7 @@ strings, so that no library is imported before a model of it is at hand.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from lape.bias import AddBias, OwnBias, add_to_attn_mask
 from lape.errors import LapeError, UnsupportedModelError
 from lape.position import Grid, Layout
+from lape.stages import Stage
 
 RELATIVE = "relative position bias in attention"
 SHARED = "relative position bias in attention (one for all blocks)"
@@ -46,6 +47,21 @@ class Anatomy:
     table_std: float | None = None  # of the values that a learnable table starts with, where that is not the kind's
     own_kind: str = "learnable"  # what the host's own table is
     shuffle: str | None = None  # path of a method that shuffles and drops patches, see lape.grids.ShuffleWatch
+    stages: tuple[Stage, ...] = ()  # of a model whose grid shrinks; `layout` and `width` are those of the first
+    input: str | None = None  # path of what makes the patch tokens, behind which a table can be added without a slot
+
+    def at(self, layer: int) -> tuple[Layout, int]:
+        """Layout and width of a block."""
+        for stage in self.stages:
+            if layer < stage.blocks:
+                return replace(self.layout, grid=stage.grid), stage.width
+            layer -= stage.blocks
+        return self.layout, self.width
+
+    def layers_of(self, stage: int) -> slice:
+        """The blocks of a stage."""
+        start = sum(s.blocks for s in self.stages[:stage])
+        return slice(start, start + self.stages[stage].blocks)
 
 
 Blueprint = tuple[str, dict[str, Any]]

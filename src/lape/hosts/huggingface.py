@@ -29,7 +29,7 @@ class Family:
     attention: str = "attention"
     table: str = "embeddings.position_embeddings"
     patch_embed: str = "embeddings.patch_embeddings"
-    prefix_rows: int = 1
+    prefix_rows: int | str = 1  # or the name of the config's entry
     registers: bool = False  # whether config.num_register_tokens tokens stand between class token and patches
     shuffle: str | None = None  # a method that shuffles and drops patches
     frozen_kind: str = "learnable"  # what the family's own table is while it is frozen
@@ -40,14 +40,16 @@ def _family(folder: str, name: str, **kwargs: Any) -> Family:
     return Family(f"{module}.{name}Embeddings", f"{module}.{name}Layer", **kwargs)
 
 
-def _clip_like(folder: str, name: str, prefix_rows: int) -> Family:
+def _clip_like(
+    folder: str, name: str, prefix_rows: int = 1, layer: str = "EncoderLayer", table: str = "position_embedding.weight"
+) -> Family:
     module = f"transformers.models.{folder}.modeling_{folder}"
     return Family(
         f"{module}.{name}VisionEmbeddings",
-        f"{module}.{name}EncoderLayer",
+        f"{module}.{name}{layer}",
         norm="layer_norm1",
         attention="self_attn",
-        table="embeddings.position_embedding.weight",
+        table=f"embeddings.{table}",
         patch_embed="embeddings.patch_embedding",
         prefix_rows=prefix_rows,
     )
@@ -70,21 +72,49 @@ FAMILIES = {
         _data2vec_vision(),
         _family("dinov2", "Dinov2", norm="norm1"),
         _family("dinov2_with_registers", "Dinov2WithRegisters", norm="norm1", registers=True),
-        _clip_like("clip", "CLIP", prefix_rows=1),
+        _family("dpt", "DPTViT"),
+        _family("tipsv2", "Tipsv2Vision", norm="norm1", registers=True),
+        _family("pixio", "Pixio", prefix_rows="n_cls_tokens"),
+        _clip_like("clip", "CLIP"),
+        _clip_like("metaclip_2", "MetaClip2"),
+        _clip_like("altclip", "AltCLIP"),
+        _clip_like("chinese_clip", "ChineseCLIP", layer="VisionLayer"),
+        _clip_like("clipseg", "CLIPSeg"),
+        _clip_like("owlvit", "OwlViT"),
+        _clip_like("owlv2", "Owlv2"),
+        _clip_like("blip", "Blip", table="position_embedding"),
+        _clip_like("blip_2", "Blip2", table="position_embedding"),
         _clip_like("siglip", "Siglip", prefix_rows=0),
     )
 }
 
+_ROTARY = "it has rotary position embedding inside attention and no table to join"
+_WINDOWS = "it cuts an image into windows, which stand side by side in the batch before its layers"
+_VIDEO = "its tokens are those of a video: a grid has rows and columns only"
 _REFUSED_EMBEDDINGS = {
     "transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings": (
         "it packs images of different grids into one batch, so that the position differs from image to image"
     ),
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTEmbeddings": (
-        "it has rotary position embedding inside attention and no table to join"
-    ),
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTEmbeddings": _ROTARY,
     "transformers.models.yolos.modeling_yolos.YolosEmbeddings": (
         "its position table covers detection tokens behind the patches, and it resamples for every image size"
     ),
+    "transformers.models.vitdet.modeling_vitdet.VitDetEmbeddings": (
+        "its blocks take maps with channels first, and its table has the row of a class token that it does not have"
+    ),
+    "transformers.models.vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneEmbeddings": (
+        "it adds the class row of its table to every patch"
+    ),
+    "transformers.models.rf_detr.modeling_rf_detr.RfDetrDinov2Embeddings": _WINDOWS,
+    "transformers.models.lw_detr.modeling_lw_detr.LwDetrViTEmbeddings": _WINDOWS,
+    "transformers.models.mlcd.modeling_mlcd.MLCDVisionEmbeddings": _ROTARY,
+    "transformers.models.sapiens2.modeling_sapiens2.Sapiens2Embeddings": _ROTARY,
+    "transformers.models.aimv2.modeling_aimv2.Aimv2VisionEmbeddings": (
+        "its RMSNorm is the library's own; timm's AIMv2 can be converted"
+    ),
+    "transformers.models.videomae.modeling_videomae.VideoMAEEmbeddings": _VIDEO,
+    "transformers.models.vivit.modeling_vivit.VivitEmbeddings": _VIDEO,
+    "transformers.models.timesformer.modeling_timesformer.TimesformerEmbeddings": _VIDEO,
 }
 
 
@@ -109,7 +139,8 @@ def examine(root: nn.Module) -> Anatomy:
     check_blocks("Hugging Face", root, paths, (family.layer,), {})
     config: Any = root.config
     grid, patch_size = measure(root)
-    layout = Layout(grid, family.prefix_rows, config.num_register_tokens if family.registers else 0)
+    rows = family.prefix_rows if isinstance(family.prefix_rows, int) else getattr(config, family.prefix_rows)
+    layout = Layout(grid, rows, config.num_register_tokens if family.registers else 0)
     owner, _, slot = family.table.rpartition(".")
     table = getattr(root.get_submodule(owner), slot, None)
     if table is not None and table.shape[-2] != layout.num_rows:
@@ -209,7 +240,8 @@ TRANSFORMERS = Host(
     blueprint=blueprint,
     build=build,
     measure=measure,
-    note="ViT, DeiT, DINOv2 (with registers), BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, CLIP, SigLIP; what holds one",
+    note="ViT, DeiT, DINOv2 (with registers), BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, DPT, TIPSv2, Pixio, the vision "
+    "encoders of CLIP, MetaCLIP 2, AltCLIP, ChineseCLIP, CLIPSeg, OWL-ViT, OWLv2, BLIP, BLIP-2, SigLIP; what holds one",
     tested=("transformers 4.49.0 (without relative bias)", "transformers 5.23.0"),
     refused=_REFUSED_EMBEDDINGS,
 )

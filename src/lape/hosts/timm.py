@@ -11,7 +11,7 @@ from torch import nn
 
 from lape.errors import LapeError, UnsupportedModelError
 from lape.grids import grid_of_map
-from lape.hosts import timm_maps, timm_tokens
+from lape.hosts import timm_maps, timm_stages, timm_tokens
 from lape.hosts.base import Anatomy, Host, find_host
 from lape.hosts.timm_parts import PARALLEL, POST_NORM, anatomy, children, layout_of, measure, pooling
 from lape.names import nearest
@@ -117,4 +117,4 @@ VISION_TRANSFORMER = Host(
     refused=_REFUSED,
 )
 
-HOSTS = (VISION_TRANSFORMER, *timm_tokens.HOSTS, *timm_maps.HOSTS)
+HOSTS = (VISION_TRANSFORMER, *timm_tokens.HOSTS, *timm_maps.HOSTS, *timm_stages.HOSTS)

@@ -17,12 +17,6 @@ _SAM_BLOCK = "timm.models.vision_transformer_sam.Block"
 _VOLO_BLOCK = "timm.models.volo.Transformer"
 _VOLO_AT = 2  # VOLO adds its table before network[2], behind the outlookers and the downsampling
 _XCIT_BLOCK = "timm.models.xcit.XCABlock"
-_REFUSED = {
-    "timm.models.swin_transformer.SwinTransformerBlock": (
-        "it has no absolute position table, and from stage to stage 2 x 2 tokens become one of twice the width, so "
-        "that one table and one chain of norms do not reach its blocks"
-    ),
-}
 
 
 def examine_sam(root: nn.Module) -> Anatomy:
@@ -81,7 +75,6 @@ HOSTS = (
         examine_sam,
         note="beside its relative bias, global and windowed attention",
         tested=("timm 1.0.31",),
-        refused=_REFUSED,
     ),
     Host(
         "timm VOLO",

@@ -1,0 +1,288 @@
+"""Swin, of timm and transformers: a chain of norms within a stage, the host's own merging at its border."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from test_convert import TOLERANCE, assert_same_structure, shake_position
+from test_hosts import output
+from timm.optim import create_optimizer_v2
+
+import lape
+from lape.joins import JOINS
+
+TIMM = {
+    "img_size": (32, 24),
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": (2, 1, 1),
+    "num_heads": (2, 4, 4),
+    "window_size": 3,
+    "num_classes": 5,
+}
+HF = {
+    "image_size": 24,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": [2, 1],
+    "num_heads": [2, 4],
+    "window_size": 3,
+    "drop_path_rate": 0.0,
+}
+HOSTS = ("timm", "Hugging Face", "Hugging Face with a table", "Donut", "MaskFormer")
+CASES = [
+    (host, join, pe)
+    for host in HOSTS
+    for join in ("basic", "share", "unshare", "LaPE-sharing", "LaPE")
+    for pe in ("learnable", "2D_sin", None)
+    if not (join == "unshare" and pe == "2D_sin") and not (pe is None and host != "Hugging Face with a table")
+]
+
+
+def make(host: str) -> torch.nn.Module:
+    torch.manual_seed(1)
+    if host == "timm":
+        model: torch.nn.Module = timm.create_model("swin_tiny_patch4_window7_224", **TIMM)
+    else:
+        transformers = pytest.importorskip("transformers", minversion="5")
+        if host in ("Donut", "MaskFormer"):
+            name = {"Donut": "DonutSwin", "MaskFormer": "MaskFormerSwin"}[host]
+            folder = "donut.modeling_donut_swin" if host == "Donut" else "maskformer.modeling_maskformer_swin"
+            module = __import__(f"transformers.models.{folder}", fromlist=["x"])
+            config = getattr(transformers, f"{name}Config", None) or getattr(module, f"{name}Config")
+            model = getattr(module, f"{name}Model")(config(**HF))
+        else:
+            own = {"use_absolute_embeddings": host != "Hugging Face"}
+            model = transformers.SwinModel(transformers.SwinConfig(**HF, **own))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def image(host: str) -> torch.Tensor:
+    return torch.randn(2, 3, *((32, 24) if host == "timm" else (24, 24)))
+
+
+def parts(model: torch.nn.Module, host: str) -> list[tuple[torch.nn.Module | None, list[torch.nn.Module], str]]:
+    """(what merges into the stage, its blocks, the norm's name) of each stage; written down here, not asked for."""
+    if host == "timm":
+        return [(s.downsample if i else None, list(s.blocks), "norm1") for i, s in enumerate(model.layers)]
+    stages = [m for m in model.modules() if type(m).__name__.endswith("SwinStage")]
+    before = [None, *(s.downsample for s in stages)]
+    return [(m, list(s.blocks), "layernorm_before") for m, s in zip(before, stages, strict=False)]
+
+
+def merged(merging: torch.nn.Module, p: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """2 x 2 neighbours side by side, the host's norm and reduction on them, by hand; odd sides get zeros."""
+    maps = F.pad(p.unflatten(1, grid), (0, 0, 0, grid[1] % 2, 0, grid[0] % 2))
+    corners = [(0, 0), (1, 0), (0, 1), (1, 1)]  # (row, column), down the left side first
+    joined = torch.cat([maps[:, row::2, column::2] for row, column in corners], dim=-1)
+    norm = merging.norm
+    y = F.layer_norm(joined, norm.normalized_shape, norm.weight, norm.bias, norm.eps) @ merging.reduction.weight.T
+    return y.flatten(1, 2)
+
+
+def expected_positions(model: torch.nn.Module, host: str, join: str) -> list[torch.Tensor]:
+    """What each block receives, from the numbers of the state dict and the formulas."""
+    state = lape.to_reference_state_dict(model)
+    grid = (8, 6) if host == "timm" else (6, 6)
+    slot = "pos_embed" if host == "timm" else "embeddings.position_embeddings"
+    gains = [t for n, t in state.items() if n.endswith("pe_norm.weight")]
+    shifts = [t for n, t in state.items() if n.endswith("pe_norm.bias")]
+    raw = chain = state[slot if join != "unshare" else f"{slot}0"]
+    found: list[torch.Tensor] = []
+    for merging, blocks, norm_name in parts(model, host):
+        if merging is not None:
+            raw, chain = merged(merging, raw, grid), merged(merging, chain, grid)
+            grid = tuple((side + 1) // 2 for side in grid)
+        for block in blocks:
+            layer = len(found)
+            norm = getattr(block, norm_name, None)
+            if join in ("LaPE", "LaPE-sharing"):
+                width, eps = raw.shape[-1:], norm.token_norm.eps
+                source = chain if join == "LaPE" else raw
+                chain = F.layer_norm(source, width, gains[layer], shifts[layer], eps)
+                found.append(chain)
+            else:
+                found.append(state[f"{slot}{layer}"] if join == "unshare" else raw)
+    return found
+
+
+@pytest.mark.parametrize(("host", "join", "pe"), CASES)
+def test_five_equalities(host, join, pe, tmp_path):
+    model, original, x = make(host), make(host), image(host)
+    saved_as = {"name": "swin_tiny_patch4_window7_224", **TIMM} if host == "timm" else {}
+    with torch.no_grad():
+        before = output(original, x)
+        lape.apply_(model, join, pe)
+        shake_position(model)
+        converted = output(model, x)
+        check_blocks(copy.deepcopy(model), host, join, x)
+        tolerance = TOLERANCE * converted.abs().max()
+        folded = lape.fold_(copy.deepcopy(model))
+        others = [folded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        if host not in ("Donut", "MaskFormer"):  # which are parts of models
+            others.append(lape.load(lape.save(model, tmp_path / "model", **saved_as)))
+            others.append(lape.load(lape.save(folded, tmp_path / "folded", **saved_as)))
+        for other in others:
+            assert (output(other, x) - converted).abs().max() <= tolerance
+        lape.remove_(model)
+        assert_same_structure(model, original)
+        model.load_state_dict(original.state_dict())
+        assert torch.equal(output(model, x), before)
+
+
+def check_blocks(model, host, join, x) -> None:
+    """The stream into each block, what its norm makes of it, and what positions() says, against the formulas."""
+    expected = expected_positions(model, host, join)
+    told = [row for s in range(len(parts(model, host))) for row in lape.positions(model, stage=s)]
+    for p, q in zip(expected, told, strict=True):
+        assert (p - q).abs().max() <= 1e-5 * p.abs().max().clamp(min=1)
+    site, norm_name = JOINS[join].site, parts(model, host)[0][2]
+    blocks = [block for _, blocks, _ in parts(model, host) for block in blocks]
+    entered, normed, embedded = [], [], []
+    for block in blocks:
+        inner = getattr(block, "host_block", block)
+        block.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        getattr(inner, norm_name).register_forward_hook(lambda _m, _a, y: normed.append(y))
+    embed = model.patch_embed if host == "timm" else model.embeddings.norm
+    getattr(embed, "host_patch_embed", embed).register_forward_hook(lambda _m, _a, y: embedded.append(y))
+    output(model, x)
+    first = embedded[0] + (expected[0].reshape(1, *embedded[0].shape[1:]) if site == "input" else 0)
+    assert (entered[0] - first).abs().max() <= 1e-6 * first.abs().max()
+    for block, h, y, p in zip(blocks, entered, list(normed), expected, strict=True):
+        norm = getattr(getattr(block, "host_block", block), norm_name)
+        token_norm = getattr(norm, "token_norm", norm)
+        p = p.reshape(1, *h.shape[1:])
+        wanted = {"input": token_norm(h), "block": token_norm(h + p), "norm": token_norm(h) + p}[site]
+        assert (y - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_parameters_and_gradients(host):
+    plain = make(host)
+    model = lape.apply_(make(host), "LaPE", "learnable").train()
+    widths = [16, 16, 32, 64] if host == "timm" else [16, 16, 32]
+    table = 48 * 16 if host == "timm" else 36 * 16
+    count = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert count == sum(2 * width for width in widths) + (0 if "table" in host else table)
+    y = output(model, image(host))
+    (y * torch.randn_like(y)).sum().backward()
+    new = {n: p for n, p in model.named_parameters() if n.startswith("lape_")}
+    assert len(new) == 1 + 2 * len(widths)
+    assert all(p.grad is not None and p.grad.any() for p in new.values())
+    if host == "timm":
+        groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5).param_groups
+        ids = {id(p) for p in new.values()}
+        assert all(group["weight_decay"] == 0 for group in groups for p in group["params"] if id(p) in ids)
+        assert sum(id(p) in ids for group in groups for p in group["params"]) == len(ids)
+
+
+@pytest.mark.parametrize("host", ["timm", "Hugging Face"])
+def test_on_its_relative_bias(host, tmp_path):
+    model, original, x = make(host), make(host), image(host)
+    with torch.no_grad():
+        lape.apply_(model)
+        assert lape.describe(model).pe == "2D_RPE"
+        assert lape.describe(model).beside is None
+        shake_position(model)
+        y = output(model, x)
+        state = lape.to_reference_state_dict(model)
+        gains = [t for n, t in state.items() if n.endswith("pe_norm.weight")]
+        shifts = [t for n, t in state.items() if n.endswith("pe_norm.bias")]
+        by_hand = copy.deepcopy(original)
+        blocks = [block for _, blocks, _ in parts(by_hand, host) for block in blocks]
+        for theirs, block, gain, shift in zip(parts_flat(model, host), blocks, gains, shifts, strict=True):
+            owner = block.attn if host == "timm" else block.attention.relative_position_bias
+            name = "_get_rel_pos_bias" if host == "timm" else "forward"
+            owner.load_state_dict(theirs, strict=False)
+            bias = getattr(owner, name)()
+            bias = (bias - bias.mean(-1, keepdim=True)) / (bias.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+            setattr(owner, name, lambda b=bias * gain + shift: b)
+        assert (output(by_hand, x) - y).abs().max() <= TOLERANCE * y.abs().max()
+        assert (output(lape.fold_(copy.deepcopy(model)), x) - y).abs().max() <= TOLERANCE * y.abs().max()
+        with pytest.raises(lape.LapeError, match="biases of different heads or windows"):
+            lape.position_bias(model)
+        lape.remove_(model)
+        assert_same_structure(model, original)
+
+
+def parts_flat(model, host) -> list[dict[str, torch.Tensor]]:
+    blocks = [block for _, blocks, _ in parts(model, host) for block in blocks]
+    owners = [block.attn if host == "timm" else block.attention.relative_position_bias for block in blocks]
+    return [owner.state_dict() for owner in owners]
+
+
+def test_a_border_is_computed_once_a_forward_and_anew_after_a_step():
+    model, x = lape.apply_(make("timm"), "LaPE", "learnable"), image("timm")
+    shake_position(model)
+    calls: list[torch.Size] = []
+    merging = model.layers[1].downsample
+    merging.register_forward_hook(lambda _m, args, _y: calls.append(args[0].shape))
+    model(x)
+    assert calls.count(torch.Size([1, 8, 6, 16])) == 1
+    with torch.no_grad():
+        for parameter in (merging.reduction.weight, merging.norm.weight):
+            parameter.mul_(1.5)
+        assert torch.equal(model(x), copy.deepcopy(model)(x))
+    generated = lape.apply_(make("timm"), "basic", "PEG")
+    assert not torch.equal(generated(x), make("timm")(x))
+    assert torch.equal(lape.remove_(generated)(x), make("timm")(x))
+
+
+def test_one_stage_or_one_clear_line():
+    model = lape.apply_(make("timm"), "LaPE", "learnable")
+    assert lape.positions(model, stage=1).shape == (1, 12, 32)
+    assert lape.correlation(model, stage=0).shape == (2, 48, 48)
+    for stage in (None, 3, -1):
+        with pytest.raises(lape.LapeError, match="name a stage from 0 to 2"):
+            lape.positions(model, stage=stage)
+    with pytest.raises(lape.LapeError, match="one size"):
+        lape.positions(model, (64, 48), stage=0)
+    with pytest.raises(lape.LapeError, match="one size"):
+        model.set_input_size(img_size=(64, 48))
+    with pytest.raises(lape.LapeError, match="leave stage out"):
+        lape.positions(lape.apply_(timm.create_model("vit_tiny_patch16_224", depth=1)), stage=0)
+    with pytest.raises(lape.LapeError, match="name a stage"):
+        lape.correlation(model)
+    from lape.probe import attention_distance
+
+    with pytest.raises(lape.LapeError, match="in windows"):
+        attention_distance(model, image("timm"))
+
+
+def test_other_sizes_at_run_time_are_one_clear_line():
+    model = lape.apply_(make("Hugging Face"), "LaPE", "learnable")
+    with pytest.raises(lape.LapeError, match="64 tokens arrived, the position is for 36"):
+        model(torch.randn(1, 3, 32, 32))
+    dynamic = timm.create_model("swin_tiny_patch4_window7_224", **TIMM, dynamic_img_size=True)
+    with pytest.raises(lape.LapeError, match="one image size"):
+        lape.apply_(dynamic, "LaPE", "learnable")(torch.randn(1, 3, 48, 48))
+
+
+def test_timm_uses_it_as_before():
+    model = lape.apply_(make("timm"), "LaPE", "learnable")
+    shake_position(model)
+    x = image("timm")
+    y = model(x)
+    assert torch.equal(model.forward_head(model.forward_features(x)), y)
+    final, maps = model.forward_intermediates(x)
+    assert [m.shape[1] for m in maps] == [16, 32, 64]
+    assert (final - model.forward_features(x)).abs().max() <= 1e-5
+    model.set_grad_checkpointing(True)
+    assert torch.equal(model(x.requires_grad_()), y)
+    apart = timm.create_model("swin_tiny_patch4_window7_224", **TIMM, features_only=True)
+    with pytest.raises(lape.UnsupportedModelError, match="feature_cls='getter'"):
+        lape.apply_(apart)
+    getter = timm.create_model("swin_tiny_patch4_window7_224", **TIMM, features_only=True, feature_cls="getter")
+    assert lape.describe(lape.apply_(getter, "LaPE", "learnable")).joined == 4
+    assert len(getter(image("timm"))) == 3
+    model.set_grad_checkpointing(False)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(model, backend="aot_eager")(x), y, atol=1e-5)
+    with pytest.raises(lape.UnsupportedModelError, match="join='MPVG'"):
+        lape.apply_(make("timm"), "MPVG", "learnable")
