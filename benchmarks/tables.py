@@ -301,8 +301,8 @@ def input_pipeline() -> str:
         f"{found['config']['images']} ImageNet photographs, processor time, ratios within a round, median [quartiles]; "
         "fast batches leave the core as bytes and are normalised on the device; on the same core they are "
         f"x {finished}. Fast evaluation pixels differ by {apart['most_levels']:.0f} of 255 levels at most, "
-        f"{100 * (1 - apart['part_of_pixels_that_differ']):.1f} % not at all; a small ViT trained on the photographs says "
-        f"the same class of {said['top1_agree']} of {said['images']}, its logits differ by "
+        f"{100 * (1 - apart['part_of_pixels_that_differ']):.1f} % not at all; a small ViT trained on the photographs "
+        f"says the same class of {said['top1_agree']} of {said['images']}, its logits differ by "
         f"{said['largest_logit_difference']:.1g} at most. "
         f"{found['machine']['processor']} (`{path.relative_to(ROOT)}`).",
     ]

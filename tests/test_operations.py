@@ -112,9 +112,7 @@ def test_nodes_of_an_exported_graph(depth):
 
     basic = nodes(model("basic", depth))
     assert more(nodes(lape.fold_(model("LaPE", depth))), basic) == {"add_": depth}
-    assert more(nodes(model("LaPE", depth)), basic) == {
-        "layer_norm": depth,
-        "add_": depth,
-        "to": depth,
-        "_assert_tensor_metadata": depth,  # to the dtype of the tokens: nothing to do
-    }
+    converted = nodes(model("LaPE", depth))
+    for name in ("to", "_assert_tensor_metadata"):  # to the dtype of the tokens, which it has: nothing to do
+        converted[name] = basic[name]
+    assert more(converted, basic) == {"layer_norm": depth, "add_": depth}
