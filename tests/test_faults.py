@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from training import KWARGS, quiet, run_until, tiny
+from training import KWARGS, quiet, read, run_until, tiny
 
 from lape.cli import USER_ERROR, app, run
 from lape.errors import DataError, LapeError
@@ -186,6 +186,24 @@ def test_a_corrupt_validation_image_does_not_cost_the_epoch(images, tmp_path):
         resumed.model.state_dict().items(), never_stopped.model.state_dict().values(), strict=True
     ):
         assert torch.equal(ours, theirs), name
+
+
+def test_nor_does_it_where_processes_share_the_evaluation(images, tmp_path):
+    """The image is in the share of the second process; the first has the checkpoint to write."""
+    bad = images / "val" / "cat" / "01.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    out = tmp_path / "out"
+    flags = ["--data-path", str(images), "--batch-size", "4", "--no-repeated-aug", "--output-dir", str(out)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    started = [*launch, "-m", "lape", *command(*flags, "--dist-eval", "--dist-timeout", "20")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert any(line.startswith("error: [rank 1]") and str(bad) in line for line in said), done.stderr
+    saved = read(out / CHECKPOINT)
+    assert (saved["epoch"], saved["step"]) == (-1, 3), "all three steps of the first epoch"
+    assert saved["history"] == []
 
 
 def test_a_data_set_of_corrupt_images_is_no_accident(images):

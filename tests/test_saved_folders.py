@@ -213,3 +213,16 @@ def test_a_missing_image_costs_no_work_and_neither_does_a_missing_folder(tmp_pat
         assert cli.run(cli.app, command) == cli.USER_ERROR
         message = capsys.readouterr().err
         assert "missing.png" in message or "no such folder" in message
+
+
+def test_pictures_of_an_earlier_drawing_are_named(tmp_path, capsys):
+    folder = lape.save(of_timm(), tmp_path / "saved")
+    command = ["visualize", str(folder), "--save-dir", str(tmp_path / "p"), "--model-name", "m"]
+    (tmp_path / "p" / "m").mkdir(parents=True)
+    (tmp_path / "p" / "m" / "notes.txt").write_text("mine")
+    for token, left in (("1", ""), ("1", ""), ("2", "2 of an earlier drawing"), ("2", "2 of an earlier drawing")):
+        assert cli.run(cli.app, [*command, "--token", token]) == 0
+        said = capsys.readouterr().out
+        assert left in said
+        assert ("LaPE_layer0_sim_1thToken.jpg" in said) == bool(left)
+        assert "notes" not in said

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
-from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
+from cyclopts.exceptions import (
+    CoercionError,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 
 from lape.errors import LapeError, LostError
 from lape.recipe import Recipe, check_launch, spelling_of, topic_of, topics
@@ -359,6 +365,8 @@ def visualize(
     sides = size if size is None or len(size) == 2 else size[0]
 
     if save_dir is not None:
+        from lape.build import short
+        from lape.plot import left_over
         from lape.plot import visualize as draw
 
         for checkpoint in checkpoints:
@@ -375,6 +383,11 @@ def visualize(
             )
             first = next(f for f in files if f.stem == "overview")
             print(f"{len(files)} files in {files[0].parent}, first look at {first}")
+            if old := left_over(files):
+                print(
+                    f"{len(old)} of an earlier drawing are still in that folder ({short(old)}): they do not belong to "
+                    "this one; remove them, or choose another --model-name"
+                )
         if len(checkpoints) > 1:
             from lape.plot import compare as draw_together
             from lape.plot import load
@@ -645,6 +658,19 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, UnusedCliTokensError):
         return f"unexpected argument(s) {' '.join(error.unused_tokens or ())}: see --help"
     text = " ".join(str(error).split())
-    if isinstance(error, UnknownOptionError) and "Did you mean" not in text:
+    argument = getattr(error, "argument", None)
+    if isinstance(error, MissingArgumentError | CoercionError) and argument is not None:
+        return f"{text.rstrip('.')}; give {_usage(argument)}"
+    if isinstance(error, UnknownOptionError | UnknownCommandError) and "Did you mean" not in text:
         text += " See --help."
     return text
+
+
+def _usage(argument: Any) -> str:
+    """A flag with a value of its kind, and what it is for."""
+    name, default = argument.name, argument.field_info.default
+    if argument.hint is bool:
+        return f"{name} or --no-{name.removeprefix('--')}, without a value"
+    plain = isinstance(default, int | float | str) and default != ""
+    value = default if plain else name.removeprefix("--").replace("-", "_").upper()
+    return f"{name} {value} ({argument.parameter.help})"

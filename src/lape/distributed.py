@@ -82,6 +82,16 @@ def expect_answers(seconds: float) -> None:
     if not dist.is_initialized():
         return
     dist.barrier()
+    _wait_at_most(seconds)
+
+
+def wait_for_others() -> None:
+    """This process has nothing left to do but to wait for the others, however long their work may take."""
+    if dist.is_initialized():
+        _wait_at_most(SETUP_SECONDS)
+
+
+def _wait_at_most(seconds: float) -> None:
     wait = datetime.timedelta(seconds=seconds)
     if hasattr(dist, "set_timeout"):
         dist.set_timeout(wait)

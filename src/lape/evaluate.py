@@ -18,7 +18,7 @@ from lape.augment import EvalTransform, eval_transform
 from lape.checkpoint import Checkpoint, read_checkpoint
 from lape.convert import build, conversion_of, describe, fold_
 from lape.device_data import DeviceLoader
-from lape.distributed import join_world, rank_and_size, sum_over_ranks
+from lape.distributed import join_world, rank_and_size, sum_over_ranks, wait_for_others
 from lape.errors import CheckpointError, DataError, LapeError
 from lape.recipe import Recipe
 from lape.reference import load_reference_state_dict
@@ -92,13 +92,17 @@ def evaluate(
         loader: batches of (images (B, C, H, W), class numbers (B,)), from `lape.data.eval_loader`.
         shared: the processes' loaders split the data set (image i to process i modulo their number); False when each
             has the whole of it.
+
+    Raises:
+        DataError: an image cannot be read. Where the data is shared every process raises, once all are done.
     """
     model.eval()
     rank, size = rank_and_size() if shared else (0, 1)
     place = rank
     outcome = torch.zeros(4, len(loader.dataset), dtype=torch.float64)  # type: ignore[arg-type]
+    unread: list[DataError] = []
     with autocast(amp, device):
-        for images, targets in loader:
+        for images, targets in _until_unread(loader, unread) if shared else loader:
             targets = targets.to(device, non_blocking=True)
             logits = logits_of(model(images.to(device, non_blocking=True))).float()
             hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
@@ -107,6 +111,7 @@ def evaluate(
             outcome[:, places] += torch.stack([torch.ones_like(loss), hit[:, 0], hit.any(dim=1), loss]).cpu()
             place = int(places[-1]) + size
     if shared:
+        _fail_together(unread)
         outcome = sum_over_ranks(outcome)
     seen, hit1, hit5, losses = outcome
     assert bool((seen == 1).all()), f"{int((seen != 1).sum())} of {len(seen)} images did not count once"
@@ -118,6 +123,24 @@ def evaluate(
         batch_loss=torch.stack([batch.mean() for batch in batches]).mean().item(),
         count=len(seen),
     )
+
+
+def _until_unread(loader: DataLoader, unread: list[DataError]) -> Iterator[Any]:
+    """The batches up to one that cannot be read: its error is kept, as the other processes wait for this one."""
+    try:
+        yield from loader
+    except DataError as error:
+        unread.append(error)
+        wait_for_others()
+
+
+def _fail_together(unread: list[DataError]) -> None:
+    if sum_over_ranks(torch.tensor([float(len(unread))])).item():
+        raise (
+            unread[0]
+            if unread
+            else DataError("another process could not read a validation image: its own message names it")
+        )
 
 
 def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -> Metrics:

@@ -213,6 +213,8 @@ def visualize(
         view: as in `lape.positions`, None is "seen"; a relative bias has no views.
         join, pe, ema: for a checkpoint: what it must hold (None: what it says); draw its averaged weights.
 
+    Files that an earlier call drew there and this one does not replace stay; `left_over` names them.
+
     Returns the files written. Raises LapeError for a model without positions, a token outside the grid, a view or size
     that means nothing, a checkpoint that cannot be read or contradicts join or pe, a folder that cannot be written.
     """
@@ -232,6 +234,18 @@ def visualize(
             raise LapeError(f"pe={about.pe!r} is a bias on attention logits of one grid: leave size and view out")
         return _draw_biases(model, Path(save_dir) / name, about, token)
     return _draw_positions(model, Path(save_dir) / name, about, token, size, view or "seen")
+
+
+def left_over(written: Sequence[Path]) -> list[str]:
+    """The names of pictures that an earlier call drew into the same folder, and the call that wrote these did not."""
+    mine = {path.name for path in written}
+    there = {path.name for path in written[0].parent.glob("*") if _DRAWN.fullmatch(path.name)}
+    return sorted(there - mine)
+
+
+_DRAWN = re.compile(
+    r"[\w-]+_layer\d+_(sim_overall|sim_\d+thToken|head\d+)\.jpg|PE_token_sim\.jpg|(places|measures)\.(png|pdf|svg)"
+)
 
 
 def load(

@@ -211,7 +211,7 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
                 raw = _measure(state.model, data, recipe, world)
                 ema = _measure(state.ema.module, data, recipe, world) if state.ema is not None else None
             except DataError:  # a bad validation image must not cost the epoch that was just trained
-                if recipe.output_dir and (world.size == 1 or not recipe.dist_eval):  # all ranks are here
+                if recipe.output_dir:  # all processes are here
                     on_main(lambda: save(state, data, recipe, plan))
                 raise
             if not math.isfinite(raw.loss):
