@@ -125,7 +125,7 @@ def evaluate(
     )
 
 
-def _until_unread(loader: DataLoader, unread: list[DataError]) -> Iterator[Any]:
+def _until_unread(loader: DataLoader | DeviceLoader, unread: list[DataError]) -> Iterator[Any]:
     """The batches up to one that cannot be read: its error is kept, as the other processes wait for this one."""
     try:
         yield from loader
@@ -136,11 +136,8 @@ def _until_unread(loader: DataLoader, unread: list[DataError]) -> Iterator[Any]:
 
 def _fail_together(unread: list[DataError]) -> None:
     if sum_over_ranks(torch.tensor([float(len(unread))])).item():
-        raise (
-            unread[0]
-            if unread
-            else DataError("another process could not read a validation image: its own message names it")
-        )
+        elsewhere = DataError("another process could not read a validation image: its own message names it")
+        raise unread[0] if unread else elsewhere
 
 
 def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -> Metrics:
