@@ -125,6 +125,26 @@ def test_the_command_line_reads_it(tmp_path):
     assert read_checkpoint(tmp_path / "saved").package == "transformers"
 
 
+@pytest.mark.parametrize("grey", [False, True])
+def test_the_image_processor_beside_it_is_the_transform(tmp_path, grey):
+    from lape.evaluate import transform_of
+
+    model = moved(lape.apply_(made(image_size=24, num_channels=1 if grey else 3), "LaPE"))
+    model.save_pretrained(tmp_path / "saved")
+    chans = 1 if grey else 3
+    settings = {"size": {"height": 24, "width": 24}, "resample": 3}
+    if not grey:
+        settings |= {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": {"height": 24, "width": 24}}
+    said = {"image_mean": [0.4] * chans, "image_std": [0.3] * chans, "do_normalize": True, **settings}
+    (tmp_path / "saved" / "preprocessor_config.json").write_text(json.dumps(said))
+    found = transform_of(read_checkpoint(tmp_path / "saved"))
+    assert (found.input_size, found.crop_ratio, found.interpolation) == (24, 1.0 if grey else 0.75, "bicubic")
+    assert (found.mean, found.std, found.in_chans) == ((0.4,) * chans, (0.3,) * chans, chans)
+    (tmp_path / "saved" / "preprocessor_config.json").write_text('{"size": 24}')
+    with pytest.raises(CheckpointError, match="no image processor"):
+        read_checkpoint(tmp_path / "saved")
+
+
 class Digits(torch.utils.data.Dataset):
     def __init__(self, count: int):
         pixels, labels = digits("train")

@@ -428,8 +428,41 @@ def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
         state |= _unpickle_safely(path / Path(shard).name)
     args = {"model": config["architectures"][0], "join_type": record["join"], "pe": record["pe"]}
     args |= {"warm_start": record["warm_start"], "model_kwargs": config}
-    raw = {"library": "transformers", "folded": record["folded"], "grid": record["grid"]}
+    raw = {"library": "transformers", "folded": record["folded"], "grid": record["grid"], "transform": _processor(path)}
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
+
+
+def _processor(path: Path) -> dict[str, Any] | None:
+    """The evaluation transform that an image processor saved beside a model amounts to, None without one.
+
+    Its size, crop, filter, mean and deviation. A processor that squeezes an image into a square is taken for one that
+    covers the square and cuts it out of the centre, which is the same for square images.
+    """
+    file = path / "preprocessor_config.json"
+    if not file.is_file():
+        return None
+    try:
+        said = json.loads(file.read_text())
+        size, crop = said["size"], said.get("crop_size") if said.get("do_center_crop") else None
+        seen = crop or size
+        height, width = (seen["height"], seen["width"]) if "height" in seen else [seen["shortest_edge"]] * 2
+        resized = size.get("shortest_edge") or size["height"]
+        normal = said.get("do_normalize", True)
+        return {
+            "input_size": height if height == width else [height, width],
+            "crop_ratio": min(1.0, height / resized),
+            "interpolation": _FILTERS[said.get("resample", 2)],
+            "mean": said["image_mean"] if normal else [0.0] * len(said["image_mean"]),
+            "std": said["image_std"] if normal else [1.0] * len(said["image_std"]),
+            "in_chans": len(said["image_mean"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{file} is no image processor with size, image_mean and image_std: remove it, or save with lape.save"
+        ) from None
+
+
+_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # numbers of PIL
 
 
 def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, **save_kwargs: Any) -> str:
