@@ -466,7 +466,7 @@ def _collate(batch: Any) -> Any:
     items, skipped = batch if isinstance(batch, tuple) else (batch, [])
     if isinstance(items[0][0], tuple):  # 8-bit
         levels, targets = default_collate([(pixels, target) for (pixels, _), target in items])
-        images: Any = (levels, [patch for (_, patch), _ in items])
+        images: Any = (levels, [patches for (_, patches), _ in items])
     else:
         images, targets = default_collate(items)
     return (images, targets, skipped) if skipped else (images, targets)

@@ -48,11 +48,11 @@ LEVELS = 2  # of 255: the most that resizing differs from Pillow's, on photograp
 JPEG = b"\xff\xd8\xff"
 FILTERS = ("bilinear", "bicubic")  # that torch's 8-bit kernel has
 
-Patch = tuple[int, int, Tensor]
-"""Top, left, and what erasing wrote there, (C, h, w) float32; NaN where it wrote nothing."""
+Patch = tuple[int, int, int, int, Tensor]
+"""Top, bottom, left, right of an area, and what erasing writes there: (C, h, w) or (C, 1, 1) float32."""
 
-Levels = tuple[Tensor, "Patch | None"]
-"""An image on its way: (H, W, C) uint8, and what is to be erased of it after the normalisation."""
+Levels = tuple[Tensor, "list[Patch]"]
+"""An image on its way: (H, W, C) uint8, and what is to be erased of it, in this order, after the normalisation."""
 
 
 def read_levels(path: str, in_chans: int, plain: Callable[[str], Image.Image]) -> Tensor:
@@ -94,8 +94,8 @@ class FastEval:
 
     def __call__(self, levels: Tensor) -> Levels:
         wanted = InterpolationMode(self.plain.interpolation)
-        levels = F.resize(levels, [self.plain.resized[0]], interpolation=wanted, antialias=True)
-        return _by_pixel(F.center_crop(levels, list(self.plain.size)), self.plain.in_chans), None
+        levels = F.resize(_batch_of_one(levels), [self.plain.resized[0]], interpolation=wanted, antialias=True)[0]
+        return _by_pixel(F.center_crop(levels, list(self.plain.size)), self.plain.in_chans), []
 
 
 class FastTrain:
@@ -113,35 +113,38 @@ class FastTrain:
         self.crop, self.flip, *rest = steps.transforms
         self.erasing = rest.pop() if isinstance(rest[-1], RandomErasing) else None
         self.policy, self.in_chans = rest[:-2], in_chans  # without the steps to a normalised tensor
-        self._canvas: Tensor | None = None
 
     def __call__(self, levels: Tensor) -> Levels:
         top, left, height, width = self.crop.get_params(levels, self.crop.scale, self.crop.ratio)
         filters = self.crop.interpolation
         wanted = random.choice(filters) if isinstance(filters, tuple | list) else filters  # as timm does
-        size = list(self.crop.size)
-        levels = F.resized_crop(levels, top, left, height, width, size, interpolation=wanted, antialias=True)
+        part = _batch_of_one(levels[:, top : top + height, left : left + width])
+        levels = F.resize(part, list(self.crop.size), interpolation=wanted, antialias=True)[0]
         image: Any = _by_pixel(self.flip(levels), self.in_chans)
         for step in self.policy:
             image = step(image if isinstance(step, RandAugment | AutoAugment) else _to_pil(image))
         pixels = _to_levels(image)
-        return pixels, self._erased(pixels.shape[2], *pixels.shape[:2])
+        recorder = _Recorder(torch.Size((pixels.shape[2], *pixels.shape[:2])))
+        if self.erasing is not None:
+            self.erasing(recorder)
+        return pixels, recorder.patches
 
-    def _erased(self, channels: int, height: int, width: int) -> Patch | None:
-        """Let timm erase on a canvas of NaN and cut out what it wrote."""
-        if self.erasing is None:
-            return None
-        if self._canvas is None:
-            self._canvas = torch.full((channels, height, width), torch.nan)
-        written = ~torch.isnan(self.erasing(self._canvas)[0])
-        if not written.any():
-            return None
-        rows, columns = written.any(dim=1).nonzero(), written.any(dim=0).nonzero()
-        (top, bottom), (left, right) = (rows[0], rows[-1] + 1), (columns[0], columns[-1] + 1)
-        area = self._canvas[:, top:bottom, left:right]
-        patch = area.clone()
-        area.fill_(torch.nan)
-        return int(top), int(left), patch
+
+class _Recorder:
+    """Stands for the normalised image in timm's random erasing, and remembers what is written into it."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.patches: list[Patch] = []
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, place: tuple[slice, slice, slice], values: Tensor) -> None:
+        _, rows, columns = place
+        self.patches.append((rows.start, rows.stop, columns.start, columns.stop, values))
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,11 @@ def _to_levels(image: Any) -> Tensor:
         return image
     levels = torch.from_numpy(np.array(image))
     return levels if levels.ndim == 3 else levels[:, :, None]
+
+
+def _batch_of_one(levels: Tensor) -> Tensor:
+    """(C, H, W) -> (1, C, H, W) with a pixel's channels as neighbours, for which torch's kernel is fastest."""
+    return levels.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
 
 
 def _by_pixel(levels: Tensor, in_chans: int) -> Tensor:
@@ -222,22 +230,19 @@ class FastImages(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        (pixels, patch), target = self.levels(index)
-        return self.finish(pixels[None], [patch], torch.device("cpu"))[0], target
+        (pixels, patches), target = self.levels(index)
+        return self.finish(pixels[None], [patches], torch.device("cpu"))[0], target
 
     def levels(self, index: int) -> tuple[Levels, int]:
         """Return an item as it travels: ((H, W, C) uint8 and what is erased), and its class number."""
         return self.transform(self.read(self.paths[index])), self.targets[index]
 
-    def finish(self, levels_BHWC: Tensor, patches: Sequence[Patch | None], device: torch.device) -> Tensor:
+    def finish(self, levels_BHWC: Tensor, patches: Sequence[list[Patch]], device: torch.device) -> Tensor:
         """Return the batch on the device: float32 (B, C, H, W), normalised, erased."""
         levels = levels_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2)
         images = torch.empty(levels.shape, device=device).copy_(levels)
         images.div_(255).sub_(self.mean.to(device)).div_(self.std.to(device))
-        for image, patch in zip(images, patches, strict=True):
-            if patch is not None:
-                top, left, new = patch
-                area = image[:, top : top + new.shape[1], left : left + new.shape[2]]
-                new = new.to(device, non_blocking=True)
-                area.copy_(torch.where(new.isnan(), area, new))
+        for image, written in zip(images, patches, strict=True):
+            for top, bottom, left, right, values in written:
+                image[:, top:bottom, left:right] = values.to(device, non_blocking=True)
         return images
