@@ -1,0 +1,265 @@
+"""What ImageNet-1K x 300 epochs of DeiT-Ti, S and B costs on 1, 4, 8 and 64 GPUs, on paper: docs/scale.md.
+
+    python benchmarks/scale_model.py            write the tables of docs/scale.md
+    python benchmarks/scale_model.py --check    exit with 1 when they say something else
+    python benchmarks/scale_model.py --rate deit_tiny_patch16_224=6000 --cores 8 --print    other assumptions
+
+Measured by this project: the loader (benchmarks/results/input_pipeline_*.json); counted: parameters and bytes of a
+checkpoint, from the model. All of GPUs, networks and disks is an assumption with a flag; none of it was measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import lape
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "scale.md"
+MODELS = {f"deit_{name}_patch16_224": short for name, short in (("tiny", "Ti"), ("small", "S"), ("base", "B"))}
+TRAIN, VAL = 1_281_167, 50_000  # images of ImageNet-1K
+GPUS = (1, 4, 8, 64)
+ADVICE = {
+    "compute": "nothing is wasted: more GPUs, or bf16 and --compile",
+    "loader": "--decode fast, more cores a GPU, or images resized beforehand",
+    "launch": "fewer GPUs, or a larger batch (another recipe); --compile",
+    "all-reduce": "faster network, or fewer and fuller GPUs",
+    "evaluation": "--dist-eval",
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What was not measured here. The rate of a GPU is that of training, images a second, mixed precision."""
+
+    # Table 5 of the LaPE paper: an epoch of S takes 516 s on 4 V100, of B 590 s on 8, so 621 and 271 images a second
+    # and GPU; times 3.7, the ratio of the memory bandwidths in NVIDIA's data sheets (H100 SXM 3.35, V100 0.9 TB/s).
+    # Ti took 412 s there, hardly less than S, which points to the loader: twice S is assumed, having half its width.
+    rate: dict[str, float] = field(
+        default_factory=lambda: {
+            "deit_tiny_patch16_224": 2 * 3.7 * 621,
+            "deit_small_patch16_224": 3.7 * 621,
+            "deit_base_patch16_224": 3.7 * 271,
+        }
+    )
+    cores: int = 16  # for the loader of each GPU; speed is taken to grow with them
+    global_batch: int = 1024  # DeiT's, on any number of GPUs
+    least_step: float = 0.03  # seconds that launching the kernels of a step takes, however few its images are
+    gpus_a_node: int = 8
+    inside: float = 150e9  # bytes a second of an all-reduce within a node
+    between: float = 25e9  # and between nodes, for each of them
+    disk: float = 1e9  # bytes a second of writing a checkpoint
+    dist_eval: bool = False  # evaluation is shared by the processes
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What was measured, of one model."""
+
+    parameters: int
+    checkpoint_bytes: int  # weights, their average, two moments of AdamW
+    train_images_a_core: float
+    eval_images_a_core: float  # of the exact path: a training is measured on it
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hours of 300 epochs, and seconds of the parts."""
+
+    loader: float  # of a step
+    compute: float
+    all_reduce: float
+    evaluation: float  # of an epoch
+    checkpoint: float
+    hours: float
+    limit: str  # what it waits for most
+
+
+@cache
+def measured(decode: str) -> dict[str, Parts]:
+    """Read the loader's speed from the newest result file and count the models."""
+    files = sorted(RESULTS.glob("input_pipeline_*.json"))
+    speed = json.loads(files[-1].read_text())["speed"]
+    train = speed["train"]["fast, 8 bit" if decode == "fast" else "exact"]["images_a_second_and_core"]
+    parts = {}
+    for name in MODELS:
+        with torch.device("meta"):
+            model = lape.create_model(name, "LaPE")
+        count = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        parts[name] = Parts(
+            count, 4 * (2 * count + 2 * trained), train, speed["eval"]["exact"]["images_a_second_and_core"]
+        )
+    return parts
+
+
+def cost(parts: Parts, rate: float, gpus: int, given: Assumptions, epochs: int = 300) -> Cost:
+    """Steps overlap with loading, not with anything else: all-reduce is added in full, which is pessimistic."""
+    batch = given.global_batch / gpus
+    steps = TRAIN // given.global_batch
+    loader = batch / (given.cores * parts.train_images_a_core)
+    computing = batch / rate
+    compute = max(computing, given.least_step)
+    all_reduce = 0.0
+    if gpus > 1:
+        within = gpus <= given.gpus_a_node
+        ring = 2 * (gpus - 1) / gpus * 4 * parts.parameters
+        all_reduce = ring / (given.inside if within else given.between)
+    shared = gpus if given.dist_eval else 1
+    images = 2 * VAL / shared  # raw and averaged weights
+    evaluation = max(images / (3 * rate), images / (given.cores * parts.eval_images_a_core))
+    checkpoint = 1.25 * parts.checkpoint_bytes / given.disk  # and best_checkpoint.pth, now and then
+    step = max(loader, compute + all_reduce)
+    seconds = epochs * (steps * step + evaluation + checkpoint)
+    waits = {
+        "compute": steps * computing,
+        "launch": steps * (compute - computing),
+        "all-reduce": steps * all_reduce,
+        "loader": steps * max(0.0, loader - compute - all_reduce),
+        "evaluation": evaluation,
+    }
+    return Cost(loader, compute, all_reduce, evaluation, checkpoint, seconds / 3600, max(waits, key=lambda k: waits[k]))
+
+
+def table(given: Assumptions, decode: str) -> str:
+    parts = measured(decode)
+    lines = [
+        "| model | GPUs | loader, ms a step | GPU, ms | all-reduce, ms | evaluation, s | checkpoint, s "
+        "| hours | GPU-hours | most time goes to | then |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, short in MODELS.items():
+        for gpus in GPUS:
+            found = cost(parts[name], given.rate[name], gpus, given)
+            times = [f"{1e3 * value:.1f}" for value in (found.loader, found.compute, found.all_reduce)]
+            lines.append(
+                f"| DeiT-{short} | {gpus} | {' | '.join(times)} | {found.evaluation:.0f} | {found.checkpoint:.1f} "
+                f"| {found.hours:.1f} | {gpus * found.hours:.0f} | {found.limit} | {ADVICE[found.limit]} |"
+            )
+    return "\n".join(lines)
+
+
+def assumed() -> str:
+    """The assumptions and the measured parts, as lists."""
+    given, fast, exact = Assumptions(), measured("fast"), measured("exact")
+    tiny = next(iter(MODELS))
+    lines = ["Not measured here, assumed:", ""]
+    rates = ", ".join(f"{short} {given.rate[name]:.0f}" for name, short in MODELS.items())
+    lines += [
+        f"- an H100 trains {rates} images a second (where from: `benchmarks/scale_model.py`) and evaluates three times",
+        "  as many;",
+        f"- {given.cores} cores a GPU, {given.gpus_a_node} GPUs a node; loaders scale with the cores;",
+        f"- launching the kernels of a step takes at least {1e3 * given.least_step:.0f} ms;",
+        f"- all-reduce at {given.inside / 1e9:.0f} GB/s within a node, {given.between / 1e9:.0f} GB/s between nodes, "
+        "float32 gradients, nothing overlapped;",
+        f"- checkpoints are written at {given.disk / 1e9:.0f} GB/s.",
+        "",
+        "Measured here, on the core that the result file names:",
+        "",
+        f"- training images a second and core: {fast[tiny].train_images_a_core:.0f} with `--decode fast`, "
+        f"{exact[tiny].train_images_a_core:.0f} with `exact`; validation images: {exact[tiny].eval_images_a_core:.0f};",
+    ]
+    sizes = ", ".join(
+        f"{short} {fast[name].parameters / 1e6:.1f} M and {fast[name].checkpoint_bytes / 1e6:.0f} MB"
+        for name, short in MODELS.items()
+    )
+    lines.append(f"- parameters and bytes of a checkpoint: {sizes}.")
+    return "\n".join(lines)
+
+
+def loader() -> str:
+    """Whether 16 cores feed one H100 with DeiT-Ti."""
+    given = Assumptions()
+    name = next(iter(MODELS))
+    lines = [
+        "| `--decode` | images a second, 16 cores | DeiT-Ti on an H100, assumed | the loader has |",
+        "|---|---|---|---|",
+    ]
+    for decode in ("exact", "fast"):
+        cores = given.cores * measured(decode)[name].train_images_a_core
+        verdict = "room" if cores > given.rate[name] else "too little"
+        lines.append(
+            f"| {decode} | {cores:.0f} | {given.rate[name]:.0f} | {verdict}: x {cores / given.rate[name]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def evaluation_shared() -> str:
+    given = Assumptions()
+    found = [
+        cost(measured("fast")[name], given.rate[name], 64, Assumptions(dist_eval=shared)).hours
+        for name in MODELS
+        for shared in (False, True)
+    ]
+    cells = [
+        f"DeiT-{short} {found[2 * i]:.1f} -> {found[2 * i + 1]:.1f} hours" for i, short in enumerate(MODELS.values())
+    ]
+    return "On 64 GPUs `--dist-eval` alone: " + ", ".join(cells) + "."
+
+
+def cores() -> str:
+    """DeiT-Ti on 8 GPUs with fewer cores."""
+    name = next(iter(MODELS))
+    lines = ["| cores a GPU | `exact`, hours | waits for | `fast`, hours | waits for |", "|---|---|---|---|---|"]
+    for count in (2, 4, 8, 16):
+        given = Assumptions(cores=count)
+        found = [cost(measured(decode)[name], given.rate[name], 8, given) for decode in ("exact", "fast")]
+        lines.append(f"| {count} | " + " | ".join(f"{one.hours:.1f} | {one.limit}" for one in found) + " |")
+    return "\n".join(lines)
+
+
+SECTIONS = {
+    "loader": loader,
+    "assumed": assumed,
+    "evaluation": evaluation_shared,
+    "cores": cores,
+    "hours": lambda: table(Assumptions(), "fast"),
+}
+
+
+def filled(text: str) -> str:
+    """The page with every marked part written anew."""
+    for name, write in SECTIONS.items():
+        start, end = f"<!-- {name}: written by benchmarks/scale_model.py -->", f"<!-- end of {name} -->"
+        pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.S)
+        assert pattern.search(text), f"docs/scale.md has no {start} ... {end}"
+        text = pattern.sub(lambda _, s=start, w=write, e=end: f"{s}\n{w()}\n{e}", text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--print", action="store_true", help="print one table under the flags, write nothing")
+    parser.add_argument("--decode", choices=("exact", "fast"), default="fast")
+    parser.add_argument(
+        "--rate", nargs="+", default=[], metavar="MODEL=IMAGES", help="training images a second and GPU"
+    )
+    numbers = [one for one in fields(Assumptions) if one.name not in ("rate", "dist_eval")]
+    for one in numbers:
+        kind = int if isinstance(one.default, int) else float
+        parser.add_argument(f"--{one.name.replace('_', '-')}", type=kind, default=one.default)
+    parser.add_argument("--dist-eval", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.print:
+        rate = {**Assumptions().rate, **{k: float(v) for k, v in (text.split("=") for text in arguments.rate)}}
+        values = {one.name: getattr(arguments, one.name) for one in numbers}
+        print(table(Assumptions(rate=rate, dist_eval=arguments.dist_eval, **values), arguments.decode))
+        return
+    new = filled(PAGE.read_text())
+    if arguments.check:
+        sys.exit(new != PAGE.read_text())
+    PAGE.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
