@@ -139,6 +139,7 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
         _introduce(recipe, data, state, world, plan, steps, say)
         net = _parallel(state.model, recipe, world, plan)
         mixup = _mixup(recipe, num_classes)
+        parameters = list(state.model.parameters())  # once: to walk through the model takes time
         expect_answers(recipe.dist_timeout)
         saved = time.monotonic()
 
@@ -174,7 +175,7 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
                 if not last:
                     continue
 
-                grad_norm = _gradient_norm(state, recipe.clip_grad)
+                grad_norm = _gradient_norm(state, parameters, recipe.clip_grad)
                 corrupt = len(loader.skipped)
                 _name_skipped(loader.skipped)
                 due = world.is_main and _save_is_due(recipe, step, time.monotonic() - saved)
@@ -292,11 +293,12 @@ def _exchanging(net: nn.Module, last: bool) -> AbstractContextManager[Any]:
     return net.no_sync() if isinstance(net, DistributedDataParallel) and not last else nullcontext()
 
 
-def _gradient_norm(state: State, limit: float | None) -> Tensor:
+def _gradient_norm(state: State, parameters: list[nn.Parameter], limit: float | None) -> Tensor:
     """The norm of the step's gradient, which is clipped to `limit` if there is one."""
     state.scaler.unscale_(state.optimizer)
-    parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
-    return nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    if limit is not None:
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    return nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
 
 
 def _count_bad_step(
