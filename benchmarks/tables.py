@@ -298,12 +298,13 @@ def input_pipeline() -> str:
     finished = " and ".join(f"{rows[kind]['fast, finished']['speed_median']:.2f}" for kind in ("train", "eval"))
     lines += [
         "",
-        f"{found['config']['images']} ImageNet photographs, processor time, ratios within a round, median [quartiles]; fast "
-        f"batches leave the core as bytes and are normalised on the device; on the same core they are x {finished}. Fast "
-        f"evaluation pixels differ by {apart['most_levels']:.0f} of 255 levels at most, "
-        f"{100 * (1 - apart['part_of_pixels_that_differ']):.1f} % not at all; a small ViT trained on the photographs says the "
-        f"same class of {said['top1_agree']} of {said['images']}, its logits differ by "
-        f"{said['largest_logit_difference']:.1g} at most. {found['machine']['processor']} (`{path.relative_to(ROOT)}`).",
+        f"{found['config']['images']} ImageNet photographs, processor time, ratios within a round, median [quartiles]; "
+        f"fast batches leave the core as bytes and are normalised on the device; on the same core x {finished}. "
+        f"Fast evaluation pixels differ by {apart['most_levels']:.0f} of 255 levels at most, "
+        f"{100 * (1 - apart['part_of_pixels_that_differ']):.1f} % not at all; a small ViT trained on the photographs "
+        f"says the same class of {said['top1_agree']} of {said['images']}, its logits differ by "
+        f"{said['largest_logit_difference']:.1g} at most. {found['machine']['processor']}, {found['machine']['cores']} "
+        f"cores, other work running (`{path.relative_to(ROOT)}`).",
     ]
     return "\n".join(lines)
 
