@@ -299,12 +299,12 @@ def input_pipeline() -> str:
     lines += [
         "",
         f"{found['config']['images']} ImageNet photographs, processor time, ratios within a round, median [quartiles]; "
-        "fast batches leave the core as bytes and are normalised on the device; on the same core they are "
-        f"x {finished}. Fast evaluation pixels differ by {apart['most_levels']:.0f} of 255 levels at most, "
+        f"fast batches leave the core as bytes and are normalised on the device; on the same core x {finished}. "
+        f"Fast evaluation pixels differ by {apart['most_levels']:.0f} of 255 levels at most, "
         f"{100 * (1 - apart['part_of_pixels_that_differ']):.1f} % not at all; a small ViT trained on the photographs "
         f"says the same class of {said['top1_agree']} of {said['images']}, its logits differ by "
-        f"{said['largest_logit_difference']:.1g} at most. "
-        f"{found['machine']['processor']} (`{path.relative_to(ROOT)}`).",
+        f"{said['largest_logit_difference']:.1g} at most. {found['machine']['processor']}, {found['machine']['cores']} "
+        f"cores, other work running (`{path.relative_to(ROOT)}`).",
     ]
     return "\n".join(lines)
 
