@@ -501,7 +501,9 @@ def test_hosts_lists_every_host(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for host in hosts():
         assert host.name in shown
-        assert all(name in shown for name in (*host.block_classes, *host.tested))
+        assert all(name.rpartition(".")[2] in shown for name in host.block_classes)
+        assert all(version in " ".join(shown.split()) for version in host.tested)
+    assert max(map(len, shown.splitlines())) <= 110
 
 
 # --- as processes -----------------------------------------------------------------------------------------------------

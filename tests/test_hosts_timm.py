@@ -422,3 +422,15 @@ def test_the_table_of_architectures_is_that_of_this_code():
     assert script.page(rows, written["versions"]) == (root / "docs" / "hosts.md").read_text()
     for row in rows[::29]:
         assert script.examine(row.module, row.name) == row
+
+
+def test_the_table_of_the_other_libraries_is_that_of_its_results():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("host_table", root / "benchmarks" / "host_table.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    spec.loader.exec_module(script)
+    written = json.loads((root / "benchmarks" / "results" / "hosts_others.json").read_text())
+    rows = [script.Row(**{**row, "grid": row["grid"] and tuple(row["grid"])}) for row in written["architectures"]]
+    assert script.page(rows, written["versions"], script.OTHERS) == (root / "docs" / "hosts-others.md").read_text()
+    assert {"transformers", "torchvision"} == {row.module for row in rows}

@@ -525,17 +525,24 @@ def hosts() -> None:
     from lape.hosts import hosts as table
 
     for host in table():
-        print(host.name)
+        reasons: dict[str, list[str]] = {}
+        for name, reason in host.refused.items():
+            reasons.setdefault(reason, []).append(name)
+        print(f"{host.name} ({', '.join(host.tested)})" if host.tested else host.name)
         rows = [
-            ("models", ", ".join(host.root_classes) if host.root_child is None else ""),
-            ("blocks", ", ".join(host.block_classes)),
+            ("models", _class_names(host.root_classes) if host.root_child is None else ""),
+            ("blocks", _class_names(host.block_classes)),
             ("done", host.note),
-            ("tested", ", ".join(host.tested)),
-            *(("refused", f"{name}: {reason}") for name, reason in host.refused.items()),
+            *(("refused", f"{_class_names(names)}: {reason}") for reason, names in reasons.items()),
         ]
         for title, text in rows:
             if text:
                 _print_row(title, text)
+
+
+def _class_names(paths: Iterable[str]) -> str:
+    """Classes without their modules."""
+    return ", ".join(path.rpartition(".")[2] for path in paths)
 
 
 def _print_row(title: str, text: str) -> None:

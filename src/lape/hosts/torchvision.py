@@ -80,4 +80,12 @@ VISION_TRANSFORMER = Host(
     build=build,
     note="vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14, at one size",
     tested=("torchvision 0.29.2",),
+    refused={
+        "torchvision.models.swin_transformer.SwinTransformerBlock": (
+            "the model does not know the size of its images, over whose grid a position is laid; timm's Swin does"
+        ),
+        "torchvision.models.swin_transformer.SwinTransformerBlockV2": (
+            "its norm stands behind attention (post-norm), so no norm feeds attention"
+        ),
+    },
 )
