@@ -192,7 +192,7 @@ def test_compiled(images):
 
 
 def test_what_needs_every_patch_in_its_place_is_refused(images):
-    with pytest.raises(lape.LapeError, match="neighbours are not known"):
+    with pytest.raises(lape.LapeError, match="no patch has neighbours"):
         lape.apply_(make(), "basic", "PEG")
     model = lape.apply_(make())
     with pytest.raises(lape.LapeError, match="shuffles the patches"):

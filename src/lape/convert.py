@@ -215,8 +215,6 @@ def _check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: boo
         means = "a second bias would join it" if kind.is_bias else "the model would not be without a position"
         use = "pe='learnable', or pe='2D_RPE' for its own" if anatomy.own_bias else "pe='learnable'"
         raise LapeError(f"pe={kind.name!r}: {name} keeps its {anatomy.beside}, {means}: use {use}")
-    if kind.conditional and anatomy.shuffle is not None:
-        raise LapeError(f"pe={kind.name!r}: {name} shuffles its patches, so that neighbours are not known: use pe=None")
     if new and kind.is_table and join.at_input and anatomy.table_slot is None and anatomy.input is None:
         raise LapeError(f"join={join.name!r}: {name} has no place where it adds a table to its tokens: use join='LaPE'")
 
