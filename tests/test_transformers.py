@@ -57,6 +57,8 @@ CONVERSIONS = {
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("conversion", list(CONVERSIONS))
 def test_what_save_pretrained_writes_lape_loads(name, conversion, tmp_path):
+    if conversion == "relative bias" and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("attention takes no mask per head in transformers 4")
     model = moved(CONVERSIONS[conversion](made(name)))
     model.save_pretrained(tmp_path / "saved")
     again = lape.load(tmp_path / "saved")

@@ -105,6 +105,18 @@ def test_weights_with_position_in_the_layers_already_are_refused(tmp_path):
         build_model(tiny(finetune=str(tmp_path / "bare.pth"), warm_start=True), 10, quiet)
 
 
+def test_what_training_cannot_start_from_is_refused_in_one_line(tmp_path):
+    folded = lape.fold_(build_model(tiny(), 10, quiet))
+    with pytest.raises(CheckpointError, match="is folded, its positions are constants"):
+        build_model(tiny(finetune=str(lape.save(folded, tmp_path / "folded"))), 10, quiet)
+    from torchvision.models import VisionTransformer
+
+    sizes = {"image_size": 16, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+    foreign = lape.save(lape.apply_(VisionTransformer(**sizes)), tmp_path / "torchvision")
+    with pytest.raises(CheckpointError, match="a model of torchvision, training builds those of timm"):
+        build_model(tiny(finetune=str(foreign)), 10, quiet)
+
+
 def test_arguments_that_have_a_flag_are_refused():
     for name in ("num_classes", "img_size"):
         with pytest.raises(LapeError, match=f"model_kwargs {name}=4 has a place of its own"):

@@ -89,6 +89,15 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
         CheckpointError: any other difference between file and model; weights of another join for a warm start, whose
             function it could not keep.
     """
+    if checkpoint.package != "timm":
+        raise CheckpointError(
+            f"{checkpoint.path} holds a model of {checkpoint.package}, training builds those of timm: give weights of "
+            "a timm model, or train it in Python (lape.load, then its own trainer)"
+        )
+    if checkpoint.raw.get("folded"):
+        raise CheckpointError(
+            f"{checkpoint.path} is folded, its positions are constants that cannot learn: give the unfolded weights"
+        )
     _check_kept_function(model, checkpoint)
     ours, theirs = to_reference_state_dict(model), dict(checkpoint.model)
     grid = source_grid(checkpoint, model)

@@ -29,6 +29,7 @@ from lape.reference import load_reference_state_dict, to_reference_state_dict
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "lape-1"
+PROCESSOR = "preprocessor_config.json"  # of transformers
 HUB = "hf-hub:"  # in front of OWNER/NAME, as timm spells it
 
 _JOIN_ALIASES = {"ln": "LaPE"}  # the reference's name for LaPE on relative position bias
@@ -438,7 +439,7 @@ def _processor(path: Path) -> dict[str, Any] | None:
     Its size, crop, filter, mean and deviation. A processor that squeezes an image into a square is taken for one that
     covers the square and cuts it out of the centre, which is the same for square images.
     """
-    file = path / "preprocessor_config.json"
+    file = path / PROCESSOR
     if not file.is_file():
         return None
     try:
@@ -479,10 +480,13 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, 
     return HUB + repo_id
 
 
+_FETCHED = (CONFIG, WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json", PROCESSOR)
+
+
 def _download(repo_id: str) -> Path:
-    """The files of `save` from the Hugging Face Hub; nothing else is fetched."""
+    """The files of `save` or `save_pretrained` from the Hugging Face Hub; nothing else is fetched."""
     try:
-        return Path(_hub().snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(_hub().snapshot_download(repo_id, allow_patterns=list(_FETCHED)))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{HUB}{repo_id} cannot be downloaded: {_first_line(error)}") from error
 
