@@ -26,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lape
 from lape.benchmark import Variant, compare, describe_machine, machine, time_rounds, training_run
-from lape.convert import conversion_of
 from lape.distributed import join_world
+from lape.record import conversion_of
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-5

@@ -157,14 +157,14 @@ def test_trainings_are_dealt_out_to_the_gpus(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_was_trained_on_a_gpu_is_measured_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids and distances are made there; a CUDA model is stood in for by one that only its `cpu` makes whole."""
-    moved, positions = [], lape.convert.positions
+    moved, positions = [], lape.look.positions
 
     def checked(model: torch.nn.Module, **kwargs: Any) -> torch.Tensor:
         assert moved == [model]
         return positions(model, **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "cpu", lambda model: (moved.append(model), model)[1])
-    monkeypatch.setattr("lape.convert.positions", checked)
+    monkeypatch.setattr("lape.look.positions", checked)
     compare(TINY, tmp_path, joins=("LaPE",), seeds=(0,), workers=1)
     assert len(moved) == 1
 

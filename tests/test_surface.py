@@ -25,6 +25,9 @@ LAYERS = [  # each may import from itself and from those before it
     {"joined"},
     {"models"},
     {"handover", "stages", "norm", "bias", "conditional", "joins", "hosts"},
+    {"record"},
+    {"plan", "overrides"},
+    {"look"},
     {"convert"},
     {"reference"},
     {

@@ -15,23 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lape.checkpoint import load, push_to_hub, read_checkpoint, save
-    from lape.convert import (
-        Description,
-        apply_,
-        create_model,
-        describe,
-        fold_,
-        grid,
-        last_position,
-        num_prefix_tokens,
-        position_bias,
-        positions,
-        remove_,
-    )
+    from lape.convert import apply_, create_model, fold_, remove_
     from lape.correlation import correlation
     from lape.errors import CheckpointError, DataError, LapeError, UnsupportedModelError
     from lape.explorer import explore
     from lape.hosts import Anatomy, Host, hosts, register_host
+    from lape.look import Description, describe, grid, last_position, num_prefix_tokens, position_bias, positions
     from lape.position import Layout
     from lape.reference import load_reference_state_dict, to_reference_state_dict
 
@@ -39,14 +28,12 @@ __version__ = "0.1.0"
 
 _HOME = {
     "checkpoint": ("load", "push_to_hub", "read_checkpoint", "save"),
-    "convert": (
-        *("Description", "apply_", "create_model", "describe", "fold_", "grid", "last_position"),
-        *("num_prefix_tokens", "position_bias", "positions", "remove_"),
-    ),
+    "convert": ("apply_", "create_model", "fold_", "remove_"),
     "correlation": ("correlation",),
     "explorer": ("explore",),
     "errors": ("CheckpointError", "DataError", "LapeError", "UnsupportedModelError"),
     "hosts": ("Anatomy", "Host", "hosts", "register_host"),
+    "look": ("Description", "describe", "grid", "last_position", "num_prefix_tokens", "position_bias", "positions"),
     "position": ("Layout",),
     "reference": ("load_reference_state_dict", "to_reference_state_dict"),
 }

@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape.convert import RECORD, conversion_of, create_model, fold_
+from lape.convert import create_model, fold_
 from lape.distributed import join_world
 from lape.errors import LapeError
 from lape.evaluate import autocast
 from lape.hosts import host_of_library
 from lape.joins import JOINS, join_named
 from lape.names import match_name
+from lape.record import RECORD, conversion_of
 from lape.report import environment
 
 PEERS = ("timm", "torchvision", "transformers")

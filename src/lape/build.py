@@ -12,11 +12,12 @@ from torch import Tensor, nn
 import lape.models  # noqa: F401  a teacher may be one of them
 from lape.augment import eval_transform
 from lape.checkpoint import Checkpoint, read_checkpoint
-from lape.convert import conversion_of, create_model
+from lape.convert import create_model
 from lape.errors import CheckpointError, LapeError
 from lape.evaluate import source_grid
 from lape.names import nearest
 from lape.recipe import Recipe
+from lape.record import conversion_of
 from lape.reference import load_reference_state_dict, to_reference_state_dict
 
 Say = Callable[[str], None]

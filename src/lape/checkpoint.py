@@ -19,11 +19,12 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor, nn
 
-from lape.convert import Conversion, build, conversion_of, fold_
+from lape.convert import build, fold_
 from lape.errors import CheckpointError, LapeError
 from lape.hosts import host_named
 from lape.joins import join_named
 from lape.position import kind_named
+from lape.record import Conversion, conversion_of
 from lape.reference import load_reference_state_dict, to_reference_state_dict
 
 CONFIG = "config.json"

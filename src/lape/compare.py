@@ -254,8 +254,8 @@ def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Cell:
     While it trains, its checkpoints are in the cell's folder, so that one that was killed goes on after its last epoch.
     """
     from lape.checkpoint import save, write_atomically
-    from lape.convert import grid, num_prefix_tokens, positions
     from lape.correlation import correlation
+    from lape.look import grid, num_prefix_tokens, positions
     from lape.measures import measure_all
     from lape.position import KINDS
     from lape.train import train

@@ -9,11 +9,12 @@ computed: nothing is normalised here. Shape suffixes: L layers, N tokens, n patc
 import torch
 from torch import Tensor, nn
 
-from lape.convert import TABLES, Size, View, conversion_of, num_prefix_tokens, positions
-from lape.convert import grid as own_grid
 from lape.errors import LapeError
 from lape.joins import JOINS
+from lape.look import Size, View, num_prefix_tokens, positions
+from lape.look import grid as own_grid
 from lape.position import Grid, PositionTable
+from lape.record import TABLES, conversion_of
 
 
 def correlation(model: nn.Module, size: Size | None = None, view: View = "seen", *, stage: int | None = None) -> Tensor:

@@ -211,8 +211,8 @@ class Agenda:
 
 def train_one(recipe: Recipe, tick: Callable[[], None]) -> Trained:
     """Trains by one recipe and measures the positions of the model; calls `tick` after every epoch."""
-    from lape.convert import grid, num_prefix_tokens
     from lape.correlation import correlation, cosine, half_distance, locality_radius, monotonicity, raw_table
+    from lape.look import grid, num_prefix_tokens
     from lape.train import train
 
     result = train(recipe, on_epoch=lambda _line: tick(), say=lambda _text: None)

@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader
 
 from lape.augment import EvalTransform, eval_transform
 from lape.checkpoint import Checkpoint, read_checkpoint
-from lape.convert import build, conversion_of, describe, fold_
+from lape.convert import build, fold_
 from lape.device_data import DeviceLoader
 from lape.distributed import join_world, rank_and_size, sum_over_ranks, wait_for_others
 from lape.errors import CheckpointError, DataError, LapeError
+from lape.look import describe
 from lape.recipe import Recipe
+from lape.record import conversion_of
 from lape.reference import load_reference_state_dict
 
 # What a checkpoint knows about itself. The first must not be contradicted by a flag.

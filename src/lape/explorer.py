@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from lape.checkpoint import read_checkpoint, write_atomically
-from lape.convert import Size, View, conversion_of, describe, position_bias, positions
 from lape.correlation import cosine, grid_at, half_distance, locality_radius, monotonicity, raw_table
 from lape.errors import LapeError
+from lape.look import Size, View, describe, position_bias, positions
 from lape.measures import MEASURES, measure_all
 from lape.position import KINDS, Grid
+from lape.record import conversion_of
 
 BUDGET = 6_000_000  # bytes of the whole file; what would not fit is kept coarser, and the page says so
 PHOTO_SIDE = 448  # pixels of the longer side of a photograph in the page

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from lape.checkpoint import Checkpoint, load, model_from_checkpoint, read_checkpoint, save, write_atomically
-from lape.convert import conversion_of, describe, fold_
+from lape.convert import fold_
 from lape.errors import LapeError
+from lape.look import describe
 from lape.names import match_name
+from lape.record import conversion_of
 
 FORMATS = ("folder", "torch", "onnx")
 REPORT = "export.json"

@@ -26,7 +26,6 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from lape.checkpoint import model_from_checkpoint, read_checkpoint, write_atomically
-from lape.convert import Description, Size, describe, position_bias, positions
 from lape.correlation import (
     View,
     center_token,
@@ -38,6 +37,7 @@ from lape.correlation import (
     token_map,
 )
 from lape.errors import LapeError
+from lape.look import Description, Size, describe, position_bias, positions
 from lape.measures import MEASURES, measure_all
 from lape.position import KINDS, Grid
 from lape.report import COLOURS as JOIN_COLOURS

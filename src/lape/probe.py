@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lape.convert import Conversion, conversion_of, positions
 from lape.errors import LapeError
 from lape.joins import JOINS
+from lape.look import positions
 from lape.position import KINDS, Grid
+from lape.record import Conversion, conversion_of
 from lape.wrap import Wrapper
 
 BATCH = 16  # images at a time: what is watched is used at once, not kept

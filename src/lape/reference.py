@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lape.bias import offset_index
-from lape.convert import NORMS, TABLES, Conversion, conversion_of, norm_home
 from lape.errors import CheckpointError
 from lape.joins import JOINS
 from lape.position import KINDS, Grid, resample
+from lape.record import NORMS, TABLES, Conversion, conversion_of, norm_home
 
 _INDEX = "relative_position_index"  # a buffer in the reference's files; derived from the grid here
 

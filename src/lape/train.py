@@ -35,13 +35,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lape.build import build_model, check_warm_start, load_teacher, trainable
 from lape.checkpoint import read_checkpoint
-from lape.convert import describe
 from lape.data import BatchPlan, Data, batch_plan, eval_loader, eval_transform, load_data, steps_per_epoch, train_loader
 from lape.distributed import World, expect_answers, join_world, on_main, sum_over_ranks
 from lape.errors import DataError, LapeError
 from lape.evaluate import Metrics, autocast, check_classes, evaluate, settings_of
 from lape.faults import explained, make_deterministic, sigterm
 from lape.logs import Curves, check_services, record_run
+from lape.look import describe
 from lape.losses import classification_loss, distillation_loss
 from lape.progress import Progress
 from lape.recipe import Recipe
