@@ -200,7 +200,7 @@ def test_nor_does_it_where_processes_share_the_evaluation(images, tmp_path):
     done = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert any(line.startswith("error: [rank 1]") and str(bad) in line for line in said), done.stderr
+    assert any(str(bad) in line and "[rank" not in line for line in said), done.stderr
     saved = read(out / CHECKPOINT)
     assert (saved["epoch"], saved["step"]) == (-1, 3), "all three steps of the first epoch"
     assert saved["history"] == []

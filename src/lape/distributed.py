@@ -117,6 +117,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total.cpu()
 
 
+def all_of(text: str) -> list[str]:
+    """What each process says, in the order of their ranks; every process gets all of it."""
+    if not dist.is_initialized():
+        return [text]
+    said: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(said, text)
+    return said
+
+
 def on_main(action: Callable[[], None]) -> None:
     """Run `action` on rank 0; all processes go on together, or all raise what went wrong there.
 

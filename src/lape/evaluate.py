@@ -18,7 +18,7 @@ from lape.augment import EvalTransform, eval_transform
 from lape.checkpoint import Checkpoint, read_checkpoint
 from lape.convert import build, fold_
 from lape.device_data import DeviceLoader
-from lape.distributed import join_world, rank_and_size, sum_over_ranks, wait_for_others
+from lape.distributed import all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
 from lape.errors import CheckpointError, DataError, LapeError
 from lape.look import describe
 from lape.recipe import Recipe
@@ -137,9 +137,9 @@ def _until_unread(loader: DataLoader | DeviceLoader, unread: list[DataError]) ->
 
 
 def _fail_together(unread: list[DataError]) -> None:
-    if sum_over_ranks(torch.tensor([float(len(unread))])).item():
-        elsewhere = DataError("another process could not read a validation image: its own message names it")
-        raise unread[0] if unread else elsewhere
+    said = all_of("; ".join(map(str, unread)))  # every process names it: the launcher ends the others with the first
+    if any(said):
+        raise DataError("; ".join(filter(None, said)))
 
 
 def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -> Metrics:
