@@ -553,3 +553,11 @@ def test_python_dash_m_lape_exits_with_2_and_one_line() -> None:
     done = shell("-m", "lape", "train", "--batch-sise", "3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: Unknown option: --batch-sise. Did you mean --batch-size?\n"
+
+
+def test_a_reader_that_stops_early_sees_no_traceback() -> None:
+    command = f"{sys.executable} -m lape hosts | head -n 1"
+    done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)  # 0 where all fitted into the pipe before the reader left

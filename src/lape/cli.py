@@ -32,6 +32,7 @@ from lape.recipe import Recipe, check_launch, spelling_of, topic_of, topics
 
 USER_ERROR = 2
 INTERRUPTED = 130
+CLOSED_PIPE = 128 + 13  # as if by SIGPIPE
 
 # What an evaluation reads; `lape eval` refuses the rest rather than ignore it.
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
@@ -605,6 +606,10 @@ def run(command: App, tokens: Sequence[str]) -> int:
     try:
         with _quiet_unless_first():
             command(_dashes(tokens))
+            sys.stdout.flush()
+    except BrokenPipeError:  # `lape hosts | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes nowhere
+        return CLOSED_PIPE
     except (LapeError, CycloptsError) as error:
         _report(_one_line(error), isinstance(error, LostError))
         return USER_ERROR
