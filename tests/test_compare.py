@@ -12,6 +12,7 @@ import torch
 
 import lape
 from lape import cli
+from lape.checkpoint import read_checkpoint
 from lape.compare import (
     Cell,
     Comparison,
@@ -290,3 +291,13 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert options["pes"] == ("2D_sin", "learnable")
     assert cli.run(cli.app, ["compare", "--output-dir", "d", "--join-type", "LaPE"]) == 2
     assert "--join" in capsys.readouterr().err
+
+
+def test_a_model_of_stages_is_compared_though_no_one_figure_holds_its_positions(tmp_path: Path) -> None:
+    kwargs = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4, "patch_size": 2}
+    recipe = TINY.replace(model="swin_tiny_patch4_window7_224", input_size=16, model_kwargs=kwargs)
+    found = compare(recipe, tmp_path, joins=("basic", "LaPE"), seeds=(0,), workers=1)
+    assert [cell["measures"] for cell in found.results["cells"]] == [{}, {}]
+    assert {file.name for file in found.files} == {"results.json", "report.md", "curves.png"}
+    saved = read_checkpoint(next((tmp_path / "cells").glob("*LaPE*")) / "model")
+    assert saved.num_classes == 10  # its classifier has another name than that of most

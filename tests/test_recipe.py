@@ -355,7 +355,9 @@ def test_the_model_of_every_recipe_builds(path: Path) -> None:
     pe = "1D_sin" if recipe.model.startswith("t2t") else "learnable"
     assert f"join=LaPE pe={pe}" in str(lape.describe(model))
     small = recipe.input_size == 32
-    assert lape.grid(model) == ((16, 16) if "3x1" in recipe.model else (8, 8) if small else (14, 14))
+    grids = {"3x1": (16, 16), "swin": (56, 56)}
+    expected = next((grid for part, grid in grids.items() if part in recipe.model), (8, 8) if small else (14, 14))
+    assert lape.grid(model) == expected
 
 
 def test_cifar_recipes_are_the_settings_of_the_compact_transformers() -> None:

@@ -27,6 +27,7 @@ from lape.position import kind_named
 from lape.record import Conversion, conversion_of
 from lape.reference import load_reference_state_dict, to_reference_state_dict
 
+HEADS = ("head.weight", "head.fc.weight")  # of a classifier: in most models of timm, in those of stages
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "lape-1"
@@ -54,7 +55,7 @@ class Checkpoint:
     @property
     def num_classes(self) -> int | None:
         """Outputs of the classifier, None without one."""
-        head = self.model.get("head.weight")
+        head = next((self.model[name] for name in HEADS if name in self.model), None)
         return None if head is None else head.shape[0]
 
     @property

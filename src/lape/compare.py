@@ -258,6 +258,7 @@ def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Cell:
     from lape.look import grid, num_prefix_tokens, positions
     from lape.measures import measure_all
     from lape.position import KINDS
+    from lape.record import conversion_of
     from lape.train import train
 
     home = cell_folder(folder, recipe)
@@ -265,10 +266,11 @@ def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Cell:
     result = train(under_way, on_epoch=lambda _line: tick(), say=lambda _text: None)
     model = result.model.cpu()
     measures: dict[str, Tensor] = {}
-    if KINDS[recipe.pe].is_table:
+    drawable = not conversion_of(model).anatomy.stages
+    if KINDS[recipe.pe].is_table and drawable:
         seen_LnD = positions(model, view="seen").detach()[:, num_prefix_tokens(model) :]
         measures = measure_all(correlation(model), seen_LnD, grid(model))
-    run = Run.of(recipe, result, measures)
+    run = Run.of(recipe, result, measures, drawable)
     save(model, home / "model")
     text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1) + "\n"
     write_atomically(home / "result.json", partial(_write_text, text))
@@ -501,7 +503,8 @@ def _page(folder: Path, results: dict[str, Any], cells: Sequence[Cell], picture:
     for cell in cells:
         name = f"{cell.run.join}, {cell.pe}" + (f", {cell.model}" if several else "")
         kind = KINDS[cell.pe]
-        if (kind.is_table or kind.is_bias) and name not in shown and len(shown) < 6:
+        drawn = cell.run.drawable and (kind.is_table or kind.is_bias)
+        if drawn and name not in shown and len(shown) < 6:
             recipe = Recipe(model=cell.model, pe=cell.pe, join_type=cell.run.join, seed=cell.run.seed)
             shown[name] = cell_folder(folder, recipe) / "model"
     if not shown:

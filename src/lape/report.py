@@ -46,9 +46,10 @@ class Run:
     history: list[dict[str, float]]  # epoch, train_loss, test_loss, test_acc1
     data: str
     measures: dict[str, list[float | None]] = field(default_factory=dict)  # of its positions, one number a layer
+    drawable: bool = True  # whether its positions are of one grid, so that one figure holds them
 
     @classmethod
-    def of(cls, recipe: Recipe, result: TrainResult, measures: Mapping[str, Tensor]) -> Run:
+    def of(cls, recipe: Recipe, result: TrainResult, measures: Mapping[str, Tensor], drawable: bool = True) -> Run:
         """What a training found; `measures` are (L,) each, and what is not finite becomes None."""
         return cls(
             join=recipe.join_type,
@@ -64,6 +65,7 @@ class Run:
                 name: [value if math.isfinite(value) else None for value in values.tolist()]
                 for name, values in measures.items()
             },
+            drawable=drawable,
         )
 
 
