@@ -141,6 +141,13 @@ def test_several_models_in_one_figure_with_one_scale(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
+def test_biases_of_several_models_in_one_figure(tmp_path: Path) -> None:
+    models = {"basic": model_with("basic", "2D_RPE"), "LaPE, deep": model_with("LaPE", "1D_RPE", depth=4)}
+    files = compare({**models, "alone": model_with("LaPE")}, tmp_path)
+    stems = {f"comparison_bias_{place}" for place in ("centre", "corner", "edge")}
+    assert {f.name for f in files} == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")}
+
+
 def test_a_place_without_a_map_stays_empty() -> None:
     one, two = torch.eye(4), torch.full((4, 4), 0.5)
     figure = overview("t", [Strip("a", [None, one], (2, 2)), Strip("b", [two, None], (2, 2))], ["P", "0"], *COSINE)

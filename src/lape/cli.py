@@ -391,10 +391,13 @@ def visualize(
                 )
         if len(checkpoints) > 1:
             from lape.plot import compare as draw_together
-            from lape.plot import load
+            from lape.plot import load, sorts
 
             models = {c: load(c, model_name, join_type, pe, sides, ema)[0] for c in checkpoints}
-            print(f"{len(draw_together(models, save_dir, view=view or 'seen'))} files of all models in {save_dir}")
+            if max(map(len, sorts(models))) > 1:
+                print(f"{len(draw_together(models, save_dir, view=view or 'seen'))} files of all models in {save_dir}")
+            else:
+                print("no figure of all models: one has positions, another a bias on attention logits")
     if html is not None:
         from lape.explorer import explore
 

@@ -396,14 +396,52 @@ def compare(models: Mapping[str, nn.Module], save_dir: str | PathLike[str], *, v
     """Draws several models layer by layer in one figure with one colour scale, into `save_dir`.
 
     `comparison_overall` (all patches), `comparison_centre`, `comparison_corner`, `comparison_edge` (that patch with
-    all) and `comparison_measures` (curves over depth), each as PNG, PDF and SVG. Models may differ in depth and grid;
-    relative biases are left out of them, and need `visualize` or the explorer.
+    all) and `comparison_measures` (curves over depth), each as PNG, PDF and SVG; for two or more models with relative
+    biases the same places as `comparison_bias_centre`, ..., mean over the heads. Models may differ in depth and grid.
 
-    Returns the files. Raises LapeError for fewer than two models with positions, or a folder that cannot be written.
+    Returns the files. Raises LapeError for fewer than two models of one sort, or a folder that cannot be written.
     """
-    tables = {name: model for name, model in models.items() if KINDS[describe(model).pe].is_table}
-    if len(tables) < 2:
-        raise LapeError(f"{len(tables)} of {len(models)} models have positions to compare: give two or more")
+    tables, biased = sorts(models)
+    if max(len(tables), len(biased)) < 2:
+        raise LapeError(
+            f"{len(tables)} of {len(models)} models have positions to compare, {len(biased)} a bias: give two or more "
+            "of one sort"
+        )
+    pictures = Pictures(Path(save_dir))
+    if len(tables) > 1:
+        _compare_tables(pictures, tables, view)
+    if len(biased) > 1:
+        _compare_biases(pictures, biased)
+    return pictures.written
+
+
+def sorts(models: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The models with positions, and those with relative biases: each sort can be drawn in one figure."""
+    kinds = {name: KINDS[describe(model).pe] for name, model in models.items()}
+    tables = {name: model for name, model in models.items() if kinds[name].is_table}
+    return tables, {name: model for name, model in models.items() if kinds[name].is_bias}
+
+
+PLACES = ("centre", "corner", "edge")
+
+
+def _compare_biases(pictures: "Pictures", models: Mapping[str, nn.Module]) -> None:
+    biases = {name: position_bias(model).detach().float().cpu().mean(1) for name, model in models.items()}
+    depth, limit = max(map(len, biases.values())), max(bias.abs().max().item() for bias in biases.values()) or 1.0
+    columns = [f"layer {layer}" for layer in range(depth)]
+    for place in PLACES:
+        strips = []
+        for name, bias_Lnn in biases.items():
+            grid = describe(models[name]).grid
+            token = places(grid)[place]
+            maps = [*token_map(bias_Lnn, grid, token), *[None] * (depth - len(bias_Lnn))]
+            strips.append(Strip(name, maps, grid, token))
+        title = f"bias of the patch in the {place}, mean of the heads"
+        figure = overview(title, strips, columns, Normalize(-limit, limit), "bias on attention logits")
+        pictures.add_figure(figure, f"comparison_bias_{place}")
+
+
+def _compare_tables(pictures: "Pictures", tables: Mapping[str, nn.Module], view: View) -> None:
     depth = max(describe(model).blocks for model in tables.values())
     maps: dict[str, list[Tensor | None]] = {}
     measured = {}
@@ -414,11 +452,10 @@ def compare(models: Mapping[str, nn.Module], save_dir: str | PathLike[str], *, v
         maps[name] += [None] * (depth + 1 - len(maps[name]))
         measured[name] = measure_all(cosine(seen_LnD), seen_LnD, grid_at(model))
     columns = ["table P", *(f"layer {layer}" for layer in range(depth))]
-    pictures = Pictures(Path(save_dir))
     strips = [Strip(name, maps[name], grid_at(model)) for name, model in tables.items()]
     title = f"positions as {WHO[view]}"
     pictures.add_figure(overview(f"{title}, all patches", strips, columns, *COSINE), "comparison_overall")
-    for place in ("centre", "corner", "edge"):
+    for place in PLACES:
         strips = []
         for name, model in tables.items():
             grid, token = grid_at(model), places(grid_at(model))[place]
@@ -426,7 +463,6 @@ def compare(models: Mapping[str, nn.Module], save_dir: str | PathLike[str], *, v
             strips.append(Strip(name, rows, grid, token))
         pictures.add_figure(overview(f"{title}: patch in the {place}", strips, columns, *COSINE), f"comparison_{place}")
     pictures.add_figure(curves(title, measured), "comparison_measures")
-    return pictures.written
 
 
 def _draw_biases(model: nn.Module, folder: Path, about: Description, token: int | None) -> list[Path]:
