@@ -98,7 +98,7 @@ def section(name: str, title: str, recipe: Recipe, found: Comparison) -> str:
     lines.append(
         f"Data: {images}. Budget: {recipe.epochs} epochs, batch {recipe.batch_size}, "
         f"{recipe.model_kwargs['depth']} layers of width {recipe.model_kwargs['embed_dim']}; "
-        f"{sum(c['seconds'] for c in results['cells']):.0f} s of training for {len(results['cells'])} models, each on "
+        f"{sum(c['seconds'] for c in results['cells']):.0f} s on the clock for {len(results['cells'])} models, each on "
         f"one thread. {results['hardware']['processor']}, {results['hardware']['cores']} cores. "
         f"Drawn: seed {results['cells'][0]['seed']}.\n"
     )
