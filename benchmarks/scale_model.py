@@ -29,7 +29,7 @@ MODELS = {f"deit_{name}_patch16_224": short for name, short in (("tiny", "Ti"), 
 TRAIN, VAL = 1_281_167, 50_000  # images of ImageNet-1K
 GPUS = (1, 4, 8, 64)
 ADVICE = {
-    "compute": "nothing is wasted: more GPUs, or bf16 and --compile",
+    "compute": "the step is the longest part: more GPUs, or bf16 and --compile",
     "loader": "--decode fast, more cores a GPU, or images resized beforehand",
     "launch": "fewer GPUs, or a larger batch (another recipe); --compile",
     "all-reduce": "faster network, or fewer and fuller GPUs",
@@ -163,7 +163,7 @@ def assumed() -> str:
         "float32 gradients, nothing overlapped;",
         f"- checkpoints are written at {given.disk / 1e9:.0f} GB/s.",
         "",
-        "Measured here, on the core that the result file names:",
+        "Measured here, by `benchmarks/input_pipeline.py` (its file in `benchmarks/results` names the core):",
         "",
         f"- training images a second and core: {fast[tiny].train_images_a_core:.0f} with `--decode fast`, "
         f"{exact[tiny].train_images_a_core:.0f} with `exact`; validation images: {exact[tiny].eval_images_a_core:.0f};",

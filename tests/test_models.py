@@ -332,3 +332,23 @@ def test_export_compiles_without_a_break():
     model = lape.fold_(lape.apply_(make("CCT 3x1"), "LaPE"))
     x = image(model)
     assert close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_lite_2_4_32", "cvt_2_4_32", "cct_2_3x2_32", "t2t_vit_7", "ceit_tiny_patch16_224"]
+)
+def test_every_family_is_exported_for_any_batch(name):
+    size = {"img_size": 32, "depth": 1} if name[0] in "tc" and "32" not in name else {"img_size": 16}
+    model = lape.fold_(lape.create_model(name, **size)).eval()
+    side = size["img_size"]
+    program = torch.export.export(
+        model, (torch.randn(2, 3, side, side),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
+    x = torch.randn(5, 3, side, side)
+    assert torch.allclose(program.module()(x), model(x), atol=1e-5)
+
+
+def test_the_name_of_a_family_gets_a_hint():
+    for family in ("cvt", "cct", "ceit", "vit_lite", "t2t_vit"):
+        with pytest.raises(lape.LapeError, match=f"did you mean '{family}"):
+            lape.create_model(family)

@@ -67,7 +67,8 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     import lape.models  # noqa: F401  they are known to timm from here on
 
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
-        guess = nearest(str(name).split(".")[0], timm.list_models())
+        asked, known = str(name).split(".")[0], timm.list_models()
+        guess = nearest(asked, known) or next((model for model in known if asked and model.startswith(asked)), None)
         hint = f"did you mean {guess!r}? " if guess else ""
         raise LapeError(f"unknown model {name!r}: {hint}timm.list_models() has all names")
     try:

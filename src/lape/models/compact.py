@@ -248,7 +248,7 @@ class CompactTransformer(nn.Module):
         """Tokens (B, N, D) behind the last norm, a class token first."""
         x_BND = self.patch_embed(x_BCHW)
         if self.cls_token is not None:
-            x_BND = torch.cat([self.cls_token.expand(len(x_BND), -1, -1), x_BND], dim=1)
+            x_BND = torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         if self.pos_embed is not None:
             x_BND = x_BND + self.pos_embed
         x_BND = self.pos_drop(x_BND)
