@@ -26,8 +26,9 @@ from lape.compare import (
     two_sided_p,
 )
 from lape.errors import LapeError
+from lape.names import JOIN_NAMES
 from lape.recipe import Recipe
-from lape.report import Run
+from lape.report import COLOURS, Run
 from lape.train import train
 
 TINY = Recipe.from_yaml(
@@ -301,3 +302,17 @@ def test_a_model_of_stages_is_compared_though_no_one_figure_holds_its_positions(
     assert {file.name for file in found.files} == {"results.json", "report.md", "curves.png"}
     saved = read_checkpoint(next((tmp_path / "cells").glob("*LaPE*")) / "model")
     assert saved.num_classes == 10  # its classifier has another name than that of most
+
+
+def test_every_join_has_a_colour_of_its_own() -> None:
+    assert sorted(COLOURS) == sorted(JOIN_NAMES)
+    assert len(set(COLOURS.values())) == len(COLOURS)
+
+
+def test_the_report_of_a_model_that_pools(tmp_path: Path) -> None:
+    pooled = {**TINY.model_kwargs, "class_token": False, "global_pool": "avg", "fc_norm": False}
+    joins = ("basic", "PVG", "MPVG")
+    found = compare(TINY.replace(model_kwargs=pooled), tmp_path, joins=joins, seeds=(0,), workers=1)
+    assert [variant["join"] for variant in found.results["variants"]] == list(joins)
+    page = (tmp_path / "report.html").read_text()
+    assert all(COLOURS[join] in page for join in joins)

@@ -27,6 +27,8 @@ COLOURS = {  # Okabe and Ito, told apart by colour-blind readers
     "LaPE-sharing": "#56B4E9",
     "share": "#E69F00",
     "unshare": "#009E73",
+    "PVG": "#CC79A7",
+    "MPVG": "#7B3294",  # theirs are used up: a purple, darker than all but LaPE's blue
 }
 
 HISTORY = ("epoch", "train_loss", "test_loss", "test_acc1")  # of a line of the log, what a report keeps
