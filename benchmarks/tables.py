@@ -271,6 +271,24 @@ def _machines(files: list[Path], several: bool = False) -> str:
     return "; ".join(named) + "."
 
 
+def device_path() -> str:
+    """Images a second of the PIL path and of the path on the device."""
+    files = sorted(RESULTS.glob("device_path_*.json"))
+    if not files:
+        return "Not measured yet: `python benchmarks/device_path.py` does it."
+    lines = ["| on | data and recipe | PIL path, images/s | on the device | times as many |", "|---|---|---|---|---|"]
+    for path in files:
+        where = path.stem.removeprefix("device_path_")
+        for name, row in _read(path)["rows"].items():
+            low, high = row["ratio_range"]
+            cells = [f"{row[way]['images_per_second']:,.0f}" for way in ("pil", "device")]
+            lines.append(
+                f"| {where} | {name} | {' | '.join(cells)} | {row['ratio_median']:.2f} [{low:.2f}, {high:.2f}] |"
+            )
+    names = ", ".join(f"`{path.relative_to(ROOT)}`" for path in files)
+    return "\n".join([*lines, "", f"Median [lowest, highest] of interleaved rounds; {names}."])
+
+
 def _read(path: Path) -> dict:
     return json.loads(path.read_text())
 
@@ -313,6 +331,7 @@ PAGES = {
     ROOT / "README.md": (demo, claims, folded, input_pipeline),
     ROOT / "docs" / "converting.md": (warm_start,),
     ROOT / "docs" / "measured.md": (table_2,),
+    ROOT / "docs" / "small-data.md": (device_path,),
     ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost),
 }
 
