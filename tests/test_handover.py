@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import NEEDS_HAND_OVER, TINY
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -62,6 +62,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@NEEDS_HAND_OVER
 @pytest.mark.parametrize("depth", [1, 2, 5])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_a_forward_computes_each_norm_once(depth, mode):
@@ -116,6 +117,7 @@ def is_kept(model: nn.Module, layer: int = 1) -> bool:
     return bool(model.blocks[layer].norm1.successor._kept.__dict__)
 
 
+@NEEDS_HAND_OVER
 @pytest.mark.parametrize("change", ["table", "norm", "another norm", "replaced", "grid", "grad", "autocast"])
 def test_what_an_abandoned_forward_left_is_not_believed_after_a_change(change):
     model, x = converted(dynamic_img_size=True), image()
@@ -139,6 +141,7 @@ def test_what_an_abandoned_forward_left_is_not_believed_after_a_change(change):
     assert not is_kept(model)
 
 
+@NEEDS_HAND_OVER
 def test_what_nothing_has_changed_is_used_once():
     model, x = converted(), image()
     with torch.no_grad():
@@ -200,6 +203,7 @@ def test_threads_with_models_sizes_and_modes_of_their_own():
     assert wrong == []
 
 
+@NEEDS_HAND_OVER
 def test_copies_and_pickles_hold_nothing_that_was_left():
     model, x = converted(), image()
     abandoned(model, x)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from importlib.metadata import version
 
 import pytest
 import timm
@@ -31,6 +32,7 @@ HOSTS = {
     "Data2Vec": ("Data2VecVision", {"use_relative_position_bias": True}, None, ((4, 4),), 1),
 }
 TABLED = "BEiT with a table"
+TRANSFORMERS_5 = version("transformers") >= "5"
 REASON = "one for all blocks.*stays as it is.*pe='learnable'"
 
 
@@ -102,7 +104,9 @@ def test_five_equalities(host, tmp_path):
         loaded = lape.load(lape.save(model, tmp_path / "model", **by_name))
         folded = lape.fold_(copy.deepcopy(model))
         folded_loaded = lape.load(lape.save(folded, tmp_path / "folded", **by_name))
-        twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model]
+        twins = [copy.deepcopy(model), model]
+        if not (host in ("Hugging Face BEiT", "Data2Vec") and not TRANSFORMERS_5):  # 4: its own cache cannot be pickled
+            twins.insert(1, pickle.loads(pickle.dumps(model)))
         for other in (loaded, folded, folded_loaded, *twins):
             assert (output(other, x) - expected).abs().max() <= TOLERANCE * expected.abs().max()
         assert (lape.position_bias(folded) - lape.position_bias(model)).abs().max() <= 1e-6
@@ -110,7 +114,7 @@ def test_five_equalities(host, tmp_path):
         assert not any("pe_norm" in name for name in folded.state_dict())
         for other in twins:
             lape.remove_(other)
-            assert_same_structure(other, make(host))
+            assert_same_structure(other, original)
             assert torch.equal(output(other, x), before)
 
 

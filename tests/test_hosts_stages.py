@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import NEEDS_HAND_OVER
 from test_convert import TOLERANCE, assert_same_structure, shake_position
 from test_hosts import output
 from timm.optim import create_optimizer_v2
@@ -165,7 +166,7 @@ def check_blocks(model, host, join, x) -> None:
 @pytest.mark.parametrize("host", HOSTS)
 def test_parameters_and_gradients(host):
     plain = make(host)
-    model = lape.apply_(make(host), "LaPE", "learnable").train()
+    model = lape.apply_(make(host), "LaPE", "learnable").eval()  # in training, drop path may leave the last block out
     widths = [16, 16, 32, 64] if host == "timm" else [16, 16, 32]
     table = 48 * 16 if host == "timm" else 36 * 16
     count = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in plain.parameters())
@@ -217,6 +218,7 @@ def parts_flat(model, host) -> list[dict[str, torch.Tensor]]:
     return [owner.state_dict() for owner in owners]
 
 
+@NEEDS_HAND_OVER
 def test_a_border_is_computed_once_a_forward_and_anew_after_a_step():
     model, x = lape.apply_(make("timm"), "LaPE", "learnable"), image("timm")
     shake_position(model)

@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2
 
 import lape
 import lape.models
+from lape.export import BATCH
 from lape.joins import JOINS
 from lape.models.compact import MODELS, SIZES, CompactTransformer, SequencePool
 from lape.position import KINDS
@@ -341,9 +342,7 @@ def test_every_family_is_exported_for_any_batch(name):
     size = {"img_size": 32, "depth": 1} if name[0] in "tc" and "32" not in name else {"img_size": 16}
     model = lape.fold_(lape.create_model(name, **size)).eval()
     side = size["img_size"]
-    program = torch.export.export(
-        model, (torch.randn(2, 3, side, side),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-    )
+    program = torch.export.export(model, (torch.randn(2, 3, side, side),), dynamic_shapes=({0: BATCH},))
     x = torch.randn(5, 3, side, side)
     assert torch.allclose(program.module()(x), model(x), atol=1e-5)
 

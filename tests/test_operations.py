@@ -9,12 +9,13 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import NEEDS_HAND_OVER, TINY
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lape
 
+pytestmark = NEEDS_HAND_OVER  # the counts are those with it
 DEPTHS = [1, 2, 5]
 D, R = TINY["embed_dim"], 17
 

@@ -12,6 +12,7 @@ from test_convert import MEANINGFUL, TOLERANCE, assert_same_structure, shake_pos
 
 import lape
 import lape.models
+from lape.export import BATCH
 from lape.models.t2t import TokenPerformer, TokensToToken
 from lape.position import Layout, sin_1d
 
@@ -219,7 +220,5 @@ def test_compiles_copies_and_exports(name):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert (compiled(x) - expected).abs().max() <= 1e-5
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
-    program = torch.export.export(
-        lape.fold_(copy.deepcopy(model)), (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-    )
+    program = torch.export.export(lape.fold_(copy.deepcopy(model)), (x,), dynamic_shapes=({0: BATCH},))
     assert (program.module()(x[:1]) - expected[:1]).abs().max() <= 1e-5

@@ -113,13 +113,15 @@ def _resample_rows(rows: Tensor, old: Grid, new: Grid) -> Tensor:
 class FoldedBias(nn.Module):
     """`PositionBias` after folding: a constant for one grid."""
 
+    folded_bias: Tensor
+
     def __init__(self, bias_1HNN: Tensor):
         super().__init__()
         self.register_buffer("folded_bias", bias_1HNN)
 
     def forward(self, grid: Grid | None = None) -> Tensor:
         """(1, H, N, N): the bias between all tokens."""
-        return self.get_buffer("folded_bias")
+        return self.folded_bias
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from lape.record import conversion_of
 
 FORMATS = ("folder", "torch", "onnx")
 REPORT = "export.json"
+BATCH = torch.export.Dim("batch", min=1, max=2**20)  # any number of images; torch 2.6 wants an upper end
 TOLERANCE = 1e-4  # on logits, relative to the largest of them
 
 
@@ -195,9 +196,7 @@ def _blueprint(model: nn.Module, checkpoint: Checkpoint | None) -> dict[str, Any
 def _write_torch(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: Tensor, folder: Path) -> Written:
     path = folder / "model.pt2"
     with _quiet():
-        program = torch.export.export(
-            _Outputs(model), (images_BCHW[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-        )
+        program = torch.export.export(_Outputs(model), (images_BCHW[:2],), dynamic_shapes=({0: BATCH},))
         torch.export.save(program, path)
         module = torch.export.load(path).module()
     return path, module, {}
@@ -221,7 +220,7 @@ def _write_onnx(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: T
             dynamo=True,
             input_names=["pixels"],
             output_names=["outputs"],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamic_shapes=({0: BATCH},),
             external_data=False,
             verbose=False,
         )
