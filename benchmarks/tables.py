@@ -271,6 +271,21 @@ def _machines(files: list[Path], several: bool = False) -> str:
     return "; ".join(named) + "."
 
 
+def dense() -> str:
+    """What the two examples of dense tasks found."""
+    lines = ["| task | measure | seeds | basic | LaPE |", "|---|---|---|---|---|"]
+    files = sorted(RESULTS.glob("dense_*.json"))
+    names = {"miou": "mIoU", "ap50": "AP50", "recall50": "boxes found"}
+    for found in map(_read, files):
+        for key, name in names.items():
+            if key in found["joins"]["basic"]:
+                cells = [spread(found["joins"][join][key]) for join in ("basic", "LaPE")]
+                what = f"{found['task']}, {found['config']['steps']} steps"
+                lines.append(f"| {what} | {name}, % | {found['config']['seeds']} | {' | '.join(cells)} |")
+    where = ", ".join(f"`{path.relative_to(ROOT)}`" for path in files)
+    return "\n".join([*lines, "", f"Mean ± standard deviation: with so few seeds no difference to rely on. {where}."])
+
+
 def device_path() -> str:
     """Images a second of the PIL path and of the path on the device."""
     files = sorted(RESULTS.glob("device_path_*.json"))
@@ -332,6 +347,7 @@ PAGES = {
     ROOT / "docs" / "converting.md": (warm_start,),
     ROOT / "docs" / "measured.md": (table_2,),
     ROOT / "docs" / "small-data.md": (device_path,),
+    ROOT / "docs" / "dense.md": (dense,),
     ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost),
 }
 
