@@ -35,7 +35,7 @@ def main() -> None:
         "tests": [python, "-m", "pytest", "-q", str(ROOT / "tests" / "test_cuda.py")],
         "joins": [python, str(ROOT / "benchmarks" / "joins.py"), "--device", given.device],
         "original_style": [python, str(ROOT / "benchmarks" / "original_style.py"), "--device", given.device],
-        "device_path": [python, str(ROOT / "benchmarks" / "device_path.py")],
+        "device_path": [python, str(ROOT / "benchmarks" / "device_path.py"), "--device", given.device],
     }
     if given.photographs:
         parts["input_pipeline"] = [
