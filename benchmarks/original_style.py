@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lape
-from lape.benchmark import Variant, compare, describe_machine, machine, time_rounds, training_run
-from lape.distributed import join_world
 from lape.record import conversion_of
+from lape.study.benchmark import Variant, compare, describe_machine, machine, time_rounds, training_run
+from lape.train.distributed import join_world
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-5

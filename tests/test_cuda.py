@@ -88,7 +88,7 @@ def test_one_process_over_nccl_trains_and_resumes(tmp_path):
 
 def test_the_data_path_on_the_gpu_trains():
     from lape.recipe import Recipe
-    from lape.train import train
+    from lape.train.loop import train
 
     recipe = Recipe.from_yaml("digits", epochs=2, data_on_device=True, device="cuda", join_type="LaPE")
     assert train(recipe, say=lambda _text: None).accuracy > 15
