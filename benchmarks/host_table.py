@@ -74,7 +74,7 @@ def examine(module: str, name: str, create: Callable[[str], nn.Module] = timm.cr
     done = lape.describe(model)
     assert done.joined == done.blocks, name
     assert not done.input_addition, name
-    stages = lape.record.conversion_of(model).anatomy.stages
+    stages = lape.convert.converted.conversion_of(model).anatomy.stages
     bare = done.prefix_tokens - done.positioned_prefix_tokens
     plural = "" if done.prefix_tokens == 1 else "s"
     prefix = f"{done.prefix_tokens} prefix token{plural}{f' ({bare} without a position)' if bare else ''}"

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lape
-from lape.record import conversion_of
+from lape.convert.converted import conversion_of
 from lape.study.benchmark import Variant, compare, describe_machine, machine, time_rounds, training_run
 from lape.train.distributed import join_world
 

@@ -496,7 +496,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hosts_lists_every_host(capsys: pytest.CaptureFixture[str]) -> None:
-    from lape.hosts import hosts
+    from lape.host import hosts
 
     assert cli.run(cli.app, ["hosts"]) == 0
     shown = capsys.readouterr().out

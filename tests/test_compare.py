@@ -157,7 +157,7 @@ def test_what_was_trained_on_a_gpu_is_measured_on_the_cpu(tmp_path: Path, monkey
         return positions(model, **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "cpu", lambda model: (moved.append(model), model)[1])
-    monkeypatch.setattr("lape.layers.positions", checked)
+    monkeypatch.setattr("lape.convert.positions.positions", checked)
     compare(TINY, tmp_path, joins=("LaPE",), seeds=(0,), workers=1)
     assert len(moved) == 1
 

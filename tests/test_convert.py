@@ -12,14 +12,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import TINY
+from lape.joined import FoldedNorm, PositionalBlock
+from lape.norm import PositionalNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.checkpoint import checkpoint
 
 import lape
-from lape.joined import FoldedNorm, PositionalBlock
-from lape.joins import JOINS, check_combination
-from lape.norm import PositionalNorm
-from lape.position import KINDS
+from lape.core.joins import JOINS, check_combination
+from lape.core.position import KINDS
 
 HOSTS = {
     "plain": ("vit_tiny_patch16_224", {}),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lape
+from lape.core.position import Layout, sin_2d
 from lape.look.similarity import (
     center_token,
     check_token,
@@ -20,7 +21,6 @@ from lape.look.similarity import (
     squared_distances,
     token_map,
 )
-from lape.position import Layout, sin_2d
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 4}
 

@@ -22,7 +22,9 @@ def images() -> torch.Tensor:
 
 def converted(join: str = "LaPE", pe: str | None = None, host: str = "plain") -> torch.nn.Module:
     model = lape.apply_(make(host), join, pe)
-    lape.record.conversion_of(model).factory.update(library="timm", name="vit_tiny_patch16_224", kwargs=dict(TINY))
+    lape.convert.converted.conversion_of(model).factory.update(
+        library="timm", name="vit_tiny_patch16_224", kwargs=dict(TINY)
+    )
     shake_position(model)
     return model
 
@@ -46,7 +48,7 @@ def test_every_format_equals_the_eager_model(join, pe, images, tmp_path, capsys)
 
 def test_a_folded_graph_has_no_norm_of_a_position_and_no_resize(images, tmp_path):
     dynamic = lape.apply_(make(dynamic_img_size=True))
-    lape.record.conversion_of(dynamic).factory.update(
+    lape.convert.converted.conversion_of(dynamic).factory.update(
         library="timm", name="vit_tiny_patch16_224", kwargs=dict(TINY) | {"dynamic_img_size": True}
     )
     for model in (converted(), dynamic):

@@ -7,11 +7,11 @@ import threading
 import pytest
 import torch
 from conftest import NEEDS_HAND_OVER, TINY
+from lape.norm import PositionalNorm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lape
-from lape.norm import PositionalNorm
 
 LAYERS = TINY["depth"]
 

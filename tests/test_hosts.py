@@ -10,9 +10,9 @@ import torch
 from test_convert import MEANINGFUL, assert_same_structure, shake_position
 
 import lape
-from lape.hosts import base
-from lape.joins import JOINS
-from lape.position import KINDS, Layout
+from lape.core.joins import JOINS
+from lape.core.position import KINDS, Layout
+from lape.host import base
 
 SMALL = {
     "hidden_size": 32,
@@ -80,8 +80,8 @@ def capture(module: torch.nn.Module, into: list) -> None:
 
 def received(model: torch.nn.Module, join: str, kind: str) -> list[torch.Tensor]:
     """What each block receives, (1, N, D), written out from the saved state: LN by hand, zero rows for bare tokens."""
-    state, conversion = lape.to_reference_state_dict(model), lape.record.conversion_of(model)
-    prefix = lape.reference._prefix(model, conversion)
+    state, conversion = lape.to_reference_state_dict(model), lape.convert.converted.conversion_of(model)
+    prefix = lape.files.names._prefix(model, conversion)
     layout, width = conversion.layout, conversion.anatomy.width
     slot = prefix + conversion.anatomy.table_slot
 
@@ -136,7 +136,7 @@ def test_converted_is_the_formula_is_folded_is_loaded_and_removed_is_the_origina
 
 def check_layers(model: torch.nn.Module, x: torch.Tensor, join: str, pe: str) -> None:
     """Inside the forward: the stream that enters each block, what its attention sees, and what its MLP's norm gets."""
-    conversion = lape.record.conversion_of(model)
+    conversion = lape.convert.converted.conversion_of(model)
     anatomy, site = conversion.anatomy, JOINS[join].site
     entered, attended = [], []
     token_norms = []
@@ -164,7 +164,7 @@ def test_the_stream_that_enters_the_blocks_has_the_position_once_or_not_at_all(h
     x = torch.randn(1, 3, 16, 16)
     for join in ("basic", "LaPE"):
         model = lape.apply_(make(host), join)
-        anatomy = lape.record.conversion_of(model).anatomy
+        anatomy = lape.convert.converted.conversion_of(model).anatomy
         entered: list[torch.Tensor] = []
         capture(anatomy.root.get_submodule(anatomy.blocks[0]), entered)
         with torch.no_grad():
@@ -186,7 +186,7 @@ def test_every_new_parameter_gets_a_gradient(host, join, pe):
     gradients = {name: dict(model.named_parameters())[name].grad for name in names}
     assert all(gradient is not None for gradient in gradients.values())
     # Where only the class token is read, the last layer's relative bias cannot matter: it has none for that token.
-    last = lape.record.conversion_of(model).anatomy.blocks[-1] if pe else "no such layer"
+    last = lape.convert.converted.conversion_of(model).anatomy.blocks[-1] if pe else "no such layer"
     assert all(gradient.any() for name, gradient in gradients.items() if last not in name)
 
 
@@ -205,7 +205,7 @@ def test_other_sizes_at_run_time(host, join, pe):
         assert torch.equal(at_home, output(model, native))
         seen: list[torch.Tensor] = []
         twin = copy.deepcopy(model)
-        anatomy = lape.record.conversion_of(twin).anatomy
+        anatomy = lape.convert.converted.conversion_of(twin).anatomy
         block = anatomy.root.get_submodule(anatomy.blocks[0])
         inner = getattr(block, "host_block", block)
         entered: list[torch.Tensor] = []

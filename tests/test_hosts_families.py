@@ -83,7 +83,7 @@ def test_every_new_parameter_gets_a_gradient(name):
 def test_sam_gets_the_position_as_a_map_before_the_windows_are_cut(name):
     model = lape.apply_(make(name))
     shake_position(model)
-    anatomy = lape.record.conversion_of(model).anatomy
+    anatomy = lape.convert.converted.conversion_of(model).anatomy
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     norms = [anatomy.root.get_submodule(path).layer_norm1 for path in anatomy.blocks]
     for norm in norms:

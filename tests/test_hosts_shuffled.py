@@ -9,9 +9,9 @@ from test_convert import MEANINGFUL, TOLERANCE, assert_same_structure, shake_pos
 from test_hosts import SMALL, capture, received
 
 import lape
-from lape.joins import JOINS
+from lape.core.joins import JOINS
+from lape.core.position import KINDS
 from lape.look.probe import attention_distance
-from lape.position import KINDS
 
 transformers = pytest.importorskip("transformers")
 DECODER = {
@@ -74,7 +74,7 @@ def test_five_equalities(join, pe, mask_ratio, images, tmp_path):
 
 def check_layers(model, x, noise, join, pe, mask_ratio) -> None:
     """What each block and each attention is given, with the rows of each image gathered by hand."""
-    anatomy, site = lape.record.conversion_of(model).anatomy, JOINS[join].site
+    anatomy, site = lape.convert.converted.conversion_of(model).anatomy, JOINS[join].site
     rows, entered, attended, norms, masks = places(noise, mask_ratio), [], [], [], []
     for path in anatomy.blocks:
         block = anatomy.root.get_submodule(path)
@@ -138,7 +138,7 @@ def test_other_sizes_and_a_warm_start(images):
     model = lape.apply_(make())
     wide = torch.randn(1, 3, 32, 32)
     seen: list[torch.Tensor] = []
-    norm = model.vit.get_submodule(lape.record.conversion_of(model).anatomy.blocks[1]).layernorm_before
+    norm = model.vit.get_submodule(lape.convert.converted.conversion_of(model).anatomy.blocks[1]).layernorm_before
     norm.register_forward_hook(lambda _, args, output: seen.append(output - norm.token_norm(args[0])))
     noise = torch.rand(1, 64)
     model(wide, noise=noise, interpolate_pos_encoding=True)
@@ -148,7 +148,7 @@ def test_other_sizes_and_a_warm_start(images):
 
 
 def checkpointed(model):
-    for path in lape.record.conversion_of(model).anatomy.blocks:
+    for path in lape.convert.converted.conversion_of(model).anatomy.blocks:
         block = model.vit.get_submodule(path)
         forward = block.forward
         block.forward = lambda h, *a, f=forward, **k: torch.utils.checkpoint.checkpoint(f, h, *a, use_reentrant=False)
@@ -197,7 +197,7 @@ def test_what_needs_every_patch_in_its_place_is_refused(images):
     model = lape.apply_(make())
     with pytest.raises(lape.LapeError, match="shuffles the patches"):
         attention_distance(model, images[0])
-    norm = model.vit.get_submodule(lape.record.conversion_of(model).anatomy.blocks[0]).layernorm_before
+    norm = model.vit.get_submodule(lape.convert.converted.conversion_of(model).anatomy.blocks[0]).layernorm_before
     with pytest.raises(lape.LapeError, match="call the model with images"):
         norm(torch.randn(2, 17, 32))
     assert lape.correlation(model).shape == (2, 16, 16)

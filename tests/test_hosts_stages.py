@@ -13,7 +13,7 @@ from test_hosts import output
 from timm.optim import create_optimizer_v2
 
 import lape
-from lape.joins import JOINS
+from lape.core.joins import JOINS
 
 TIMM = {
     "img_size": (32, 24),

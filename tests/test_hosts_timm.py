@@ -124,7 +124,7 @@ def host_without_position(family: str) -> torch.nn.Module:
 
 
 def blocks_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    return {path: model.get_submodule(path) for path in lape.record.conversion_of(model).anatomy.blocks}
+    return {path: model.get_submodule(path) for path in lape.convert.converted.conversion_of(model).anatomy.blocks}
 
 
 def chain(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -265,7 +265,7 @@ def test_set_input_size(family, join):
         return
     model = converted(family, join)
     x = image(family)
-    stride = lape.record.conversion_of(model).anatomy.patch_size[0]
+    stride = lape.convert.converted.conversion_of(model).anatomy.patch_size[0]
     before, size = model(x), tuple(model.patch_embed.img_size)
     keys = list(model.state_dict())
     model.set_input_size(img_size=(3 * stride, 2 * stride))

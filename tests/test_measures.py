@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lape
+from lape.core.position import Layout, sin_1d, sin_2d
 from lape.look.measures import (
     MEASURES,
     anisotropy,
@@ -16,7 +17,6 @@ from lape.look.measures import (
     measure_all,
 )
 from lape.look.similarity import cosine
-from lape.position import Layout, sin_1d, sin_2d
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 4}
 

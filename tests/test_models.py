@@ -13,10 +13,10 @@ from timm.optim import create_optimizer_v2
 
 import lape
 import lape.models
+from lape.core.joins import JOINS
+from lape.core.position import KINDS
 from lape.files.export import BATCH
-from lape.joins import JOINS
 from lape.models.compact import MODELS, SIZES, CompactTransformer, SequencePool
-from lape.position import KINDS
 
 TINY = {"img_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
 FAMILIES = {"ViT-Lite": "vit_lite_2_4_32", "CVT": "cvt_2_4_32", "CCT 3x1": "cct_7_3x1_32", "CCT 7x2": "cct_7_7x2_224"}

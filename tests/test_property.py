@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 import lape
-from lape.hosts import find_host
-from lape.joins import JOINS, check_combination
-from lape.position import KINDS
+from lape.core.joins import JOINS, check_combination
+from lape.core.position import KINDS
+from lape.host import find_host
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5, torch.bfloat16: 0.1}
 TRANSFORMERS = {
@@ -203,7 +203,7 @@ def test_converted_equals_the_formula_and_learns(case):
 
     got.float().square().sum().backward()
     # The last block's bias moves only what patches ask for, and a head that reads a class token does not see them.
-    last = lape.record.conversion_of(model).anatomy.blocks[-1]
+    last = lape.convert.converted.conversion_of(model).anatomy.blocks[-1]
     unread = f"{last}." if kind.is_bias and shape.get("prefix") != "pooled" else "nothing"
     for name in new:
         gradient = model.get_parameter(name).grad
@@ -216,7 +216,11 @@ def test_converted_equals_the_formula_and_learns(case):
     assert (folded.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
     if kind.is_table:
         received = lape.positions(model)
-        assert received.shape == (shape["depth"], lape.record.conversion_of(model).layout.num_tokens, shape["width"])
+        assert received.shape == (
+            shape["depth"],
+            lape.convert.converted.conversion_of(model).layout.num_tokens,
+            shape["width"],
+        )
         assert received.isfinite().all()
 
 

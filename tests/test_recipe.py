@@ -220,8 +220,8 @@ def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
 
 
 def test_the_names_are_those_of_the_modules_that_define_them() -> None:
-    from lape.joins import JOINS
-    from lape.position import KINDS
+    from lape.core.joins import JOINS
+    from lape.core.position import KINDS
 
     assert tuple(JOINS) == JOIN_NAMES
     assert tuple(KINDS) == PE_NAMES

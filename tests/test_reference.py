@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import lape
-from lape.reference import reference_names
+from lape.files.names import reference_names
 
 FOLDER = Path(__file__).parent / "reference"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())

@@ -23,7 +23,7 @@ from training import tiny
 
 import lape
 from lape.cli import app as cli
-from lape.conditional import PositionGenerator
+from lape.core.conditional import PositionGenerator
 from lape.recipe import Recipe
 from lape.study.compare import compare
 from lape.train.evaluate import evaluate_checkpoint

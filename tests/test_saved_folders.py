@@ -91,7 +91,7 @@ def test_evaluation_needs_nothing_but_the_folder(saved, monkeypatch):
     import lape.data.sets
 
     model, folder = saved
-    height = lape.grid(model)[0] * lape.record.conversion_of(model).anatomy.patch_size[0]
+    height = lape.grid(model)[0] * lape.convert.converted.conversion_of(model).anatomy.patch_size[0]
     few = lape.data.sets.digits
     monkeypatch.setattr(lape.data.sets, "digits", lambda split: tuple(part[:24] for part in few(split)))
     recipe = Recipe(resume=str(folder), device="cpu", num_workers=0)
@@ -106,7 +106,7 @@ def test_prediction_and_pictures_of_any_folder(saved, tmp_path, capsys):
     path = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(path)
     (found,) = predict(folder, [path], device="cpu", top_k=10)
-    side = lape.grid(model)[0] * lape.record.conversion_of(model).anatomy.patch_size[0]
+    side = lape.grid(model)[0] * lape.convert.converted.conversion_of(model).anatomy.patch_size[0]
     grey = {"mean": (0.449,), "std": (0.226,), "in_chans": 1} if channels(model) == 1 else {}
     pixels = EvalTransform(side, **grey).build()(Image.open(path))[None]
     wanted = logits(model, pixels).softmax(1)[0].sort(descending=True)

@@ -12,9 +12,9 @@ from test_convert import MEANINGFUL, TOLERANCE, assert_same_structure, shake_pos
 
 import lape
 import lape.models
+from lape.core.position import Layout, sin_1d
 from lape.files.export import BATCH
 from lape.models.t2t import TokenPerformer, TokensToToken
-from lape.position import Layout, sin_1d
 
 SMALL = {"img_size": (32, 48), "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 

@@ -16,10 +16,10 @@ from timm.data import Mixup
 from training import ALONE, KWARGS, Stop, log_without_times, quiet, read, run_until, same, stop_after, tiny
 
 import lape
+from lape.core.position import resample
 from lape.data.loaders import batch_plan, steps_per_epoch
 from lape.data.open import load_data
 from lape.errors import CheckpointError, LapeError
-from lape.position import resample
 from lape.recipe import Recipe
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.logs import BOARD, RUN
@@ -284,7 +284,7 @@ def test_the_authors_full_checkpoint_resumes(shared):
     checkpoint = lape.read_checkpoint(recipe.resume)
     resume(state, checkpoint, recipe, batch_plan(recipe), say=quiet)
     assert state.next_epoch == 3
-    names = lape.reference.reference_names(state.model)
+    names = lape.files.names.reference_names(state.model)
     theirs = checkpoint.raw["optimizer"]["state"]
     for name, parameter in state.model.named_parameters():
         assert torch.equal(parameter, checkpoint.model[names[name]])

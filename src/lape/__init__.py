@@ -8,48 +8,50 @@ Importing this package loads nothing; the first name that is used loads torch an
 can answer `--help` before torch would be there.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lape.convert import apply_, create_model, fold_, remove_
+    from lape.convert.apply import apply_, create_model, fold_, remove_
+    from lape.convert.positions import (
+        Description,
+        describe,
+        grid,
+        last_position,
+        num_prefix_tokens,
+        position_bias,
+        positions,
+    )
+    from lape.core.anatomy import Anatomy
+    from lape.core.position import Layout
     from lape.errors import CheckpointError, DataError, LapeError, UnsupportedModelError
     from lape.files.folder import load, push_to_hub, save
+    from lape.files.names import load_reference_state_dict, to_reference_state_dict
     from lape.files.read import read_checkpoint
-    from lape.hosts import Anatomy, Host, hosts, register_host
-    from lape.layers import Description, describe, grid, last_position, num_prefix_tokens, position_bias, positions
+    from lape.host import Host, hosts, register_host
     from lape.look.explorer.explorer import explore
     from lape.look.similarity import correlation
-    from lape.position import Layout
-    from lape.reference import load_reference_state_dict, to_reference_state_dict
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "convert": ("apply_", "create_model", "fold_", "remove_"),
+    "convert.apply": ("apply_", "create_model", "fold_", "remove_"),
+    "convert.positions": (
+        *("Description", "describe", "grid", "last_position", "num_prefix_tokens", "position_bias", "positions"),
+    ),
+    "core.anatomy": ("Anatomy",),
+    "core.position": ("Layout",),
     "errors": ("CheckpointError", "DataError", "LapeError", "UnsupportedModelError"),
-    "hosts": ("Anatomy", "Host", "hosts", "register_host"),
-    "layers": ("Description", "describe", "grid", "last_position", "num_prefix_tokens", "position_bias", "positions"),
     "files.folder": ("load", "push_to_hub", "save"),
+    "files.names": ("load_reference_state_dict", "to_reference_state_dict"),
     "files.read": ("read_checkpoint",),
+    "host": ("Host", "hosts", "register_host"),
     "look.explorer.explorer": ("explore",),
     "look.similarity": ("correlation",),
-    "position": ("Layout",),
-    "reference": ("load_reference_state_dict", "to_reference_state_dict"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)
-
-
-class _Package(ModuleType):
-    """Functions that share their name with a submodule (hosts) stay functions when that is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
@@ -62,6 +64,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
-
-
-sys.modules[__name__].__class__ = _Package

@@ -411,7 +411,7 @@ def check_data(
 @app.command
 def hosts() -> None:
     """List the models that can be converted, by the class of their blocks."""
-    from lape.hosts import hosts as table
+    from lape.host import hosts as table
 
     for host in table():
         reasons: dict[str, list[str]] = {}

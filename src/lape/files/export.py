@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape.convert import fold_
+from lape.convert.apply import fold_
+from lape.convert.converted import conversion_of
+from lape.convert.positions import describe
 from lape.errors import LapeError
 from lape.files.atomic import write_atomically
 from lape.files.folder import load, save
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import model_from_checkpoint
-from lape.layers import describe
 from lape.names import match_name
-from lape.record import conversion_of
 
 FORMATS = ("folder", "torch", "onnx")
 REPORT = "export.json"

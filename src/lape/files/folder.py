@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lape.convert import build, fold_
+from lape.convert.apply import build, fold_
+from lape.convert.converted import Conversion, conversion_of
 from lape.errors import LapeError
 from lape.files.atomic import write_atomically
+from lape.files.names import to_reference_state_dict
 from lape.files.read import CONFIG, FORMAT, HUB, WEIGHTS, _hub, read_checkpoint
 from lape.files.restore import model_from_checkpoint
-from lape.hosts import host_named
-from lape.record import Conversion, conversion_of
-from lape.reference import to_reference_state_dict
+from lape.host import host_named
 
 
 def save(

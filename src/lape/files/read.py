@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lape.core.joins import join_named
+from lape.core.position import kind_named
 from lape.errors import CheckpointError, LapeError
-from lape.joins import join_named
-from lape.position import kind_named
 
 HEADS = ("head.weight", "head.fc.weight")  # of a classifier: in most models of timm, in those of stages
 CONFIG = "config.json"

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape.convert import build, fold_
+from lape.convert.apply import build, fold_
+from lape.convert.converted import conversion_of
+from lape.convert.positions import Size, describe
+from lape.core.joins import join_named
+from lape.core.position import kind_named
 from lape.data.augment import EvalTransform, eval_transform
 from lape.errors import CheckpointError, DataError
+from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
-from lape.joins import join_named
-from lape.layers import Size, describe
-from lape.position import kind_named
 from lape.recipe import Recipe
-from lape.record import conversion_of
-from lape.reference import load_reference_state_dict
 
 
 def model_from_checkpoint(

@@ -24,10 +24,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
+from lape.convert.positions import Description, Size, View, describe, position_bias, positions
+from lape.core.position import KINDS, Grid
 from lape.errors import LapeError
 from lape.files.atomic import write_atomically
 from lape.files.restore import load
-from lape.layers import Description, Size, View, describe, position_bias, positions
 from lape.look.colours import COLOURS as JOIN_COLOURS
 from lape.look.measures import MEASURES, measure_all
 from lape.look.similarity import (
@@ -39,7 +40,6 @@ from lape.look.similarity import (
     similarity_by_distance,
     token_map,
 )
-from lape.position import KINDS, Grid
 
 COLOURS = "RdBu_r"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito

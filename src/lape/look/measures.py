@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lape.core.position import Grid
 from lape.look.similarity import half_distance, locality_radius, monotonicity, spearman
-from lape.position import Grid
 
 DIRECTIONS = 60  # bins of the circle, as many as LOOPE (arXiv 2504.14386) takes
 

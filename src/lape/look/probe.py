@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lape.convert.converted import Conversion, conversion_of
+from lape.convert.positions import positions
+from lape.core.joined import host_forward
+from lape.core.joins import JOINS
+from lape.core.position import KINDS, Grid
 from lape.errors import LapeError
-from lape.joins import JOINS
-from lape.layers import positions
-from lape.position import KINDS, Grid
-from lape.record import Conversion, conversion_of
-from lape.wrap import Wrapper
 
 BATCH = 16  # images at a time: what is watched is used at once, not kept
 
@@ -240,10 +240,10 @@ def last_norm(model: nn.Module, images_BCHW: Tensor) -> LastNorm:
     inside = {id(m) for path in anatomy.blocks for m in anatomy.root.get_submodule(path).modules()}
     found: list[tuple[nn.LayerNorm, Tensor, Tensor]] = []
 
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+    def keep(module: nn.Module, args: Any, _output: Tensor) -> None:
         assert isinstance(module, nn.LayerNorm)
         if not found or found[0][0] is module:
-            found.append((module, args[0].detach().cpu().float(), output.detach().cpu().float()))
+            found.append((module, args[0].detach().cpu().float(), host_forward(module, args[0]).detach().cpu().float()))
 
     handles = [
         m.register_forward_hook(keep)
@@ -293,18 +293,15 @@ def _tokens(model: nn.Module, images_BCHW: Tensor) -> list[_Seen]:
     found: list[dict[str, Tensor]] = [{} for _ in anatomy.blocks]
     handles = []
 
-    def keep(layer: int, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, args: Any, output: Tensor) -> None:
-            found[layer]["entering"] = args[0]
-            found[layer][name] = output.clone()  # the position may be added to it in place
+    def keep(layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(norm: nn.Module, args: Any, output: Tensor) -> None:
+            found[layer] = {"entering": args[0], "normed": host_forward(norm, args[0]), "attended": output}
 
         return hook
 
     for layer, path in enumerate(anatomy.blocks):
         norm = getattr(anatomy.root.get_submodule(path), anatomy.norm)
-        inner = norm.get_submodule(norm.inner) if isinstance(norm, Wrapper) else norm
-        handles.append(inner.register_forward_hook(keep(layer, "normed")))
-        handles.append(norm.register_forward_hook(keep(layer, "attended")))
+        handles.append(norm.register_forward_hook(keep(layer)))
     try:
         _forward(model, images_BCHW)
     finally:

@@ -9,12 +9,12 @@ computed: nothing is normalised here. Shape suffixes: L layers, N tokens, n patc
 import torch
 from torch import Tensor, nn
 
+from lape.convert.converted import conversion_of
+from lape.convert.positions import Size, View, num_prefix_tokens, positions, table_of
+from lape.convert.positions import grid as own_grid
+from lape.core.joins import JOINS
+from lape.core.position import Grid
 from lape.errors import LapeError
-from lape.joins import JOINS
-from lape.layers import Size, View, num_prefix_tokens, positions
-from lape.layers import grid as own_grid
-from lape.position import Grid, PositionTable
-from lape.record import TABLES, conversion_of
 
 
 def correlation(model: nn.Module, size: Size | None = None, view: View = "seen", *, stage: int | None = None) -> Tensor:
@@ -55,9 +55,7 @@ def raw_table(model: nn.Module, size: Size | None = None) -> Tensor | None:
         return None
     if not join.normalised:
         return positions(model, size)[0].detach()
-    table = conversion.anatomy.root.get_submodule(f"{TABLES}.0")
-    assert isinstance(table, PositionTable)
-    return conversion.layout.spread(table.position(grid_at(model, size)))[0].detach()
+    return conversion.layout.spread(table_of(conversion, grid_at(model, size)))[0].detach()
 
 
 def center_token(grid: Grid) -> int:

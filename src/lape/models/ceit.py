@@ -39,9 +39,9 @@ from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from lape.core.position import Grid
 from lape.errors import LapeError
 from lape.models.registry import create, imagenet_cfg
-from lape.position import Grid
 
 PATCH = 4  # of the stem's map, which has a quarter of the image's sides
 

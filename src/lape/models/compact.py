@@ -30,8 +30,8 @@ from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from lape.core.position import Grid, Layout, learnable, resample, sin_1d
 from lape.errors import LapeError
-from lape.position import Grid, Layout, learnable, resample, sin_1d
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # mean and std of the training images, in [0, 1]
 HIDDEN_PLANES = 64  # channels between two layers of a convolutional tokenizer

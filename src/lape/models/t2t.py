@@ -35,9 +35,9 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lape.core.position import Grid, Layout, sin_1d
 from lape.errors import LapeError
 from lape.models.registry import create, imagenet_cfg
-from lape.position import Grid, Layout, sin_1d
 
 SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride and padding of the three soft splits
 PATCH = math.prod(stride for _, stride, _ in SPLITS)

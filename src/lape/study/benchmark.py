@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape.convert import create_model, fold_
+from lape.convert.apply import create_model, fold_
+from lape.convert.converted import conversion_of, conversions
+from lape.core.joins import JOINS, join_named
 from lape.errors import LapeError
-from lape.hosts import host_of_library
-from lape.joins import JOINS, join_named
+from lape.host import host_of_library
 from lape.names import match_name
-from lape.record import RECORD, conversion_of
 from lape.train.distributed import join_world
 from lape.train.evaluate import autocast
 from lape.train.machine import environment
@@ -248,7 +248,7 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def _is_folded(model: nn.Module) -> bool:
-    return RECORD in model.__dict__ and conversion_of(model).folded
+    return any(conversion.folded for conversion in conversions(model))
 
 
 def _caller(model: nn.Module, compiled: bool) -> Callable[[Tensor], Tensor]:

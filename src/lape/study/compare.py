@@ -133,8 +133,8 @@ def combinations(
     """
     import torch
 
-    from lape.joins import JOINS, check_combination
-    from lape.position import KINDS
+    from lape.core.joins import JOINS, check_combination
+    from lape.core.position import KINDS
     from lape.train.start import build_model
 
     wanted, meaningless = [], {}
@@ -229,13 +229,13 @@ def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Cell:
 
     While it trains, its checkpoints are in the cell's folder, so that one that was killed goes on after its last epoch.
     """
+    from lape.convert.converted import conversion_of
+    from lape.convert.positions import grid, num_prefix_tokens, positions
+    from lape.core.position import KINDS
     from lape.files.atomic import write_atomically
     from lape.files.folder import save
-    from lape.layers import grid, num_prefix_tokens, positions
     from lape.look.measures import measure_all
     from lape.look.similarity import correlation
-    from lape.position import KINDS
-    from lape.record import conversion_of
     from lape.train.loop import train
 
     home = cell_folder(folder, recipe)

@@ -214,7 +214,7 @@ class Agenda:
 
 def train_one(recipe: Recipe, tick: Callable[[], None]) -> Trained:
     """Trains by one recipe and measures the positions of the model; calls `tick` after every epoch."""
-    from lape.layers import grid, num_prefix_tokens
+    from lape.convert.positions import grid, num_prefix_tokens
     from lape.look.similarity import correlation, cosine, half_distance, locality_radius, monotonicity, raw_table
     from lape.train.loop import train
 

@@ -86,8 +86,8 @@ def _how(results: dict[str, Any]) -> Iterator[str]:
 
 def _page(folder: Path, results: dict[str, Any], cells: Sequence[Cell], picture: bytes) -> Path | None:
     """The report as HTML, the models of the first seed in the explorer below it."""
+    from lape.core.position import KINDS
     from lape.look.explorer.explorer import explore
-    from lape.position import KINDS
 
     shown: dict[str, Path] = {}
     several = len({cell.model for cell in cells}) > 1

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.device import DeviceLoader
 from lape.errors import CheckpointError, DataError, LapeError
@@ -29,7 +30,6 @@ from lape.files.restore import (
     stored_size,
     transform_of,
 )
-from lape.layers import describe
 from lape.recipe import Recipe
 from lape.train.distributed import all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
 

@@ -33,15 +33,15 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.loaders import BatchPlan, batch_plan, eval_loader, steps_per_epoch, train_loader
 from lape.data.open import Data, load_data
 from lape.errors import DataError, LapeError
+from lape.files.names import load_reference_state_dict
 from lape.files.read import read_checkpoint
 from lape.files.restore import check_classes, settings_of
-from lape.layers import describe
 from lape.recipe import Recipe
-from lape.reference import load_reference_state_dict
 from lape.train.distributed import World, expect_answers, join_world, on_main, sum_over_ranks
 from lape.train.evaluate import Metrics, autocast, evaluate
 from lape.train.faults import explained, make_deterministic, sigterm

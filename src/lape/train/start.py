@@ -10,15 +10,15 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 import lape.models  # noqa: F401  a teacher may be one of them
-from lape.convert import create_model
+from lape.convert.apply import create_model
+from lape.convert.converted import conversion_of
 from lape.data.augment import eval_transform
 from lape.errors import CheckpointError, LapeError
+from lape.files.names import load_reference_state_dict, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import source_grid
 from lape.names import nearest
 from lape.recipe import Recipe
-from lape.record import conversion_of
-from lape.reference import load_reference_state_dict, to_reference_state_dict
 
 Say = Callable[[str], None]
 PATCHES = "patch_embed.proj.weight"

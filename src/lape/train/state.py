@@ -28,10 +28,10 @@ from lape.data.loaders import BatchPlan, batch_plan
 from lape.data.open import Data
 from lape.errors import CheckpointError, LapeError
 from lape.files.atomic import write_atomically
+from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.names import nearest
 from lape.recipe import Recipe
-from lape.reference import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.train.distributed import World, sum_over_ranks
 from lape.train.start import short
 

@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lape.convert.converted import conversion_of
+from lape.convert.positions import Size, View, describe, position_bias, positions
+from lape.core.position import KINDS, Grid
 from lape.errors import LapeError
 from lape.files.atomic import write_atomically
 from lape.files.read import read_checkpoint
-from lape.layers import Size, View, describe, position_bias, positions
 from lape.look.measures import MEASURES, measure_all
 from lape.look.similarity import cosine, grid_at, half_distance, locality_radius, monotonicity, raw_table
-from lape.position import KINDS, Grid
-from lape.record import conversion_of
 
 BUDGET = 6_000_000  # bytes of the whole file; what would not fit is kept coarser, and the page says so
 PHOTO_SIDE = 448  # pixels of the longer side of a photograph in the page

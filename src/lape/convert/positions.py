@@ -1,25 +1,24 @@
-"""What was done to a model, and what position each of its layers gets: the one place that computes it.
+"""What was done to a model, and what position each of its layers gets.
 
 Shape legend: B batch, N tokens, R rows of the position table, D width, L layers, H heads, n patches.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lape.convert.converted import Conversion, conversion_of, known
+from lape.convert.tended import position_names
+from lape.convert.ways import raw_positions
+from lape.core.anatomy import Anatomy, place_of
+from lape.core.joined import host_forward
+from lape.core.joins import JOINS
+from lape.core.position import KINDS, Grid, resample
 from lape.errors import LapeError
-from lape.hosts import Anatomy
-from lape.joined import FoldedNorm
-from lape.joins import JOINS
-from lape.norm import PositionalNorm
-from lape.overrides import NoWeightDecay
-from lape.plan import raw_sources
-from lape.position import KINDS, Grid, PositionTable
-from lape.record import TABLES, Conversion, conversion_of, known, method_of, own_table
 
 Size = int | tuple[int, int]
 View = Literal["received", "seen", "unbiased"]
@@ -32,6 +31,7 @@ class Description:
     host: str
     join: str
     pe: str
+    site: str  # the places that are joined, in words
     joined: int  # blocks that receive a position of their own
     last_norm: bool  # whether the norm before pooling receives one too
     blocks: int
@@ -46,16 +46,13 @@ class Description:
     beside: str | None = None  # position inside the host's attention, which was left alone
 
     def __str__(self) -> str:
-        site = {"input": "blocks", "block": "block inputs", "norm": "attention norms"}[JOINS[self.join].site]
-        site = "attention biases" if KINDS[self.pe].is_bias else site
-        site = "block outputs" if KINDS[self.pe].conditional else site
         if KINDS[self.pe].untouched:
             return f"{self.host}: join={self.join} pe={self.pe}, left as it is, {self.parameters:,} parameters"
         bare = self.prefix_tokens - self.positioned_prefix_tokens
         return (
             f"{self.host}: join={self.join} pe={self.pe}{' (folded)' if self.folded else ''}"
             f"{' (warm start, gated)' if self.warm_start else ''}, "
-            f"{self.joined}/{self.blocks} {site}{' and the last norm' if self.last_norm else ''} joined, "
+            f"{self.joined}/{self.blocks} {self.site}{' and the last norm' if self.last_norm else ''} joined, "
             f"input addition {'on' if self.input_addition else 'off'}, "
             f"grid {self.grid[0]} x {self.grid[1]}, {self.prefix_tokens} prefix tokens"
             f"{f' ({bare} without a position)' if bare else ''}, "
@@ -67,37 +64,27 @@ class Description:
 def describe(model: nn.Module) -> Description:
     """What was done to a converted model. Raises LapeError for a model that is not converted."""
     conversion = conversion_of(model)
-    join, anatomy = JOINS[conversion.join], conversion.anatomy
-    no_decay = getattr(anatomy.root, "no_weight_decay", None)
-    undecayed = no_decay.names if isinstance(no_decay, NoWeightDecay) else frozenset()
-    own = own_table(anatomy) is not None or (join.site == "input" and TABLES in anatomy.root._modules)
-    sizes = {name: parameter.numel() for name, parameter in anatomy.root.named_parameters()}
-    position_names = undecayed | ({str(anatomy.table_slot)} if own else set())
+    join, anatomy, way = JOINS[conversion.join], conversion.anatomy, conversion.way
+    sizes = {name: parameter.numel() for name, parameter in conversion.root.named_parameters()}
+    places = conversion.places()
     return Description(
         host=conversion.host,
         join=conversion.join,
         pe=conversion.pe,
-        joined=_num_joined(conversion),
+        site=way.site,
+        joined=sum(place is not None for place in places),
         last_norm=join.at_last,
-        blocks=len(anatomy.blocks),
-        input_addition=own and (join.at_input or conversion.warm_start),
+        blocks=len(places),
+        input_addition=way.adds_at_input(anatomy),
         grid=conversion.layout.grid,
         prefix_tokens=conversion.layout.num_prefix,
         positioned_prefix_tokens=conversion.layout.prefix_rows,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        position_parameters=sum(sizes.get(name, 0) for name in position_names),
+        position_parameters=sum(sizes.get(name, 0) for name in position_names(conversion.link)),
         warm_start=conversion.warm_start,
         folded=conversion.folded,
-        beside=None if conversion.joins_own_bias else anatomy.beside,
+        beside=None if way.joins_host_bias else anatomy.beside,
     )
-
-
-def _num_joined(conversion: Conversion) -> int:
-    """Blocks that receive a position of their own."""
-    if conversion.joins_own_bias:
-        return len(conversion.methods)
-    blocks = [path for path, wrapped in conversion.sites if wrapped != "host_patch_embed"]
-    return len(blocks) - JOINS[conversion.join].at_last
 
 
 def grid(model: nn.Module) -> Grid:
@@ -162,21 +149,45 @@ def positions(
             raise LapeError("the model is folded, the bias of its norms is gone: view='unbiased' needs it unfolded")
         if target not in (None, conversion.layout.grid):
             raise LapeError(f"the model is folded for the grid {conversion.layout.grid}, size={size!r} is {target}")
-    layout = conversion.layout if target is None else replace(conversion.layout, grid=target)
-    sites = at_sites(conversion, target)
-    added = _at_input(conversion, target) if join.at_input else []
-    layers = []
-    for layer, path in enumerate(anatomy.blocks):
-        if join.normalised and layer >= join.first:  # a norm of its own has made it already
-            p_1RD, bias = sites[layer - join.first]
-        else:
-            token_norm = getattr(anatomy.root.get_submodule(path), anatomy.norm)
-            p_1RD = sites[layer][0] if join.site == "block" else added[layer]
-            bias = getattr(token_norm, "bias", None)
-            p_1RD = p_1RD if view == "received" else token_norm(p_1RD)
-        p_1RD = p_1RD - bias if view == "unbiased" and bias is not None else p_1RD
-        layers.append(p_1RD if anatomy.stages or p_1RD.shape[1] == layout.num_tokens else layout.spread(p_1RD))
-    return torch.cat(layers if stage is None else layers[anatomy.layers_of(stage)])
+    target = None if target == conversion.layout.grid else target
+    listed = conversion.link.compute(conversion.root, target) if conversion.link.listed else []
+    added = [anatomy.layout.spread(p) for p in _added(conversion, target)] if join.at_input else []
+    layers = [
+        _seen(conversion, layer, place, listed[place] if place is not None else added[layer] if added else None, view)
+        for layer, place in enumerate(conversion.places())
+    ]
+    if any(p is None for p in layers):  # a block that was put in after the conversion receives nothing
+        zeros = torch.zeros_like(next(p for p in [*layers, *listed] if p is not None))
+        layers = [zeros if p is None else p for p in layers]
+    return torch.cat(layers if stage is None else layers[anatomy.layers_of(stage)])  # type: ignore[arg-type]
+
+
+def table_of(conversion: Conversion, grid: Grid | None = None) -> Tensor:
+    """P (1, R, D), before any norm: the table in the host's slot, or the one that it lacks."""
+    table = conversion.link.table(conversion.root)
+    table = conversion.root.get_parameter("lape.tables.0") if table is None else table
+    return table if grid is None else resample(table, conversion.layout, grid)
+
+
+def _added(conversion: Conversion, grid: Grid | None) -> list[Tensor]:
+    """What is added to the tokens once, as it reaches each block, (1, R, D)."""
+    return list(raw_positions(conversion.anatomy, conversion.root, table_of(conversion, grid)))
+
+
+def _seen(conversion: Conversion, layer: int, place: int | None, p_1ND: Tensor | None, view: View) -> Tensor | None:
+    """What one block receives, in a view; None when nothing."""
+    if p_1ND is None or view == "received":
+        return p_1ND
+    anatomy, layout = conversion.anatomy, conversion.layout
+    if place is not None and JOINS[conversion.join].normalised:  # a norm of its own has made it already
+        bias = None if conversion.folded else conversion.way.bias(place)
+    else:
+        norm = conversion.root.get_submodule(f"{anatomy.blocks[layer]}.{anatomy.norm}")
+        p_1ND, bias = host_forward(norm, p_1ND), getattr(norm, "bias", None)
+    p_1ND = p_1ND if view == "seen" or bias is None else p_1ND - bias
+    has_row = torch.ones(p_1ND.shape[1], 1, dtype=p_1ND.dtype, device=p_1ND.device)
+    has_row[layout.prefix_rows : layout.num_prefix] = 0
+    return p_1ND * has_row if layout.bare else p_1ND
 
 
 def _check_stage(anatomy: Anatomy, stage: int | None, target: Grid | None) -> None:
@@ -194,37 +205,12 @@ def _check_stage(anatomy: Anatomy, stage: int | None, target: Grid | None) -> No
         raise LapeError(f"a model of stages has one size: its grid is {anatomy.layout.grid}, not {target}")
 
 
-def _at_input(conversion: Conversion, grid: Grid | None) -> list[Tensor]:
-    """What is added to the tokens once, as it reaches each block, (1, R, D)."""
-    own = own_table(conversion.anatomy)
-    if own is None:
-        own = conversion.anatomy.root.get_parameter(f"{TABLES}.0.pos_embed")
-    sources = raw_sources(conversion.anatomy, PositionTable(own, conversion.layout))
-    return [source.position(grid) for source in sources]
-
-
-def at_sites(conversion: Conversion, grid: Grid | None) -> list[tuple[Tensor, Tensor | None]]:
-    """What each joined place receives, (1, R, D), or (1, N, D) when folded, and the bias (D,) that is part of it."""
-    received: list[tuple[Tensor, Tensor | None]] = []
-    for path, _ in conversion.sites:
-        site: Any = conversion.anatomy.root.get_submodule(path)
-        if isinstance(site, FoldedNorm):
-            received.append((site.get_buffer("folded_position"), None))
-        elif isinstance(site, PositionalNorm):
-            bias = site.pe_norm.get_parameter("bias")
-            received.append((site.received(grid), bias if site.pe_gate is None else site.pe_gate * bias))
-        else:
-            received.append((site.received(grid), None))
-    return received
-
-
 def last_position(model: nn.Module) -> Tensor:
     """What the norm before pooling receives as position, (1, N, D): LN'(P) for MPVG. LapeError for other joins."""
     conversion = conversion_of(model)
     if not JOINS[conversion.join].at_last:
         raise LapeError(f"join={conversion.join!r} gives the last norm no position: only join='MPVG' does")
-    p_1RD, _ = at_sites(conversion, None)[-1]
-    return p_1RD if conversion.folded else conversion.layout.spread(p_1RD)
+    return conversion.link.compute(conversion.root, None)[-1]
 
 
 def position_bias(model: nn.Module) -> Tensor:
@@ -234,19 +220,18 @@ def position_bias(model: nn.Module) -> Tensor:
         kind = KINDS[conversion.pe]
         fix = "lape.positions(model) gives its positions" if kind.is_table else kind.missing
         raise LapeError(f"pe={conversion.pe!r} has no bias on attention logits: {fix}")
-    if conversion.joins_own_bias:
-        return _own_biases(conversion)
-    prefix = conversion.layout.num_prefix
-    sites = [conversion.anatomy.root.get_submodule(path) for path, _ in conversion.sites]
-    return torch.cat([site.get_submodule("position_bias")()[:, :, prefix:, prefix:] for site in sites])
+    prefix, link = conversion.layout.num_prefix, conversion.link
+    if conversion.way.joins_host_bias:
+        return _host_biases(conversion)
+    return torch.cat([bias[:, :, prefix:, prefix:] for bias in link.compute(link.root, None)])
 
 
-def _own_biases(conversion: Conversion) -> Tensor:
-    found = []
+def _host_biases(conversion: Conversion) -> Tensor:
+    biases = []
     for own in conversion.anatomy.own_bias:
-        owner, method = method_of(conversion.anatomy, own.method)
+        owner, method = place_of(conversion.root, own.method)
         bias: Tensor = getattr(owner, method)(*own.args)
-        found.append(bias.reshape(1, *bias.shape[-3:])[..., own.num_prefix :, own.num_prefix :])
-    if len({bias.shape for bias in found}) > 1:
+        biases.append(bias.reshape(1, *bias.shape[-3:])[..., own.num_prefix :, own.num_prefix :])
+    if len({bias.shape for bias in biases}) > 1:
         raise LapeError("blocks have biases of different heads or windows: there is no one (L, H, n, n) to give")
-    return torch.cat(found)
+    return torch.cat(biases)

@@ -7,61 +7,17 @@ strings, so that no library is imported before a model of it is at hand.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from lape.bias import AddBias, OwnBias, add_to_attn_mask
+from lape.core.anatomy import Anatomy
+from lape.core.position import Grid
 from lape.errors import LapeError, UnsupportedModelError
-from lape.position import Grid, Layout
-from lape.stages import Stage
 
 RELATIVE = "relative position bias in attention"
 SHARED = "relative position bias in attention (one for all blocks)"
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Where a model keeps what LaPE touches. Paths are relative to `root`."""
-
-    root: nn.Module
-    blocks: tuple[str, ...]  # paths of the blocks, in the order of the forward
-    norm: str  # attribute of a block: the LayerNorm before attention
-    attention: str  # attribute of a block: the module that attends
-    table: str | None  # path of the input's position table, (1, R, D) or (R, D); None when the model has none
-    table_slot: str | None  # path under which a table would be read by the host's forward; None: it adds none
-    layout: Layout
-    patch_size: tuple[int, int]  # pixels
-    width: int
-    num_heads: int
-    patch_embed: str | None = None  # path of what takes the pixels, when images of other sizes are welcome
-    pads: bool = False  # whether it pads an image to whole patches
-    grid_from: Callable[[Any], Grid] | None = None  # the grid, read in its output; None: reckoned from the image size
-    add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
-    beside: str | None = None  # position that the host has inside attention: it stays as it is, unless
-    own_bias: tuple[OwnBias, ...] = ()  # it is a bias of each block's own, which pe="2D_RPE" joins
-    encoder: str | None = None  # path of a module that computes the host's position; None takes its place
-    pooled: bool = False  # whether its head pools the patches and reads no class token
-    last_norm: str | None = None  # path of the norm between the blocks and that pooling, over the same tokens
-    table_std: float | None = None  # of the values that a learnable table starts with, where that is not the kind's
-    own_kind: str = "learnable"  # what the host's own table is
-    shuffle: str | None = None  # path of a method that shuffles and drops patches, see lape.grids.ShuffleWatch
-    stages: tuple[Stage, ...] = ()  # of a model whose grid shrinks; `layout` and `width` are those of the first
-    input: str | None = None  # path of what makes the patch tokens, behind which a table can be added without a slot
-
-    def at(self, layer: int) -> tuple[Layout, int]:
-        """Layout and width of a block."""
-        for stage in self.stages:
-            if layer < stage.blocks:
-                return replace(self.layout, grid=stage.grid), stage.width
-            layer -= stage.blocks
-        return self.layout, self.width
-
-    def layers_of(self, stage: int) -> slice:
-        """The blocks of a stage."""
-        start = sum(s.blocks for s in self.stages[:stage])
-        return slice(start, start + self.stages[stage].blocks)
 
 
 Blueprint = tuple[str, dict[str, Any]]

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lape.bias import masked
+from lape.core.anatomy import Anatomy
+from lape.core.bias import masked
+from lape.core.position import Layout
 from lape.errors import LapeError
-from lape.hosts.base import Anatomy, Host, check_blocks, class_name
-from lape.position import Layout
+from lape.host.base import Host, check_blocks, class_name
 
 _VIT = "torchvision.models.vision_transformer"
 _BLOCKS = (f"{_VIT}.EncoderBlock",)
@@ -42,6 +43,7 @@ def examine(root: nn.Module) -> Anatomy:
         width=vit.hidden_dim,
         num_heads=vit.encoder.layers[0].num_heads,
         add_bias=add_to_multihead_mask,
+        adds=("encoder.forward",),
     )
 
 

@@ -8,10 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lape.bias import AddBias, OwnBias, add_to_attn_mask, masked
+from lape.core.anatomy import Anatomy
+from lape.core.bias import AddBias, OwnBias, add_to_attn_mask, masked
+from lape.core.norm import NEW_OUTPUT
+from lape.core.position import Grid, Layout
 from lape.errors import UnsupportedModelError
-from lape.hosts.base import Anatomy, check_blocks, check_norm, class_name
-from lape.position import Grid, Layout
+from lape.host.base import check_blocks, check_norm, class_name
+
+NEW_OUTPUT.add("timm.layers.norm")
 
 ROTARY = "rotary position embedding in attention"
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lape.core.constants import constant
+from lape.core.joined import Joined
+from lape.core.position import Grid, Layout
 from lape.errors import LapeError
-from lape.grids import Grids
-from lape.position import Grid, Layout
-from lape.wrap import Wrapper
 
 
 def offset_index(grid: Grid, axes: int) -> Tensor:
@@ -51,20 +51,18 @@ class PositionBias(nn.Module):
         size = math.prod(_offsets(layout.grid, axes))
         self.relative_position_bias_table = nn.Parameter(like.new_empty(size, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        index_nn = offset_index(layout.grid, axes).to(like.device)
-        self.register_buffer("relative_position_index", index_nn, persistent=False)
         self.pe_norm = nn.LayerNorm(layout.num_patches, device=like.device, dtype=like.dtype) if normalised else None
 
     def position_bias(self, grid: Grid | None = None) -> Tensor:
         """(H, n, n): the bias between patches, of another grid when one is given."""
-        if grid is None:
-            index_nn: Tensor = self.get_buffer("relative_position_index")
-            bias_Hnn = self.relative_position_bias_table[index_nn].permute(2, 0, 1)
-            return bias_Hnn if self.pe_norm is None else self.pe_norm(bias_Hnn)
-        index_nn = offset_index(grid, self.axes).to(self.relative_position_bias_table.device)
-        bias_Hnn = self._table_for(grid)[index_nn].permute(2, 0, 1)
+        grid = grid or self.layout.grid
+        table = self._table_for(grid)
+        bias_Hnn = table[constant(offset_index, table.device, grid, self.axes)].permute(2, 0, 1)
         if self.pe_norm is None:
             return bias_Hnn
+        if grid == self.layout.grid:
+            normed: Tensor = self.pe_norm(bias_Hnn)
+            return normed
         weight_n, bias_n = (_resample_rows(affine_n, self.layout.grid, grid) for affine_n in self.pe_norm.parameters())
         return F.layer_norm(bias_Hnn, weight_n.shape, weight_n, bias_n, self.pe_norm.eps)
 
@@ -81,7 +79,6 @@ class PositionBias(nn.Module):
                 setattr(self.pe_norm, name, nn.Parameter(values_n.clone()))
             self.pe_norm.normalized_shape = (layout.num_patches,)
         self.relative_position_bias_table = nn.Parameter(table)
-        self.relative_position_index = offset_index(layout.grid, self.axes).to(table.device)
         self.layout = layout
 
     def forward(self, grid: Grid | None = None) -> Tensor:
@@ -110,20 +107,6 @@ def _resample_rows(rows: Tensor, old: Grid, new: Grid) -> Tensor:
     return image.flatten(2)[0].T.reshape(-1, *rows.shape[1:]).to(rows.dtype)
 
 
-class FoldedBias(nn.Module):
-    """`PositionBias` after folding: a constant for one grid."""
-
-    folded_bias: Tensor
-
-    def __init__(self, bias_1HNN: Tensor):
-        super().__init__()
-        self.register_buffer("folded_bias", bias_1HNN)
-
-    def forward(self, grid: Grid | None = None) -> Tensor:
-        """(1, H, N, N): the bias between all tokens."""
-        return self.folded_bias
-
-
 @dataclass(frozen=True)
 class OwnBias:
     """Where a block of a host computes a relative position bias of its own."""
@@ -134,39 +117,29 @@ class OwnBias:
     args: tuple[Any, ...] = ()  # what the method is called with to show the bias
 
 
-class NormalisedBias:
-    """LaPE on a bias that a host computes itself; stands in for the host's method, on its instance.
+def normalise(bias: Tensor, pe_norm: nn.Module, num_prefix: int, keys: int) -> Tensor:
+    """LaPE on a bias (..., N, N) that a host computes: b_Hi = LN'(b_Hi) over the n keys of query patch i.
 
-    b_Hi = LN'(b_Hi) over the n keys of query patch i, as `PositionBias` does it for a new bias. What the host adds
-    where a prefix token takes part stays as it is.
+    As `PositionBias` does it for a new bias. What the host adds where a prefix token takes part stays as it is.
     """
-
-    def __init__(self, owner: nn.Module, method: str, own: OwnBias, pe_norm: nn.LayerNorm):
-        self.owner, self.method, self.own, self.pe_norm = owner, method, own, pe_norm
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        bias: Tensor = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
-        prefix, keys = self.own.num_prefix, self.pe_norm.normalized_shape[0]
-        if bias.shape[-1] != prefix + keys:
-            raise LapeError(
-                f"a bias between {bias.shape[-1] - prefix} patches arrived, its LayerNorm is for {keys}: give "
-                "images of the model's size"
-            )
-        normed = self.pe_norm(bias[..., prefix:, prefix:])
-        if not prefix:
-            return normed
-        rows = torch.cat([bias[..., prefix:, :prefix], normed], dim=-1)
-        return torch.cat([bias[..., :prefix, :], rows], dim=-2)
+    if bias.shape[-1] != num_prefix + keys:
+        raise LapeError(
+            f"a bias between {bias.shape[-1] - num_prefix} patches arrived, its LayerNorm is for {keys}: give "
+            "images of the model's size"
+        )
+    normed: Tensor = pe_norm(bias[..., num_prefix:, num_prefix:])
+    if not num_prefix:
+        return normed
+    rows = torch.cat([bias[..., num_prefix:, :num_prefix], normed], dim=-1)
+    return torch.cat([bias[..., :num_prefix, :], rows], dim=-2)
 
 
-class ConstantBias:
-    """`NormalisedBias` after folding: a buffer of the host's module."""
+class OwnBiasMethod(Joined):
+    """The owner of the host's method that computes a bias, whose rows LN' normalises."""
 
-    def __init__(self, owner: nn.Module):
-        self.owner = owner
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.owner.get_buffer("folded_bias")
+    def _around(self, host_method: Any, *args: Any, **kwargs: Any) -> Any:
+        root: Any = self._lape.running  # type: ignore[attr-defined]
+        return root.lape(self._lape_place, lambda: host_method(self, *args, **kwargs))  # type: ignore[attr-defined]
 
 
 AddBias = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -187,33 +160,3 @@ def masked(bias_1HNN: Tensor, mask: Tensor | None) -> Tensor:
     if mask.dtype == torch.bool:
         return bias_1HNN.masked_fill(~mask, float("-inf"))
     return bias_1HNN + mask
-
-
-class PositionalAttention(Wrapper):
-    """The host's attention with a position bias on its logits, handed over in its mask."""
-
-    inner = "host_attention"
-
-    def __init__(
-        self,
-        host_attention: nn.Module,
-        position_bias: PositionBias | FoldedBias,
-        layout: Layout,
-        grids: Grids | None = None,
-        add_bias: AddBias = add_to_attn_mask,
-    ):
-        super().__init__()
-        self.host_attention = host_attention
-        self.position_bias = position_bias
-        self.layout = layout
-        self.grids = grids
-        self._add_bias = add_bias
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x_BND: Tensor = args[0] if args else kwargs["hidden_states"]
-        grid = None if self.grids is None else self.grids.of(self.layout, x_BND.shape[1])
-        bias_1HNN = self.position_bias(grid).to(x_BND.dtype)
-        if self.grids is not None:
-            bias_1HNN = self.grids.pick_pairs(bias_1HNN, self.layout, x_BND.shape[1])
-        args, kwargs = self._add_bias(bias_1HNN, args, kwargs)
-        return self.host_attention(*args, **kwargs)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lape.core.position import Kind
 from lape.errors import LapeError
 from lape.names import JOIN_NAMES, match_name
-from lape.position import Kind
 
 
 @dataclass(frozen=True)

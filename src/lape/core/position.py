@@ -1,8 +1,6 @@
 """Where a position embedding comes from: the kinds, their tables and biases, and another grid's version of them.
 
 Knows no host and no join. Shape legend: B batch, N tokens, R rows of a table, D width, H heads, n patches.
-
-Every object here answers `position(grid)`: the table P of a (rows, columns) grid, `None` being its own grid.
 """
 
 from __future__ import annotations
@@ -154,26 +152,15 @@ def kind_named(name: str) -> Kind:
     return KINDS[match_name("pe", name, PE_NAMES)]
 
 
-class PositionTable(nn.Module):
-    """P of one grid as a parameter: `pos_embed` (1, R, D), (R, D) or (1, rows, columns, D), frozen for fixed kinds."""
+def rows_of(table: Tensor) -> Tensor:
+    """A table (1, R, D), (R, D) or (1, rows, columns, D) as (1, R, D)."""
+    return table if table.ndim == 3 else table.reshape(1, -1, table.shape[-1])
 
-    def __init__(self, pos_embed: nn.Parameter, layout: Layout):
-        super().__init__()
-        self.pos_embed = pos_embed
-        self.layout = layout
 
-    def position(self, grid: Grid | None = None) -> Tensor:
-        """P (1, R, D), resampled when another grid is asked for."""
-        p_1RD = self.pos_embed if self.pos_embed.ndim == 3 else self.pos_embed.reshape(1, -1, self.pos_embed.shape[-1])
-        return p_1RD if grid is None else resample(p_1RD, self.layout, grid)
-
-    def resize_(self, layout: Layout) -> None:
-        """Makes this the table of another grid, for good."""
-        values = resample(self.position().detach(), self.layout, layout.grid)
-        shape = {2: values.shape[1:], 3: values.shape, 4: (1, *layout.grid, values.shape[-1])}[self.pos_embed.ndim]
-        values = values.reshape(shape).clone()
-        self.pos_embed = nn.Parameter(values, requires_grad=self.pos_embed.requires_grad)
-        self.layout = layout
-
-    def extra_repr(self) -> str:
-        return f"rows={self.layout.num_rows}, width={self.pos_embed.shape[-1]}, grid={self.layout.grid}"
+def resized(table: Tensor, old: Layout, new: Layout) -> Tensor:
+    """A table for another grid, in its own form; the very same tensor for an equal one."""
+    if old.grid == new.grid:
+        return table
+    rows_1RD = resample(rows_of(table.detach()), old, new.grid)
+    shape = {2: rows_1RD.shape[1:], 3: rows_1RD.shape, 4: (1, *new.grid, rows_1RD.shape[-1])}[table.ndim]
+    return rows_1RD.reshape(shape).clone()

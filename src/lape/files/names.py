@@ -1,67 +1,50 @@
 """Names: a converted model's state dict under the names of the authors' files and of the host, and back.
 
-A converted model holds its parts where PyTorch puts them (`blocks.0.norm1.token_norm.weight`,
-`lape_position.0.pos_embed`); files hold the names of the authors' code (`blocks.0.norm1.weight`,
-`blocks.0.pe_norm.weight`, `pos_embed`), which for the host's own parameters are the host's. `reference_names` is the
-one table between the two.
+In memory what is new lies in `lape.` (`lape.norms.0.weight`); files hold the names of the authors' code
+(`blocks.0.pe_norm.weight`, `pos_embed`), which for the host's own parameters are the host's. Each way of joining says
+its names; files of version 0.1.0 that hold the names it had in memory are read, too.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from lape.bias import offset_index
+from lape.convert.converted import Conversion, conversion_of
+from lape.core.bias import offset_index
+from lape.core.position import KINDS, Grid, resample
 from lape.errors import CheckpointError
-from lape.joins import JOINS
-from lape.position import KINDS, Grid, resample
-from lape.record import NORMS, TABLES, Conversion, conversion_of, norm_home
 
 _INDEX = "relative_position_index"  # a buffer in the reference's files; derived from the grid here
 
 
 def reference_names(model: nn.Module) -> dict[str, str]:
-    """The state-dict keys of a converted model -> their names in files."""
+    """The state-dict keys of a converted model -> their names in files. What lies idle in the host is in no file."""
     conversion = conversion_of(model)
-    anatomy, prefix = conversion.anatomy, _prefix(model, conversion)
-    rename = [(f"{path}.{wrapped}.", f"{path}.") for path, wrapped in conversion.sites]
-    if conversion.watch is not None:
-        rename.append((f"{conversion.watch}.host_patch_embed.", f"{conversion.watch}."))
-    for path, wrapped in conversion.sites:
-        if wrapped == "token_norm":
-            home = norm_home(anatomy, path)
-            rename.append((f"{NORMS}.{home}.", f"{home}.pe_norm."))
-            rename += [(f"{path}.{own}", f"{home}.{own}") for own in ("pe_gate", "folded_position")]
-        elif wrapped == "host_attention":
-            rename.append((f"{path}.position_bias.", f"{path}."))
-    for block, own in zip(anatomy.blocks, anatomy.own_bias, strict=False):
-        rename.append((f"{NORMS}.{block}.", f"{own.method.rpartition('.')[0]}.pe_norm."))
-    rename += [(f"{TABLES}.{i}.pos_embed", name) for i, name in enumerate(_table_names(conversion))]
+    names, idle = conversion.way.file_names(conversion.anatomy), conversion.link.idle()
 
     def reference_name(key: str) -> str:
-        if not key.startswith(prefix):
-            return key
-        inner = key.removeprefix(prefix)
-        return prefix + next((new + inner.removeprefix(old) for old, new in rename if inner.startswith(old)), inner)
+        for ours, theirs in names.items():
+            if key == ours or key.startswith(f"{ours}."):
+                return theirs + key.removeprefix(ours)
+        return key
 
-    return {key: reference_name(key) for key in model.state_dict()}
-
-
-def _prefix(model: nn.Module, conversion: Conversion) -> str:
-    """The path of the converted model inside `model`, with its dot."""
-    path = next(path for path, module in model.named_modules() if module is conversion.anatomy.root)
-    return f"{path}." if path else ""
+    prefix, keys = conversion.path, model.state_dict()
+    inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+    ours = {prefix + key: prefix + reference_name(key) for key in inside if key not in idle}
+    return {key: ours.get(key, key) for key in keys if key in ours or not key.startswith(prefix)}
 
 
-def _table_names(conversion: Conversion) -> list[str]:
+def _table_names(conversion: Conversion) -> set[str]:
     """The names of the position tables in files, inside the converted model: the host's, numbered for `unshare`."""
-    slot = conversion.anatomy.table_slot or "pos_embed"
-    if not JOINS[conversion.join].table_per_block:
-        return [slot]
-    return [f"{slot}{i}" for i in range(len(conversion.anatomy.blocks))]
+    names = conversion.way.file_names(conversion.anatomy)
+    slot = conversion.anatomy.table_slot
+    tables = {theirs for ours, theirs in names.items() if ours.startswith("lape.tables.")}
+    return tables | ({names.get(slot, slot)} if slot is not None and conversion.way.uses_table else set())
 
 
 def to_reference_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -71,8 +54,8 @@ def to_reference_state_dict(model: nn.Module) -> dict[str, Tensor]:
     model, which the authors' code does not have, are `blocks.N.folded_position` and `blocks.N.attn.folded_bias`.
     """
     conversion = conversion_of(model)
-    names, prefix = reference_names(model), _prefix(model, conversion)
-    state = {names[key]: tensor for key, tensor in model.state_dict().items()}
+    names, prefix = reference_names(model), conversion.path
+    state = {names[key]: tensor for key, tensor in model.state_dict().items() if key in names}
     if conversion.pe == "1D_sin":
         kept = [prefix + name for name in _table_names(conversion) if prefix + name in state]
         state |= {name: state[name].flatten(0, -2) for name in kept}
@@ -83,7 +66,8 @@ def _indices(conversion: Conversion, prefix: str) -> dict[str, Tensor]:
     axes = KINDS[conversion.pe].bias_axes
     if not axes or conversion.folded:
         return {}
-    return {f"{prefix}{path}.{_INDEX}": offset_index(conversion.layout.grid, axes) for path, _ in conversion.sites}
+    places = conversion.way.places(conversion.anatomy) if not conversion.way.joins_host_bias else []
+    return {f"{prefix}{path}.{_INDEX}": offset_index(conversion.layout.grid, axes) for path in places}
 
 
 def load_reference_state_dict(
@@ -100,9 +84,11 @@ def load_reference_state_dict(
             unchanged then.
     """
     conversion = conversion_of(model)
-    own, names, prefix = model.state_dict(), reference_names(model), _prefix(model, conversion)
+    own, names, prefix = model.state_dict(), reference_names(model), conversion.path
     tables = {prefix + name for name in _table_names(conversion)}
-    given = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+    idle = {prefix + key for key in conversion.link.idle()}
+    given = {_name_since_0_2(key, conversion): tensor for key, tensor in state_dict.items() if key not in idle}
+    given = {names.get(key, key): tensor for key, tensor in given.items()}
     for key, index_nn in _indices(conversion, prefix).items():
         other = given.pop(key, None)
         if other is not None and not torch.equal(other, index_nn):
@@ -129,7 +115,7 @@ def load_reference_state_dict(
             f"the checkpoint does not fit the model (join={conversion.join}, pe={conversion.pe}): "
             f"{'; '.join(problems)}. Check model name, join, PE kind, input size and number of classes"
         )
-    model.load_state_dict(new, strict=True)
+    model.load_state_dict({**own, **new}, strict=True)
     return model
 
 
@@ -162,3 +148,20 @@ def _listed(title: str, items: list[str], most: int = 4) -> str:
         return ""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return f"{title} {', '.join(items[:most])}{more}"
+
+
+_BEFORE_0_2 = re.compile(r"\b(?:token_norm|host_block|host_attention|host_patch_embed|position_bias)\.")
+
+
+def _name_since_0_2(key: str, conversion: Conversion) -> str:
+    """The name in files of a key that version 0.1.0 had in memory, when its modules stood before the host's."""
+    prefix, inner = conversion.path, _BEFORE_0_2.sub("", key.removeprefix(conversion.path))
+    if match := re.fullmatch(r"lape_position\.(\d+)\.pos_embed", inner):
+        slot = conversion.anatomy.table_slot or "pos_embed"
+        return f"{prefix}{slot}{match[1]}" if f"{slot}1" in _table_names(conversion) else prefix + slot
+    if inner.startswith("lape_pe_norm."):
+        home, _, name = inner.removeprefix("lape_pe_norm.").rpartition(".")
+        return f"{prefix}{home}.pe_norm.{name}"
+    if match := re.fullmatch(rf"(.+)\.{conversion.anatomy.norm}\.(pe_gate|folded_position)", inner):
+        return f"{prefix}{match[1]}.{match[2]}"
+    return prefix + inner if key.startswith(prefix) else key

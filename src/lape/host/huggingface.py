@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lape.bias import OwnBias, masked
+from lape.core.anatomy import Anatomy
+from lape.core.bias import OwnBias, masked
+from lape.core.position import Grid, Layout
+from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
-from lape.hosts.base import RELATIVE, SHARED, Anatomy, Host, check_blocks, class_name
-from lape.position import Grid, Layout
+from lape.host.base import RELATIVE, SHARED, Host, check_blocks, class_name
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def examine(root: nn.Module) -> Anatomy:
         add_bias=add_to_attention_mask if _takes_bias(attention) else None,
         own_kind="learnable" if table is None or table.requires_grad else family.frozen_kind,
         shuffle=family.shuffle,
+        adds=("embeddings.forward",),
         beside=_relative_position(config),
         own_bias=_own_bias(root, paths, layout),
     )
@@ -245,3 +248,128 @@ TRANSFORMERS = Host(
     tested=("transformers 4.49.0 (without relative bias)", "transformers 5.23.0"),
     refused=_REFUSED_EMBEDDINGS,
 )
+
+
+# SAM: maps (B, rows, columns, D), global and windowed attention, one size
+
+_SAM = (
+    "transformers.models.sam.modeling_sam.SamVision",
+    "transformers.models.sam_hq.modeling_sam_hq.SamHQVision",
+)
+
+
+def examine_sam(root: nn.Module) -> Anatomy:
+    """`layer_norm1` stands before the windows are cut, so a position joins the whole map."""
+    prefix = class_name(type(root)).removesuffix("Encoder")
+    paths = [f"layers.{name}" for name, _ in root.get_submodule("layers").named_children()]
+    check_blocks("Hugging Face", root, paths, (f"{prefix}Layer",), {})
+    config: Any = root.config
+    grid, patch_size = measure(root)
+    return Anatomy(
+        root=root,
+        blocks=tuple(paths),
+        norm="layer_norm1",
+        attention="attn",
+        table="pos_embed" if root.pos_embed is not None else None,
+        table_slot="pos_embed" if root.pos_embed is not None else None,
+        layout=Layout(grid, prefix_rows=0),
+        patch_size=patch_size,
+        width=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        add_bias=None,
+        beside=RELATIVE if config.use_rel_pos else None,
+        maps=True,
+    )
+
+
+SAM = Host(
+    name="Hugging Face SAM",
+    root_classes=tuple(f"{prefix}Encoder" for prefix in _SAM),
+    block_classes=tuple(f"{prefix}Layer" for prefix in _SAM),
+    examine=examine_sam,
+    package="transformers",
+    blueprint=blueprint,
+    note="SAM and SAM-HQ: the table of the image encoder, beside its relative bias; one size",
+    tested=("transformers 5.23.0",),
+)
+
+
+# Swin, and its copies in Donut and MaskFormer: tokens (B, N, D) whose grid halves from stage to stage
+
+_MODELS = "transformers.models"
+_SWIN = (
+    f"{_MODELS}.swin.modeling_swin.Swin",
+    f"{_MODELS}.donut.modeling_donut_swin.DonutSwin",
+    f"{_MODELS}.maskformer.modeling_maskformer_swin.MaskFormerSwin",
+)
+_SWIN_TABLE = "embeddings.position_embeddings"
+
+
+def examine_swin(root: nn.Module) -> Anatomy:
+    """Where a Swin of the library keeps its stages; its table, where it has one, is over the grid of the first."""
+    embeddings: Any = root.get_submodule("embeddings")
+    prefix = class_name(type(embeddings)).removesuffix("Embeddings")
+    paths = [path for path, module in root.named_modules() if class_name(type(module)) == f"{prefix}Layer"]
+    check_blocks("Hugging Face", root, paths, (f"{prefix}Layer",), {})
+    config: Any = root.config
+    grid, patch_size = tuple(embeddings.patch_embeddings.grid_size), tuple(embeddings.patch_embeddings.patch_size)
+    layout = Layout(grid, prefix_rows=0)
+    table: Tensor | None = embeddings.position_embeddings
+    if table is not None and table.shape[-2] != layout.num_rows:
+        raise UnsupportedModelError(
+            f"{_SWIN_TABLE} has shape {tuple(table.shape)}, expected {layout.num_rows} rows: the class adds it to "
+            f"{layout.num_rows} patches, which fails"
+        )
+    stages: list[Stage] = []
+    merging = None
+    for path, module in root.named_modules():
+        if class_name(type(module)) == f"{prefix}Stage":
+            width = module.get_submodule("blocks.0.layernorm_before").normalized_shape[0]
+            stages.append(Stage(len(module.get_submodule("blocks")), grid, width, merging, merges_map=False))
+            merging, grid = f"{path}.downsample", tuple((side + 1) // 2 for side in grid)
+    return Anatomy(
+        root=root,
+        blocks=tuple(paths),
+        norm="layernorm_before",
+        attention="attention",
+        table=None if table is None else _SWIN_TABLE,
+        table_slot=_SWIN_TABLE,
+        layout=layout,
+        patch_size=patch_size,
+        width=config.embed_dim,
+        num_heads=config.num_heads[0],
+        add_bias=None,
+        adds=("embeddings.forward",),
+        beside=RELATIVE,
+        own_bias=_swin_bias(root, paths),
+        stages=tuple(stages),
+    )
+
+
+def _swin_bias(root: nn.Module, paths: list[str]) -> tuple[OwnBias, ...]:
+    """The module that computes the bias of each layer; earlier versions and the copies compute it inline."""
+    own = [f"{path}.attention.relative_position_bias" for path in paths]
+    found: list[Any] = [dict(root.named_modules()).get(path) for path in own]
+    if not all(hasattr(module, "window_area") for module in found):
+        return ()
+    return tuple(OwnBias(f"{path}.forward", m.window_area) for path, m in zip(own, found, strict=True))
+
+
+SWIN = Host(
+    name="Hugging Face Swin",
+    root_classes=tuple(f"{prefix}Embeddings" for prefix in _SWIN),
+    root_child="embeddings",
+    block_classes=tuple(f"{prefix}Layer" for prefix in _SWIN),
+    examine=examine_swin,
+    package="transformers",
+    blueprint=blueprint,
+    note="Swin, also in Donut and MaskFormer: its table or a new one, merged from stage to stage; one size",
+    tested=("transformers 5.23.0",),
+    refused={
+        f"{_MODELS}.swinv2.modeling_swinv2.Swinv2Layer": (
+            "its norm stands behind attention (post-norm), so no norm feeds attention"
+        )
+    },
+)
+
+HOSTS = (TRANSFORMERS, SWIN, SAM)

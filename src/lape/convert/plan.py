@@ -1,0 +1,109 @@
+"""What a conversion will be: refused with the reason, or the way that it takes. Nothing here changes a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lape.convert.converted import conversions
+from lape.convert.ways import WAYS, Way
+from lape.core.anatomy import Anatomy
+from lape.core.joins import Join, check_combination
+from lape.core.position import KINDS, Kind
+from lape.errors import LapeError, UnsupportedModelError
+from lape.host import Host, class_name
+
+
+def plan(host: Host, anatomy: Anatomy, join: Join, named: Kind | None, *, warm_start: bool) -> Way:
+    """The way of joining, with all that it adds. Raises LapeError for what has no meaning in this model."""
+    kind = named or host_kind(anatomy)
+    check_combination(join, kind)
+    if warm_start and not (join.normalised and named is None):
+        raise LapeError(
+            f"warm_start=True with join={join.name!r} and pe={named and named.name!r}: it keeps the model's own table "
+            "and opens a gate behind each LN'; use join='LaPE' or 'LaPE-sharing' and pe=None"
+        )
+    check_host(host.name, anatomy, join, kind, new=named is not None)
+    check_pooling(host.name, anatomy, join)
+    if kind.is_bias and anatomy.add_bias is None and not anatomy.own_bias:
+        raise UnsupportedModelError(
+            f"attention of {host.name} takes no mask per head: pe={kind.name!r} cannot be added"
+        )
+    way = next(way for way in WAYS if way.covers(anatomy, join, kind))
+    planned = way(join, kind, anatomy, new=named is not None, warm_start=warm_start)
+    check_places(anatomy, planned)
+    return planned
+
+
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+def check_fresh(model: nn.Module) -> None:
+    """Raises LapeError for a model that is converted already, or wrapped so that new parameters would be missed."""
+    for conversion in conversions(model):
+        join, pe = conversion.join, conversion.pe
+        raise LapeError(f"the model is converted already (join={join} pe={pe}): call lape.remove_(model) first")
+    for path, module in model.named_modules():
+        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in WRAPPERS), None)
+        if wrapper is not None:
+            raise UnsupportedModelError(
+                f"{path or 'the model'} is in {wrapper} already, which would not know of the new parameters: call "
+                "lape.apply_ first, then wrap the model"
+            )
+
+
+def check_places(anatomy: Anatomy, way: Way) -> None:
+    """Raises UnsupportedModelError when a module cannot be joined, since somebody has replaced its forward."""
+    for path in way.places(anatomy):
+        module = anatomy.root.get_submodule(path)
+        if "forward" in module.__dict__:
+            raise UnsupportedModelError(
+                f"{path}.forward was replaced on the module (as accelerate's hooks do), so that the position would not "
+                "be seen: call lape.apply_ before that"
+            )
+
+
+def host_kind(anatomy: Anatomy) -> Kind:
+    """The kind of the host's own position. Raises LapeError when it has none that can be joined."""
+    if anatomy.table is not None:
+        return KINDS[anatomy.own_kind]
+    if anatomy.own_bias:
+        return KINDS["2D_RPE"]
+    has = f", its {anatomy.beside} stays as it is" if anatomy.beside else ""
+    if anatomy.encoder is not None:
+        encoder = type(anatomy.root.get_submodule(anatomy.encoder))
+        has = f", {anatomy.encoder} computes its position ({class_name(encoder)})"
+    raise LapeError(f"the model has no position table of its own{has}: name a kind, for instance pe='learnable'")
+
+
+def check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: bool) -> None:
+    """Raises LapeError for a kind that cannot be what its name says in this model."""
+    if kind.conditional and anatomy.shuffle is not None:
+        raise LapeError(
+            f"pe={kind.name!r}: {name} leaves patches out and shuffles the others, so no patch has neighbours to look "
+            "at: use pe='learnable'"
+        )
+    if anatomy.own_bias and kind.name == "2D_RPE":
+        return
+    if anatomy.beside and not kind.is_table and not kind.conditional:
+        means = "a second bias would join it" if kind.is_bias else "the model would not be without a position"
+        use = "pe='learnable', or pe='2D_RPE' for its own" if anatomy.own_bias else "pe='learnable'"
+        raise LapeError(f"pe={kind.name!r}: {name} keeps its {anatomy.beside}, {means}: use {use}")
+    if new and kind.is_table and join.at_input and anatomy.table_slot is None and anatomy.input is None:
+        raise LapeError(f"join={join.name!r}: {name} has no place where it adds a table to its tokens: use join='LaPE'")
+
+
+def check_pooling(name: str, anatomy: Anatomy, join: Join) -> None:
+    """Raises UnsupportedModelError where PVG or MPVG would meet a class token or find no last norm."""
+    if not join.needs_pooling:
+        return
+    if not anatomy.pooled:
+        raise UnsupportedModelError(
+            f"join={join.name!r} is for models whose head pools the patches, this one ({name}) reads a class token or "
+            "its pooling is not known: use join='LaPE', or for timm create it with class_token=False, "
+            "global_pool='avg', fc_norm=False"
+        )
+    if join.at_last and anatomy.last_norm is None:
+        raise UnsupportedModelError(
+            f"join={join.name!r} puts position beside the last norm, and this model ({name}) has none before it pools: "
+            "for timm create it with fc_norm=False, or use join='PVG'"
+        )

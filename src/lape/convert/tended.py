@@ -1,0 +1,118 @@
+"""Methods of a host that must know of what a conversion adds: decay, groups of layers, input size, saving."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lape.convert.converted import conversion_of
+from lape.convert.ways import way_of
+from lape.core.anatomy import place_of
+from lape.core.forward import Link
+from lape.core.joined import LINK, Joined
+from lape.core.position import resized
+from lape.errors import LapeError
+from lape.host import host_named
+
+TENDED = ("no_weight_decay", "group_matcher", "set_input_size")
+
+
+class Tended(Joined):
+    """The root of a converted model: its host's methods, with what is new in mind."""
+
+    @classmethod
+    def takes_over(cls, host: type, name: str) -> Any:
+        host_method = getattr(host, name, None)
+        tend = globals()[f"_{name}"]
+
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return tend(self, host_method, *args, **kwargs)
+
+        return functools.wraps(host_method)(method) if host_method else method
+
+
+def tended(root: nn.Module) -> list[str]:
+    """Those that a host has; and every host says what is not decayed."""
+    return ["no_weight_decay", *(name for name in TENDED[1:] if hasattr(type(root), name))]
+
+
+def position_names(link: Link) -> set[str]:
+    """The names, in the root, of all parameters of position: what is new, the table, and a bias that is joined."""
+    root, anatomy = link.root, link.anatomy
+    way = way_of(link)
+    names = {f"lape.{name}" for name, _ in way.named_parameters()}
+    if anatomy.table is not None and way.uses_table:
+        names.add(anatomy.table)
+    if way.joins_host_bias:
+        for own in anatomy.own_bias:
+            path = own.method.rpartition(".")[0]
+            parameters = root.get_submodule(path).named_parameters(recurse=False)
+            names |= {f"{path}.{name}" for name, _ in parameters if "relative_position" in name}
+    return names
+
+
+def _no_weight_decay(root: Any, host_method: Callable[..., Any] | None) -> set[str]:
+    return position_names(getattr(root, LINK)) | set(host_method(root) if host_method else ())
+
+
+def _group_matcher(root: Any, host_method: Callable[..., Any], coarse: bool = False) -> Any:
+    """For layer-wise learning rates: tables belong to the stem, what belongs to a block to the layer of that block."""
+    groups, link = host_method(root, coarse), getattr(root, LINK)
+    homes = {key: home for key, home in way_of(link).file_names(link.anatomy).items() if key.startswith("lape.")}
+    if callable(groups):  # a function of the name, with the stem as group 0
+        return lambda name: groups(homes.get(".".join(name.split(".")[:3]), name))
+    blocks = groups["blocks"] if isinstance(groups["blocks"], list) else [(groups["blocks"], None)]
+    ours = []
+    for key, home in homes.items():
+        if (match := next((m for pattern, _ in blocks if (m := re.match(pattern, home))), None)) is not None:
+            suffix = next(suffix for pattern, suffix in blocks if re.match(pattern, home))
+            ours.append((rf"^{re.escape(key)}(?:\.|$)", (*map(int, match.groups()), *(suffix or ()))))
+    return {**groups, "stem": rf"{groups['stem']}|^lape\.tables", "blocks": [*blocks, *ours]}
+
+
+def _set_input_size(root: Any, host_method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """timm's own method resamples the table in its slot; what is new follows, and so does what lies idle."""
+    link: Link = getattr(root, LINK)
+    old, way = link.anatomy, way_of(link)
+    if old.stages:
+        raise LapeError("a converted model of stages has one size: set the input size before lape.apply_")
+    way.check_resize()
+    idle = link.idle()
+    host_method(root, *args, **kwargs)
+    measure = host_named(link.host).measure
+    assert measure is not None
+    grid, patch_size = measure(root)
+    link.anatomy = replace(old, layout=replace(old.layout, grid=grid), patch_size=patch_size)
+    way.resize(old.layout, link.anatomy.layout)
+    slot = old.table_slot
+    if slot is None or slot not in link.replaced:
+        return
+    if slot in idle:  # the host has made a parameter of what lay idle
+        owner, name = place_of(root, slot)
+        owner.register_buffer(name, owner._parameters.pop(name).detach())  # type: ignore[union-attr]
+    else:
+        link.replaced[slot].data = resized(link.replaced[slot].data, old.layout, link.anatomy.layout)
+
+
+class Saved(Joined):
+    """A transformers model whose config.json says how it was converted; `lape.load` reads it.
+
+    Weights keep the names that they have in memory, whatever earlier names the library would write, so that its own
+    Trainer finds all of them when it goes on from a checkpoint.
+    """
+
+    def _around(self, host_method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        model: Any = self
+        if "save_original_format" in inspect.signature(host_method).parameters:  # transformers 5
+            kwargs["save_original_format"] = False
+        model.config.lape = conversion_of(model).record()
+        try:
+            return host_method(model, *args, **kwargs)
+        finally:
+            del model.config.lape

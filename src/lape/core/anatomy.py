@@ -1,0 +1,72 @@
+"""Where a model keeps what a join touches. Knows no library: a host fills it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lape.core.bias import AddBias, OwnBias, add_to_attn_mask
+from lape.core.position import Grid, Layout
+from lape.core.stages import Stage
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where a model keeps what a join touches. Paths are relative to `root`."""
+
+    root: nn.Module
+    blocks: tuple[str, ...]  # paths of the blocks, in the order of the forward
+    norm: str  # attribute of a block: the LayerNorm before attention
+    attention: str  # attribute of a block: the module that attends
+    table: str | None  # path of the input's position table, (1, R, D) or (R, D); None when the model has none
+    table_slot: str | None  # path under which a table would be read by the host's forward; None: it adds none
+    layout: Layout
+    patch_size: tuple[int, int]  # pixels
+    width: int
+    num_heads: int
+    patch_embed: str | None = None  # path of what takes the pixels, when images of other sizes are welcome
+    pads: bool = False  # whether it pads an image to whole patches
+    grid_from: Callable[[Any], Grid] | None = None  # the grid, read in its output; None: reckoned from the image size
+    add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
+    beside: str | None = None  # position that the host has inside attention: it stays as it is, unless
+    own_bias: tuple[OwnBias, ...] = ()  # it is a bias of each block's own, which pe="2D_RPE" joins
+    encoder: str | None = None  # path of a module that computes the host's position, in the root; a table replaces it
+    pooled: bool = False  # whether its head pools the patches and reads no class token
+    last_norm: str | None = None  # path of the norm between the blocks and that pooling, over the same tokens
+    table_std: float | None = None  # of the values that a learnable table starts with, where that is not the kind's
+    own_kind: str = "learnable"  # what the host's own table is
+    shuffle: str | None = None  # path of a method that shuffles and drops patches, see lape.core.grids.Shuffled
+    stages: tuple[Stage, ...] = ()  # of a model whose grid shrinks; `layout` and `width` are those of the first
+    input: str | None = None  # path of what makes the patch tokens, behind which a table can be added without a slot
+    adds: tuple[str, ...] = ()  # paths of the methods in which the host adds its table; (): in its forward
+    maps: bool = False  # whether blocks take maps (B, rows, columns, D) and not tokens (B, N, D)
+
+    def at(self, layer: int) -> tuple[Layout, int]:
+        """Layout and width of a block."""
+        for stage in self.stages:
+            if layer < stage.blocks:
+                return replace(self.layout, grid=stage.grid), stage.width
+            layer -= stage.blocks
+        return self.layout, self.width
+
+    def layers_of(self, stage: int) -> slice:
+        """The blocks of a stage."""
+        start = sum(s.blocks for s in self.stages[:stage])
+        return slice(start, start + self.stages[stage].blocks)
+
+    def entered(self, root: nn.Module, layer: int, p_1RD: Tensor) -> Tensor:
+        """A position as a block gets it: merged by the host's own module when a stage begins there."""
+        for number, stage in enumerate(self.stages):
+            if stage.merging is not None and self.layers_of(number).start == layer:
+                before = self.stages[number - 1].grid
+                return stage.merge(root.get_submodule(stage.merging), p_1RD, before)
+        return p_1RD
+
+
+def place_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module in which something lies, and its name there."""
+    owner, _, name = path.rpartition(".")
+    return root.get_submodule(owner), name

@@ -1,0 +1,46 @@
+"""Conditional position: made of the tokens themselves, by a convolution over their grid (a rival of LaPE).
+
+Knows no host. Shape legend: B batch, N tokens, D width, p prefix tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lape.core.joined import Joined
+from lape.core.position import Grid
+
+
+class PEG(nn.Conv2d):
+    """y + PEG(y) for patches y; prefix tokens (class, registers) pass by.
+
+    PEG is one depth-wise convolution, 3 x 3, zeros around the map, with bias: 10 D parameters. The zeros are what tells
+    a token how far the border is. It follows block 0 and nothing else is added to the model; its initial values are
+    torch's. Source: Chu et al., "Conditional Positional Encodings for Vision Transformers" (arXiv 2102.10882), whose
+    default this is (CPVT with one PEG). It depends on the image, so no constant can take its place.
+    """
+
+    def __init__(self, width: int, like: Tensor):
+        super().__init__(width, width, 3, padding=1, groups=width, device=like.device, dtype=like.dtype)
+
+    def beside(self, x: Tensor, grid: Grid, num_prefix: int) -> Tensor:
+        """x with the position of its patches: tokens (B, N, D), or a map (B, rows, columns, D)."""
+        if x.ndim == 4:
+            return x + self(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        prefix_BpD, patches_BnD = x[:, :num_prefix], x[:, num_prefix:]
+        map_BDrc = patches_BnD.mT.unflatten(2, grid)
+        return torch.cat([prefix_BpD, patches_BnD + self(map_BDrc).flatten(2).mT], dim=1)
+
+
+class Generating(Joined):
+    """The block behind which position is generated: what leaves it has the position already."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        link: Any = self._lape  # type: ignore[attr-defined]
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        first, *more = output if isinstance(output, tuple) else (output,)  # some return their attention, too
+        first = link.running.lape(first, link)
+        return (first, *more) if isinstance(output, tuple) else first

@@ -1,0 +1,28 @@
+"""Tensors that no parameter decides: made once for a device, registered nowhere, so that nothing can overwrite them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KEPT: dict[Hashable, Tensor] = {}
+_MOST = 64
+
+
+def constant(make: Callable[..., Tensor], device: torch.device, *args: Any) -> Tensor:
+    """`make(*args)` on a device. Not to be written to."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return make(*args).to(device)
+    key = (make, device, args)
+    if key not in _KEPT:
+        with torch.inference_mode(False):
+            made = make(*args).to(device)
+        if type(made) is not Tensor or made.is_meta:  # a fake one, of a mode that ends
+            return made
+        if len(_KEPT) >= _MOST:
+            _KEPT.clear()
+        _KEPT[key] = made
+    return _KEPT[key]

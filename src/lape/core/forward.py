@@ -1,0 +1,247 @@
+"""A forward of a converted model: its grid is told once, positions are computed once, for all layers, in one place.
+
+The root of a converted model opens a `Forward` around its own forward, in its thread. As soon as the grid is known, the
+module `root.lape` computes what every layer receives; the joined modules take their share. Called outside of such a
+forward (a block by hand, a backward that recomputes activations) a module has its share computed anew.
+
+The host's table stays in its slot under its own key. Where it is joined elsewhere, it reads as zeros while the host's
+own code adds it, in that thread, and as itself to everybody else.
+
+Shape legend: B batch, N tokens, R rows of the position table, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lape.core.anatomy import Anatomy, place_of
+from lape.core.constants import constant
+from lape.core.grids import Recall, pick, rows_of_kept, wrong_number
+from lape.core.joined import Joined
+from lape.core.position import Grid, rows_of
+
+
+class Forward:
+    """What is known of a forward while it runs."""
+
+    __slots__ = ("grid", "learns", "link", "received", "root")
+
+    def __init__(self, link: Link, root: nn.Module):
+        self.link = link
+        self.root = root  # a replica of the link's own under nn.DataParallel
+        self.grid: Grid | None = None  # None: the model's own
+        self.received: list[Tensor] | None = None  # by place, when there is something to compute beforehand
+        self.learns = False  # whether `received` carries gradients
+
+    def begin(self, grid: Grid | None) -> None:
+        """The grid is known."""
+        self.grid = grid
+        if self.link.listed:
+            self.received = self.link.compute(self.root, grid)
+            self.learns = torch.is_grad_enabled()
+
+
+class _Here(threading.local):
+    forward: Forward | None = None
+    adding = 0  # how many hosts of this thread are adding their table right now
+
+
+HERE = _Here()
+
+
+class Link:
+    """What the joined modules of one model share: the way to the model and its parts, and what forwards told.
+
+    No module, so that nothing is registered twice. A copy of the whole model has its own; a copy of one module alone
+    (as adapters make it) goes on with this one.
+    """
+
+    def __init__(self, root: nn.Module, host: str, anatomy: Anatomy, *, listed: bool):
+        self.root = root
+        self.host = host
+        self.anatomy = anatomy
+        self.listed = listed  # whether `root.lape` computes what all places receive at once
+        self.recall = Recall()
+        self.replaced: dict[str, nn.Parameter] = {}  # path -> the host's parameter that is not used, see convert.ways
+        self.orders: dict[str, tuple[str, ...]] = {}  # path -> names of the host's parameters there, in their order
+
+    def idle(self) -> set[str]:
+        """Names of what the host has no use for at present, and keeps as buffers."""
+        return {path for path in self.replaced if place_of(self.root, path)[1] in place_of(self.root, path)[0]._buffers}
+
+    @property
+    def many_grids(self) -> bool:
+        """Whether the grid may differ from forward to forward."""
+        return self.anatomy.patch_embed is not None
+
+    def table(self, root: nn.Module) -> Tensor | None:
+        """The table in the host's slot, (1, R, D)."""
+        if self.anatomy.table_slot is None:
+            return None
+        table: Tensor | None = owned(*place_of(root, self.anatomy.table_slot))
+        return None if table is None else rows_of(table)
+
+    def compute(self, root: nn.Module, grid: Grid | None, upto: int | None = None) -> list[Tensor]:
+        """What each joined place receives, or those up to one, as its tokens are laid out; the one place that does."""
+        received: list[Tensor] = root.lape(self.table(root), self.anatomy, root, grid, upto)  # type: ignore[operator]
+        return received
+
+    @property
+    def running(self) -> nn.Module:
+        """The root, or that replica of it whose forward runs in this thread."""
+        here = HERE.forward
+        return here.root if here is not None and here.link is self else self.root
+
+    def grid_of(self, x: Tensor, layer: int = 0) -> Grid | None:
+        """The grid of a block's tokens or map, in a forward or outside of one; None for the model's own."""
+        anatomy, here = self.anatomy, HERE.forward
+        if anatomy.maps:
+            return None if tuple(x.shape[1:3]) == anatomy.at(layer)[0].grid else (x.shape[1], x.shape[2])
+        if here is not None and here.link is self:
+            return here.grid
+        if anatomy.shuffle is not None or not self.many_grids:
+            return None
+        return self.recall.grid(anatomy.layout, x.shape[1])
+
+    def alone(self, place: int, x: Tensor) -> Tensor:
+        """What one joined place receives for tokens x, outside of a forward, or for a map of another grid."""
+        anatomy = self.anatomy
+        grid = self.grid_of(x, place)
+        with _saved_as_it_is():
+            p = self.compute(self.running, grid, place)[place]
+        if anatomy.shuffle is not None:
+            kept_Bk = self.recall.kept(anatomy.layout, x.device, x.shape[1])
+            p = pick(p, rows_of_kept(anatomy.layout, kept_Bk))
+        return p
+
+    def tell(self, grid: Grid) -> None:
+        """The forward of this thread has this grid."""
+        if type(grid[0]) is int and type(grid[1]) is int and not torch.compiler.is_compiling():
+            self.recall.note(grid)
+        if (here := HERE.forward) is not None and here.link is self:
+            here.begin(None if grid == self.anatomy.layout.grid else grid)
+
+    def tell_kept(self, kept_Bk: Tensor, tokens_BkD: Tensor) -> None:
+        """The forward of this thread goes on with these patches, numbered on the grid row by row, as these tokens."""
+        self.recall.note_kept(kept_Bk, tokens_BkD)
+        here = HERE.forward
+        if here is not None and here.link is self and here.received is not None:
+            rows_BK = rows_of_kept(self.anatomy.layout, kept_Bk)
+            here.received = [pick(p, rows_BK) for p in here.received]
+
+    def shown(self, own: Any) -> Any:
+        """What the host's code sees in its slot while it adds: zeros, or a table that it lacks."""
+        if own is None:
+            return self.root.lape.tables[0]  # type: ignore[union-attr, index]
+        return None if isinstance(own, nn.Module) else constant(_zero, own.device, own.dtype).expand(own.shape)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Link:
+        root = memo.get(id(self.root))
+        if root is None:
+            return self
+        memo[id(self)] = copied = Link(root, self.host, replace(self.anatomy, root=root), listed=self.listed)
+        copied.replaced, copied.orders = copy.deepcopy(self.replaced, memo), dict(self.orders)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "recall"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, recall=Recall())
+
+
+def received(module: Any, x: Tensor) -> Tensor:
+    """What a joined module's tokens x receive, (1, N, D) or for a map (1, rows, columns, D), in their dtype."""
+    link, here = module._lape, HERE.forward
+    if (
+        here is not None
+        and here.link is link
+        and here.received is not None
+        and (here.learns or not torch.is_grad_enabled())
+        and (not link.anatomy.maps or link.grid_of(x, module._lape_place) is None)
+    ):
+        p = here.received[module._lape_place]
+    else:
+        p = link.alone(module._lape_place, x)
+    if link.anatomy.maps:
+        p = p.unflatten(1, x.shape[1:3])
+    if isinstance(x, Tensor) and (p.dtype != x.dtype or p.device != x.device):  # else a proxy of torch.fx
+        p = p.to(device=x.device, dtype=x.dtype)
+    return p
+
+
+def fits(module: Any, x: Tensor, p: Tensor) -> None:
+    """Raises LapeError unless p is for as many tokens as x has."""
+    if isinstance(x, Tensor) and not torch.jit.is_tracing() and p.shape[1] != x.shape[1]:  # it would be broadcast
+        raise wrong_number(module._lape.anatomy.layout, x.shape[1])
+
+
+def owned(owner: nn.Module, name: str) -> Any:
+    """What lies in a module under a name: a parameter, a buffer, a module, or what a replica has in their place."""
+    for place in (owner._parameters, owner._buffers, owner._modules, owner.__dict__):
+        if name in place:
+            return place[name]
+    raise AttributeError(f"{type(owner).__name__} has no {name!r}")
+
+
+class Spanning(Joined):
+    """The root of a converted model: a `Forward` spans each of its forwards."""
+
+    def _around(self, host_method: Any, *args: Any, **kwargs: Any) -> Any:
+        link, before = self._lape, HERE.forward  # type: ignore[attr-defined]
+        if before is not None and before.root is self:  # forward calls forward_features
+            return host_method(self, *args, **kwargs)
+        HERE.forward = here = Forward(link, self)  # type: ignore[arg-type]
+        try:
+            if not link.many_grids:
+                here.begin(None)
+            return host_method(self, *args, **kwargs)
+        finally:
+            HERE.forward = before
+
+
+class Adding(Joined):
+    """The module whose method adds the host's table."""
+
+    def _around(self, host_method: Any, *args: Any, **kwargs: Any) -> Any:
+        HERE.adding += 1
+        try:
+            return host_method(self, *args, **kwargs)
+        finally:
+            HERE.adding -= 1
+
+
+class Slot(Joined):
+    """The owner of the host's table, which hides it while the host's code adds it."""
+
+    @classmethod
+    def takes_over(cls, host: type, name: str) -> Any:
+        def read(self: Any) -> Any:
+            own = owned(self, name)
+            return self._lape.shown(own) if HERE.adding else own
+
+        def write(self: Any, value: Any) -> None:
+            self.__dict__[name] = value
+
+        return property(read, write)
+
+
+def _zero(dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype)
+
+
+def _saved_as_it_is() -> Any:
+    """Hides what is computed from hooks on saved tensors: to activation checkpointing, a position is a given value.
+
+    In the forward it is, computed before the first block; so a recomputation must not save more than that.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)

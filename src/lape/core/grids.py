@@ -1,0 +1,154 @@
+"""Which grid of patches a forward has, and which of its patches: images of several sizes, and shuffled ones.
+
+Positions depend on parameters and on the grid, never on the image. A host that accepts other sizes tells the grid where
+it is certain, behind its patch embedding. A host that shuffles and drops patches (ViT-MAE) tells which it kept; each
+image's rows are then picked from the positions.
+
+Shape legend: B batch, N tokens, K tokens that are kept, D width, H heads, n patches, k patches that are kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lape.core.joined import Joined
+from lape.core.position import Grid, Layout
+from lape.errors import LapeError
+
+
+def grid_of_map(y_BHWD: Tensor) -> Grid:
+    """The grid of a patch embedding that returns a map (B, rows, columns, D)."""
+    return y_BHWD.shape[1], y_BHWD.shape[2]
+
+
+def grid_beside(output: tuple[Any, Grid]) -> Grid:
+    """The grid of a patch embedding that returns (tokens, (rows, columns))."""
+    return output[1][0], output[1][1]
+
+
+class GridWatch(Joined):
+    """The host's patch embedding; tells the grid of the images that it is given, (B, C, height, width)."""
+
+    def forward(self, pixels_BCHW: Tensor, *args: Any, **kwargs: Any) -> Any:
+        link: Any = self._lape  # type: ignore[attr-defined]
+        if pixels_BCHW.ndim != 4:
+            raise LapeError(
+                f"patches of shape {tuple(pixels_BCHW.shape)} were given, whose place may differ from image to image: "
+                "give images (B, C, height, width) of one size"
+            )
+        output = super().forward(pixels_BCHW, *args, **kwargs)  # type: ignore[misc]
+        anatomy = link.anatomy
+        if anatomy.grid_from is not None:
+            link.tell(anatomy.grid_from(output))
+        else:
+            sides = zip(pixels_BCHW.shape[-2:], anatomy.patch_size, strict=True)
+            rows, columns = ((side + (patch - 1) * anatomy.pads) // patch for side, patch in sides)
+            link.tell((rows, columns))
+        return output
+
+
+class Shuffled(Joined):
+    """The owner of a host's method that shuffles and drops patches; tells which are kept.
+
+    The method takes (B, n, D) tokens and returns (the kept ones in their new order, ..., ids_restore): the place of
+    each patch in the shuffled order, (B, n).
+    """
+
+    def _around(self, host_method: Any, tokens_BnD: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = host_method(self, tokens_BnD, *args, **kwargs)
+        tokens_BkD, ids_restore_Bn = output[0], output[-1]
+        kept_Bk = ids_restore_Bn.argsort(dim=1)[:, : tokens_BkD.shape[1]]
+        self._lape.tell_kept(kept_Bk, tokens_BkD)  # type: ignore[attr-defined]
+        return output
+
+
+def rows_of_kept(layout: Layout, kept_Bk: Tensor) -> Tensor:
+    """(B, K) rows of the tokens: the prefix tokens', then the kept patches'."""
+    prefix_Bp = torch.arange(layout.num_prefix, device=kept_Bk.device).expand(len(kept_Bk), -1)
+    return torch.cat([prefix_Bp, kept_Bk + layout.num_prefix], dim=1)
+
+
+def pick(p: Tensor, rows_BK: Tensor) -> Tensor:
+    """The entries of the kept tokens: (1, N, D) -> (B, K, D), or of a bias (1, H, N, N) -> (B, H, K, K)."""
+    if p.ndim == 3:
+        return p[0][rows_BK]
+    return p[0][:, rows_BK[:, :, None], rows_BK[:, None, :]].transpose(0, 1)
+
+
+def in_backward() -> bool:
+    """Whether this runs in a backward, where activations are computed again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _Waiting:
+    """One forward that told its kept patches; lives as long as its graph does."""
+
+
+class Recall:
+    """What past forwards told of their grids and kept patches, for a module that is called outside of a forward.
+
+    Above all in a backward that recomputes activations. It cannot tell of which forward: a count of patches that two
+    grids share is an error there, and so are kept patches while another forward waits for its backward too.
+    """
+
+    def __init__(self) -> None:
+        self._grids: dict[int, Grid] = {}  # by their number of patches
+        self._ambiguous: set[int] = set()
+        self._kept: dict[torch.device, tuple[Tensor, _Waiting | None]] = {}  # replicas run side by side
+        self._waiting: weakref.WeakSet[_Waiting] = weakref.WeakSet()
+
+    def note(self, grid: Grid) -> None:
+        count = grid[0] * grid[1]
+        if self._grids.get(count, grid) != grid:
+            self._ambiguous.add(count)
+        self._grids[count] = grid
+
+    def note_kept(self, kept_Bk: Tensor, tokens_BkD: Tensor) -> None:
+        forward = None
+        if tokens_BkD.requires_grad and not torch.compiler.is_compiling():
+            forward = _Waiting()
+            self._waiting.add(forward)
+            tokens_BkD.register_hook(lambda _: self._waiting.discard(forward))  # the last step of its backward
+        self._kept[kept_Bk.device] = (kept_Bk, forward)
+
+    def grid(self, layout: Layout, num_tokens: int) -> Grid | None:
+        """The grid of so many tokens; None for the layout's own. Raises LapeError when it is not known."""
+        count = num_tokens - layout.num_prefix
+        grid = self._grids.get(count)
+        if grid is None:
+            if count == layout.num_patches:
+                return None
+            raise wrong_number(layout, num_tokens)
+        if count in self._ambiguous and in_backward():
+            raise LapeError(
+                f"two grids of {count} patches went through the model, so that recomputing activations cannot tell "
+                "which is meant: use one of them a step, or no activation checkpointing"
+            )
+        return None if grid == layout.grid else grid
+
+    def kept(self, layout: Layout, device: torch.device, num_tokens: int) -> Tensor:
+        """(B, k) patches that so many tokens are. Raises LapeError when they are not known."""
+        known = self._kept.get(device)
+        if known is None or known[0].shape[1] + layout.num_prefix != num_tokens:
+            raise LapeError(
+                f"{num_tokens} tokens arrived, whose places on the grid are not known: call the model with images, not "
+                "its layers with tokens"
+            )
+        kept_Bk, forward = known
+        if in_backward() and (forward is None or set(self._waiting) - {forward}):
+            raise LapeError(
+                "recomputing activations cannot tell of which forward the shuffled patches are: one forward a "
+                "backward, through embeddings that get a gradient, or no activation checkpointing"
+            )
+        return kept_Bk
+
+
+def wrong_number(layout: Layout, num_tokens: int) -> LapeError:
+    return LapeError(
+        f"{num_tokens} tokens arrived, the position is for {layout.num_tokens} ({layout.num_prefix} prefix tokens and "
+        f"a grid of {layout.grid[0]} x {layout.grid[1]}): give images of the model's size"
+    )

@@ -1,0 +1,43 @@
+"""The other places where a position joins: the residual stream before a block, and the logits of attention.
+
+Shape legend: B batch, N tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lape.core.forward import fits, received
+from lape.core.joined import Joined
+
+
+class PositionalBlock(Joined):
+    """Block_l(x + P): the position joins the residual stream (joins `share` and `unshare`)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x_BND: Tensor = args[0] if args else kwargs.pop("hidden_states")
+        p_1ND = received(self, x_BND)
+        fits(self, x_BND, p_1ND)
+        return super().forward(x_BND + p_1ND, *args[1:], **kwargs)  # type: ignore[misc]
+
+
+class PositionalStem(Joined):
+    """What makes the patch tokens of a host that adds no table: the position is added behind it (join `basic`)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+        p = received(self, x)
+        fits(self, x, p)
+        return x + p
+
+
+class PositionalAttention(Joined):
+    """The host's attention with a position bias on its logits, handed over in its mask."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x_BND: Tensor = args[0] if args else kwargs["hidden_states"]
+        bias_1HNN = received(self, x_BND)
+        args, kwargs = self._lape.anatomy.add_bias(bias_1HNN, args, kwargs)  # type: ignore[attr-defined]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
