@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
 from torch import nn
+from zoo import TINY
 
 import lape
 from lape.cli import app as cli

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_convert import MEANINGFUL, TOLERANCE, assert_same_structure, shake_position
+from formula import MEANINGFUL, TOLERANCE, assert_same_structure, shake_position
 from training import tiny
 
 import lape

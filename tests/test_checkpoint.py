@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from zoo import TINY
 
 import lape
 from lape.files.atomic import write_atomically

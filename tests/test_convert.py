@@ -10,135 +10,22 @@ import sys
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from conftest import TINY
-from lape.joined import FoldedNorm, PositionalBlock
-from lape.norm import PositionalNorm
-from timm.models.vision_transformer import VisionTransformer
+from formula import (
+    ANYWHERE,
+    MEANINGFUL,
+    TOLERANCE,
+    assert_host_keys,
+    assert_same_structure,
+    shake_position,
+    written_out,
+)
 from torch.utils.checkpoint import checkpoint
+from zoo import HOSTS, TINY, image, make
 
 import lape
-from lape.core.joins import JOINS, check_combination
 from lape.core.position import KINDS
 
-HOSTS = {
-    "plain": ("vit_tiny_patch16_224", {}),
-    "pooled": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
-    "pooled with class token": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
-    "distilled": ("deit_tiny_distilled_patch16_224", {}),
-    "DeiT-III": ("deit3_small_patch16_224", {}),
-    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 3}),
-    "registers without rows": ("vit_tiny_patch16_224", {"reg_tokens": 3, "no_embed_class": True}),
-    "LayerScale": ("vit_tiny_patch16_224", {"init_values": 0.1}),
-    "norm before blocks": ("vit_tiny_patch16_224", {"pre_norm": True}),
-    "7 x 3 grid": ("vit_tiny_patch16_224", {"img_size": (28, 12)}),
-    "any size": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
-}
-MEANINGFUL = []
-ANYWHERE = [join.name for join in JOINS.values() if not join.needs_pooling]
-for _join, _kind in itertools.product(JOINS.values(), KINDS.values()):
-    if _join.needs_pooling or _kind.conditional or _kind.untouched:  # tests/test_pooled.py, tests/test_rivals.py
-        continue
-    try:
-        check_combination(_join, _kind)
-        MEANINGFUL.append((_join.name, _kind.name))
-    except lape.LapeError:
-        pass
 RIGHT = {*MEANINGFUL, ("basic", "PEG"), ("basic", "own")}
-TOLERANCE = 2e-6
-
-
-def make(host: str = "plain", **kwargs) -> VisionTransformer:
-    name, extra = HOSTS[host]
-    torch.manual_seed(1)
-    model = timm.create_model(name, **{**TINY, **extra, **kwargs})
-    with torch.no_grad():  # away from the initial values, where gains of one and zero biases hide mistakes
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
-
-
-def shake_position(model: torch.nn.Module) -> None:
-    """Gives every parameter of position a value that shows."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "pe_norm" in name or "pos_embed" in name or "bias_table" in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-
-
-def image(model: torch.nn.Module, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, *model.patch_embed.img_size)
-
-
-def written_out(model: VisionTransformer, x: torch.Tensor, join: str, kind: str) -> torch.Tensor:
-    """The formulas of the README, step by step, with the host's leaf modules; knows nothing of the wrappers."""
-    layers = len(model.blocks)
-    state = lape.to_reference_state_dict(model)
-    width, n = model.embed_dim, model.patch_embed.num_patches
-    cls_dist_reg = [
-        token.expand(x.shape[0], -1, -1)
-        for name in ("cls_token", "dist_token", "reg_token")
-        if (token := getattr(model, name, None)) is not None
-    ]
-    prefix = sum(token.shape[1] for token in cls_dist_reg)
-    patches = model.patch_embed(x).reshape(x.shape[0], n, width)
-    tokens = torch.cat([*cls_dist_reg, patches], dim=1)
-
-    def table(name: str) -> torch.Tensor:
-        p = state[name].reshape(1, -1, width)
-        return F.pad(p, (0, 0, prefix, 0)) if model.no_embed_class else p
-
-    def normed(p: torch.Tensor, home: str) -> torch.Tensor:
-        weight, bias = (state[f"{home}.pe_norm.{name}"] for name in ("weight", "bias"))
-        y = F.layer_norm(p, (width,), weight, bias, eps=1e-6)
-        if model.no_embed_class:
-            y[:, :prefix] = 0
-        return y
-
-    def bias(layer: int) -> torch.Tensor | None:
-        if "RPE" not in kind:
-            return None
-        entries, (rows, columns) = (
-            state[f"blocks.{layer}.attn.relative_position_bias_table"],
-            model.patch_embed.grid_size,
-        )
-        b = torch.zeros(entries.shape[1], n, n)
-        for i, j in itertools.product(range(n), range(n)):
-            dy, dx = i // columns - j // columns, i % columns - j % columns
-            offset = i - j + n - 1 if kind == "1D_RPE" else (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1
-            b[:, i, j] = entries[offset]
-        if join == "LaPE":
-            weight, shift = (state[f"blocks.{layer}.attn.pe_norm.{name}"] for name in ("weight", "bias"))
-            b = F.layer_norm(b, (n,), weight, shift, eps=1e-5)
-        return F.pad(b, (prefix, 0, prefix, 0))[None]
-
-    has_table = KINDS[kind].is_table
-    h = tokens + table("pos_embed") if join in ("basic", "PVG", "MPVG") and has_table else tokens
-    h = model.norm_pre(h)
-    p = None if join in ("basic", "unshare") or not has_table else table("pos_embed")
-    for layer in range(layers):
-        block = model.blocks[layer]
-        token_norm, attention = block.norm1, block.attn
-        token_norm = getattr(token_norm, "token_norm", token_norm)
-        attention = getattr(attention, "host_attention", attention)
-        if join == "share":
-            h = h + p
-        if join == "unshare":
-            h = h + table(f"pos_embed{layer}")
-        seen = token_norm(h)
-        if join == "LaPE-sharing":
-            seen = seen + normed(p, f"blocks.{layer}")
-        if join == "LaPE" and has_table:
-            p = normed(p, f"blocks.{layer}")
-            seen = seen + p
-        if join in ("PVG", "MPVG") and layer > 0:
-            p = normed(p, f"blocks.{layer}")
-            seen = seen + p
-        h = h + block.ls1(attention(seen, attn_mask=bias(layer)))
-        h = h + block.ls2(block.mlp(block.norm2(h)))
-    if join == "MPVG":
-        return model.forward_head(model.norm.token_norm(h) + normed(table("pos_embed"), "norm"))
-    return model.forward_head(model.norm(h))
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -149,11 +36,12 @@ def test_five_equalities(host, join, pe, tmp_path):
     x = image(model)
     before = original(x)
     assert lape.apply_(model, join, pe) is model
+    assert_host_keys(model, original, parameters=KINDS[pe].is_table)
     shake_position(model)
     name, extra = HOSTS[host]
     with torch.no_grad():
         converted = model(x)
-        expected = written_out(model, x, join, pe)
+        expected = written_out(model, original, x, join, pe)
         folder = lape.save(model, tmp_path / "model", name=name, **{**TINY, **extra})
         loaded = lape.load(folder)
         folded = lape.fold_(copy.deepcopy(model))
@@ -168,17 +56,6 @@ def test_five_equalities(host, join, pe, tmp_path):
     with torch.no_grad():
         model.load_state_dict(original.state_dict(), strict=True)
     assert torch.equal(model(x), before)
-
-
-def assert_same_structure(model: torch.nn.Module, original: torch.nn.Module) -> None:
-    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in original.named_modules()]
-    for kind in ("named_parameters", "named_buffers"):
-        assert [n for n, _ in getattr(model, kind)()] == [n for n, _ in getattr(original, kind)()]
-    assert list(model.state_dict()) == list(original.state_dict())
-    for (path, ours), (_, theirs) in zip(model.named_modules(), original.named_modules(), strict=True):
-        assert set(vars(ours)) == set(vars(theirs)), path
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks"):
-            assert len(getattr(ours, hooks)) == len(getattr(theirs, hooks)), path
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -369,7 +246,7 @@ def test_every_trainable_parameter_gets_a_gradient(host, join, pe):
     if KINDS[pe].is_bias and model.global_pool == "token":
         # The head reads prefix tokens only, and prefix tokens get no bias: the last layer's cannot matter (nor does it
         # in the reference, whose gradient there is zero too).
-        assert without == {name for name in trainable if name.startswith("blocks.2.attn.position_bias.")}
+        assert without == {name for name in trainable if name.startswith("lape.biases.2.")}
     else:
         assert not without
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
@@ -384,7 +261,7 @@ def test_weight_decay_and_layer_decay_know_the_position(join, pe):
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        is_position = any(word in name for word in ("pos_embed", "pe_norm", "position_bias", "_token"))
+        is_position = any(word in name for word in ("pos_embed", "lape.", "_token"))
         if parameter.requires_grad and (is_position or parameter.ndim <= 1):
             assert decay[id(parameter)] == 0, name
         elif parameter.requires_grad:
@@ -418,18 +295,15 @@ def test_description_says_what_was_done():
         "4 without a position",
     ):
         assert words in text
-    assert "PositionalNorm" in repr(lape.apply_(make()))
+    assert "position beside it" in repr(lape.apply_(make()))
     model = lape.apply_(make())
     assert lape.describe(model).position_parameters == 17 * 32 + 3 * 2 * 32
-    assert isinstance(model.blocks[0].norm1, PositionalNorm)
-    assert model.blocks[0].norm1.eps == 1e-6  # the host norm's attributes stay readable
-    assert isinstance(lape.apply_(make(), "share").blocks[0], PositionalBlock)
+    assert isinstance(model.blocks[0].norm1, type(make().blocks[0].norm1))
 
 
 def test_folding_leaves_nothing_to_compute():
     model = lape.fold_(lape.apply_(make()))
-    assert not [name for name, _ in model.named_parameters() if "pe_norm" in name or "pos_embed" in name]
-    assert isinstance(model.blocks[0].norm1, FoldedNorm)
+    assert not [name for name, _ in model.named_parameters() if "lape." in name or "pos_embed" in name]
     assert lape.positions(model).shape == (3, 17, 32)
     for wrong in (lape.remove_, lape.fold_):
         with pytest.raises(lape.LapeError, match="folded"):
@@ -453,8 +327,7 @@ def test_positions_at_another_size_resample_the_raw_table_before_the_chain():
 
 def test_what_attention_sees_of_a_position_that_shares_the_norm():
     model = lape.apply_(make(), "share")
-    block = model.blocks[1].host_block
-    assert torch.equal(lape.positions(model, view="seen")[1], block.norm1(model.lape_position[0].pos_embed)[0])
+    assert torch.equal(lape.positions(model, view="seen")[1], model.blocks[1].norm1(model.pos_embed)[0])
     model = lape.apply_(make(), "LaPE")
     assert torch.equal(lape.positions(model, view="seen"), lape.positions(model))
 
@@ -474,11 +347,12 @@ def test_relative_positions_are_asked_for_by_their_own_function():
 def test_a_mask_of_the_caller_is_kept_beside_the_bias(mask):
     model = lape.apply_(make(), "basic", "2D_RPE")
     shake_position(model)
-    attention = model.blocks[0].attn
+    attention, host_attention = model.blocks[0].attn, make().blocks[0].attn
+    bias = model.lape.biases[0]()
     x = torch.randn(2, 17, 32)
     allowed = torch.ones(17, 17, dtype=torch.bool).tril()
     given = allowed if mask == "bool" else torch.zeros(17, 17).masked_fill(~allowed, float("-inf"))
-    expected = attention.host_attention(x, attn_mask=attention.position_bias().masked_fill(~allowed, float("-inf")))
+    expected = host_attention(x, attn_mask=bias.masked_fill(~allowed, float("-inf")))
     assert torch.equal(attention(x, attn_mask=given), expected)
     assert not torch.equal(attention(x, attn_mask=given), attention(x))
 
@@ -532,9 +406,7 @@ def test_another_size_at_run_time_equals_a_model_resized_to_it(host, join, pe):
     dynamic = lape.apply_(make(host, dynamic_img_size=True), join, pe)
     shake_position(dynamic)
     static = lape.apply_(make(host), join, pe)
-    static.load_state_dict(
-        {k.replace("host_patch_embed.", ""): v for k, v in dynamic.state_dict().items()}, strict=True
-    )
+    static.load_state_dict(dynamic.state_dict(), strict=True)
     native, wide = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 32)  # as many patches: only the grid differs
     at_home = static(native)
     assert torch.equal(dynamic(native), at_home)
@@ -614,16 +486,13 @@ def test_a_warm_start_is_the_host_at_first_and_learns(host, join, tmp_path):
     with torch.no_grad():
         trained = model(x)
         assert not torch.equal(trained, original(x))
-        gate, p = model.blocks[0].norm1.pe_gate, model.blocks[0].norm1.position()
-        received = lape.positions(model)[0]
-        assert torch.equal(received[received.any(-1)], (gate * p)[0])
+        received, norm = lape.positions(model)[0], model.lape.norms["0"]
+        assert torch.equal(received[received.any(-1)], (model.lape.gates["0"] * norm(model.pos_embed))[0])
         name, extra = HOSTS[host]
         loaded = lape.load(lape.save(model, tmp_path / "m", name=name, **{**TINY, **extra}))
         assert torch.equal(loaded(x), trained)
         folded = lape.fold_(copy.deepcopy(model))
         assert (folded(x) - trained).abs().max() <= TOLERANCE * trained.abs().max()
-        twin = copy.deepcopy(model)
-        assert twin.pos_embed is twin.lape_position[0].pos_embed  # host and chain read one table, in a copy too
     lape.remove_(model)
     assert_same_structure(model, original)
 
@@ -634,26 +503,12 @@ def test_a_warm_start_survives_another_size():
         m.set_input_size(img_size=(8, 24))
     x = torch.randn(2, 3, 8, 24)
     assert torch.equal(model(x), original(x))
-    assert model.pos_embed is model.lape_position[0].pos_embed
 
 
 @pytest.mark.parametrize(("join", "pe"), [("share", None), ("basic", None), ("LaPE", "2D_sin")])
 def test_a_warm_start_without_meaning_is_refused(join, pe):
     with pytest.raises(lape.LapeError, match="warm_start=True with join="):
         lape.apply_(make(), join, pe, warm_start=True)
-
-
-def test_a_hook_on_the_token_norm_keeps_what_it_saw():
-    """The position is added in place only where nobody can notice."""
-    model = lape.apply_(make())
-    norm, x = model.blocks[0].norm1, torch.randn(2, 17, 32)
-    seen = []
-    expected = norm.token_norm(x)
-    total = norm(x)
-    norm.token_norm.register_forward_hook(lambda _, __, y: seen.append(y))
-    assert torch.equal(norm(x), total)
-    assert torch.equal(seen[0], expected)
-    assert not torch.equal(total, expected)
 
 
 @pytest.mark.parametrize("model", [None, "deit_tiny_patch16_224", torch.nn.Linear, 3])

@@ -9,9 +9,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import TINY
-from test_convert import MEANINGFUL, shake_position, written_out
+from formula import MEANINGFUL, shake_position, written_out
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from zoo import TINY
 
 import lape
 

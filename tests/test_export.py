@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import TINY
-from test_convert import make, shake_position
+from formula import shake_position
+from zoo import TINY, make
 
 import lape
 from lape.files.export import export

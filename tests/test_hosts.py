@@ -4,110 +4,19 @@ Every model has two small layers and random weights; nothing is downloaded.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from test_convert import MEANINGFUL, assert_same_structure, shake_position
+from formula import MEANINGFUL, assert_same_structure, capture, check_layers, shake_position
+from zoo import LIBRARIES, SMALL, output
+from zoo import make_foreign as make
 
 import lape
-from lape.core.joins import JOINS
-from lape.core.position import KINDS, Layout
+from lape.core.position import Layout
 from lape.host import base
 
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "image_size": 16,
-    "patch_size": 4,
-}
-LIBRARIES = {
-    "ViT": ("ViTModel", "ViTConfig", {}),
-    "ViT classifier": ("ViTForImageClassification", "ViTConfig", {"num_labels": 3}),
-    "DeiT": ("DeiTModel", "DeiTConfig", {}),
-    "DeiT distilled": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", {"num_labels": 3}),
-    "DINOv2": ("Dinov2Model", "Dinov2Config", {}),
-    "DINOv2 backbone": ("Dinov2Backbone", "Dinov2Config", {}),
-    "DINOv2 registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {"num_register_tokens": 3}),
-    "ViT-MSN": ("ViTMSNModel", "ViTMSNConfig", {}),
-    "I-JEPA": ("IJepaModel", "IJepaConfig", {}),
-    "BEiT": ("BeitModel", "BeitConfig", {"use_absolute_position_embeddings": True}),
-    "CLIP": ("CLIPVisionModel", "CLIPVisionConfig", {}),
-    "SigLIP": ("SiglipVisionModel", "SiglipVisionConfig", {}),
-}
 HOSTS = [*LIBRARIES, "torchvision"]
-
-
-def make(host: str, pe: str | None = None) -> torch.nn.Module:
-    """A small model; skips a relative bias where the library's attention takes none (transformers 4)."""
-    torch.manual_seed(1)
-    if host == "torchvision":
-        from torchvision.models import VisionTransformer
-
-        size = {"image_size": 16, "patch_size": 4, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
-        model: torch.nn.Module = VisionTransformer(**size, num_classes=3)
-    else:
-        transformers = pytest.importorskip("transformers")
-        if pe and KINDS[pe].is_bias and transformers.__version__ < "5":
-            pytest.skip("transformers 4 takes no bias per head; refused, as another test asserts")
-        cls, config, extra = LIBRARIES[host]
-        model = getattr(transformers, cls)(getattr(transformers, config)(**SMALL, **extra))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
-
-
-def output(model: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
-    y = model(x, **kwargs)
-    if isinstance(y, torch.Tensor):
-        return y
-    for name in ("logits", "last_hidden_state"):
-        if getattr(y, name, None) is not None:
-            return getattr(y, name)
-    return y.feature_maps[0]
-
-
-def capture(module: torch.nn.Module, into: list) -> None:
-    """Records the first tensor that a module is given."""
-
-    def hook(_, args, kwargs):
-        into.append(args[0] if args else kwargs["hidden_states"])
-
-    module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def received(model: torch.nn.Module, join: str, kind: str) -> list[torch.Tensor]:
-    """What each block receives, (1, N, D), written out from the saved state: LN by hand, zero rows for bare tokens."""
-    state, conversion = lape.to_reference_state_dict(model), lape.convert.converted.conversion_of(model)
-    prefix = lape.files.names._prefix(model, conversion)
-    layout, width = conversion.layout, conversion.anatomy.width
-    slot = prefix + conversion.anatomy.table_slot
-
-    def normed(p, path):
-        centred = p - p.mean(-1, keepdim=True)
-        eps = getattr(conversion.anatomy.root.get_submodule(path), conversion.anatomy.norm).eps
-        y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-        return y * state[f"{prefix}{path}.pe_norm.weight"] + state[f"{prefix}{path}.pe_norm.bias"]
-
-    def spread(p):
-        zeros = torch.zeros(1, layout.bare, width)
-        return torch.cat([p[:, : layout.prefix_rows], zeros, p[:, layout.prefix_rows :]], 1)
-
-    chain, out = None, []
-    for i, path in enumerate(conversion.anatomy.blocks):
-        table = state[f"{slot}{i}" if join == "unshare" else slot].reshape(1, -1, width)
-        if join == "LaPE":
-            chain = normed(table if chain is None else chain, path)
-        out.append(
-            spread(
-                {"LaPE": chain, "LaPE-sharing": normed(table, path) if join == "LaPE-sharing" else None}.get(
-                    join, table
-                )
-            )
-        )
-    return out
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -134,30 +43,6 @@ def test_converted_is_the_formula_is_folded_is_loaded_and_removed_is_the_origina
         assert torch.equal(output(model, x), before)
 
 
-def check_layers(model: torch.nn.Module, x: torch.Tensor, join: str, pe: str) -> None:
-    """Inside the forward: the stream that enters each block, what its attention sees, and what its MLP's norm gets."""
-    conversion = lape.convert.converted.conversion_of(model)
-    anatomy, site = conversion.anatomy, JOINS[join].site
-    entered, attended = [], []
-    token_norms = []
-    for path in anatomy.blocks:
-        block = anatomy.root.get_submodule(path)
-        inner = getattr(block, "host_block", block)
-        capture(block, entered)
-        attention = getattr(inner, anatomy.attention)
-        capture(getattr(attention, "host_attention", attention), attended)
-        norm = getattr(inner, anatomy.norm)
-        token_norms.append(getattr(norm, "token_norm", norm))
-    output(model, x)
-    assert len(entered) == len(attended) == 2
-    p = received(model, join, pe) if KINDS[pe].is_table else [torch.zeros(())] * 2
-    for h, seen, token_norm, p_l in zip(entered, attended, token_norms, p, strict=True):
-        expected = {"input": token_norm(h), "block": token_norm(h + p_l), "norm": token_norm(h) + p_l}[site]
-        if KINDS[pe].is_bias:
-            expected = token_norm(h)
-        assert (seen - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
 @pytest.mark.parametrize("host", HOSTS)
 def test_the_stream_that_enters_the_blocks_has_the_position_once_or_not_at_all(host):
     """Two tables, one model: only `basic` lets the table reach the residual stream at the input."""
@@ -170,7 +55,7 @@ def test_the_stream_that_enters_the_blocks_has_the_position_once_or_not_at_all(h
         with torch.no_grad():
             output(model, x)
             for name, parameter in model.named_parameters():
-                if "pos_embed" in name or name.endswith(anatomy.table_slot):
+                if name.endswith(anatomy.table_slot):
                     parameter.add_(1.5 * torch.randn_like(parameter))
             output(model, x)
         assert torch.equal(entered[0], entered[1]) is (join == "LaPE")
@@ -181,7 +66,9 @@ def test_the_stream_that_enters_the_blocks_has_the_position_once_or_not_at_all(h
 def test_every_new_parameter_gets_a_gradient(host, join, pe):
     model = lape.apply_(make(host, pe), join, pe).train()
     output(model, torch.randn(2, 3, 16, 16)).square().sum().backward()
-    names = [n for n, p in model.named_parameters() if any(w in n for w in ("pe_norm", "lape_position", "bias_table"))]
+    names = [
+        n for n, p in model.named_parameters() if any(w in n for w in ("lape.", "position_embedding", "bias_table"))
+    ]
     assert names
     gradients = {name: dict(model.named_parameters())[name].grad for name in names}
     assert all(gradient is not None for gradient in gradients.values())
@@ -207,14 +94,11 @@ def test_other_sizes_at_run_time(host, join, pe):
         twin = copy.deepcopy(model)
         anatomy = lape.convert.converted.conversion_of(twin).anatomy
         block = anatomy.root.get_submodule(anatomy.blocks[0])
-        inner = getattr(block, "host_block", block)
         entered: list[torch.Tensor] = []
         capture(block, entered)
-        attention = getattr(inner, anatomy.attention)
-        capture(getattr(attention, "host_attention", attention), seen)
+        capture(getattr(block, anatomy.attention), seen)
         output(twin, wide, **arguments)
-        token_norm = getattr(inner, anatomy.norm)
-        token_norm = getattr(token_norm, "token_norm", token_norm)
+        token_norm = partial(torch.nn.LayerNorm.forward, getattr(block, anatomy.norm))
         if pe is None:
             p = lape.positions(model, (8, 32))[:1]
             expected = token_norm(entered[0] + p) if join == "share" else token_norm(entered[0]) + p
@@ -249,7 +133,7 @@ def test_models_that_hold_an_encoder_are_converted_inside():
     ).train()
     lape.apply_(upernet)
     upernet(torch.randn(2, 3, 16, 16)).logits.sum().backward()
-    norms = [p for n, p in upernet.named_parameters() if "pe_norm" in n]
+    norms = [p for n, p in upernet.named_parameters() if "lape.norms" in n]
     assert len(norms) == 4
     assert all(p.grad is not None for p in norms)
 
@@ -275,7 +159,7 @@ def test_a_table_for_a_model_whose_slot_is_a_plain_none():
     lape.apply_(model, "basic", "learnable")
     shake_position(model)
     with torch.no_grad():
-        model.embeddings.position_embeddings.add_(torch.randn(1, 17, 32))
+        model.lape.tables[0].add_(torch.randn(1, 17, 32))
     assert not torch.allclose(output(model, x), plain)
     assert set(vars(lape.remove_(model).embeddings)) == attributes
     assert torch.equal(output(model, x), plain)

@@ -8,10 +8,9 @@ from importlib.metadata import version
 import pytest
 import timm
 import torch
-from conftest import TINY
-from test_convert import TOLERANCE, assert_same_structure
-from test_hosts import SMALL, output
+from formula import TOLERANCE, assert_same_structure
 from timm.optim import create_optimizer_v2
+from zoo import SMALL, TINY, output
 
 import lape
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_convert import TOLERANCE, assert_same_structure, shake_position
-from test_hosts import SMALL, check_layers, output
+from formula import TOLERANCE, assert_same_structure, check_layers, shake_position
+from zoo import SMALL, output
 
 import lape
 

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from test_convert import MEANINGFUL, TOLERANCE, assert_same_structure, shake_position
-from test_hosts import SMALL, capture, received
+from formula import MEANINGFUL, TOLERANCE, assert_same_structure, capture, received, shake_position
+from zoo import SMALL
 
 import lape
 from lape.core.joins import JOINS

@@ -7,10 +7,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import NEEDS_HAND_OVER
-from test_convert import TOLERANCE, assert_same_structure, shake_position
-from test_hosts import output
+from formula import TOLERANCE, assert_same_structure, shake_position
 from timm.optim import create_optimizer_v2
+from zoo import output
 
 import lape
 from lape.core.joins import JOINS
@@ -218,7 +217,6 @@ def parts_flat(model, host) -> list[dict[str, torch.Tensor]]:
     return [owner.state_dict() for owner in owners]
 
 
-@NEEDS_HAND_OVER
 def test_a_border_is_computed_once_a_forward_and_anew_after_a_step():
     model, x = lape.apply_(make("timm"), "LaPE", "learnable"), image("timm")
     shake_position(model)

@@ -11,104 +11,27 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import TINY
-from test_convert import ANYWHERE, TOLERANCE, assert_same_structure, shake_position
+from formula import ANYWHERE, TOLERANCE, assert_same_structure, shake_position
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
 from timm.models.vision_transformer_sam import window_partition
-from timm.models.volo import VOLO
 from timm.optim import create_optimizer_v2
+from zoo import FAMILIES, ON_4
+from zoo import NARROW as SMALL
+from zoo import family_image as image
+from zoo import make_family as make
 
 import lape
-import lape.models
 
-SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-ON_4 = {**TINY, "depth": 2}
-# family -> (timm's name, arguments, PE kind that is needed, prefix tokens, of which have no row, position that stays)
-FAMILIES = {
-    "hybrid": ("vit_tiny_r_s16_p8_224", {**SMALL, "img_size": (64, 96)}, None, 1, 0, None),
-    "RMSNorm": ("vit_tiny_patch16_224", {**ON_4, "norm_layer": "rmsnorm"}, None, 1, 0, None),
-    "torch RMSNorm": ("vit_tiny_patch16_224", {**ON_4, "norm_layer": torch.nn.RMSNorm}, None, 1, 0, None),
-    "differential attention": ("vit_tiny_patch16_224", {**ON_4, "attn_layer": "diff"}, None, 1, 0, None),
-    "BEiT": ("beit_base_patch16_224", {**ON_4, "use_abs_pos_emb": True, "use_rel_pos_bias": False}, None, 1, 0, None),
-    "BEiT with bias": ("beit_base_patch16_224", ON_4, "learnable", 1, 0, "relative"),
-    "BEiT with shared bias": (
-        "beit_base_patch16_224",
-        {**ON_4, "use_abs_pos_emb": True, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
-        None,
-        1,
-        0,
-        "relative",
-    ),
-    "CaiT": ("cait_xxs24_224", {**ON_4, "depth_token_only": 1}, None, 0, 0, None),
-    "EVA": ("eva_giant_patch14_224", {**ON_4, "mlp_ratio": 2}, None, 1, 0, None),
-    "EVA-02": ("eva02_tiny_patch14_224", ON_4, None, 1, 0, "rotary"),
-    "EVA with mixed rotation": ("vit_small_patch16_rope_mixed_ape_224", ON_4, None, 1, 1, "rotary"),
-    "DINOv3": ("vit_small_patch16_dinov3", ON_4, "learnable", 5, 0, "rotary"),
-    "relative position": ("vit_relpos_small_patch16_224", ON_4, "learnable", 0, 0, "relative"),
-    "shared relative position": ("vit_srelpos_small_patch16_224", ON_4, "learnable", 0, 0, "relative"),
-    "NaFlexViT": (
-        "naflexvit_base_patch16_gap",
-        {**SMALL, "patch_size": 4, "pos_embed_grid_size": (4, 4)},
-        None,
-        4,
-        4,
-        None,
-    ),
-    "SAM": (
-        "samvit_base_patch16",
-        {**ON_4, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 16},
-        None,
-        0,
-        0,
-        "relative",
-    ),
-    "VOLO": (
-        VOLO,  # the class: its entry points fix the number of layers
-        {
-            "img_size": 48,
-            "layers": (1, 2, 1),
-            "embed_dims": (16, 32, 32),
-            "num_heads": (2, 2, 2),
-            "stem_hidden_dim": 8,
-            "downsamples": (True, False, False),
-            "outlook_attention": (True, False, False),
-            "num_classes": 5,
-        },
-        None,
-        0,
-        0,
-        None,
-    ),
-    "T2T-ViT": ("t2t_vit_7", {**SMALL, "img_size": (32, 48)}, "learnable", 1, 0, None),
-    "CeiT": ("ceit_tiny_patch16_224", {**SMALL, "img_size": (32, 48)}, None, 1, 0, None),
-    "XCiT": ("xcit_nano_12_p16_224", {**SMALL, "img_size": (64, 48)}, "learnable", 0, 0, None),
-}
 NO_SLOT = ("relative position", "shared relative position", "XCiT")  # their forward adds no table
 CASES = [(family, join) for family in FAMILIES for join in ANYWHERE if not (join == "basic" and family in NO_SLOT)]
 RESIZED = ("T2T-ViT", "CeiT", "hybrid", "BEiT", "BEiT with bias", "EVA", "EVA-02", "DINOv3", "relative position")
-
-
-def make(family: str, **kwargs) -> torch.nn.Module:
-    name, extra, *_ = FAMILIES[family]
-    torch.manual_seed(1)
-    kwargs = {**extra, **kwargs}
-    model = timm.create_model(name, **kwargs) if isinstance(name, str) else name(**kwargs)
-    with torch.no_grad():  # away from the initial values, where gains of one and zero biases hide mistakes
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
 
 
 def converted(family: str, join: str = "LaPE", **kwargs) -> torch.nn.Module:
     model = lape.apply_(make(family, **kwargs), join, FAMILIES[family][2])
     shake_position(model)
     return model
-
-
-def image(family: str, batch: int = 2) -> torch.Tensor:
-    size = FAMILIES[family][1].get("img_size", 16)
-    return torch.randn(batch, 3, *((size, size) if isinstance(size, int) else size))
 
 
 def host_without_position(family: str) -> torch.nn.Module:

@@ -5,8 +5,8 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import TINY
-from test_convert import TOLERANCE, assert_same_structure, image, shake_position, written_out
+from formula import TOLERANCE, assert_same_structure, shake_position, written_out
+from zoo import TINY, image
 
 import lape
 from lape.look.probe import token_and_position

@@ -9,17 +9,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import TINY
-from test_convert import HOSTS, TOLERANCE, assert_same_structure, image, make
-from test_hosts import SMALL
-from test_hosts import make as make_foreign
-from test_hosts import output as foreign_output
-from test_hosts_timm import FAMILIES
-from test_hosts_timm import image as family_image
-from test_hosts_timm import make as make_family
+from formula import TOLERANCE, assert_same_structure
 from timm.optim import create_optimizer_v2
 from torch.utils.checkpoint import checkpoint
 from training import tiny
+from zoo import FAMILIES, HOSTS, SMALL, TINY, family_image, image, make, make_family, make_foreign
+from zoo import output as foreign_output
 
 import lape
 from lape.cli import app as cli

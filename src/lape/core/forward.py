@@ -51,6 +51,7 @@ class Forward:
 class _Here(threading.local):
     forward: Forward | None = None
     adding = 0  # how many hosts of this thread are adding their table right now
+    traced_zeros: Tensor | None = None  # what they see in a graph that is being made
 
 
 HERE = _Here()
@@ -140,7 +141,7 @@ class Link:
         """What the host's code sees in its slot while it adds: zeros, or a table that it lacks."""
         if own is None:
             return self.root.lape.tables[0]  # type: ignore[union-attr, index]
-        return None if isinstance(own, nn.Module) else constant(_zero, own.device, own.dtype).expand(own.shape)
+        return None if isinstance(own, nn.Module) else _zeros(own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         root = memo.get(id(self.root))
@@ -216,6 +217,7 @@ class Adding(Joined):
             return host_method(self, *args, **kwargs)
         finally:
             HERE.adding -= 1
+            HERE.traced_zeros = None
 
 
 class Slot(Joined):
@@ -235,6 +237,15 @@ class Slot(Joined):
 
 def _zero(dtype: torch.dtype) -> Tensor:
     return torch.zeros((), dtype=dtype)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros in the form of a tensor: a view of one kept zero; in a graph, one node."""
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        return constant(_zero, like.device, like.dtype).expand(like.shape)
+    if HERE.traced_zeros is None or HERE.traced_zeros.shape != like.shape:
+        HERE.traced_zeros = torch.zeros_like(like)
+    return HERE.traced_zeros
 
 
 def _saved_as_it_is() -> Any:

@@ -35,7 +35,7 @@ class Joined:
 
         @functools.wraps(host_method)  # so that its signature can still be read
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._around(host_method, *args, **kwargs)
+            return cls._around(self, host_method, *args, **kwargs)  # this role's, whatever other roles it has
 
         return method
 

@@ -1,0 +1,178 @@
+"""The models that tests convert: tiny, with random weights away from their initial values, nothing downloaded."""
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.volo import VOLO
+
+import lape.models  # noqa: F401  they are known to timm from here on
+from lape.core.position import KINDS
+
+TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+
+HOSTS = {
+    "plain": ("vit_tiny_patch16_224", {}),
+    "pooled": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
+    "pooled with class token": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "DeiT-III": ("deit3_small_patch16_224", {}),
+    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 3}),
+    "registers without rows": ("vit_tiny_patch16_224", {"reg_tokens": 3, "no_embed_class": True}),
+    "LayerScale": ("vit_tiny_patch16_224", {"init_values": 0.1}),
+    "norm before blocks": ("vit_tiny_patch16_224", {"pre_norm": True}),
+    "7 x 3 grid": ("vit_tiny_patch16_224", {"img_size": (28, 12)}),
+    "any size": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
+}
+
+
+def make(host: str = "plain", **kwargs) -> VisionTransformer:
+    name, extra = HOSTS[host]
+    torch.manual_seed(1)
+    model = timm.create_model(name, **{**TINY, **extra, **kwargs})
+    with torch.no_grad():  # away from the initial values, where gains of one and zero biases hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def image(model: torch.nn.Module, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *model.patch_embed.img_size)
+
+
+# Hugging Face and torchvision, two small layers each
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+LIBRARIES = {
+    "ViT": ("ViTModel", "ViTConfig", {}),
+    "ViT classifier": ("ViTForImageClassification", "ViTConfig", {"num_labels": 3}),
+    "DeiT": ("DeiTModel", "DeiTConfig", {}),
+    "DeiT distilled": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", {"num_labels": 3}),
+    "DINOv2": ("Dinov2Model", "Dinov2Config", {}),
+    "DINOv2 backbone": ("Dinov2Backbone", "Dinov2Config", {}),
+    "DINOv2 registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {"num_register_tokens": 3}),
+    "ViT-MSN": ("ViTMSNModel", "ViTMSNConfig", {}),
+    "I-JEPA": ("IJepaModel", "IJepaConfig", {}),
+    "BEiT": ("BeitModel", "BeitConfig", {"use_absolute_position_embeddings": True}),
+    "CLIP": ("CLIPVisionModel", "CLIPVisionConfig", {}),
+    "SigLIP": ("SiglipVisionModel", "SiglipVisionConfig", {}),
+}
+
+
+def make_foreign(host: str, pe: str | None = None) -> torch.nn.Module:
+    """A small model; skips a relative bias where the library's attention takes none (transformers 4)."""
+    torch.manual_seed(1)
+    if host == "torchvision":
+        from torchvision.models import VisionTransformer
+
+        size = {"image_size": 16, "patch_size": 4, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
+        model: torch.nn.Module = VisionTransformer(**size, num_classes=3)
+    else:
+        transformers = pytest.importorskip("transformers")
+        if pe and KINDS[pe].is_bias and transformers.__version__ < "5":
+            pytest.skip("transformers 4 takes no bias per head; refused, as another test asserts")
+        cls, config, extra = LIBRARIES[host]
+        model = getattr(transformers, cls)(getattr(transformers, config)(**SMALL, **extra))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def output(model: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
+    y = model(x, **kwargs)
+    if isinstance(y, torch.Tensor):
+        return y
+    for name in ("logits", "last_hidden_state"):
+        if getattr(y, name, None) is not None:
+            return getattr(y, name)
+    return y.feature_maps[0]
+
+
+NARROW = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+ON_4 = {**TINY, "depth": 2}
+
+# family -> (timm's name, arguments, PE kind that is needed, prefix tokens, of which have no row, position that stays)
+FAMILIES = {
+    "hybrid": ("vit_tiny_r_s16_p8_224", {**NARROW, "img_size": (64, 96)}, None, 1, 0, None),
+    "RMSNorm": ("vit_tiny_patch16_224", {**ON_4, "norm_layer": "rmsnorm"}, None, 1, 0, None),
+    "torch RMSNorm": ("vit_tiny_patch16_224", {**ON_4, "norm_layer": torch.nn.RMSNorm}, None, 1, 0, None),
+    "differential attention": ("vit_tiny_patch16_224", {**ON_4, "attn_layer": "diff"}, None, 1, 0, None),
+    "BEiT": ("beit_base_patch16_224", {**ON_4, "use_abs_pos_emb": True, "use_rel_pos_bias": False}, None, 1, 0, None),
+    "BEiT with bias": ("beit_base_patch16_224", ON_4, "learnable", 1, 0, "relative"),
+    "BEiT with shared bias": (
+        "beit_base_patch16_224",
+        {**ON_4, "use_abs_pos_emb": True, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+        None,
+        1,
+        0,
+        "relative",
+    ),
+    "CaiT": ("cait_xxs24_224", {**ON_4, "depth_token_only": 1}, None, 0, 0, None),
+    "EVA": ("eva_giant_patch14_224", {**ON_4, "mlp_ratio": 2}, None, 1, 0, None),
+    "EVA-02": ("eva02_tiny_patch14_224", ON_4, None, 1, 0, "rotary"),
+    "EVA with mixed rotation": ("vit_small_patch16_rope_mixed_ape_224", ON_4, None, 1, 1, "rotary"),
+    "DINOv3": ("vit_small_patch16_dinov3", ON_4, "learnable", 5, 0, "rotary"),
+    "relative position": ("vit_relpos_small_patch16_224", ON_4, "learnable", 0, 0, "relative"),
+    "shared relative position": ("vit_srelpos_small_patch16_224", ON_4, "learnable", 0, 0, "relative"),
+    "NaFlexViT": (
+        "naflexvit_base_patch16_gap",
+        {**NARROW, "patch_size": 4, "pos_embed_grid_size": (4, 4)},
+        None,
+        4,
+        4,
+        None,
+    ),
+    "SAM": (
+        "samvit_base_patch16",
+        {**ON_4, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 16},
+        None,
+        0,
+        0,
+        "relative",
+    ),
+    "VOLO": (
+        VOLO,  # the class: its entry points fix the number of layers
+        {
+            "img_size": 48,
+            "layers": (1, 2, 1),
+            "embed_dims": (16, 32, 32),
+            "num_heads": (2, 2, 2),
+            "stem_hidden_dim": 8,
+            "downsamples": (True, False, False),
+            "outlook_attention": (True, False, False),
+            "num_classes": 5,
+        },
+        None,
+        0,
+        0,
+        None,
+    ),
+    "T2T-ViT": ("t2t_vit_7", {**NARROW, "img_size": (32, 48)}, "learnable", 1, 0, None),
+    "CeiT": ("ceit_tiny_patch16_224", {**NARROW, "img_size": (32, 48)}, None, 1, 0, None),
+    "XCiT": ("xcit_nano_12_p16_224", {**NARROW, "img_size": (64, 48)}, "learnable", 0, 0, None),
+}
+
+
+def make_family(family: str, **kwargs) -> torch.nn.Module:
+    name, extra, *_ = FAMILIES[family]
+    torch.manual_seed(1)
+    kwargs = {**extra, **kwargs}
+    model = timm.create_model(name, **kwargs) if isinstance(name, str) else name(**kwargs)
+    with torch.no_grad():  # away from the initial values, where gains of one and zero biases hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def family_image(family: str, batch: int = 2) -> torch.Tensor:
+    size = FAMILIES[family][1].get("img_size", 16)
+    return torch.randn(batch, 3, *((size, size) if isinstance(size, int) else size))
