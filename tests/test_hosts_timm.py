@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from formula import ANYWHERE, TOLERANCE, assert_same_structure, shake_position
+from formula import ANYWHERE, TOLERANCE, assert_host_keys, assert_same_structure, plain, shake_position
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
 from timm.models.vision_transformer_sam import window_partition
@@ -58,7 +58,7 @@ def chain(model: torch.nn.Module) -> list[torch.Tensor]:
     p, chained = table.reshape(1, -1, width), []
     bare, rows = done.prefix_tokens - done.positioned_prefix_tokens, done.positioned_prefix_tokens
     for path, block in blocks_of(model).items():
-        eps = block.norm1.token_norm.eps or 1e-5
+        eps = block.norm1.eps or 1e-5
         p = F.layer_norm(p, (width,), state[f"{path}.pe_norm.weight"], state[f"{path}.pe_norm.bias"], eps=eps)
         chained.append(torch.cat([p[:, :rows], p.new_zeros(1, bare, width), p[:, rows:]], dim=1))
     return chained
@@ -84,7 +84,7 @@ def test_attention_sees_token_norm_plus_position_and_nothing_else_does(family):
     for (path, block), p in zip(blocks_of(model).items(), chain(model), strict=True):
         tokens, attended = seen[path, "norm1"], seen[path, "attn"]
         assert torch.equal(tokens, seen[path, ""])  # the norm reads the stream itself
-        expected = block.norm1.token_norm(tokens) + (p if tokens.ndim == 3 else p.unflatten(1, tokens.shape[1:3]))
+        expected = plain(block.norm1, tokens) + (p if tokens.ndim == 3 else p.unflatten(1, tokens.shape[1:3]))
         if getattr(block, "window_size", 0):
             expected, _ = window_partition(expected, block.window_size)
         assert (attended - expected).abs().max() <= TOLERANCE * expected.abs().max()
@@ -101,6 +101,7 @@ def test_folded_saved_and_removed(family, join, tmp_path):
     model, original = make(family), make(family)
     x = image(family)
     lape.apply_(model, join, pe)
+    assert_host_keys(model, original, parameters=family != "XCiT")  # whose encoder a table replaces
     shake_position(model)
     expected = model(x)
     tolerance = TOLERANCE * expected.abs().max()
@@ -132,19 +133,18 @@ def test_removed_at_once_is_the_original_bit_for_bit(family, join):
 def test_every_new_parameter_learns_and_the_optimizer_knows_it(family):
     model = converted(family)
     (model(image(family)) * torch.randn(5)).sum().backward()
-    new = {name: p for name, p in model.named_parameters() if "pe_norm" in name or name.startswith("lape_position")}
+    new = {n: p for n, p in model.named_parameters() if n.startswith("lape.") or n.split(".")[-1] == "pos_embed"}
     assert len(new) == 1 + 2 * lape.describe(model).blocks
     assert all(p.grad is not None and p.grad.any() for p in new.values())
     groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5).param_groups
     settings = {id(p): group for group in groups for p in group["params"]}
     assert all(settings[id(p)]["weight_decay"] == 0 for p in new.values())
-    table = new["lape_position.0.pos_embed"]
+    (table,) = (p for name, p in new.items() if ".norms." not in name)
     assert settings[id(table)]["lr_scale"] == min(group["lr_scale"] for group in groups)  # of the stem
-    for name, p in new.items():
-        if "pe_norm" in name and name.endswith(".weight"):
-            block = name.removeprefix("lape_pe_norm.").removesuffix(".weight")
-            host_norm = model.get_submodule(f"{block}.norm1.token_norm").weight
-            assert settings[id(p)]["lr_scale"] == settings[id(host_norm)]["lr_scale"]
+    for layer, block in enumerate(blocks_of(model).values()):
+        for kind in ("weight", "bias"):
+            p = new[f"lape.norms.{layer}.{kind}"]
+            assert settings[id(p)]["lr_scale"] == settings[id(block.norm1.weight)]["lr_scale"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -175,9 +175,9 @@ def test_features_only_models_are_converted(family):
     lape.apply_(getter, "LaPE", FAMILIES[family][2])
     shake_position(getter)
     x = image(family)
-    maps, plain = getter(x), twin(x)
-    assert [y.shape for y in maps] == [y.shape for y in plain]
-    assert not torch.equal(maps[-1], plain[-1])
+    maps, bare = getter(x), twin(x)
+    assert [y.shape for y in maps] == [y.shape for y in bare]
+    assert not torch.equal(maps[-1], bare[-1])
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple")  # timm's, resizing its bias
@@ -196,11 +196,9 @@ def test_set_input_size(family, join):
     assert list(model.state_dict()) == keys
     assert model(torch.randn(2, 3, 3 * stride, 2 * stride)).isfinite().all()
     lape.remove_(model)
-    plain = make(family)
-    plain.set_input_size(img_size=(3 * stride, 2 * stride))
-    assert [(k, v.shape) for k, v in model.state_dict().items()] == [
-        (k, v.shape) for k, v in plain.state_dict().items()
-    ]
+    host = make(family)
+    host.set_input_size(img_size=(3 * stride, 2 * stride))
+    assert [(k, v.shape) for k, v in model.state_dict().items()] == [(k, v.shape) for k, v in host.state_dict().items()]
     assert size == tuple(make(family).patch_embed.img_size)
     assert before.isfinite().all()
 
@@ -227,7 +225,7 @@ def test_images_of_another_size_get_the_position_of_their_own_grid(family, kwarg
     assert model(torch.randn(2, 3, *size)).isfinite().all()
     tokens, attended = inputs[-2:]
     expected = lape.positions(model, whole)[-1]
-    added = (attended - attention.norm1.token_norm(tokens))[0]
+    added = (attended - plain(attention.norm1, tokens))[0]
     assert added.shape == expected.shape
     assert (added - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert at_home.isfinite().all()
@@ -262,7 +260,7 @@ def test_a_bias_joins_where_attention_takes_one():
             bare_host, x = host_without_position(family), image(family)
             assert not torch.allclose(model(x), bare_host(x))
             for name, parameter in model.named_parameters():
-                if "position_bias" in name:
+                if "lape.biases" in name:
                     parameter.data.zero_()
             assert (model(x) - bare_host(x)).abs().max() <= TOLERANCE * bare_host(x).abs().max()
     for family in ("CaiT", "VOLO", "XCiT", "differential attention"):
