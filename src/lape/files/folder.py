@@ -7,17 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from lape.convert.apply import build, fold_
 from lape.convert.converted import Conversion, conversion_of
 from lape.errors import LapeError
 from lape.files.atomic import write_atomically
+from lape.files.blueprint import COMPILED, blueprint_of, unwrapped
 from lape.files.names import to_reference_state_dict
 from lape.files.read import CONFIG, FORMAT, HUB, WEIGHTS, _hub, read_checkpoint
 from lape.files.restore import model_from_checkpoint
-from lape.host import host_named
 
 
 def save(
@@ -33,32 +31,20 @@ def save(
     image size, class names, evaluation transform). `lape.load` reads it, without running any code from it.
 
     Args:
-        name, timm_kwargs: the timm model and its arguments; needed for a timm model that was not made by
-            `lape.create_model`. Models of transformers and torchvision tell theirs.
+        name, timm_kwargs: the timm model and its arguments, where `timm.create_model` or `lape.create_model` did not
+            make it. Models of transformers and torchvision tell theirs.
         classes: class names in the order of the outputs.
         transform: the evaluation transform (`EvalTransform.to_dict()`).
 
-    Raises LapeError when how to build the model is not known, or the folder cannot be written.
+    Raises LapeError when how to build the model is not known, when what that makes is not the model at hand (other
+    blocks, another head than its library makes), or when the folder cannot be written. Nothing is written then.
     """
     from safetensors.torch import save as to_bytes
 
-    conversion = conversion_of(model)
-    factory = conversion.factory
-    if name:
-        factory = {"library": "timm", "name": name, "kwargs": timm_kwargs}
-    elif (
-        not factory
-        and conversion.anatomy.blocks  # else it has no host
-        and (blueprint := host_named(conversion.host).blueprint) is not None
-        and (made := blueprint(model))
-    ):
-        factory = {"library": host_named(conversion.host).package, "name": made[0], "kwargs": made[1]}
-    if not factory:
-        raise LapeError(
-            "how to build this model again is not known: give its timm name and arguments, "
-            "lape.save(model, path, name=..., ...), or save the state_dict yourself"
-        )
-    state = {key: tensor.contiguous() for key, tensor in to_reference_state_dict(model).items()}
+    model = unwrapped(model)
+    conversion, factory = conversion_of(model), blueprint_of(model, name, timm_kwargs)
+    names = to_reference_state_dict(model)
+    state = {key.replace(f"{COMPILED}.", ""): tensor.contiguous() for key, tensor in names.items()}
     config = {
         "format": FORMAT,
         "library": factory["library"],
@@ -77,8 +63,6 @@ def save(
         text = json.dumps(config, indent=2) + "\n"
     except TypeError as error:
         raise LapeError(f"config.json takes plain values only: {error} in {factory['kwargs']} or {transform}") from None
-    if name:
-        _check_factory(model, factory)
     path = Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -93,30 +77,6 @@ def _pixels(conversion: Conversion) -> tuple[int, int]:
     """(height, width) of the images that a model is made for."""
     (rows, columns), (height, width) = conversion.layout.grid, conversion.anatomy.patch_size
     return rows * height, columns * width
-
-
-def _check_factory(model: nn.Module, factory: dict[str, Any]) -> None:
-    """Raises LapeError unless this name and these arguments make a model of the same parts and shapes."""
-    conversion = conversion_of(model)
-    pe = None if conversion.warm_start else conversion.pe
-    with torch.device("meta"):
-        twin = build(
-            factory["library"],
-            factory["name"],
-            factory["kwargs"],
-            conversion.join,
-            pe,
-            warm_start=conversion.warm_start,
-        )
-        if conversion.folded:
-            fold_(twin)
-    ours, theirs = ({key: tuple(t.shape) for key, t in m.state_dict().items()} for m in (model, twin))
-    if ours != theirs:
-        key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
-        raise LapeError(
-            f"name={factory['name']!r} with {factory['kwargs']} makes another model: {key} is {theirs.get(key)} there "
-            f"and {ours.get(key)} here; give the arguments that this model was made with"
-        )
 
 
 def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, **save_kwargs: Any) -> str:

@@ -40,6 +40,7 @@ class Host:
     package: str = ""  # the name under which saved models say who can build them again
     blueprint: Callable[[nn.Module], Blueprint | None] | None = None  # how to build a whole model again, if it tells
     build: Callable[[str, dict[str, Any]], nn.Module] | None = None  # builds it, unconverted, with random weights
+    current: Callable[[nn.Module], dict[str, Any]] | None = None  # arguments of `build` that the root is made with now
     root_child: str | None = None  # when given, `root_classes` name the class of this child instead of the root's
     tested: tuple[str, ...] = ()  # versions that the tests ran with
     refused: dict[str, str] = field(default_factory=dict)  # "module.Class" of blocks -> the reason

@@ -78,6 +78,43 @@ def examine(root: nn.Module) -> Anatomy:
     )
 
 
+def blueprint(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """The name under which timm made a model; `current` has its arguments. None for a model around one."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture") if hasattr(config, "get") else None
+    return (name, {}) if name else None
+
+
+def current(root: nn.Module) -> dict[str, Any]:
+    """Arguments of timm's constructor, as far as the model shows them, those that it takes."""
+    model: Any = root
+    embed, blocks = getattr(model, "patch_embed", None), getattr(model, "blocks", None)
+    head, reg = getattr(model, "head", None), getattr(model, "reg_token", None)
+    shown: dict[str, Any] = {
+        "img_size": getattr(embed, "img_size", None),
+        "patch_size": getattr(embed, "patch_size", None),
+        "in_chans": getattr(getattr(embed, "proj", None), "in_channels", None),
+        "num_classes": head.out_features
+        if isinstance(head, nn.Linear)
+        else 0
+        if isinstance(head, nn.Identity)
+        else None,
+        "reg_tokens": None if reg is None else reg.shape[1],
+        "class_token": getattr(model, "cls_token", None) is not None,
+        "embed_dim": getattr(model, "embed_dim", None),
+        "depth": len(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None,
+        "num_heads": getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks else None,
+        "fc_norm": isinstance(getattr(model, "fc_norm", None), nn.LayerNorm),
+        "pre_norm": not isinstance(getattr(model, "norm_pre", None), nn.Identity),
+        "init_values": getattr(getattr(blocks[0], "ls1", None), "init_values", None) if blocks else None,
+    }
+    for name in ("global_pool", "no_embed_class", "dynamic_img_size", "pool_include_prefix"):
+        shown[name] = getattr(model, name, None)
+    shown["dynamic_img_pad"] = getattr(embed, "dynamic_img_pad", None)
+    taken = {name for cls in type(root).__mro__ for name in inspect.signature(cls.__init__).parameters}
+    return {name: value for name, value in shown.items() if name in taken and value is not None}
+
+
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """A timm model by name. Raises LapeError: an unknown name (the nearest is named), wrong arguments or size."""
     import timm
@@ -123,16 +160,22 @@ def _explained(name: str, kwargs: dict[str, Any], error: Exception) -> LapeError
     return LapeError(f"model {name!r} takes no argument {wrong[1]!r}{hint}")
 
 
+_TIMM: dict[str, Any] = {
+    "package": "timm",
+    "blueprint": blueprint,
+    "current": current,
+    "tested": ("timm 1.0.31",),
+}
+
 VISION_TRANSFORMER = Host(
     name="timm VisionTransformer",
     root_classes=(f"{_VIT}.VisionTransformer",),
     block_classes=_BLOCKS,
     examine=examine,
-    package="timm",
     build=build,
+    **_TIMM,
     measure=measure,
     note="plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled, behind a CNN (hybrid)",
-    tested=("timm 1.0.31",),
     refused=_REFUSED,
 )
 
@@ -252,7 +295,7 @@ def _check_resampling(embeds: nn.Module) -> None:
 
 
 def _host(name: str, root: str, blocks: tuple[str, ...], examine: Any, note: str, **more: Any) -> Host:
-    return Host(f"timm {name}", (root,), blocks, examine, note=note, tested=("timm 1.0.31",), **more)
+    return Host(f"timm {name}", (root,), blocks, examine, note=note, **_TIMM, **more)
 
 
 TOKEN_HOSTS = (
@@ -360,7 +403,7 @@ MAP_HOSTS = (
         (_SAM_BLOCK,),
         examine_sam,
         note="beside its relative bias, global and windowed attention",
-        tested=("timm 1.0.31",),
+        **_TIMM,
     ),
     Host(
         "timm VOLO",
@@ -368,7 +411,7 @@ MAP_HOSTS = (
         (_VOLO_BLOCK,),
         examine_volo,
         note="the transformer blocks behind its table; class attention gets no position",
-        tested=("timm 1.0.31",),
+        **_TIMM,
     ),
     Host(
         "timm XCiT",
@@ -376,7 +419,7 @@ MAP_HOSTS = (
         (_XCIT_BLOCK,),
         examine_xcit,
         note="a table in place of its Fourier encoding, pe='learnable' or '2D_sin'; class attention gets no position",
-        tested=("timm 1.0.31",),
+        **_TIMM,
     ),
 )
 
@@ -428,7 +471,7 @@ STAGE_HOSTS = (
         _SWIN_BLOCKS,
         examine_swin,
         note="on its relative bias, or a new table beside it, pe='learnable', merged from stage to stage; one size",
-        tested=("timm 1.0.31",),
+        **_TIMM,
         refused={
             "timm.models.swin_transformer_v2.SwinTransformerV2Block": POST_NORM,
             "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock": POST_NORM,
@@ -462,7 +505,7 @@ _COMPACT_TRANSFORMER = Host(
     examine=examine_compact,
     measure=measure,
     note="ViT-Lite, CVT and CCT for small images, see lape.models",
-    tested=("timm 1.0.31",),
+    **_TIMM,
 )
 
 HOSTS = (VISION_TRANSFORMER, *TOKEN_HOSTS, *MAP_HOSTS, *STAGE_HOSTS, _COMPACT_TRANSFORMER)
