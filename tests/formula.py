@@ -41,6 +41,13 @@ def shake_position(model: torch.nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
 
 
+def of_position(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters of position, by name: all that is new, and the table in the host's slot."""
+    conversion = conversion_of(model)
+    table = f"{conversion.path}{conversion.anatomy.table_slot}"
+    return {n: p for n, p in model.named_parameters() if n.startswith(f"{conversion.path}lape.") or n == table}
+
+
 def unconverted(model: torch.nn.Module, original: torch.nn.Module) -> torch.nn.Module:
     """The host with the numbers that its parameters have in a converted model, where they have the same names."""
     host, state = copy.deepcopy(original), model.state_dict()

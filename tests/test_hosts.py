@@ -8,7 +8,16 @@ from functools import partial
 
 import pytest
 import torch
-from formula import MEANINGFUL, assert_host_keys, assert_same_structure, capture, check_layers, plain, shake_position
+from formula import (
+    MEANINGFUL,
+    assert_host_keys,
+    assert_same_structure,
+    capture,
+    check_layers,
+    of_position,
+    plain,
+    shake_position,
+)
 from zoo import LIBRARIES, SMALL, output
 from zoo import make_foreign as make
 
@@ -67,11 +76,8 @@ def test_the_stream_that_enters_the_blocks_has_the_position_once_or_not_at_all(h
 def test_every_new_parameter_gets_a_gradient(host, join, pe):
     model = lape.apply_(make(host, pe), join, pe).train()
     output(model, torch.randn(2, 3, 16, 16)).square().sum().backward()
-    names = [
-        n for n, p in model.named_parameters() if any(w in n for w in ("lape.", "position_embedding", "bias_table"))
-    ]
-    assert names
-    gradients = {name: dict(model.named_parameters())[name].grad for name in names}
+    gradients = {name: p.grad for name, p in of_position(model).items()}
+    assert gradients
     assert all(gradient is not None for gradient in gradients.values())
     # Where only the class token is read, the last layer's relative bias cannot matter: it has none for that token.
     last = len(lape.convert.converted.conversion_of(model).anatomy.blocks) - 1

@@ -53,7 +53,7 @@ def shaken(model: torch.nn.Module) -> torch.nn.Module:
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "pe_norm" in name:
+            if "lape." in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return model
 
@@ -110,7 +110,7 @@ def test_five_equalities(host, tmp_path):
             assert (output(other, x) - expected).abs().max() <= TOLERANCE * expected.abs().max()
         assert (lape.position_bias(folded) - lape.position_bias(model)).abs().max() <= 1e-6
         assert not torch.allclose(converted, before)
-        assert not any("pe_norm" in name for name in folded.state_dict())
+        assert not any("norms" in name for name in folded.state_dict())
         for other in twins:
             lape.remove_(other)
             assert_same_structure(other, original)
@@ -141,7 +141,7 @@ def test_every_new_parameter_gets_a_gradient(host):
     model = lape.apply_(make(host).train(), "LaPE", "2D_RPE")
     y = output(model, torch.randn(2, 3, 16, 16))
     (y * torch.randn_like(y)).sum().backward()
-    new = [p for n, p in model.named_parameters() if "pe_norm" in n or "relative_position_bias_table" in n]
+    new = [p for n, p in model.named_parameters() if "lape." in n or "relative_position_bias_table" in n]
     assert len(new) == (4 if "MLP" in host else 6)
     assert all(p.grad is not None and p.grad.any() for p in new)
     if hasattr(model, "group_matcher"):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from formula import TOLERANCE, assert_same_structure, check_layers, shake_position
+from formula import TOLERANCE, assert_same_structure, check_layers, of_position, plain, shake_position
 from zoo import SMALL, output
 
 import lape
@@ -74,7 +74,7 @@ def test_every_new_parameter_gets_a_gradient(name):
     model = lape.apply_(make(name).train())
     y = output(model, torch.randn(2, 3, 16, 16))
     (y * torch.randn_like(y)).sum().backward()
-    new = [p for n, p in model.named_parameters() if "lape_" in n]
+    new = of_position(model).values()
     assert len(new) == 5
     assert all(p.grad is not None and p.grad.any() for p in new)
 
@@ -90,9 +90,9 @@ def test_sam_gets_the_position_as_a_map_before_the_windows_are_cut(name):
         norm.register_forward_hook(lambda _m, args, y: seen.append((args[0], y)))
     output(model, torch.randn(2, 3, 16, 16))
     p = lape.to_reference_state_dict(model)[next(n for n in lape.to_reference_state_dict(model) if "pos_embed" in n)]
-    for norm, (x, y) in zip(norms, seen, strict=True):
-        p = norm.pe_norm(p)
-        expected = norm.token_norm(x) + p
+    for norm, pe_norm, (x, y) in zip(norms, anatomy.root.lape.norms.values(), seen, strict=True):
+        p = pe_norm(p)
+        expected = plain(norm, x) + p
         assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
-from formula import MEANINGFUL, TOLERANCE, assert_same_structure, capture, received, shake_position
+from formula import MEANINGFUL, TOLERANCE, assert_same_structure, capture, of_position, plain, received, shake_position
 from zoo import SMALL
 
 import lape
@@ -75,16 +77,16 @@ def test_five_equalities(join, pe, mask_ratio, images, tmp_path):
 def check_layers(model, x, noise, join, pe, mask_ratio) -> None:
     """What each block and each attention is given, with the rows of each image gathered by hand."""
     anatomy, site = lape.convert.converted.conversion_of(model).anatomy, JOINS[join].site
-    rows, entered, attended, norms, masks = places(noise, mask_ratio), [], [], [], []
+    rows, entered, attended, norms = places(noise, mask_ratio), [], [], []
     for path in anatomy.blocks:
         block = anatomy.root.get_submodule(path)
-        inner = getattr(block, "host_block", block)
         capture(block, entered)
-        attention = getattr(inner.attention, "host_attention", inner.attention)
-        capture(attention, attended)
-        attention.register_forward_pre_hook(lambda _, args: masks.append(args[1]))
-        norms.append(getattr(inner.layernorm_before, "token_norm", inner.layernorm_before))
-    logits(model, x, noise)
+        capture(block.attention, attended)
+        norms.append(partial(plain, block.layernorm_before))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", side_effect=attend) as attending:
+        logits(model, x, noise)
+    masks = [call.kwargs["attn_mask"] for call in attending.call_args_list]  # of the encoder, then of the decoder
     p = received(model, join, pe) if KINDS[pe].is_table else [torch.zeros(1, 17, 32)] * 2
     for layer, (h, seen, norm) in enumerate(zip(entered, attended, norms, strict=True)):
         own = p[layer][0][rows]
@@ -112,7 +114,7 @@ def test_the_own_table_is_a_frozen_sine_and_the_decoders_stays():
     model = lape.apply_(make())
     done = lape.describe(model)
     assert (done.pe, done.joined, done.input_addition) == ("2D_sin", 2, False)
-    assert not model.vit.lape_position[0].pos_embed.requires_grad
+    assert not model.vit.embeddings.position_embeddings.requires_grad
     assert torch.equal(model.decoder.decoder_pos_embed, make().decoder.decoder_pos_embed)
     with pytest.raises(lape.LapeError, match="repeat one frozen table in every block"):
         lape.apply_(make(), "unshare")
@@ -127,7 +129,7 @@ def test_every_new_parameter_gets_a_gradient(join, pe, images):
         pytest.skip("transformers 4 takes no bias per head")
     model = lape.apply_(make().train(), join, pe)
     logits(model, *images).square().sum().backward()
-    new = [p for n, p in model.named_parameters() if "pe_norm" in n or "lape_position" in n or "bias_table" in n]
+    new = of_position(model).values()
     assert len(new) == {"learnable": {"LaPE": 5, "unshare": 2}[join], "2D_RPE": 6}[pe]
     assert all(p.grad is not None and p.grad.any() for p in new)
 
@@ -139,7 +141,7 @@ def test_other_sizes_and_a_warm_start(images):
     wide = torch.randn(1, 3, 32, 32)
     seen: list[torch.Tensor] = []
     norm = model.vit.get_submodule(lape.convert.converted.conversion_of(model).anatomy.blocks[1]).layernorm_before
-    norm.register_forward_hook(lambda _, args, output: seen.append(output - norm.token_norm(args[0])))
+    norm.register_forward_hook(lambda _, args, output: seen.append(output - plain(norm, args[0])))
     noise = torch.rand(1, 64)
     model(wide, noise=noise, interpolate_pos_encoding=True)
     rows = torch.nn.functional.pad(noise.argsort(1)[:, : int(64 * 0.3)] + 1, (1, 0))

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from formula import ANYWHERE, TOLERANCE, assert_host_keys, assert_same_structure, plain, shake_position
+from formula import ANYWHERE, TOLERANCE, assert_host_keys, assert_same_structure, of_position, plain, shake_position
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
 from timm.models.vision_transformer_sam import window_partition
@@ -133,7 +133,7 @@ def test_removed_at_once_is_the_original_bit_for_bit(family, join):
 def test_every_new_parameter_learns_and_the_optimizer_knows_it(family):
     model = converted(family)
     (model(image(family)) * torch.randn(5)).sum().backward()
-    new = {n: p for n, p in model.named_parameters() if n.startswith("lape.") or n.split(".")[-1] == "pos_embed"}
+    new = of_position(model)
     assert len(new) == 1 + 2 * lape.describe(model).blocks
     assert all(p.grad is not None and p.grad.any() for p in new.values())
     groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5).param_groups
