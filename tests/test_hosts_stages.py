@@ -2,12 +2,13 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from formula import TOLERANCE, assert_same_structure, shake_position
+from formula import TOLERANCE, assert_same_structure, of_position, plain, shake_position
 from timm.optim import create_optimizer_v2
 from zoo import output
 
@@ -103,7 +104,7 @@ def expected_positions(model: torch.nn.Module, host: str, join: str) -> list[tor
             layer = len(found)
             norm = getattr(block, norm_name, None)
             if join in ("LaPE", "LaPE-sharing"):
-                width, eps = raw.shape[-1:], norm.token_norm.eps
+                width, eps = raw.shape[-1:], norm.eps
                 source = chain if join == "LaPE" else raw
                 chain = F.layer_norm(source, width, gains[layer], shifts[layer], eps)
                 found.append(chain)
@@ -146,17 +147,15 @@ def check_blocks(model, host, join, x) -> None:
     blocks = [block for _, blocks, _ in parts(model, host) for block in blocks]
     entered, normed, embedded = [], [], []
     for block in blocks:
-        inner = getattr(block, "host_block", block)
         block.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-        getattr(inner, norm_name).register_forward_hook(lambda _m, _a, y: normed.append(y))
+        getattr(block, norm_name).register_forward_hook(lambda _m, _a, y: normed.append(y))
     embed = model.patch_embed if host == "timm" else model.embeddings.norm
-    getattr(embed, "host_patch_embed", embed).register_forward_hook(lambda _m, _a, y: embedded.append(y))
+    embed.register_forward_pre_hook(lambda m, args: embedded.append(plain(m, args[0])))
     output(model, x)
     first = embedded[0] + (expected[0].reshape(1, *embedded[0].shape[1:]) if site == "input" else 0)
     assert (entered[0] - first).abs().max() <= 1e-6 * first.abs().max()
     for block, h, y, p in zip(blocks, entered, list(normed), expected, strict=True):
-        norm = getattr(getattr(block, "host_block", block), norm_name)
-        token_norm = getattr(norm, "token_norm", norm)
+        token_norm = partial(plain, getattr(block, norm_name))
         p = p.reshape(1, *h.shape[1:])
         wanted = {"input": token_norm(h), "block": token_norm(h + p), "norm": token_norm(h) + p}[site]
         assert (y - wanted).abs().max() <= 1e-5 * wanted.abs().max()
@@ -172,7 +171,7 @@ def test_parameters_and_gradients(host):
     assert count == sum(2 * width for width in widths) + (0 if "table" in host else table)
     y = output(model, image(host))
     (y * torch.randn_like(y)).sum().backward()
-    new = {n: p for n, p in model.named_parameters() if n.startswith("lape_")}
+    new = of_position(model)
     assert len(new) == 1 + 2 * len(widths)
     assert all(p.grad is not None and p.grad.any() for p in new.values())
     if host == "timm":

@@ -215,7 +215,6 @@ def test_a_relative_bias_is_added_to_the_logits_of_patches(pe):
     model.blocks[0].attn.register_forward_hook(lambda _m, args, out: seen.update(x=args[0], out=out))
     model(image(model))
     state = model.state_dict()
-    state = {name.replace("host_attention.", ""): tensor for name, tensor in state.items()}
     bias = F.pad(lape.position_bias(model)[0], (1, 0, 1, 0))
     assert close(seen["out"], attention(seen["x"], state, "blocks.0.attn", 2, bias))
 
@@ -309,7 +308,7 @@ def test_methods_of_timm():
     assert torch.equal(model.train()(x), model.train()(x)) is False  # dropout and stochastic depth are on
     assert torch.equal(model.eval()(x), plain)
     model.set_grad_checkpointing(False)
-    assert {"pos_embed", "lape_position.0.pos_embed"} <= model.no_weight_decay()
+    assert {"pos_embed", "lape.norms.0.weight", "lape.norms.2.bias"} <= model.no_weight_decay()
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5)
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
     model.reset_classifier(0)
