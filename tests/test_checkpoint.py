@@ -160,7 +160,7 @@ def test_tables_are_resampled_only_when_the_source_grid_is_told():
     with torch.no_grad():
         assert torch.equal(lape.positions(square), resampled)
     lape.load_reference_state_dict(square, lape.to_reference_state_dict(wide), source_grid=(4, 4))  # a no-op
-    assert torch.equal(square.lape_position[0].pos_embed, wide.lape_position[0].pos_embed)
+    assert torch.equal(square.pos_embed, wide.pos_embed)
     with pytest.raises(lape.CheckpointError, match="needs 10: give the grid"):
         lape.load_reference_state_dict(square, lape.to_reference_state_dict(wide), source_grid=(3, 3))
 

@@ -127,11 +127,9 @@ def test_a_large_bias_hides_differences_and_its_view_shows_them(join: str) -> No
     without = lape.correlation(model, view="unbiased")
     assert torch.equal(without, lape.correlation(model, view="seen"))  # biases start at zero
     with torch.no_grad():
-        block = model.blocks[2]
-        norm = getattr(block, "host_block", block).norm1
-        norm.bias.fill_(50.0)
+        model.blocks[2].norm1.bias.fill_(50.0)
         if join.startswith("LaPE"):
-            norm.pe_norm.bias.fill_(50.0)
+            model.lape.norms["2"].bias.fill_(50.0)
     assert lape.correlation(model, view="seen")[2].min() > 0.99
     assert torch.allclose(lape.correlation(model, view="unbiased")[2], without[2], atol=1e-4)
 

@@ -34,9 +34,8 @@ def test_attention_is_what_the_blocks_compute(pe: str, fused: bool) -> None:
     model = model_with("LaPE", pe).eval()
     given: list[torch.Tensor] = []
     for block in model.blocks:
-        host = getattr(block.attn, "host_attention", block.attn)
-        host.fused_attn = fused
-        host.register_forward_pre_hook(lambda _module, args: given.append(args[0]))
+        block.attn.fused_attn = fused
+        block.attn.register_forward_pre_hook(lambda _module, args: given.append(args[0]))
     found = attention(model, photos())
     assert found.shape == (3, 3, 2, 17, 17)
     assert torch.allclose(found.sum(-1), torch.ones(3, 3, 2, 17), atol=1e-5)

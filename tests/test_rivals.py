@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from formula import TOLERANCE, assert_same_structure
+from formula import TOLERANCE, assert_same_structure, plain
 from timm.optim import create_optimizer_v2
 from torch.utils.checkpoint import checkpoint
 from training import tiny
@@ -18,7 +18,8 @@ from zoo import output as foreign_output
 
 import lape
 from lape.cli import app as cli
-from lape.core.conditional import PositionGenerator
+from lape.core.conditional import PEG, Generating
+from lape.core.joined import join_module
 from lape.recipe import Recipe
 from lape.study.compare import compare
 from lape.train.evaluate import evaluate_checkpoint
@@ -47,8 +48,7 @@ def test_peg_is_its_equation_is_loaded_and_removed_is_the_original(host, tmp_pat
     done = lape.describe(model)
     assert (done.joined, done.input_addition, done.position_parameters) == (1, False, 10 * 32)
     seen = {}
-    wrapper = model.blocks[0]
-    wrapper.host_block.register_forward_hook(lambda _m, _a, output: seen.__setitem__("left", output))
+    model.blocks[0].register_forward_pre_hook(lambda m, args: seen.__setitem__("left", plain(m, args[0])))
     model.blocks[1].register_forward_pre_hook(lambda _, args: seen.__setitem__("entered", args[0]))
     converted = model(x)
     expected = generated(seen["left"], lape.to_reference_state_dict(model), done.prefix_tokens, done.grid)
@@ -63,8 +63,8 @@ def test_peg_is_its_equation_is_loaded_and_removed_is_the_original(host, tmp_pat
     loaded = lape.load(lape.save(model, tmp_path / "model", name=name, **{**TINY, **extra}))
     assert torch.equal(loaded(x), converted)
     lape.remove_(model)
-    model.blocks[0]._forward_hooks.clear()
-    model.blocks[1]._forward_pre_hooks.clear()
+    for block in model.blocks[:2]:
+        block._forward_pre_hooks.clear()
     assert_same_structure(model, original)
     assert torch.equal(model(x), before)
 
@@ -75,9 +75,9 @@ def test_peg_in_other_families(family):
     x = family_image(family)
     lape.apply_(model, "basic", "PEG")
     model(x).square().sum().backward()
-    generator = next(m for m in model.modules() if isinstance(m, PositionGenerator))
-    assert generator.peg.weight.grad.any()
-    assert generator.peg.bias.grad.any()
+    peg = next(m for m in model.modules() if isinstance(m, PEG))
+    assert peg.weight.grad.any()
+    assert peg.bias.grad.any()
     lape.remove_(model)
     assert_same_structure(model, original)
     assert torch.equal(model(x), original(x))
@@ -92,8 +92,8 @@ def test_peg_in_other_libraries(host, tmp_path):
     got = foreign_output(model, x)
     assert (foreign_output(lape.load(lape.save(model, tmp_path / "model")), x) - got).abs().max() <= 1e-6
     got.square().sum().backward()
-    generator = next(m for m in model.modules() if isinstance(m, PositionGenerator))
-    assert generator.peg.weight.grad.any()
+    peg = next(m for m in model.modules() if isinstance(m, PEG))
+    assert peg.weight.grad.any()
     lape.remove_(model)
     assert_same_structure(model, original)
     assert torch.equal(foreign_output(model, x), foreign_output(original, x))
@@ -101,10 +101,10 @@ def test_peg_in_other_libraries(host, tmp_path):
 
 def test_peg_reads_a_map_as_it_reads_its_tokens():
     model = lape.apply_(make("7 x 3 grid"), "basic", "PEG")
-    generator = model.blocks[0]
+    peg = model.lape.peg
     x = torch.randn(2, 22, 32)
-    as_map = generator.generate(x[:, 1:].unflatten(1, (7, 3)))
-    assert torch.allclose(as_map.flatten(1, 2), generator.generate(x)[:, 1:], atol=1e-6)
+    as_map = peg.beside(x[:, 1:].unflatten(1, (7, 3)), (7, 3), 1)
+    assert torch.allclose(as_map.flatten(1, 2), peg.beside(x, (7, 3), 1)[:, 1:], atol=1e-6)
 
 
 def test_peg_behind_blocks_that_return_a_tuple():
@@ -113,13 +113,12 @@ def test_peg_behind_blocks_that_return_a_tuple():
             return x, "attention"
 
     model = lape.apply_(make(), "basic", "PEG")
-    generator = model.blocks[0]
+    block = Block()
+    join_module(block, Generating, model.blocks[0]._lape, place=0)
     x = torch.randn(2, 17, 32)
-    plain = generator.generate(x)
-    generator.host_block = Block()
-    output, attention = generator(x)
+    output, attention = block(x)
     assert attention == "attention"
-    assert torch.equal(output, plain)
+    assert torch.equal(output, model.lape.peg.beside(x, (4, 4), 1))
 
 
 @pytest.mark.parametrize("size", [(24, 12), (8, 32)])
@@ -127,7 +126,7 @@ def test_peg_follows_the_grid_of_the_images(size):
     model = lape.apply_(make("any size"), "basic", "PEG")
     model(image(model))
     seen = {}
-    model.blocks[0].host_block.register_forward_hook(lambda _m, _a, output: seen.__setitem__("left", output))
+    model.blocks[0].register_forward_pre_hook(lambda m, args: seen.__setitem__("left", plain(m, args[0])))
     model.blocks[1].register_forward_pre_hook(lambda _, args: seen.__setitem__("entered", args[0]))
     model(torch.randn(2, 3, *size))
     expected = generated(seen["left"], lape.to_reference_state_dict(model), 1, (size[0] // 4, size[1] // 4))
@@ -146,17 +145,17 @@ def test_peg_copies_recomputes_compiles_and_is_not_decayed():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert (compiled(x) - expected).abs().max() <= TOLERANCE * expected.abs().max()
     groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5).param_groups
-    group = next(g for g in groups if any(p is model.blocks[0].peg.weight for p in g["params"]))
+    group = next(g for g in groups if any(p is model.lape.peg.weight for p in g["params"]))
     qkv = next(g for g in groups if any(p is model.blocks[0].attn.qkv.weight for p in g["params"]))
     assert (group["weight_decay"], qkv["weight_decay"]) == (0, 0.1)
     assert group["lr_scale"] == qkv["lr_scale"]
     forward = model.blocks[0].forward
     model(x).square().sum().backward()
-    gradient = model.blocks[0].peg.weight.grad.clone()
+    gradient = model.lape.peg.weight.grad.clone()
     model.zero_grad()
     model.blocks[0].forward = lambda h: checkpoint(forward, h, use_reentrant=False)
     model(x).square().sum().backward()
-    assert torch.allclose(model.blocks[0].peg.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(model.lape.peg.weight.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_peg_needs_whole_grids():
@@ -259,15 +258,15 @@ def test_one_table_of_rivals(tmp_path: Path) -> None:
         workers=1,
     )
     rows = [(v["model"], v["pe"], v["join"]) for v in found.results["variants"]]
-    plain = recipe.model
+    vit = recipe.model
     assert rows == [
-        (plain, "none", "basic"),
-        (plain, "PEG", "basic"),
-        (plain, "2D_RPE", "basic"),
-        (plain, "2D_RPE", "LaPE"),
-        (plain, "learnable", "basic"),
-        (plain, "learnable", "LaPE"),
-        (plain, "learnable", "MPVG"),
+        (vit, "none", "basic"),
+        (vit, "PEG", "basic"),
+        (vit, "2D_RPE", "basic"),
+        (vit, "2D_RPE", "LaPE"),
+        (vit, "learnable", "basic"),
+        (vit, "learnable", "LaPE"),
+        (vit, "learnable", "MPVG"),
         *((rival, "own", "basic") for rival in rivals),
     ]
     left_out = [(m["join"], m["pe"]) for m in found.results["meaningless"]]
@@ -278,7 +277,7 @@ def test_one_table_of_rivals(tmp_path: Path) -> None:
     model = lape.load(tmp_path / "c" / "cells" / f"{ROPE}.own.basic.seed0" / "model")
     assert isinstance(model.norm, torch.nn.LayerNorm)
     assert model.global_pool == "avg"
-    without = lape.load(tmp_path / "c" / "cells" / f"{plain}.none.basic.seed0" / "model")
+    without = lape.load(tmp_path / "c" / "cells" / f"{vit}.none.basic.seed0" / "model")
     axial = lape.load(tmp_path / "c" / "cells" / f"{rivals[0]}.own.basic.seed0" / "model")
     assert lape.describe(axial).parameters == lape.describe(without).parameters
     assert json.loads((tmp_path / "c" / "results.json").read_text())["variants"] == found.results["variants"]

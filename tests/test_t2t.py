@@ -138,7 +138,7 @@ def test_its_own_position_is_the_frozen_sinusoid():
     assert torch.equal(model.pos_embed.data, sin_1d(Layout((2, 3), 1), 32))
     lape.apply_(model)
     assert lape.describe(model).pe == "1D_sin"
-    assert not model.lape_position[0].pos_embed.requires_grad
+    assert not model.pos_embed.requires_grad
     lape.remove_(model)
     assert not model.pos_embed.requires_grad
     with pytest.raises(lape.LapeError, match="repeat one frozen table"):

@@ -49,9 +49,12 @@ class Forward:
 
 
 class _Here(threading.local):
-    forward: Forward | None = None
-    adding = 0  # how many hosts of this thread are adding their table right now
-    traced_zeros: Tensor | None = None  # what they see in a graph that is being made
+    """What runs in this thread. Set in `__init__`: torch.compile guards on what is there when it looks."""
+
+    def __init__(self) -> None:
+        self.forward: Forward | None = None
+        self.adding = 0  # how many hosts are adding their table right now
+        self.traced_zeros: Tensor | None = None  # what they see in a graph that is being made
 
 
 HERE = _Here()
