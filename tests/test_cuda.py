@@ -18,9 +18,13 @@ import lape
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 
 
-def make(join: str = "LaPE", pe: str = "learnable") -> torch.nn.Module:
+def host() -> torch.nn.Module:
     torch.manual_seed(1)
-    model = lape.apply_(timm.create_model("vit_tiny_patch16_224", **TINY), join, pe).eval()
+    return timm.create_model("vit_tiny_patch16_224", **TINY).eval()
+
+
+def make(join: str = "LaPE", pe: str = "learnable") -> torch.nn.Module:
+    model = lape.apply_(host(), join, pe)
     shake_position(model)
     return model
 
@@ -28,7 +32,7 @@ def make(join: str = "LaPE", pe: str = "learnable") -> torch.nn.Module:
 @pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
 def test_the_gpu_computes_the_formula(join, pe):
     model, x = make(join, pe), torch.randn(4, 3, 16, 16)
-    expected = written_out(model, x, join, pe)
+    expected = written_out(model, host(), x, join, pe)
     model, x = model.cuda(), x.cuda()
     with torch.no_grad():
         for dtype, tolerance in ((torch.float32, 2e-3), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)):

@@ -44,7 +44,7 @@ def gated():
     model = of_timm(warm_start=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("pe_gate"):
+            if name.startswith("lape.gate"):
                 parameter += 0.5
     return model
 
@@ -72,7 +72,7 @@ def saved(request, tmp_path):
     torch.manual_seed(0)
     model = MODELS[request.param]().eval()
     for name, tensor in model.state_dict().items():  # a position that shows, and a head that is not zero
-        if ("pos" in name or "head" in name) and tensor.is_floating_point():
+        if any(part in name for part in ("pos", "lape.", "head")) and tensor.is_floating_point():
             tensor += 0.3 * torch.randn_like(tensor)
     return model, lape.save(model, tmp_path / "saved")
 
