@@ -487,7 +487,7 @@ def test_a_warm_start_is_the_host_at_first_and_learns(host, join, tmp_path):
         trained = model(x)
         assert not torch.equal(trained, original(x))
         received, norm = lape.positions(model)[0], model.lape.norms["0"]
-        assert torch.equal(received[received.any(-1)], (model.lape.gates["0"] * norm(model.pos_embed))[0])
+        assert torch.equal(received[received.any(-1)], (model.lape.gate_0 * norm(model.pos_embed))[0])
         name, extra = HOSTS[host]
         loaded = lape.load(lape.save(model, tmp_path / "m", name=name, **{**TINY, **extra}))
         assert torch.equal(loaded(x), trained)

@@ -166,7 +166,7 @@ def test_a_table_for_a_model_whose_slot_is_a_plain_none():
     lape.apply_(model, "basic", "learnable")
     shake_position(model)
     with torch.no_grad():
-        model.lape.tables[0].add_(torch.randn(1, 17, 32))
+        model.lape.table_0.add_(torch.randn(1, 17, 32))
     assert not torch.allclose(output(model, x), plain)
     assert set(vars(lape.remove_(model).embeddings)) == attributes
     assert torch.equal(output(model, x), plain)

@@ -6,6 +6,7 @@ Shape legend: B batch, N tokens, R rows of the position table, D width, L layers
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -165,13 +166,14 @@ def positions(
 def table_of(conversion: Conversion, grid: Grid | None = None) -> Tensor:
     """P (1, R, D), before any norm: the table in the host's slot, or the one that it lacks."""
     table = conversion.link.table(conversion.root)
-    table = conversion.root.get_parameter("lape.tables.0") if table is None else table
+    table = conversion.root.get_parameter("lape.table_0") if table is None else table
     return table if grid is None else resample(table, conversion.layout, grid)
 
 
 def _added(conversion: Conversion, grid: Grid | None) -> list[Tensor]:
     """What is added to the tokens once, as it reaches each block, (1, R, D)."""
-    return list(raw_positions(conversion.anatomy, conversion.root, table_of(conversion, grid)))
+    entered = partial(conversion.anatomy.entered, conversion.root)
+    return list(raw_positions(conversion.anatomy, entered, table_of(conversion, grid)))
 
 
 def _seen(conversion: Conversion, layer: int, place: int | None, p_1ND: Tensor | None, view: View) -> Tensor | None:

@@ -73,7 +73,7 @@ def _group_matcher(root: Any, host_method: Callable[..., Any], coarse: bool = Fa
         if (match := next((m for pattern, _ in blocks if (m := re.match(pattern, home))), None)) is not None:
             suffix = next(suffix for pattern, suffix in blocks if re.match(pattern, home))
             ours.append((rf"^{re.escape(key)}(?:\.|$)", (*map(int, match.groups()), *(suffix or ()))))
-    return {**groups, "stem": rf"{groups['stem']}|^lape\.tables", "blocks": [*blocks, *ours]}
+    return {**groups, "stem": rf"{groups['stem']}|^lape\.table_", "blocks": [*blocks, *ours]}
 
 
 def _set_input_size(root: Any, host_method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """The ways of joining, each with its whole life: what it adds, how it enters and leaves a model, folds and is stored.
 
 A way is the module `model.lape`: it owns all that is new and computes, once a forward, what every joined place
-receives. It does not hold the model; who calls it hands over the host's table and the root. Which way a join and a kind
+receives. It does not hold the model; who calls it hands over the host's table and how a block gets it. Which way a join and a kind
 need is asked of the ways, in the order of `WAYS`.
 
 Shape legend: B batch, N tokens, R rows of the position table, D width, L layers, H heads.
@@ -23,8 +23,8 @@ from lape.core.forward import Adding, Link, Slot, Spanning, owned
 from lape.core.grids import GridWatch, Shuffled
 from lape.core.joined import Joined, join_module
 from lape.core.joins import Join
-from lape.core.norm import PositionalNorm, beside, chain, makes_new
-from lape.core.position import Grid, Kind, Layout, resample, resized
+from lape.core.norm import Entered, PositionalNorm, beside, chain, makes_new
+from lape.core.position import Grid, Kind, Layout, resample, resized, rows_of
 from lape.core.sites import PositionalAttention, PositionalBlock, PositionalStem
 from lape.errors import LapeError
 
@@ -167,19 +167,31 @@ class WithTable(Way):
     def __init__(self, join: Join, kind: Kind, anatomy: Anatomy, *, new: bool, warm_start: bool):
         super().__init__(join, kind, anatomy, new=new, warm_start=warm_start)
         self.hides_table = not (join.at_input or warm_start)
-        self.tables = nn.ParameterList()
+        self.table_names: tuple[str, ...] = ()
         self._in_slot: list[nn.Parameter] = []  # until `enter`
         own = link_table(anatomy)
         if own is None or new:
             made = new_table(anatomy, kind, 0)
             if own is None:
-                self.tables.append(made)
+                self._add_table(0, made)
             else:
                 self._in_slot = [nn.Parameter(made.data.reshape(own.shape), requires_grad=made.requires_grad)]
 
+    def _add_table(self, layer: int, table: nn.Parameter) -> None:
+        self.table_names = (
+            *self.table_names,
+            f"table_{layer}",
+        )  # no list of parameters: offloading loads a module's own
+        self.register_parameter(self.table_names[-1], table)
+
+    @property
+    def tables(self) -> dict[str, nn.Parameter]:
+        """The new ones that lie here, by name."""
+        return {name: getattr(self, name) for name in self.table_names}
+
     def source(self, table: Tensor | None, grid: Grid | None, anatomy: Anatomy) -> Tensor:
         """P (1, R, D) of a grid."""
-        p_1RD = self.tables[0] if table is None else table
+        p_1RD = self.table_0 if table is None else table
         return p_1RD if grid is None else resample(p_1RD, anatomy.layout, grid)
 
     def enter(self, link: Link) -> None:
@@ -192,15 +204,15 @@ class WithTable(Way):
 
     def _take_slot(self, link: Link) -> None:
         super()._take_slot(link)
-        if len(self.tables) and not self.hides_table and link.anatomy.table_slot is not None:
+        if self.tables and not self.hides_table and link.anatomy.table_slot is not None:
             hide(link, link.anatomy.table_slot)  # and lends the table that the host lacks
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        return {"lape.tables.0": anatomy.table_slot or "pos_embed"}
+        return {"lape.table_0": anatomy.table_slot or "pos_embed"}
 
     def resize(self, old: Layout, new: Layout) -> None:
-        for i, table in enumerate(self.tables):
-            self.tables[i] = nn.Parameter(resized(table, old, new), requires_grad=table.requires_grad)
+        for name, table in self.tables.items():
+            setattr(self, name, nn.Parameter(resized(table, old, new), requires_grad=table.requires_grad))
 
 
 class AtInput(WithTable):
@@ -209,6 +221,10 @@ class AtInput(WithTable):
     @staticmethod
     def covers(anatomy: Anatomy, join: Join, kind: Kind) -> bool:
         return kind.is_table and join.site == "input"
+
+    def forward(self) -> Tensor:
+        """The table that the host lacks, for its code to add."""
+        return self.table_0
 
 
 class BehindStem(WithTable):
@@ -225,7 +241,7 @@ class BehindStem(WithTable):
         return [str(anatomy.input)]
 
     def forward(
-        self, table: Tensor | None, anatomy: Anatomy, root: nn.Module, grid: Grid | None, upto: int | None
+        self, table: Tensor | None, anatomy: Anatomy, entered: Entered, grid: Grid | None, upto: int | None
     ) -> list[Tensor]:
         """P, (1, N, D)."""
         return [anatomy.layout.spread(self.source(table, grid, anatomy))]
@@ -243,15 +259,16 @@ class AtBlocks(WithTable):
         self.per_block = join.table_per_block
         if not self.per_block:
             return
-        first = (self._in_slot or [*self.tables, link_table(anatomy)])[0]
+        first: Any = (self._in_slot or [*self.tables.values(), link_table(anatomy)])[0]
         for layer in range(1, len(anatomy.blocks)):
             if new or link_table(anatomy) is None:
                 made = new_table(anatomy, kind, layer)
             else:  # a copy for each block, as the host's table reaches it
                 with torch.no_grad():
-                    raw = list(raw_positions(anatomy, anatomy.root, first.reshape(1, -1, first.shape[-1])))
+                    entered = partial(anatomy.entered, anatomy.root)
+                    raw = list(raw_positions(anatomy, entered, rows_of(first)))
                 made = nn.Parameter(raw[layer].detach().clone(), requires_grad=first.requires_grad)
-            self.tables.append(made)
+            self._add_table(layer, made)
 
     @staticmethod
     def covers(anatomy: Anatomy, join: Join, kind: Kind) -> bool:
@@ -261,16 +278,16 @@ class AtBlocks(WithTable):
         return list(anatomy.blocks)
 
     def forward(
-        self, table: Tensor | None, anatomy: Anatomy, root: nn.Module, grid: Grid | None, upto: int | None
+        self, table: Tensor | None, anatomy: Anatomy, entered: Entered, grid: Grid | None, upto: int | None
     ) -> list[Tensor]:
         """W_l, or P as it reaches block l, (1, N, D)."""
         if not self.per_block:
-            made = raw_positions(anatomy, root, self.source(table, grid, anatomy))
+            made = raw_positions(anatomy, entered, self.source(table, grid, anatomy))
         else:
             own = [] if table is None else [table]
             made = (
                 p if grid is None else resample(p, anatomy.at(layer)[0], grid)
-                for layer, p in enumerate([*own, *self.tables])
+                for layer, p in enumerate([*own, *self.tables.values()])
             )
         return [anatomy.layout.spread(p) for p, _ in zip(made, range(_number(upto, anatomy)), strict=False)]
 
@@ -278,9 +295,8 @@ class AtBlocks(WithTable):
         slot = anatomy.table_slot or "pos_embed"
         if not self.per_block:
             return super().file_names(anatomy)
-        first = len(anatomy.blocks) - len(self.tables)  # 1 where the host's slot holds W_0
-        names = {f"lape.tables.{i}": f"{slot}{i + first}" for i in range(len(self.tables))}
-        return {slot: f"{slot}0", **names} if first else names
+        names = {f"lape.{name}": f"{slot}{name.removeprefix('table_')}" for name in self.tables}
+        return {slot: f"{slot}0", **names}
 
 
 class BesideNorms(WithTable):
@@ -308,7 +324,8 @@ class BesideNorms(WithTable):
                 for key, path in norms.items()
             }
         )
-        self.gates = nn.ParameterDict({key: nn.Parameter(like.new_zeros(1)) for key in norms if warm_start})
+        for key in norms if warm_start else ():
+            setattr(self, f"gate_{key}", nn.Parameter(like.new_zeros(1)))
 
     def _layer(self, key: str) -> int:
         return self.layers[-1] if key == "last" else int(key)
@@ -326,26 +343,25 @@ class BesideNorms(WithTable):
         return [anatomy.blocks[layer] for layer in self.layers] + last
 
     def forward(
-        self, table: Tensor | None, anatomy: Anatomy, root: nn.Module, grid: Grid | None, upto: int | None
+        self, table: Tensor | None, anatomy: Anatomy, entered: Entered, grid: Grid | None, upto: int | None
     ) -> list[Tensor]:
         """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). The only place where a LayerNorm meets a position."""
         p_1RD = self.source(table, grid, anatomy)
         if grid is not None and anatomy.stages:
             raise LapeError(f"a model of stages has one image size: a map of {grid[0]} x {grid[1]} is another one's")
-        entered = partial(anatomy.entered, root)
         norms = [(self._layer(key), norm) for key, norm in self.norms.items() if key != "last"]
         made = list((chain if self.chained else beside)(p_1RD, norms[: None if upto is None else upto + 1], entered))
         if self.at_last and upto in (None, len(norms)):
-            *_, raw = raw_positions(anatomy, root, p_1RD)
+            *_, raw = raw_positions(anatomy, entered, p_1RD)
             made.append(self.norms["last"](raw))
-        if self.gates:
-            made = [gate * p for gate, p in zip(self.gates.values(), made, strict=False)]
+        if self.warm_start:
+            made = [getattr(self, f"gate_{key}") * p for key, p in zip(self.norms, made, strict=False)]
         return [anatomy.layout.spread(p) for p in made]
 
     def bias(self, place: int) -> Tensor | None:
         key = list(self.norms)[place]
         bias: Tensor = self.norms[key].get_parameter("bias")
-        return self.gates[key] * bias if self.gates else bias
+        return getattr(self, f"gate_{key}") * bias if self.warm_start else bias
 
     def fold(self, link: Link) -> Way:
         folded = Folded(self, link, link.compute(link.root, None), "folded_position")
@@ -356,7 +372,7 @@ class BesideNorms(WithTable):
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         homes = dict(zip(self.norms, self.homes(anatomy), strict=True))
         norms = {f"lape.norms.{key}": f"{home}.pe_norm" for key, home in homes.items()}
-        gates = {f"lape.gates.{key}": f"{home}.pe_gate" for key, home in homes.items()}
+        gates = {f"lape.gate_{key}": f"{home}.pe_gate" for key, home in homes.items()}
         return {**super().file_names(anatomy), **norms, **gates}
 
 
@@ -384,7 +400,7 @@ class NewBias(Way):
         return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
 
     def forward(
-        self, table: Tensor | None, anatomy: Anatomy, root: nn.Module, grid: Grid | None, upto: int | None
+        self, table: Tensor | None, anatomy: Anatomy, entered: Entered, grid: Grid | None, upto: int | None
     ) -> list[Tensor]:
         """The bias of each block, (1, H, N, N)."""
         return [bias(grid) for bias in self.biases[: _number(upto, anatomy)]]
@@ -476,6 +492,8 @@ class Generated(Way):
     def forward(self, x: Tensor, link: Link) -> Tensor:
         """x with the position of its patches."""
         layout = link.anatomy.layout
+        if link.anatomy.maps:
+            return self.peg.beside_map(x)
         return self.peg.beside(x, link.grid_of(x) or layout.grid, layout.num_prefix)
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
@@ -528,7 +546,7 @@ class Folded(Way):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return self._homes
 
-    def forward(self, table: Any, anatomy: Any, root: Any = None, grid: Grid | None = None, upto: Any = None) -> Any:
+    def forward(self, table: Any, anatomy: Any, entered: Any = None, grid: Grid | None = None, upto: Any = None) -> Any:
         """All constants; or, of a host's own bias, that of one place."""
         if isinstance(table, int):
             return self._buffers[f"constant_{table}"]
@@ -546,10 +564,10 @@ class Folded(Way):
         raise LapeError("a folded model has one size: set the input size before lape.fold_")
 
 
-def raw_positions(anatomy: Anatomy, root: nn.Module, p_1RD: Tensor) -> Iterator[Tensor]:
+def raw_positions(anatomy: Anatomy, entered: Entered, p_1RD: Tensor) -> Iterator[Tensor]:
     """The table as each block gets it, without norms."""
     for layer in range(len(anatomy.blocks)):
-        p_1RD = anatomy.entered(root, layer, p_1RD)
+        p_1RD = entered(layer, p_1RD)
         yield p_1RD
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -151,6 +152,9 @@ def add_to_attn_mask(bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str,
     x, *rest = args
     mask = rest.pop(0) if rest else kwargs.pop("attn_mask", None)
     return (x, *rest), {**kwargs, "attn_mask": masked(bias_1HNN, mask)}
+
+
+torch.fx.wrap("masked")  # whether there is a mask is known when a traced graph runs
 
 
 def masked(bias_1HNN: Tensor, mask: Tensor | None) -> Tensor:

@@ -26,13 +26,15 @@ class PEG(nn.Conv2d):
     def __init__(self, width: int, like: Tensor):
         super().__init__(width, width, 3, padding=1, groups=width, device=like.device, dtype=like.dtype)
 
+    def beside_map(self, x_BRCD: Tensor) -> Tensor:
+        """A map (B, rows, columns, D) with the position of its patches."""
+        return x_BRCD + self(x_BRCD.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
     def beside(self, x: Tensor, grid: Grid, num_prefix: int) -> Tensor:
-        """x with the position of its patches: tokens (B, N, D), or a map (B, rows, columns, D)."""
-        if x.ndim == 4:
-            return x + self(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        """Tokens (B, N, D) with the position of their patches."""
         prefix_BpD, patches_BnD = x[:, :num_prefix], x[:, num_prefix:]
-        map_BDrc = patches_BnD.mT.unflatten(2, grid)
-        return torch.cat([prefix_BpD, patches_BnD + self(map_BDrc).flatten(2).mT], dim=1)
+        map_BDrc = patches_BnD.transpose(1, 2).unflatten(2, grid)
+        return torch.cat([prefix_BpD, patches_BnD + self(map_BDrc).flatten(2).transpose(1, 2)], dim=1)
 
 
 class Generating(Joined):

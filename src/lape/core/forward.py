@@ -16,6 +16,7 @@ import contextlib
 import copy
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,21 +32,27 @@ from lape.core.position import Grid, rows_of
 class Forward:
     """What is known of a forward while it runs."""
 
-    __slots__ = ("grid", "learns", "link", "received", "root")
+    __slots__ = ("grid", "late", "learns", "link", "received", "root", "table")
 
     def __init__(self, link: Link, root: nn.Module):
         self.link = link
         self.root = root  # a replica of the link's own under nn.DataParallel
         self.grid: Grid | None = None  # None: the model's own
+        self.table: Tensor | None = None  # the host's, as its own code has read it
         self.received: list[Tensor] | None = None  # by place, when there is something to compute beforehand
         self.learns = False  # whether `received` carries gradients
+        self.late = False  # whether it is computed when first asked for, as the table is away until it is read
 
     def begin(self, grid: Grid | None) -> None:
-        """The grid is known."""
+        """The grid is known. Positions are computed at once, before a block can be checkpointed."""
         self.grid = grid
-        if self.link.listed:
-            self.received = self.link.compute(self.root, grid)
-            self.learns = torch.is_grad_enabled()
+        self.late = self.link.listed and self.link.is_away(self.root)
+        if self.link.listed and not self.late:
+            self.compute()
+
+    def compute(self) -> None:
+        self.received = self.link.compute(self.root, self.grid, table=self.table)
+        self.learns = torch.is_grad_enabled()
 
 
 class _Here(threading.local):
@@ -92,9 +99,18 @@ class Link:
         table: Tensor | None = owned(*place_of(root, self.anatomy.table_slot))
         return None if table is None else rows_of(table)
 
-    def compute(self, root: nn.Module, grid: Grid | None, upto: int | None = None) -> list[Tensor]:
-        """What each joined place receives, or those up to one, as its tokens are laid out; the one place that does."""
-        received: list[Tensor] = root.lape(self.table(root), self.anatomy, root, grid, upto)  # type: ignore[operator]
+    def is_away(self, root: nn.Module) -> bool:
+        """Whether the table is elsewhere until the host's code reads it (offloading)."""
+        table = self.table(root)
+        return table is not None and table.is_meta
+
+    def compute(
+        self, root: nn.Module, grid: Grid | None, upto: int | None = None, table: Tensor | None = None
+    ) -> list[Tensor]:
+        """What each joined place receives, or those up to one, (1, N, D); the one place that does."""
+        table = self.table(root) if table is None else table
+        entered = partial(self.anatomy.entered, root)
+        received: list[Tensor] = root.lape(table, self.anatomy, entered, grid, upto)  # type: ignore[operator]
         return received
 
     @property
@@ -143,8 +159,12 @@ class Link:
     def shown(self, own: Any) -> Any:
         """What the host's code sees in its slot while it adds: zeros, or a table that it lacks."""
         if own is None:
-            return self.root.lape.tables[0]  # type: ignore[union-attr, index]
-        return None if isinstance(own, nn.Module) else _zeros(own)
+            return self.running.lape()  # type: ignore[operator]
+        if isinstance(own, nn.Module):
+            return None
+        if (here := HERE.forward) is not None and here.link is self:
+            here.table = rows_of(own)
+        return _zeros(own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         root = memo.get(id(self.root))
@@ -164,6 +184,10 @@ class Link:
 def received(module: Any, x: Tensor) -> Tensor:
     """What a joined module's tokens x receive, (1, N, D) or for a map (1, rows, columns, D), in their dtype."""
     link, here = module._lape, HERE.forward
+    if here is not None and here.late and here.link is link:
+        here.late = False
+        with _saved_as_it_is():
+            here.compute()
     if (
         here is not None
         and here.link is link

@@ -65,7 +65,7 @@ def resample(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
     prefix_1PD, patches_1nD = p_1RD[:, : layout.prefix_rows], p_1RD[:, layout.prefix_rows :]
     image = patches_1nD.float().unflatten(1, layout.grid).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([prefix_1PD, image.flatten(2).mT.to(p_1RD.dtype)], dim=1)
+    return torch.cat([prefix_1PD, image.flatten(2).transpose(1, 2).to(p_1RD.dtype)], dim=1)
 
 
 def sin_cos(coordinate_n: Tensor, width: int) -> Tensor:

@@ -43,7 +43,7 @@ def _table_names(conversion: Conversion) -> set[str]:
     """The names of the position tables in files, inside the converted model: the host's, numbered for `unshare`."""
     names = conversion.way.file_names(conversion.anatomy)
     slot = conversion.anatomy.table_slot
-    tables = {theirs for ours, theirs in names.items() if ours.startswith("lape.tables.")}
+    tables = {theirs for ours, theirs in names.items() if ours.startswith("lape.table_")}
     return tables | ({names.get(slot, slot)} if slot is not None and conversion.way.uses_table else set())
 
 
