@@ -1,8 +1,8 @@
 """The ways of joining, each with its whole life: what it adds, how it enters and leaves a model, folds and is stored.
 
 A way is the module `model.lape`: it owns all that is new and computes, once a forward, what every joined place
-receives. It does not hold the model; who calls it hands over the host's table and how a block gets it. Which way a join and a kind
-need is asked of the ways, in the order of `WAYS`.
+receives. It does not hold the model: who calls it hands over the host's table and how a block gets it. The ways are
+asked in the order of `WAYS` whether they cover a join and a kind.
 
 Shape legend: B batch, N tokens, R rows of the position table, D width, L layers, H heads.
 """
