@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lape.convert import apply_, create_model, fold_, remove_
     from lape.errors import CheckpointError, DataError, LapeError, UnsupportedModelError
     from lape.files.folder import load, push_to_hub, save
-    from lape.files.read import read_checkpoint
+    from lape.files.read import Checkpoint, read_checkpoint
     from lape.hosts import Anatomy, Host, hosts, register_host
     from lape.layers import Description, describe, grid, last_position, num_prefix_tokens, position_bias, positions
     from lape.look.explorer.explorer import explore
@@ -33,7 +33,7 @@ _HOME = {
     "hosts": ("Anatomy", "Host", "hosts", "register_host"),
     "layers": ("Description", "describe", "grid", "last_position", "num_prefix_tokens", "position_bias", "positions"),
     "files.folder": ("load", "push_to_hub", "save"),
-    "files.read": ("read_checkpoint",),
+    "files.read": ("Checkpoint", "read_checkpoint"),
     "look.explorer.explorer": ("explore",),
     "look.similarity": ("correlation",),
     "position": ("Layout",),

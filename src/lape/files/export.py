@@ -6,6 +6,7 @@ no norm of a position and no resampling left in it. Nothing is kept whose output
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from lape.errors import LapeError
 from lape.files.atomic import write_atomically
 from lape.files.folder import load, save
 from lape.files.read import Checkpoint, read_checkpoint
-from lape.files.restore import model_from_checkpoint
+from lape.files.restore import restore
 from lape.layers import describe
 from lape.names import match_name
 from lape.record import conversion_of
@@ -96,12 +96,12 @@ def export(
     if images_BCHW.ndim != 4 or len(images_BCHW) < 2:
         raise LapeError(f"images of shape {tuple(images_BCHW.shape)}: (2 or more, channels, height, width) is needed")
     checkpoint = None if isinstance(source, nn.Module) else read_checkpoint(source)
-    eager = source if isinstance(source, nn.Module) else model_from_checkpoint(checkpoint)  # type: ignore[arg-type]
-    eager = eager.eval()
+    height, width = images_BCHW.shape[2:]
+    eager = source.eval() if isinstance(source, nn.Module) else restore(checkpoint or source, size=(height, width))
     say(f"exporting {describe(eager)}")
     with torch.no_grad():
         expected_BC = _Outputs(eager)(images_BCHW)
-    shipped = _copy(eager)
+    shipped = copy.deepcopy(eager)
     if fold and not conversion_of(shipped).folded:
         fold_(shipped)
     target = Path(output_dir).expanduser()
@@ -127,12 +127,6 @@ def export(
     text = json.dumps(report, indent=2, default=asdict) + "\n"
     write_atomically(target / REPORT, lambda file: file.write(text.encode()))
     return done
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(model)
 
 
 def _make(folder: Path) -> None:
@@ -184,16 +178,8 @@ Written = tuple[Path, Callable[[Tensor], Tensor], dict[str, int]]
 
 def _write_folder(model: nn.Module, checkpoint: Checkpoint | None, _images: Tensor, folder: Path) -> Written:
     classes, transform = (checkpoint.classes, checkpoint.transform) if checkpoint is not None else (None, None)
-    blueprint = _blueprint(model, checkpoint)
-    path = save(model, folder / "folder", classes=classes, transform=transform, **blueprint)
+    path = save(model, folder / "folder", classes=classes, transform=transform)
     return path, _Outputs(load(path)), {}
-
-
-def _blueprint(model: nn.Module, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """The timm name and arguments, where the model does not tell them but its checkpoint does."""
-    if conversion_of(model).factory or checkpoint is None or "model" not in checkpoint.args:
-        return {}
-    return {"name": checkpoint.args["model"], **(checkpoint.args.get("model_kwargs") or {})}
 
 
 def _write_torch(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: Tensor, folder: Path) -> Written:

@@ -63,22 +63,8 @@ class Checkpoint:
         """The evaluation transform, when the file holds it."""
         return self.raw.get("transform")
 
-    def setting(self, name: str, given: Any = None) -> Any:
-        """The value of a flag: the given one, else what the file says.
 
-        Raises CheckpointError when both speak and differ, or when neither does.
-        """
-        said = self.args.get(name)
-        if given is None and said is None:
-            flag = name.replace("_", "-")
-            raise CheckpointError(f"{self.path} does not say its {name}: give it by --{flag}")
-        if given is not None and said is not None and given != said:
-            flag = name.replace("_", "-")
-            raise CheckpointError(f"--{flag} {given} was given, but {self.path} holds a model with {name}={said}")
-        return said if given is None else given
-
-
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads a checkpoint of this project, of DeiT or of the LaPE authors, or a folder written by `save`, or by
     `save_pretrained` of a converted model of transformers.
 

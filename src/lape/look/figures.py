@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from lape.errors import LapeError
 from lape.files.atomic import write_atomically
-from lape.files.restore import load
+from lape.files.read import read_checkpoint
+from lape.files.restore import restore_to_draw
 from lape.layers import Description, Size, View, describe, position_bias, positions
 from lape.look.colours import COLOURS as JOIN_COLOURS
 from lape.look.measures import MEASURES, measure_all
@@ -224,7 +225,8 @@ def visualize(
             )
         model, name = source, model_name or f"{type(source).__name__}_{describe(source).join}"
     else:
-        model, name = load(source, model_name, join, pe, size, ema)
+        checkpoint = read_checkpoint(source)
+        model, name = restore_to_draw(checkpoint, model_name, size=size, ema=ema, join=join, pe=pe)
     about = describe(model)
     if name in ("", ".", "..") or Path(name).name != name:
         raise LapeError(f"model_name={name!r} is not the name of a folder: put the path into save_dir")
