@@ -239,7 +239,8 @@ def test_batches_travel_as_bytes_and_are_finished_on_the_device(folder):
     fields = recipe(folder, decode="fast", reprob=1.0)
     found = load_data(fields).train
     loader = train_loader(found, fields, epoch=0, device=torch.device("meta"))
-    (levels, patches), _ = loader.collate_fn(loader.dataset.__getitems__(next(iter(loader.batch_sampler))))
+    batch = loader.dataset.__getitems__(next(iter(loader.batch_sampler)))
+    levels, patches = batch.images, batch.patches
     assert levels.dtype == torch.uint8
     assert levels.shape == (4, 48, 48, 3)
     assert len(patches) == 4

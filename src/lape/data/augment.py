@@ -148,7 +148,7 @@ def train_transform(recipe: Recipe, *, whole: bool = False) -> Transform:
     if typos:  # timm would ignore them
         raise LapeError(f"aa={recipe.aa!r}: {typos[0]!r} has no number, use e.g. rand-m9-mstd0.5-inc1, or none")
     try:
-        transform = create_transform(
+        transform: transforms.Compose = create_transform(
             recipe.input_size,
             is_training=True,
             scale=recipe.scale,  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ def is_augmented(recipe: Recipe) -> bool:
     return bool(recipe.aa or recipe.color_jitter or recipe.reprob or recipe.three_augment)
 
 
-def _crop(recipe: Recipe, whole: bool) -> list[Callable]:
+def _crop(recipe: Recipe, whole: bool) -> list[Callable[..., Any]]:
     """Return what replaces the random resized crop, nothing where it stays."""
     size = (recipe.input_size, recipe.input_size)
     interpolation = "bicubic" if recipe.train_interpolation == "random" else recipe.train_interpolation
@@ -192,7 +192,7 @@ def _crop(recipe: Recipe, whole: bool) -> list[Callable]:
     return []
 
 
-def _cover(size: tuple[int, int], interpolation: str) -> Callable:
+def _cover(size: tuple[int, int], interpolation: str) -> Callable[..., Any]:
     """Resize, aspect kept, until the image just covers `size`; one that already fits is not touched."""
     if size[0] == size[1]:
         return transforms.Resize(size[0], str_to_interp_mode(interpolation))
@@ -205,6 +205,7 @@ def _keep_one_bit(transform: transforms.Compose) -> None:
     timm may ask for 0 bits: Pillow 13 raises then (about once in 800 images under DeiT's policy), earlier ones
     return a black image. Only the operations of this transform are changed, timm itself is not.
     """
+    operation: Any  # timm declares the function itself as its attribute's type
     for operation in operations(transform):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _Posterize(operation.aug_fn)
@@ -212,7 +213,7 @@ def _keep_one_bit(transform: transforms.Compose) -> None:
 
 @dataclass(frozen=True)
 class _Posterize:
-    posterize: Callable
+    posterize: Callable[..., Image.Image]
 
     def __call__(self, image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
         return self.posterize(image, max(1, bits), **kwargs)

@@ -62,14 +62,16 @@ class Stream:
         return self.uniform() < probability
 
     def normal(self, mean: float, std: float) -> Tensor:
-        return mean + std * torch.special.ndtri(self.uniform().clamp(min=2.0**-53))
+        deviation: Tensor = torch.special.ndtri(self.uniform().clamp(min=2.0**-53))
+        return mean + std * deviation
 
     def noise(self, chosen: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
         """Standard normal float32 (len(chosen), *shape) of the chosen images, made on the device."""
         first = self._bits()[chosen].to(device, non_blocking=True)
         step = GOLDEN * torch.arange(1, math.prod(shape) + 1, device=device)
         middle = (_unit(_mixed(first[:, None] + step)) + 2.0**-54).float().clamp(2.0**-25, 1 - 2.0**-24)
-        return torch.special.ndtri(middle).view(-1, *shape)
+        deviation: Tensor = torch.special.ndtri(middle)
+        return deviation.view(-1, *shape)
 
     def _bits(self) -> Tensor:
         self.drawn += 1
@@ -483,7 +485,7 @@ TWINS: dict[type, Twin | None] = {
 # ------------------------------------------------------------------------------------------------ data set and loader
 
 
-class OnDevice(Dataset):
+class OnDevice(Dataset[Tensor]):
     """`images` (n, C, H, W) uint8 and `targets` (n,) int64 on the device, and what is done to a batch of them."""
 
     def __init__(self, images: Tensor, targets: Tensor, steps: Sequence[Step]) -> None:
@@ -506,7 +508,7 @@ class OnDevice(Dataset):
 class DeviceLoader:
     """The batches of one epoch of an `OnDevice` set, with what `lape.data.loaders.Loader` offers."""
 
-    def __init__(self, dataset: OnDevice, batch_sampler: Sampler, seed: int) -> None:
+    def __init__(self, dataset: OnDevice, batch_sampler: Sampler[list[tuple[int, int]]], seed: int) -> None:
         self.dataset, self.batch_sampler, self.seed = dataset, batch_sampler, seed
         self.skipped: list[str] = []  # none: every image was read before the first step
 
@@ -526,7 +528,7 @@ class ToBytes:
         self.shape: tuple[int, ...] | None = None
 
     def __call__(self, image: Any) -> Tensor:
-        pixels = self.convert(self.once(image))
+        pixels: Tensor = self.convert(self.once(image))
         if self.shape is None:
             self.shape = tuple(pixels.shape)
         if tuple(pixels.shape) != self.shape:
@@ -555,7 +557,7 @@ def room_for(count: int, shape: Sequence[int], device: torch.device) -> Tensor:
 
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return float(torch.cuda.mem_get_info(device)[0])
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not on this system: the allocation itself will tell

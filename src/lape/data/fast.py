@@ -106,6 +106,7 @@ class FastTrain:
 
     def __init__(self, plain: Any, in_chans: int) -> None:
         steps = copy.deepcopy(plain)
+        operation: Any
         for operation in operations(steps):
             operation.aug_fn = _Operation(operation.name, operation.aug_fn)
         self.crop, self.flip, *rest = steps.transforms
@@ -150,7 +151,7 @@ class _Operation:
     """An operation of timm's policies, for images that become Pillow's only where that is needed."""
 
     name: str
-    plain: Callable
+    plain: Callable[..., Any]
 
     def __call__(self, image: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and self.name in SLIDES and kwargs.get("resample") == Image.Resampling.BICUBIC:
@@ -198,7 +199,7 @@ def _check_filter(name: str, value: str, allowed: tuple[str, ...] = FILTERS) -> 
         raise LapeError(f"decode='fast' has no {name}={value!r}: use {', '.join(allowed)}, or --decode exact")
 
 
-class FastImages(Dataset):
+class FastImages(Dataset[tuple[Tensor, int]]):
     """Image files whose batches stay 8-bit until they are on the device.
 
     An item is (float32 image (in_chans, H, W), class number), as everywhere; the loader takes `levels` and finishes
@@ -228,12 +229,13 @@ class FastImages(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        (pixels, patches), target = self.levels(index)
+        pixels, target, patches = self.levels(index)
         return self.finish(pixels[None], [patches], torch.device("cpu"))[0], target
 
-    def levels(self, index: int) -> tuple[Levels, int]:
-        """Return an item as it travels: ((H, W, C) uint8 and what is erased), and its class number."""
-        return self.transform(self.read(self.paths[index])), self.targets[index]
+    def levels(self, index: int) -> tuple[Tensor, int, list[Patch]]:
+        """Return an item as it travels: (H, W, C) uint8, its class number, and what is erased."""
+        pixels, patches = self.transform(self.read(self.paths[index]))
+        return pixels, self.targets[index], patches
 
     def finish(self, levels_BHWC: Tensor, patches: Sequence[list[Patch]], device: torch.device) -> Tensor:
         """Return the batch on the device: float32 (B, C, H, W), normalised, erased."""

@@ -11,9 +11,10 @@ import torch
 
 from lape.data.augment import Transform, eval_transform, train_transform
 from lape.data.device import OnDevice, Step, ToBytes, room_for, split_transform
+from lape.data.folders import one_class
 from lape.data.images import load_image
-from lape.data.loaders import CPU, EvalBatches, Samples, _loader, check_batch, steps_per_epoch
-from lape.data.sets import Images, _cifar, _digits, _reader, _sized
+from lape.data.loaders import CPU, EvalBatches, Items, Loader, Samples, check_batch, steps_per_epoch
+from lape.data.sets import _cifar, _digits, _reader
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -70,17 +71,16 @@ def load_data(
     steps: dict[str, list[Step]] = {}
     if recipe.data_on_device:
         made, steps = _for_device(recipe, made, torch.device(device))
-    sets, classes, name = read(recipe, root, made)
+    opened, classes, name = read(recipe, root, made)
+    sets: dict[str, Items | OnDevice] = dict(opened)
     if fast and train:  # the images that a training is measured on stay exact
         sets["train"] = _fast(sets["train"], recipe, train=True)
     elif fast and val:
         sets["val"] = _fast(sets["val"], recipe, train=False)
     if train:
         if len(classes) < 2:
-            raise DataError(
-                f"{root} has one class, {classes[0]!r}: nothing can be learned; is it the right folder level?"
-            )
-        steps_per_epoch(len(_sized(sets["train"])), recipe, world_size)
+            raise DataError(one_class(root, classes))
+        steps_per_epoch(len(sets["train"]), recipe, world_size)
     for split in steps:
         sets[split] = _put_on_device(sets[split], steps[split], recipe, torch.device(device))
     return Data(sets.get("train"), sets.get("val"), classes, name)
@@ -103,10 +103,10 @@ def _for_device(
 
 def _put_on_device(dataset: Any, steps: list[Step], recipe: Recipe, device: torch.device) -> OnDevice:
     """Read every image once. Raises DataError."""
-    n = len(_sized(dataset))
+    n = len(dataset)
     images, targets = room_for(n, dataset[0][0].shape, device), torch.empty(n, dtype=torch.long, device=device)
     first = 0
-    for some, numbers in _loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe, CPU):
+    for some, numbers in Loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe, CPU):
         images[first : first + len(some)], targets[first : first + len(some)] = some, numbers
         first += len(some)
     return OnDevice(images, targets, steps)
@@ -116,8 +116,7 @@ def _fast(plain: Any, recipe: Recipe, *, train: bool) -> FastImages:
     """The same files and classes, read by `lape.data.fast`."""
     from lape.data.fast import FastEval, FastImages, fast_train, read_levels
 
-    paths = plain.sources if isinstance(plain, Images) else [path for path, _ in plain.samples]
     read = partial(read_levels, in_chans=recipe.in_chans, plain=partial(load_image, in_chans=recipe.in_chans))
     shown = eval_transform(recipe)
     transform = fast_train(recipe, plain.transform) if train else FastEval(shown)
-    return FastImages(paths, plain.targets, read, transform, shown.mean, shown.std)
+    return FastImages(plain.sources, plain.targets, read, transform, shown.mean, shown.std)

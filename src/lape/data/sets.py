@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,26 +21,28 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from lape.data.augment import Transform, is_augmented
-from lape.data.images import is_image, load_image, to_mode
+from lape.data.folders import check_root, few, survey
+from lape.data.images import load_image, to_mode
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe
 
 CACHE_BYTES = 2**28  # tensors of an unaugmented in-memory data set are kept up to this size
-LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*"
 
-Opened = tuple[dict[str, Dataset], list[str], str]  # the sets by split, the classes, the name
+Sets = dict[str, "Images | InMemory"]  # by split
+Opened = tuple[Sets, list[str], str]  # the sets, the classes, the name
 
 
-class Images(Dataset):
+class Images(Dataset[tuple[torch.Tensor, int]]):
     """Images in memory or in files, read by `read(source)`: (image, target) items."""
 
-    def __init__(self, sources: Any, targets: Sequence[int], read: Callable, transform: Transform) -> None:
+    def __init__(
+        self, sources: Any, targets: Sequence[int], read: Callable[[Any], Image.Image], transform: Transform
+    ) -> None:
         self.sources, self.targets, self.read, self.transform = sources, targets, read, transform
 
     def __len__(self) -> int:
@@ -50,7 +52,7 @@ class Images(Dataset):
         return self.transform(self.read(self.sources[index])), self.targets[index]
 
 
-class InMemory(Dataset):
+class InMemory(Dataset[tuple[torch.Tensor, int]]):
     """A data set without randomness, transformed once: `images` (n, in_chans, H, W) float32, `targets` (n,) int64."""
 
     def __init__(self, dataset: Images) -> None:
@@ -72,20 +74,11 @@ class InMemory(Dataset):
 def _reader(recipe: Recipe) -> tuple[Callable[..., Opened], Path]:
     root = Path(recipe.data_path).expanduser()
     if recipe.data_path:
-        _check_root(root)
+        check_root(root)
         return READERS[recipe.data_set], root
     if recipe.data_set != "IMNET":
         raise DataError(f"--data-set {recipe.data_set} needs --data-path: nothing is downloaded, name its folder")
     return _digits, root
-
-
-def _check_root(root: Path) -> None:
-    if not root.exists():
-        raise DataError(f"data folder {root} does not exist: {LAYOUT}, or be left out for the packaged digits")
-    if not root.is_dir():
-        raise DataError(f"{root} is a file, not a data folder: unpack it; {LAYOUT}")
-    if not _names(root):
-        raise DataError(f"data folder {root} is empty: {LAYOUT}")
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +105,7 @@ def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _digits(recipe: Recipe, root: Path, transforms: dict[str, Transform]) -> Opened:
     """Digits are neither cropped nor mirrored in training; with no other augmentation they become tensors at once."""
-    sets: dict[str, Dataset] = {}
+    sets: Sets = {}
     for split, transform in transforms.items():
         images, labels = digits(split)
         grey = np.round(images * (255 / 16)).astype(np.uint8)
@@ -128,80 +121,23 @@ def _from_array(pixels: np.ndarray, in_chans: int) -> Image.Image:
 
 
 def _folders(recipe: Recipe, root: Path, transforms: dict[str, Transform]) -> Opened:
-    """`root/<split>/<class>/*`; the other split's classes are compared where it exists, even if it is not used."""
-    classes = {split: _classes(root, split) for split in transforms}
-    for split in {"train", "val"} - set(classes):
-        present = _subfolders(root / split) if (root / split).is_dir() else []
-        if present:
-            classes[split] = present
-    if len(classes) == 2 and classes["train"] != classes["val"]:
-        raise DataError(f"classes of {root}/train and {root}/val differ: {_difference(classes)}; make both the same")
-    sets: dict[str, Dataset] = {
-        split: _folder(root / split, recipe, transform) for split, transform in transforms.items()
-    }
-    return sets, next(iter(classes.values())), _counted(str(root), sets, next(iter(classes.values())))
+    """`root/<split>/<class>/*`."""
+    found = survey(root, tuple(transforms))
+    if found.errors:
+        raise DataError(found.errors[0])
+    read = partial(load_image, in_chans=recipe.in_chans)
+    sets: Sets = {}
+    for split, transform in transforms.items():
+        by_class = found.images[split].values()
+        targets = [number for number, paths in enumerate(by_class) for _ in paths]
+        sets[split] = Images([path for paths in by_class for path in paths], targets, read, transform)
+    classes = list(next(iter(found.images.values())))
+    return sets, classes, _counted(str(root), sets, classes)
 
 
-def _folder(folder: Path, recipe: Recipe, transform: Transform) -> ImageFolder:
-    found = ImageFolder(
-        str(folder),
-        transform=transform,
-        loader=partial(load_image, in_chans=recipe.in_chans),
-        is_valid_file=is_image,
-        allow_empty=True,  # reported here, with the folder and the fix
-    )
-    counts = np.bincount(found.targets, minlength=len(found.classes))
-    empty = [folder / name for name, count in zip(found.classes, counts, strict=True) if not count]
-    for path in empty:
-        _names(path)  # an unreadable folder looks empty to torchvision
-    if empty:
-        kinds = " ".join(IMG_EXTENSIONS)
-        raise DataError(
-            f"no image in class folder {_first(empty)}: put images there ({kinds}) or remove it from train and val"
-        )
-    return found
-
-
-def _classes(root: Path, split: str) -> list[str]:
-    folder = root / split
-    if not folder.is_dir():
-        raise DataError(f"{root} has no folder {split}/ (it holds {_first(_names(root))}): {LAYOUT}")
-    classes = _subfolders(folder)
-    flat = [name for name in _names(folder) if is_image(name) and name not in classes]
-    if flat:
-        fix = f"move every image to {folder}/<class>/"
-        raise DataError(f"{folder} holds {len(flat)} image(s) outside class folders ({_first(flat)}): {fix}")
-    if not classes:
-        raise DataError(f"{folder} has no class folders: {LAYOUT}")
-    return classes
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return [name for name in _names(folder) if (folder / name).is_dir()]
-
-
-def _names(folder: Path) -> list[str]:
-    """List a folder in lexical order, torchvision's."""
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise DataError(f"cannot read folder {folder} ({error.strerror}): make it readable for this user") from None
-
-
-def _difference(classes: dict[str, list[str]]) -> str:
-    train, val = set(classes["train"]), set(classes["val"])
-    parts = {"train": sorted(train - val), "val": sorted(val - train)}
-    return ", ".join(f"only in {split}: {_first(names)}" for split, names in parts.items() if names)
-
-
-def _first(names: Sequence[Any], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return " ".join(str(name) for name in names[:most]) + rest
-
-
-def _counted(what: str, sets: dict[str, Dataset], classes: list[str]) -> str:
+def _counted(what: str, sets: Sets, classes: list[str]) -> str:
     words = {"train": "training", "val": "validation"}
-    counts = ", ".join(f"{len(_sized(found))} {words[split]} images" for split, found in sets.items())
+    counts = ", ".join(f"{len(found)} {words[split]} images" for split, found in sets.items())
     return f"{what} ({len(classes)} classes, {counts})"
 
 
@@ -212,7 +148,7 @@ def _cifar(recipe: Recipe, root: Path, transforms: dict[str, Transform]) -> Open
     if name is None:
         wanted = " or ".join(f"{root / kind.base_folder}" for kind in known.values())
         raise DataError(f"no CIFAR in {root}: unpack the Python version of the official archive, to get {wanted}")
-    sets: dict[str, Dataset] = {}
+    sets: Sets = {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy on how the official files were pickled, long ago
@@ -241,7 +177,7 @@ def _inat(recipe: Recipe, root: Path, transforms: dict[str, Transform]) -> Opene
         label_of = {int(entry.get("id", place)): str(entry[recipe.inat_category]) for place, entry in enumerate(table)}
         seen = dict.fromkeys(label_of[int(entry["category_id"])] for entry in listing["annotations"])
         number = {label: place for place, label in enumerate(seen)}
-        sets: dict[str, Dataset] = {}
+        sets: Sets = {}
         for split, transform in transforms.items():
             images = listing["images"] if split == "train" else _json(root / f"{split}{year}.json")["images"]
             parts = [entry["file_name"].split("/") for entry in images]
@@ -264,7 +200,7 @@ def _inat_paths(root: Path, parts: list[list[str]]) -> list[str]:
     for paths in (whole, short):
         if paths and os.path.exists(paths[0]):
             return paths
-    raise DataError(f"no image at {_first(whole[:1] + short[:1]) or root}: unpack the images beside the json files")
+    raise DataError(f"no image at {few(whole[:1] + short[:1]) or root}: unpack the images beside the json files")
 
 
 def _json(path: Path) -> Any:
@@ -274,11 +210,6 @@ def _json(path: Path) -> Any:
         raise DataError(f"cannot read {path} ({error.strerror}): an iNaturalist folder holds it") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): get the file again") from None
-
-
-def _sized(dataset: Dataset) -> Sized:
-    assert isinstance(dataset, Sized)
-    return dataset
 
 
 READERS: dict[str, Callable[..., Opened]] = {"IMNET": _folders, "CIFAR": _cifar, "INAT": _inat, "INAT19": _inat}
