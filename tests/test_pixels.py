@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import damage
 from PIL import Image
-from test_data import damage
 from torchvision.transforms.v2.functional import pil_to_tensor
 from training import quiet, read, run_until, same, tiny
 

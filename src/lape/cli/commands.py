@@ -297,6 +297,7 @@ def visualize(
 
 
 @app.command
+@arguments_as(tolerance="--tolerance", formats="--formats")
 def export(
     checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
     *,

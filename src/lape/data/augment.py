@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,15 +209,11 @@ def _keep_one_bit(transform: transforms.Compose) -> None:
     operation: Any  # timm declares the function itself as its attribute's type
     for operation in operations(transform):
         if operation.name.startswith("Posterize"):
-            operation.aug_fn = _Posterize(operation.aug_fn)
+            operation.aug_fn = partial(_posterize, operation.aug_fn)
 
 
-@dataclass(frozen=True)
-class _Posterize:
-    posterize: Callable[..., Image.Image]
-
-    def __call__(self, image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-        return self.posterize(image, max(1, bits), **kwargs)
+def _posterize(plain: Callable[..., Image.Image], image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    return plain(image, max(1, bits), **kwargs)
 
 
 def operations(transform: transforms.Compose) -> Iterator[AugmentOp]:

@@ -20,12 +20,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
 from lape.data.folders import SPLITS, check_root, few, survey
-from lape.data.images import to_mode
+from lape.data.images import reason_of, to_mode
 from lape.data.loaders import processors
 
 WNID = re.compile(r"n\d{8}")
@@ -99,38 +99,31 @@ def check_data(root: str | Path, *, workers: int | None = None, progress: bool |
     """
     began, root = time.perf_counter(), Path(root).expanduser()
     check_root(root)
-    seen = survey(root)
-    counts = {split: {name: len(paths) for name, paths in classes.items()} for split, classes in seen.images.items()}
-    report = Report(str(root), counts, seen.errors)
-    _judge_others([os.path.relpath(path, root) for path in seen.others], report)
+    folder = survey(root)
+    counts = {split: {name: len(paths) for name, paths in classes.items()} for split, classes in folder.images.items()}
+    report = Report(str(root), counts, folder.errors)
+    _judge_others([os.path.relpath(path, root) for path in folder.others], report)
     _judge_classes(report)
-    files = [path for classes in seen.images.values() for paths in classes.values() for path in paths]
+    files = [path for classes in folder.images.values() for paths in classes.values() for path in paths]
     hashes: dict[str, dict[bytes, str]] = {split: {} for split in SPLITS}
-    smallest, largest = sys.maxsize, 0
-    odd: dict[str, list[str]] = {}
+    sides: set[int] = set()
     findings = _shown(_inspect_all(files, workers or processors()), len(files), progress)
-    for whole, (reason, kind, width, height, digest) in zip(files, findings, strict=True):
-        path = os.path.relpath(whole, root)
-        if reason:
-            report.corrupt[path] = reason
+    for path, finding in sorted(zip((os.path.relpath(file, root) for file in files), findings, strict=True)):
+        if finding.reason:
+            report.corrupt[path] = finding.reason
             continue
-        if kind not in USUAL:
-            odd.setdefault(ODD.get(kind, kind), []).append(path)
-        smallest, largest = min(smallest, width, height), max(largest, width, height)
-        hashes[path.partition(os.sep)[0]].setdefault(digest, path)
-    report.odd = {kind: sorted(paths) for kind, paths in sorted(odd.items())}
-    report.corrupt = dict(sorted(report.corrupt.items()))
-    report.duplicates = sorted(
-        [hashes["train"][digest], path] for digest, path in hashes["val"].items() if digest in hashes["train"]
-    )
-    if largest:
-        report.sizes = {"smallest": smallest, "largest": largest}
+        if finding.mode not in USUAL:
+            report.odd.setdefault(ODD.get(finding.mode, finding.mode), []).append(path)
+        sides |= {finding.width, finding.height}
+        hashes[path.partition(os.sep)[0]].setdefault(finding.digest, path)
+    report.odd = dict(sorted(report.odd.items()))
+    both = hashes["train"].keys() & hashes["val"].keys()
+    report.duplicates = sorted([hashes["train"][digest], hashes["val"][digest]] for digest in both)
+    if sides:
+        report.sizes = {"smallest": min(sides), "largest": max(sides)}
     _judge_files(report)
     report.seconds = round(time.perf_counter() - began, 2)
     return report
-
-
-# ------------------------------------------------------------------------------------------------ folders
 
 
 def _judge_others(others: list[str], report: Report) -> None:
@@ -155,8 +148,8 @@ def _judge_classes(report: Report) -> None:
     elif len(wnids) == 1000:
         from timm.data import ImageNetInfo  # seconds
 
-        if (known := ImageNetInfo("imagenet-1k").label_names()) != wnids:
-            strange = sorted(set(wnids) - set(known))
+        if (imagenet := ImageNetInfo("imagenet-1k").label_names()) != wnids:
+            strange = sorted(set(wnids) - set(imagenet))
             report.warnings.append(f"1000 WordNet ids, but not those of ImageNet-1k: {few(strange)} are others")
     numeric = [name for name in names if name.isdigit()]
     if numeric and sorted(numeric, key=int) != sorted(numeric):
@@ -166,9 +159,14 @@ def _judge_classes(report: Report) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ files
+class Finding(NamedTuple):
+    """What became of a file: why it is corrupt, or its mode, size in pixels and the hash of its bytes."""
 
-Finding = tuple[str, str, int, int, bytes]  # reason why it is corrupt, mode, width, height, hash of the bytes
+    reason: str = ""
+    mode: str = ""
+    width: int = 0
+    height: int = 0
+    digest: bytes = b""
 
 
 def _inspect_all(paths: list[str], workers: int) -> Iterator[Finding]:
@@ -184,23 +182,23 @@ def _inspect(path: str) -> Finding:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        return error.strerror or "cannot be read", "", 0, 0, b""
+        return Finding(error.strerror or "cannot be read")
     if not data:
-        return "empty file", "", 0, 0, b""
+        return Finding("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
-            mode, (width, height) = image.mode, image.size
+            mode, size = image.mode, image.size
             image.draft("L", (1, 1))
             image.load()
             if image.mode not in PLAIN:
                 to_mode(image, 3)  # refuses pixels of unknown range
     except UnidentifiedImageError:
-        return "not an image", "", 0, 0, b""
-    except Exception as error:  # decoders raise what they like on a corrupt file
-        return " ".join(str(error).split()) or type(error).__name__, "", 0, 0, b""
-    return "", mode, width, height, blake2b(data, digest_size=16).digest()
+        return Finding("not an image")
+    except Exception as error:
+        return Finding(reason_of(error))
+    return Finding("", mode, *size, blake2b(data, digest_size=16).digest())
 
 
 def _judge_files(report: Report) -> None:
@@ -220,12 +218,10 @@ def _judge_files(report: Report) -> None:
             report.warnings.append(f"{inside[True]} of them under another class")
 
 
-def _shown(found: Iterable[Any], total: int, progress: bool | None) -> Iterator[Any]:
+def _shown(findings: Iterable[Finding], total: int, progress: bool | None) -> Iterable[Finding]:
     """The findings, with a bar on a terminal."""
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield from found
-        return
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(found, "Images", total=total, console=Console(stderr=True), transient=True)
+    hidden = not (sys.stderr.isatty() if progress is None else progress)
+    return track(findings, "Images", total, console=Console(stderr=True), transient=True, disable=hidden)

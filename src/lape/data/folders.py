@@ -45,12 +45,12 @@ def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
     Raises:
         DataError: a folder that cannot be read.
     """
-    seen, classes = Survey(), dict[str, list[str]]()
+    result, classes = Survey(), dict[str, list[str]]()
     for split in splits:
         if (root / split).is_dir():
-            classes[split] = _look_into(root / split, split, seen)
+            classes[split] = _look_into(root / split, split, result)
         else:
-            seen.errors.append(f"{root} has no folder {split}/ (it holds {few(_names(root))}): {LAYOUT}")
+            result.errors.append(f"{root} has no folder {split}/ (it holds {few(_names(root))}): {LAYOUT}")
     for split in set(SPLITS) - set(splits):
         if (root / split).is_dir():
             classes[split] = _subfolders(root / split)
@@ -58,16 +58,21 @@ def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
     if train and val and train != val:
         alone = {"train": sorted(train - val), "val": sorted(val - train)}
         text = ", ".join(f"only in {split}: {few(names)}" for split, names in alone.items() if names)
-        seen.errors.append(f"classes of {root}/train and {root}/val differ: {text}; make both the same")
-    empty = [root / split / name for split, found in seen.images.items() for name, paths in found.items() if not paths]
+        result.errors.append(f"classes of {root}/train and {root}/val differ: {text}; make both the same")
+    empty = [
+        root / split / name
+        for split, by_class in result.images.items()
+        for name, paths in by_class.items()
+        if not paths
+    ]
     if empty:
         kinds = " ".join(IMG_EXTENSIONS)
-        seen.errors.append(
+        result.errors.append(
             f"no image in class folder {few(empty)}: put images there ({kinds}) or remove it from train and val"
         )
     if "train" in splits and len(train) == 1:
-        seen.errors.append(one_class(root, classes["train"]))
-    return seen
+        result.errors.append(one_class(root, classes["train"]))
+    return result
 
 
 def one_class(root: Path, classes: Sequence[str]) -> str:
@@ -80,22 +85,22 @@ def few(items: Sequence[object], most: int = 5) -> str:
     return ", ".join(str(item) for item in items[:most]) + more
 
 
-def _look_into(folder: Path, split: str, seen: Survey) -> list[str]:
+def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
     """Enter the images of a split, and what is wrong with its layout; returns its classes."""
     classes = _subfolders(folder)
-    seen.images[split] = {name: [] for name in classes}
-    for name, images in seen.images[split].items():
+    result.images[split] = {name: [] for name in classes}
+    for name, images in result.images[split].items():
         for place, _, files in sorted(os.walk(folder / name, onerror=_unreadable, followlinks=True)):
             for file in sorted(files):
-                (images if is_image(file) else seen.others).append(os.path.join(place, file))
-    files = [name for name in _names(folder) if name not in seen.images[split]]
+                (images if is_image(file) else result.others).append(os.path.join(place, file))
+    files = [name for name in _names(folder) if name not in result.images[split]]
     flat = [name for name in files if is_image(name)]
-    seen.others += [str(folder / name) for name in files if name not in flat]
+    result.others += [str(folder / name) for name in files if name not in flat]
     if flat:
         fix = f"move every image to {folder}/<class>/"
-        seen.errors.append(f"{folder} holds {len(flat)} image(s) outside class folders ({few(flat)}): {fix}")
+        result.errors.append(f"{folder} holds {len(flat)} image(s) outside class folders ({few(flat)}): {fix}")
     elif not classes:
-        seen.errors.append(f"{folder} has no class folders: {LAYOUT}")
+        result.errors.append(f"{folder} has no class folders: {LAYOUT}")
     return classes
 
 

@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lape.data.device import DeviceLoader, OnDevice
-from lape.data.sets import InMemory
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def steps_per_epoch(n_samples: int, recipe: Recipe, world_size: int = 1) -> int:
 
 
 def train_loader(
-    dataset: Items | OnDevice,
+    dataset: Items,
     recipe: Recipe,
     *,
     epoch: int,
@@ -150,7 +149,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: Items | OnDevice, recipe: Recipe, *, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+    dataset: Items, recipe: Recipe, *, rank: int = 0, world_size: int = 1, device: torch.device = CPU
 ) -> Loader | DeviceLoader:
     """Return the batches of one process in evaluation: images rank, rank + world_size, ...; none twice, none padded.
 
@@ -234,8 +233,6 @@ class Samples(Dataset[tuple[Tensor, int]]):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Return a batch; a `DataError` that is raised in a worker would arrive wrapped in a traceback."""
-        if isinstance(self.dataset, InMemory):
-            return Batch(*self.dataset.batch([index for index, _ in keys]))
         left_out: list[str] = []
         try:
             with _generators_kept():
@@ -269,8 +266,7 @@ class Loader(DataLoader[Any]):
     """Batches (images (B, C, H, W) float32, targets (B,)); raises the `DataError` of a sample."""
 
     def __init__(self, samples: Samples, batches: Sampler[list[Key]], recipe: Recipe, device: torch.device) -> None:
-        # more workers than processors only cost, and torch warns of them; tensors in memory need none
-        workers = 0 if isinstance(samples.dataset, InMemory) else min(recipe.num_workers, processors())
+        workers = min(recipe.num_workers, processors())  # more only cost, and torch warns of them
         super().__init__(
             samples,
             batch_sampler=batches,
@@ -290,14 +286,15 @@ class Loader(DataLoader[Any]):
             # the workers decode images only, none of the locks that a forked thread may hold
             warnings.filterwarnings("ignore", message=".*fork.*may lead to deadlocks", category=DeprecationWarning)
             batches: Iterator[Batch] = super().__iter__()
+        finish = getattr(self.samples.dataset, "finish", None)  # of 8-bit images
         for batch in batches:
             if batch.unreadable:
                 del batches  # stops the workers; left to the garbage collector, that takes torch ten seconds
                 raise DataError(batch.unreadable)
             self.skipped += batch.left_out
             images = batch.images
-            if images.dtype == torch.uint8:
-                images = self.samples.dataset.finish(images, batch.patches, self.device)  # type: ignore[attr-defined]
+            if finish is not None:
+                images = finish(images, batch.patches, self.device)
             yield images, batch.targets
 
 

@@ -12,9 +12,8 @@ import torch
 from lape.data.augment import Transform, eval_transform, train_transform
 from lape.data.device import OnDevice, Step, ToBytes, room_for, split_transform
 from lape.data.folders import one_class
-from lape.data.images import load_image
 from lape.data.loaders import CPU, EvalBatches, Items, Loader, Samples, check_batch, steps_per_epoch
-from lape.data.sets import _cifar, _digits, _reader
+from lape.data.sets import Images, kept_if_still, list_cifar, list_digits, reader_of
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -56,27 +55,28 @@ def load_data(
     """
     if train:
         check_batch(recipe)
-    read, root = _reader(recipe)
+    reader, root = reader_of(recipe)
     build: dict[str, Callable[[], Transform]] = {
-        "train": partial(train_transform, recipe, whole=read is _digits),
+        "train": partial(train_transform, recipe, whole=reader is list_digits),
         "val": eval_transform(recipe).build,
     }
-    wanted = [split for split, asked in (("train", train), ("val", val)) if asked]
+    splits = [split for split, asked in (("train", train), ("val", val)) if asked]
     fast = recipe.decode == "fast"
-    if fast and read in (_digits, _cifar):
+    if fast and reader in (list_digits, list_cifar):
         raise LapeError("decode='fast' reads image files, these images are in memory already: use --decode exact")
     if fast and recipe.data_on_device:
         raise LapeError("decode='fast' with data_on_device=True: images are read once and kept; use --decode exact")
-    made = {split: build[split]() for split in wanted}
+    transforms = {split: build[split]() for split in splits}
     steps: dict[str, list[Step]] = {}
     if recipe.data_on_device:
-        made, steps = _for_device(recipe, made, torch.device(device))
-    opened, classes, name = read(recipe, root, made)
-    sets: dict[str, Items | OnDevice] = dict(opened)
-    if fast and train:  # the images that a training is measured on stay exact
-        sets["train"] = _fast(sets["train"], recipe, train=True)
-    elif fast and val:
-        sets["val"] = _fast(sets["val"], recipe, train=False)
+        transforms, steps = _for_device(recipe, transforms, torch.device(device))
+    images, read, classes, name = reader(recipe, root, tuple(transforms))
+    sets: dict[str, Items] = {}
+    for split, transform in transforms.items():
+        plain = Images(*images[split], read, transform)
+        sets[split] = kept_if_still(plain, recipe, split) if reader is list_digits and not steps else plain
+        if fast and (split == "train" or not train):  # the images that a training is measured on stay exact
+            sets[split] = _fast(plain, recipe, train=train)
     if train:
         if len(classes) < 2:
             raise DataError(one_class(root, classes))
@@ -87,7 +87,7 @@ def load_data(
 
 
 def _for_device(
-    recipe: Recipe, made: dict[str, Any], device: torch.device
+    recipe: Recipe, transforms: dict[str, Any], device: torch.device
 ) -> tuple[dict[str, Any], dict[str, list[Step]]]:
     """Return, by split, the transform that runs once and the batched steps. Raises LapeError."""
     if recipe.skip_corrupt:
@@ -96,7 +96,7 @@ def _for_device(
         )
     if device.type not in ("cpu", "cuda"):
         raise LapeError(f"data_on_device needs float64 and was made for cuda and cpu, not {device.type}: leave it out")
-    parts = {split: split_transform(transform) for split, transform in made.items()}
+    parts = {split: split_transform(transform) for split, transform in transforms.items()}
     once = {split: ToBytes(first) for split, (first, _) in parts.items()}
     return once, {split: rest for split, (_, rest) in parts.items()}
 
@@ -112,11 +112,10 @@ def _put_on_device(dataset: Any, steps: list[Step], recipe: Recipe, device: torc
     return OnDevice(images, targets, steps)
 
 
-def _fast(plain: Any, recipe: Recipe, *, train: bool) -> FastImages:
+def _fast(plain: Images, recipe: Recipe, *, train: bool) -> FastImages:
     """The same files and classes, read by `lape.data.fast`."""
-    from lape.data.fast import FastEval, FastImages, fast_train, read_levels
+    from lape.data.fast import FastEval, FastImages, fast_train
 
-    read = partial(read_levels, in_chans=recipe.in_chans, plain=partial(load_image, in_chans=recipe.in_chans))
-    shown = eval_transform(recipe)
-    transform = fast_train(recipe, plain.transform) if train else FastEval(shown)
-    return FastImages(plain.sources, plain.targets, read, transform, shown.mean, shown.std)
+    evaluation = eval_transform(recipe)
+    transform = fast_train(recipe, plain.transform) if train else FastEval(evaluation)
+    return FastImages(plain, recipe.in_chans, transform, evaluation.mean, evaluation.std)

@@ -95,9 +95,12 @@ def export(
     chosen = [match_name("format", name, FORMATS) for name in formats]
     if images_BCHW.ndim != 4 or len(images_BCHW) < 2:
         raise LapeError(f"images of shape {tuple(images_BCHW.shape)}: (2 or more, channels, height, width) is needed")
-    checkpoint = None if isinstance(source, nn.Module) else read_checkpoint(source)
-    height, width = images_BCHW.shape[2:]
-    eager = source.eval() if isinstance(source, nn.Module) else restore(checkpoint or source, size=(height, width))
+    checkpoint: Checkpoint | None = None
+    if isinstance(source, nn.Module):
+        eager = source.eval()
+    else:
+        checkpoint = read_checkpoint(source)
+        eager = restore(checkpoint, size=(images_BCHW.shape[2], images_BCHW.shape[3]))
     say(f"exporting {describe(eager)}")
     with torch.no_grad():
         expected_BC = _Outputs(eager)(images_BCHW)
@@ -111,15 +114,7 @@ def export(
         for name in chosen:
             path, run, operations = _WRITERS[name](shipped, checkpoint, images_BCHW, Path(unfinished))
             result = _compare(name, path, run, operations, images_BCHW, expected_BC, Path(unfinished))
-            if result.max_difference > tolerance:
-                raise LapeError(
-                    f"{name}: outputs differ from the eager model by {result.max_difference:.1e} of the largest, more "
-                    f"than the tolerance of {tolerance:.1e}: nothing was written. Raise --tolerance if that is enough"
-                )
-            say(
-                f"{result.path}: {result.megabytes:.1f} MB, largest difference {result.max_difference:.1e}, "
-                f"top-1 equal on {100 * result.top1_agreement:.1f} % of {result.images} images"
-            )
+            _judge(result, tolerance, say)
             done.append(result)
         for result in done:
             _move(Path(unfinished) / result.path, target / result.path)
@@ -127,6 +122,18 @@ def export(
     text = json.dumps(report, indent=2, default=asdict) + "\n"
     write_atomically(target / REPORT, lambda file: file.write(text.encode()))
     return done
+
+
+def _judge(result: Exported, tolerance: float, say: Callable[[str], None]) -> None:
+    if result.max_difference > tolerance:
+        raise LapeError(
+            f"{result.format}: outputs differ from the eager model by {result.max_difference:.1e} of the largest, more "
+            f"than the tolerance of {tolerance:.1e}: nothing was written. Raise `tolerance` if that is enough"
+        )
+    say(
+        f"{result.path}: {result.megabytes:.1f} MB, largest difference {result.max_difference:.1e}, "
+        f"top-1 equal on {100 * result.top1_agreement:.1f} % of {result.images} images"
+    )
 
 
 def _make(folder: Path) -> None:
@@ -198,7 +205,7 @@ def _write_onnx(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: T
         import onnxscript  # noqa: F401  (the exporter needs it)
     except ImportError as error:
         raise LapeError(
-            f"ONNX needs {error.name}: pip install 'lape[export]', or leave onnx out of --formats"
+            f"ONNX needs {error.name}: pip install 'lape[export]', or leave onnx out of `formats`"
         ) from None
     path = folder / "model.onnx"
     with _quiet():
@@ -232,14 +239,11 @@ _WRITERS: dict[str, Callable[[nn.Module, Checkpoint | None, Tensor, Path], Writt
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' chatter; what goes wrong raises."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(before)

@@ -44,32 +44,14 @@ def save(
     from safetensors.torch import save as to_bytes
 
     conversion = conversion_of(model)
-    factory = conversion.factory
-    if name:
-        factory = {"library": "timm", "name": name, "kwargs": timm_kwargs}
-    elif (
-        not factory
-        and conversion.anatomy.blocks  # else it has no host
-        and (blueprint := host_named(conversion.host).blueprint) is not None
-        and (made := blueprint(model))
-    ):
-        factory = {"library": host_named(conversion.host).package, "name": made[0], "kwargs": made[1]}
-    if not factory:
-        raise LapeError(
-            "how to build this model again is not known: give its timm name and arguments, "
-            "lape.save(model, path, name=..., ...), or save the state_dict yourself"
-        )
+    factory = {"library": "timm", "name": name, "kwargs": timm_kwargs} if name else _factory(model)
     state = {key: tensor.contiguous() for key, tensor in to_reference_state_dict(model).items()}
     config = {
         "format": FORMAT,
         "library": factory["library"],
         "model": factory["name"],
         "model_kwargs": factory["kwargs"],
-        "join": conversion.join,
-        "pe": conversion.pe,
-        "warm_start": conversion.warm_start,
-        "folded": conversion.folded,
-        "grid": conversion.layout.grid,
+        **conversion.record(),
         "input_size": _pixels(conversion),
         "classes": classes,
         "transform": transform,
@@ -88,6 +70,21 @@ def save(
     write_atomically(path / WEIGHTS, lambda file: file.write(to_bytes(state)))
     write_atomically(path / CONFIG, lambda file: file.write(text.encode()))
     return path
+
+
+def _factory(model: nn.Module) -> dict[str, Any]:
+    """The library, name and arguments by which a model is built again. Raises LapeError where they are not known."""
+    conversion = conversion_of(model)
+    if conversion.factory:
+        return conversion.factory
+    host = host_named(conversion.host) if conversion.anatomy.blocks else None  # a model left as it is has none
+    blueprint = host.blueprint(model) if host is not None and host.blueprint is not None else None
+    if host is None or not blueprint:
+        raise LapeError(
+            "how to build this model again is not known: give its timm name and arguments, "
+            "lape.save(model, path, name=..., ...), or save the state_dict yourself"
+        )
+    return {"library": host.package, "name": blueprint[0], "kwargs": blueprint[1]}
 
 
 def _pixels(conversion: Conversion) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def restore(
     if state is None:
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
     warm_start = bool(checkpoint.args.get("warm_start"))
-    made = build(
+    result = build(
         checkpoint.package,
         _agreed(checkpoint, "model", model),
         _arguments(checkpoint, size, timm_kwargs),
@@ -64,10 +64,10 @@ def restore(
         warm_start=warm_start,
     )
     if checkpoint.raw.get("folded"):
-        fold_(made)
+        fold_(result)
     resized = size is not None and _sides(size) != size_of(checkpoint)
-    grid = source_grid(checkpoint, made) if resized else None
-    return load_reference_state_dict(made, state, source_grid=grid).eval()
+    grid = source_grid(checkpoint, result) if resized else None
+    return load_reference_state_dict(result, state, source_grid=grid).eval()
 
 
 def restore_with(checkpoint: Checkpoint, recipe: Recipe, size: Size) -> nn.Module:
@@ -141,7 +141,7 @@ def _arguments(checkpoint: Checkpoint, size: Size | None, given: dict[str, Any])
     if args.get("in_chans") is not None:
         kwargs.setdefault("in_chans", args["in_chans"])
     sides = own if size is None else _sides(size)
-    if checkpoint.kind == "folder" and sides == own:  # built by its own arguments
+    if checkpoint.kind == "folder" and own in (sides, None):  # built by its own arguments
         return kwargs
     if sides is None:
         raise CheckpointError(f"{checkpoint.path} does not say its image size: give `size`")
@@ -151,15 +151,15 @@ def _arguments(checkpoint: Checkpoint, size: Size | None, given: dict[str, Any])
     return {**kwargs, argument: sides[0] if sides[0] == sides[1] else sides}
 
 
-def _size_argument(checkpoint: Checkpoint, asked: Grid, own: Grid | None) -> str:
+def _size_argument(checkpoint: Checkpoint, size: Grid, own: Grid | None) -> str:
     """The name of the argument that resizes the model of a folder. Raises CheckpointError where there is none."""
     fix = f"it is for {own[0]} x {own[1]} pixels; leave `size` out" if own else "leave `size` out"
     if checkpoint.raw.get("folded"):
-        raise CheckpointError(f"{checkpoint.path} is folded, images of {asked[0]} x {asked[1]} do not fit: {fix}")
+        raise CheckpointError(f"{checkpoint.path} is folded, images of {size[0]} x {size[1]} do not fit: {fix}")
     if checkpoint.package == "timm":
         return "img_size"
     if "image_size" not in (checkpoint.args.get("model_kwargs") or {}):
-        raise CheckpointError(f"{checkpoint.path} cannot be resized to {asked[0]} x {asked[1]} pixels: {fix}")
+        raise CheckpointError(f"{checkpoint.path} cannot be resized to {size[0]} x {size[1]} pixels: {fix}")
     return "image_size"
 
 
@@ -167,9 +167,9 @@ def size_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
     """(height, width) in pixels of the images that the model of a file is for: by its flags, its arguments, its folder,
     or the grid of its position table, taken for a square. None where none of them tells."""
     kwargs = _renamed(checkpoint.args.get("model_kwargs") or {})
-    for said in (checkpoint.args, kwargs, checkpoint.raw):
-        if said.get("input_size"):
-            return _sides(said["input_size"])
+    for source in (checkpoint.args, kwargs, checkpoint.raw):
+        if source.get("input_size") and all(_sides(source["input_size"])):  # zeros: of a model left as it is
+            return _sides(source["input_size"])
     patch, side = checkpoint.model.get("patch_embed.proj.weight"), _table_side(checkpoint)
     stem = any(name.startswith("patch_embed.backbone.") for name in checkpoint.model)  # pixels are not patches x kernel
     return None if patch is None or side is None or stem else (side * patch.shape[-2], side * patch.shape[-1])
@@ -259,33 +259,33 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     Raises:
         CheckpointError: a flag that was given names another model, join, position embedding or channel count.
     """
-    said = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {}) | checkpoint.args
-    stored = {name: said[name] for name in STORED if said.get(name) is not None}
-    stored["warm_start"] = bool(said.get("warm_start"))  # no flag of an evaluation: the file alone knows
+    contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
+    contents |= checkpoint.args
+    stored = {name: contents[name] for name in STORED if contents.get(name) is not None}
+    stored["warm_start"] = bool(contents.get("warm_start"))  # no flag of an evaluation: the file alone knows
     size = stored.pop("input_size", None) or size_of(checkpoint)
     if size is not None and _sides(size)[0] == _sides(size)[1]:  # not square: only the transform can say it
         stored["input_size"] = _sides(size)[0]
     if checkpoint.kind == "folder":
         stored.setdefault("in_chans", 3)
-    given = recipe.model_fields_set
-    asked = recipe.replace(**{name: value for name, value in stored.items() if name not in given})
-    known = Recipe(**{name: stored[name] for name in IDENTITY if name in stored})  # the same spelling as the flags
+    flags = recipe.model_fields_set
+    settings = recipe.replace(**{name: value for name, value in stored.items() if name not in flags})
+    own = Recipe(**{name: stored[name] for name in IDENTITY if name in stored})  # the same spelling as the flags
     for name in IDENTITY:
-        if name in stored and getattr(asked, name) != getattr(known, name):
+        if name in stored and getattr(settings, name) != getattr(own, name):
             raise CheckpointError(
-                f"{name}={getattr(asked, name)!r} contradicts {checkpoint.path}, which was trained with "
-                f"{name}={getattr(known, name)!r}: leave the flag out"
+                f"{name}={getattr(settings, name)!r} contradicts {checkpoint.path}, which was trained with "
+                f"{name}={getattr(own, name)!r}: leave the flag out"
             )
-    return asked
+    return settings
 
 
-def _renamed(said: Mapping[str, Any]) -> dict[str, Any]:
+def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a transform or a model of a library calls by another name than the flags do."""
-    flags = {"crop_ratio": "eval_crop_ratio", "num_channels": "in_chans"}
-    flags |= dict.fromkeys(SIZE_NAMES, "input_size")
-    inner = said.get("vision_config")  # of a model for images and texts
-    said = {**(inner if isinstance(inner, Mapping) else {}), **said}
-    return {flags.get(name, name): value for name, value in said.items()}
+    flags = {"crop_ratio": "eval_crop_ratio", "num_channels": "in_chans", **dict.fromkeys(SIZE_NAMES, "input_size")}
+    inner = arguments.get("vision_config")  # of a model for images and texts
+    arguments = {**(inner if isinstance(inner, Mapping) else {}), **arguments}
+    return {flags.get(name, name): value for name, value in arguments.items()}
 
 
 def _sides(size: int | Sequence[int]) -> tuple[int, int]:
@@ -334,8 +334,8 @@ def _dimensions(state: dict[str, Tensor]) -> dict[str, int | float]:
 
 def deit_named(model_name: str | None) -> str | None:
     """The timm model that the authors' --model_name stands for: deit_t_LaPE, deit_s_distill_basic, ...; else None."""
-    found = re.match(r"deit_([tsb])_(distill_)?", model_name or "")
-    if not found:
+    match = re.match(r"deit_([tsb])_(distill_)?", model_name or "")
+    if not match:
         return None
-    width = {"t": "tiny", "s": "small", "b": "base"}[found[1]]
-    return f"deit_{width}_{'distilled_' if found[2] else ''}patch16_224"
+    width = {"t": "tiny", "s": "small", "b": "base"}[match[1]]
+    return f"deit_{width}_{'distilled_' if match[2] else ''}patch16_224"
