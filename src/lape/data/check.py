@@ -28,6 +28,7 @@ from lape.data.folders import SPLITS, check_root, few, survey
 from lape.data.images import reason_of, to_mode
 from lape.data.loaders import processors
 
+MACOS = ("._", ".DS_Store")
 WNID = re.compile(r"n\d{8}")
 TOGETHER = 64  # files a process takes at once
 USUAL, PLAIN = ("RGB",), ("RGB", "L")
@@ -127,8 +128,8 @@ def check_data(root: str | Path, *, workers: int | None = None, progress: bool |
 
 
 def _judge_others(others: list[str], report: Report) -> None:
-    mac = [path for path in others if os.path.basename(path).startswith(("._", ".DS_Store"))]
-    rest = [path for path in others if path not in set(mac)]
+    mac = [path for path in others if os.path.basename(path).startswith(MACOS)]
+    rest = [path for path in others if not os.path.basename(path).startswith(MACOS)]
     if mac:
         report.warnings.append(f"{len(mac)} file(s) of macOS, which are not read: {few(mac)}")
     if rest:
