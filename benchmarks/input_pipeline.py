@@ -40,7 +40,7 @@ import lape
 from lape.data.augment import eval_transform, train_transform
 from lape.data.fast import read_levels
 from lape.data.images import load_image
-from lape.data.loaders import Samples, _collate, eval_loader
+from lape.data.loaders import Samples, eval_loader
 from lape.data.open import Data, load_data
 from lape.recipe import Recipe
 from lape.train.evaluate import evaluate
@@ -66,14 +66,14 @@ def variants(root: Path) -> dict[str, dict[str, Variant]]:
             return default_collate([plain[index] for index in indices])[0]
 
         def run_exact(indices: list[int], exact: Samples = exact) -> torch.Tensor:
-            return _collate(exact.__getitems__([(index, 0) for index in indices]))[0]
+            return exact.__getitems__([(index, 0) for index in indices]).images
 
         def run_bytes(indices: list[int], fast: Samples = fast) -> torch.Tensor:
-            return _collate(fast.__getitems__([(index, 0) for index in indices]))[0][0]
+            return fast.__getitems__([(index, 0) for index in indices]).images
 
         def run_fast(indices: list[int], fast: Samples = fast) -> torch.Tensor:
-            (levels, patches), _ = _collate(fast.__getitems__([(index, 0) for index in indices]))
-            return fast.dataset.finish(levels, patches, CPU)
+            batch = fast.__getitems__([(index, 0) for index in indices])
+            return fast.dataset.finish(batch.images, batch.patches, CPU)
 
         kinds[kind] = {"plain": run_plain, "exact": run_exact, "fast, 8 bit": run_bytes, "fast, finished": run_fast}
     paths = [path for path, _ in ImageFolder(str(root / "val")).samples]

@@ -77,16 +77,20 @@ FORBIDDEN = {
     ),
     "empty class": (
         lambda d: [p.unlink() for p in (d / "val/cat").iterdir()],
-        ["1 class(es) without an image: val/cat"],
+        ["no image in class folder ", "/val/cat: put images there"],
     ),
-    "class only in train": (lambda d: shutil.rmtree(d / "val/dog"), ["1 class(es) only in train: dog"]),
-    "class only in val": (lambda d: shutil.rmtree(d / "train/cat"), ["1 class(es) only in val: cat"]),
+    "class only in train": (lambda d: shutil.rmtree(d / "val/dog"), ["differ: only in train: dog"]),
+    "class only in val": (lambda d: shutil.rmtree(d / "train/cat"), ["differ: only in val: cat"]),
     "flat val": (
         lambda d: [shutil.move(d / "val/cat/1.jpg", d / "val/x.jpg"), shutil.rmtree(d / "val/cat")],
-        ["1 image(s) outside class folders: val/x.jpg"],
+        ["/val holds 1 image(s) outside class folders (x.jpg)"],
     ),
-    "no val": (lambda d: shutil.rmtree(d / "val"), ["no folder val/"]),
-    "no classes": (lambda d: [shutil.rmtree(d / "val" / c) for c in ("cat", "dog")], ["val/ has no class folders"]),
+    "no val": (lambda d: shutil.rmtree(d / "val"), ["has no folder val/"]),
+    "one class": (
+        lambda d: [shutil.rmtree(d / split / "cat") for split in ("train", "val")],
+        ["has one class, 'dog'"],
+    ),
+    "no classes": (lambda d: [shutil.rmtree(d / "val" / c) for c in ("cat", "dog")], ["/val has no class folders"]),
 }
 
 

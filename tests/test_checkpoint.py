@@ -16,8 +16,8 @@ from zoo import TINY
 
 import lape
 from lape.files.atomic import write_atomically
-from lape.files.read import read_checkpoint
-from lape.files.restore import model_from_checkpoint
+from lape.files.read import Checkpoint, read_checkpoint
+from lape.files.restore import restore, size_of
 
 NAME = "deit_tiny_patch16_224"
 SMALL = {key: TINY[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")}
@@ -57,10 +57,10 @@ def test_averaged_weights_are_a_choice(tmp_path):
     raw, ema = make(), make()
     path = run_file(tmp_path / "c.pth", raw, model_ema=lape.to_reference_state_dict(ema))
     x = torch.randn(1, 3, 16, 16)
-    assert torch.equal(model_from_checkpoint(read_checkpoint(path), ema=True)(x), ema(x))
+    assert torch.equal(restore(read_checkpoint(path), ema=True)(x), ema(x))
     without = run_file(tmp_path / "d.pth", raw)
     with pytest.raises(lape.CheckpointError, match="no averaged"):
-        model_from_checkpoint(read_checkpoint(without), ema=True)
+        restore(read_checkpoint(without), ema=True)
 
 
 class Hostile:
@@ -147,13 +147,54 @@ def test_a_checkpoint_for_another_model_names_keys_and_shapes_and_changes_nothin
 
 def test_flags_that_contradict_the_file_are_refused(tmp_path):
     checkpoint = read_checkpoint(run_file(tmp_path / "c.pth", make()))
-    for flag, kwargs in {"join-type share": {"join": "share"}, "pe 2D_sin": {"pe": "2d_sin"}}.items():
-        with pytest.raises(lape.CheckpointError, match=f"--{flag} was given, but .*LaPE|learnable"):
-            model_from_checkpoint(checkpoint, **kwargs)
-    assert model_from_checkpoint(checkpoint, join="lape", pe="LEARNABLE", model=NAME, input_size=16)
+    for words, kwargs in {"`join` share": {"join": "share"}, "`pe` 2D_sin": {"pe": "2d_sin"}}.items():
+        with pytest.raises(lape.CheckpointError, match=f"{words} was given, but .*(LaPE|learnable)"):
+            restore(checkpoint, **kwargs)
+    assert restore(checkpoint, join="lape", pe="LEARNABLE", model=NAME, size=16)
     torch.save({"model": lape.to_reference_state_dict(make())}, tmp_path / "bare.pth")
-    with pytest.raises(lape.CheckpointError, match="does not say its input_size: give it by --input-size"):
-        model_from_checkpoint(read_checkpoint(tmp_path / "bare.pth"))
+    with pytest.raises(lape.CheckpointError, match=r"does not say its model: give `model`$"):
+        restore(tmp_path / "bare.pth")
+    without_table = lape.to_reference_state_dict(make(pe="none", join="basic"))
+    torch.save({"model": without_table}, tmp_path / "bare.pth")
+    with pytest.raises(lape.CheckpointError, match=r"does not say its image size: give `input_size`$"):
+        lape.load(tmp_path / "bare.pth", model=NAME, join="basic", pe="none")
+
+
+@pytest.mark.parametrize("spelling", ["input_size", "img_size"])
+@pytest.mark.parametrize("file", ["run", "weights", "folder", "wide folder"])
+def test_another_size_resamples_the_table_of_any_file(tmp_path, file, spelling):
+    model = make(img_size=(16, 32)) if file == "wide folder" else make()
+    path, said = tmp_path / "c.pth", {}
+    if file == "run":
+        run_file(path, model)
+    elif file == "weights":
+        torch.save(lape.to_reference_state_dict(model), path)
+        said = {"model": NAME, "join": "LaPE", "pe": "learnable", **SMALL}
+    else:
+        path = lape.save(model, tmp_path / "folder")
+    loaded = lape.load(path, **{spelling: (24, 32)}, **said)
+    with torch.no_grad():
+        assert torch.equal(lape.positions(loaded), lape.positions(model, (24, 32)))
+    with pytest.raises(lape.LapeError, match="more than once"):
+        lape.load(path, input_size=16, img_size=16)
+
+
+def test_a_model_of_one_size_says_which(tmp_path):
+    folder = lape.save(lape.fold_(make()), tmp_path / "folded")
+    with pytest.raises(lape.CheckpointError, match=r"is folded.* for 16 x 16 pixels; leave `input_size` out"):
+        lape.load(folder, img_size=24)
+    assert lape.load(folder, img_size=16)
+
+
+def test_the_grid_of_a_bare_table_is_told_from_its_rows(tmp_path):
+    for prefix in (0, 1, 2):
+        for side in (1, 2, 3, 14):
+            state = {
+                "pos_embed": torch.zeros(1, side**2 + prefix, 8),
+                "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4),
+            }
+            assert size_of(Checkpoint(tmp_path, "pth", state)) == (4 * side, 4 * side)
+    assert size_of(Checkpoint(tmp_path, "pth", {"pos_embed": torch.zeros(1, 13, 8)})) is None
 
 
 def test_tables_are_resampled_only_when_the_source_grid_is_told():
@@ -263,7 +304,7 @@ def test_files_of_the_authors(shared):
     checkpoint = read_checkpoint(shared / "reference" / "tiny_lape_full_format.pth")
     assert checkpoint.raw.keys() == {"optimizer", "lr_scheduler", "epoch", "scaler"}
     for ema in (False, True):
-        model_from_checkpoint(checkpoint, ema=ema, **{name: config[name] for name in names})
+        restore(checkpoint, ema=ema, **{name: config[name] for name in names})
     trained = lape.load(shared / "reference" / "deit_tiny_lape_64px.pth")
     assert trained.num_classes == 1000
     assert lape.grid(trained) == (4, 4)

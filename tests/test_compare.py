@@ -150,7 +150,7 @@ def test_trainings_are_dealt_out_to_the_gpus(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_was_trained_on_a_gpu_is_measured_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids and distances are made there; a CUDA model is stood in for by one that only its `cpu` makes whole."""
-    moved, positions = [], lape.layers.positions
+    moved, positions = [], lape.convert.positions.positions
 
     def checked(model: torch.nn.Module, **kwargs: Any) -> torch.Tensor:
         assert moved == [model]

@@ -16,34 +16,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import damage, write_folder, write_image
 from PIL import Image, ImageFile
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from lape.data import sets as module
+from lape.data.device import OnDevice
 from lape.data.images import load_image
 from lape.data.loaders import Samples, TrainBatches, check_batch, eval_loader, steps_per_epoch, train_loader
 from lape.data.open import load_data
-from lape.data.sets import InMemory, digits
+from lape.data.sets import digits
 from lape.errors import DataError, LapeError
 from lape.recipe import Recipe
 
 STILL = {"aa": "", "color_jitter": 0, "reprob": 0}
 EXACT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-
-
-def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (20, 16)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def write_folder(root: Path, classes=("cat", "dog"), train: int = 3, val: int = 2, suffix: str = "png") -> Path:
-    for split, count in (("train", train), ("val", val)):
-        for place, name in enumerate(classes):
-            for number in range(count):
-                write_image(root / split / name / f"{number}.{suffix}", seed=100 * place + number)
-    return root
 
 
 def recipe(root: Path | str = "", **fields) -> Recipe:
@@ -101,7 +88,7 @@ def test_unaugmented_digits_are_exact_and_cached():
     assert found.name == "packaged digits (8x8, UCI)"
     assert found.classes == list("0123456789")
     for split, dataset in (("train", found.train), ("val", found.val)):
-        assert isinstance(dataset, InMemory)
+        assert isinstance(dataset, OnDevice)
         images, labels = digits(split)
         expected = np.round(images * (255 / 16)).astype(np.uint8) / 255
         np.testing.assert_allclose(dataset.images[:, 0].numpy(), expected, atol=1e-6)
@@ -113,7 +100,7 @@ def test_unaugmented_digits_are_exact_and_cached():
 
 def test_augmented_digits_go_through_the_ordinary_transform():
     found = load_data(recipe(input_size=64, batch_size=4))
-    assert not isinstance(found.train, InMemory)
+    assert not isinstance(found.train, OnDevice)
     images, targets = next(iter(train_loader(found.train, recipe(input_size=64, batch_size=4), epoch=0)))
     assert images.shape == (4, 3, 64, 64)
     assert targets.shape == (4,)
@@ -121,7 +108,7 @@ def test_augmented_digits_go_through_the_ordinary_transform():
 
 def test_large_digits_are_not_cached():
     found = load_data(recipe(input_size=448), train=False)
-    assert not isinstance(found.val, InMemory)
+    assert not isinstance(found.val, OnDevice)
     assert found.val[0][0].shape == (3, 448, 448)
     assert found.train is None
 
@@ -146,7 +133,7 @@ def test_folders_are_read_as_torchvision_does(tmp_path):
     found = load_data(recipe(tmp_path, input_size=20, **EXACT))
     theirs = ImageFolder(str(tmp_path / "val"))
     assert found.classes == theirs.classes == ["10", "2", "A", "b"]
-    assert found.val.samples == theirs.samples
+    assert list(zip(found.val.sources, found.val.targets, strict=True)) == theirs.samples
     assert found.name == f"{tmp_path} (4 classes, 4 training images, 9 validation images)"
     for (image, target), (picture, label) in zip(found.val, theirs, strict=True):
         assert target == label
@@ -226,7 +213,7 @@ def test_flat_val(folder, keep_classes):
         write_image(folder / "val" / f"{number}.JPEG")
     message = refused(lambda: load_data(recipe(folder), train=False))
     assert message == (
-        f"{folder}/val holds 5 image(s) outside class folders (0.JPEG 1.JPEG 2.JPEG and 2 more): "
+        f"{folder}/val holds 5 image(s) outside class folders (0.JPEG, 1.JPEG, 2.JPEG, 3.JPEG, 4.JPEG): "
         f"move every image to {folder}/val/<class>/"
     )
 
@@ -238,7 +225,7 @@ def test_classes_that_differ(folder, train):
     shutil.rmtree(folder / "train" / "cat")
     message = refused(lambda: load_data(recipe(folder), train=train))
     assert message == (
-        f"classes of {folder}/train and {folder}/val differ: only in train: eel fox gnu and 1 more, only in val: cat; "
+        f"classes of {folder}/train and {folder}/val differ: only in train: eel, fox, gnu, hen, only in val: cat; "
         "make both the same"
     )
 
@@ -249,7 +236,7 @@ def test_empty_class_folder(folder):
         (folder / split / "eel" / "notes.txt").touch()
         (folder / split / "eel" / "._1.jpg").touch()
     message = refused(lambda: load_data(recipe(folder)))
-    assert message.startswith(f"no image in class folder {folder}/train/eel: put images there (.jpg ")
+    assert message.startswith(f"no image in class folder {folder}/train/eel, {folder}/val/eel: put images there (.jpg ")
     assert message.endswith("or remove it from train and val")
 
 
@@ -321,11 +308,6 @@ def test_odd_batch_under_mixup(folder):
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
-
-
-def damage(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    path.write_bytes({"truncated": content[: len(content) * 3 // 4], "text": b"<html>404</html>", "empty": b""}[how])
 
 
 @pytest.mark.parametrize("how", ["truncated", "text", "empty"])
@@ -550,7 +532,8 @@ def test_a_sample_depends_on_seed_epoch_index_and_copy_only(folder):
     image, target = Samples(train, (0, 0))[2, 1]
     random.seed(9)
     torch.manual_seed(9)
-    (_, _), (again, label) = Samples(train, (0, 0)).__getitems__([(0, 0), (2, 1)])
+    batch = Samples(train, (0, 0)).__getitems__([(0, 0), (2, 1)])
+    again, label = batch.images[1], batch.targets[1]
     assert torch.equal(image, again)
     assert target == label == 0
     for stream, key in (((1, 0), (2, 1)), ((0, 1), (2, 1)), ((0, 0), (2, 0))):
@@ -724,7 +707,7 @@ def test_inat_that_cannot_be_read(tmp_path):
     )
     shutil.rmtree(root / "train_val2018")
     message = refused(lambda: load_data(fields))
-    assert message.startswith(f"no image at {root}/train_val2018/Mammalia/2/train0.png {root}/train_val2018/2/train0")
+    assert message.startswith(f"no image at {root}/train_val2018/Mammalia/2/train0.png, {root}/train_val2018/2/train0")
     (root / "val2018.json").write_text("{")
     (root / "train_val2018" / "Mammalia" / "2").mkdir(parents=True)
     (root / "train_val2018" / "Mammalia" / "2" / "train0.png").touch()

@@ -5,18 +5,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from pictures import pictures, write_folder
 from PIL import Image
-from test_batched import pictures
-from test_data import write_folder
-from test_resume import STATE, Killed, kill_at
 from timm.data.auto_augment import AugmentOp
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import log_without_times, quiet, read, same, tiny
+from training import STATE, Killed, kill_at, log_without_times, quiet, read, same, tiny
 
-from lape.data import batched
 from lape.data.augment import train_transform
 from lape.data.device import ARGUMENTS, MATRICES, PIXELS, OnDevice, Stream, ToBytes, room_for, split_transform
 from lape.data.loaders import eval_loader, train_loader
@@ -442,6 +439,6 @@ def test_no_step_asks_the_device_for_a_value_or_mixes_devices(fields):
         made, _ = held.batch([(index, 0) for index in range(400)], seed=0)
         assert (made.device.type, made.dtype, made.shape) == ("meta", torch.float32, (400, 3, 40, 40))
         with pytest.raises(RuntimeError, match="several devices"):
-            batched.invert(images) + torch.ones(400, 3, 48, 48)
+            (255 - images) + torch.ones(400, 3, 48, 48)
         with pytest.raises((RuntimeError, NotImplementedError)):
             int(images.max())

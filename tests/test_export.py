@@ -3,9 +3,9 @@
 import json
 
 import pytest
+import timm
 import torch
-from formula import shake_position
-from zoo import TINY, make
+from zoo import TINY
 
 import lape
 from lape.files.export import export
@@ -20,12 +20,12 @@ def images() -> torch.Tensor:
     return torch.randn(5, 3, 16, 16)
 
 
-def converted(join: str = "LaPE", pe: str | None = None, host: str = "plain") -> torch.nn.Module:
-    model = lape.apply_(make(host), join, pe)
-    lape.convert.converted.conversion_of(model).factory.update(
-        library="timm", name="vit_tiny_patch16_224", kwargs=dict(TINY)
-    )
-    shake_position(model)
+def converted(join: str = "LaPE", pe: str | None = None, **kwargs) -> torch.nn.Module:
+    """A model whose every value shows, the position's too."""
+    model = lape.create_model("vit_tiny_patch16_224", join, pe, **TINY, **kwargs).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
 
 
@@ -47,11 +47,7 @@ def test_every_format_equals_the_eager_model(join, pe, images, tmp_path, capsys)
 
 
 def test_a_folded_graph_has_no_norm_of_a_position_and_no_resize(images, tmp_path):
-    dynamic = lape.apply_(make(dynamic_img_size=True))
-    lape.convert.converted.conversion_of(dynamic).factory.update(
-        library="timm", name="vit_tiny_patch16_224", kwargs=dict(TINY) | {"dynamic_img_size": True}
-    )
-    for model in (converted(), dynamic):
+    for model in (converted(), converted(dynamic_img_size=True)):
         (folded,) = export(model, tmp_path / "folded", images, formats=["onnx"])
         assert "Resize" not in folded.operations
         (plain,) = export(make_basic(), tmp_path / "basic", images, formats=["onnx"])
@@ -83,7 +79,7 @@ def test_wrong_input_is_one_line(images, tmp_path):
     with pytest.raises(lape.LapeError, match="cannot write into"):
         export(converted(), tmp_path / "file", images)
     with pytest.raises(lape.LapeError, match="not converted"):
-        export(make(), tmp_path, images)
+        export(timm.create_model("vit_tiny_patch16_224", **TINY), tmp_path, images)
 
 
 def test_the_command_checks_on_real_images(tmp_path, capsys):

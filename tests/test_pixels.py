@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import damage
 from PIL import Image
-from test_data import damage
 from torchvision.transforms.v2.functional import pil_to_tensor
 from training import quiet, read, run_until, same, tiny
 
@@ -239,7 +239,8 @@ def test_batches_travel_as_bytes_and_are_finished_on_the_device(folder):
     fields = recipe(folder, decode="fast", reprob=1.0)
     found = load_data(fields).train
     loader = train_loader(found, fields, epoch=0, device=torch.device("meta"))
-    (levels, patches), _ = loader.collate_fn(loader.dataset.__getitems__(next(iter(loader.batch_sampler))))
+    batch = loader.dataset.__getitems__(next(iter(loader.batch_sampler)))
+    levels, patches = batch.images, batch.patches
     assert levels.dtype == torch.uint8
     assert levels.shape == (4, 48, 48, 3)
     assert len(patches) == 4

@@ -11,7 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import KWARGS, Stop, log_without_times, quiet, read, run_until, same, stop_after, tiny
+from training import (
+    KWARGS,
+    STATE,
+    Killed,
+    Stop,
+    kill_at,
+    log_without_times,
+    quiet,
+    read,
+    run_until,
+    same,
+    stop_after,
+    tiny,
+)
 
 from lape.cli.app import USER_ERROR, app, run
 from lape.errors import CheckpointError, LapeError
@@ -20,19 +33,6 @@ from lape.train.state import BEST, CHECKPOINT, LOCK, LOG, PREVIOUS
 
 ROOT = Path(__file__).parents[1]
 FULL = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "drop": 0.1, "epochs": 2, "warmup_epochs": 1, "batch_size": 128}
-STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "best")
-
-
-class Killed(BaseException):
-    """Ends a run between two steps, as a kill would: nothing in the package catches it."""
-
-
-def kill_at(epoch: int, step: int):
-    def say(text: str) -> None:
-        if text.startswith(f"Epoch: [{epoch}]  [{step:2d}/"):
-            raise Killed
-
-    return say
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:

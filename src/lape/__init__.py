@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lape.errors import CheckpointError, DataError, LapeError, UnsupportedModelError
     from lape.files.folder import load, push_to_hub, save
     from lape.files.names import load_reference_state_dict, to_reference_state_dict
-    from lape.files.read import read_checkpoint
+    from lape.files.read import Checkpoint, read_checkpoint
     from lape.host import Host, hosts, register_host
     from lape.look.explorer.explorer import explore
     from lape.look.similarity import correlation
@@ -44,7 +44,7 @@ _HOME = {
     "errors": ("CheckpointError", "DataError", "LapeError", "UnsupportedModelError"),
     "files.folder": ("load", "push_to_hub", "save"),
     "files.names": ("load_reference_state_dict", "to_reference_state_dict"),
-    "files.read": ("read_checkpoint",),
+    "files.read": ("Checkpoint", "read_checkpoint"),
     "host": ("Host", "hosts", "register_host"),
     "look.explorer.explorer": ("explore",),
     "look.similarity": ("correlation",),

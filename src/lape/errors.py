@@ -4,6 +4,10 @@ The command line prints a `LapeError` as one line and exits with 2, so each mess
 given, what is allowed, and the fix.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LapeError(ValueError):
     """Wrong use: the message names the value, the allowed ones and the fix."""
@@ -23,3 +27,13 @@ class CheckpointError(LapeError):
 
 class LostError(LapeError):
     """Another process of the run is gone or silent."""
+
+
+@contextmanager
+def arguments_as(**names: str) -> Iterator[None]:
+    """Errors name an argument as `size`, in backticks; here they get the caller's word for it, such as --input-size."""
+    try:
+        yield
+    except LapeError as error:
+        message = re.sub(r"`(\w+)`", lambda match: names.get(match[1], match[0]), str(error))
+        raise type(error)(message) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lape.cli.app import GROUPS, _keywords, app, original, takes
-from lape.errors import LapeError
+from lape.errors import LapeError, arguments_as
 from lape.recipe import Recipe, check_launch
 
 if TYPE_CHECKING:
@@ -212,6 +212,7 @@ def predict(
 
 
 @app.command
+@arguments_as(model="--model-name deit_t_LaPE", join="--join-type", pe="--pe", size="--size", ema="--ema")
 def visualize(
     *checkpoints: Annotated[str, Parameter(help=".pth files or folders written by lape.save")],
     save_dir: Annotated[str | None, Parameter(help="the pictures go into SAVE_DIR/MODEL_NAME/")] = None,
@@ -275,11 +276,13 @@ def visualize(
                     "this one; remove them, or choose another --model-name"
                 )
         if len(checkpoints) > 1:
-            from lape.files.restore import load
+            from lape.files.read import read_checkpoint
+            from lape.files.restore import restore_to_draw
             from lape.look.figures import compare as draw_together
             from lape.look.figures import sorts
 
-            models = {c: load(c, model_name, join_type, pe, sides, ema)[0] for c in checkpoints}
+            chosen: dict[str, Any] = {"size": sides, "ema": ema, "join": join_type, "pe": pe}
+            models = {c: restore_to_draw(read_checkpoint(c), model_name, **chosen)[0] for c in checkpoints}
             if max(map(len, sorts(models))) > 1:
                 print(f"{len(draw_together(models, save_dir, view=view or 'seen'))} files of all models in {save_dir}")
             else:
@@ -294,6 +297,7 @@ def visualize(
 
 
 @app.command
+@arguments_as(tolerance="--tolerance", formats="--formats")
 def export(
     checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
     *,

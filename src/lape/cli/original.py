@@ -7,6 +7,7 @@ from typing import NoReturn
 from cyclopts import App
 
 from lape.cli.app import original, run
+from lape.errors import arguments_as
 
 
 def original_main() -> NoReturn:
@@ -28,6 +29,7 @@ def visualize_main(tokens: Sequence[str] | None = None) -> int:
     )
 
     @app.default
+    @arguments_as(model="--model-name deit_t_LaPE", join="--join-type", pe="--pe")
     def draw(
         *,
         ckpt_path: str = "result/deit_t_LaPE/best_checkpoint.pth",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,7 +149,7 @@ def train_transform(recipe: Recipe, *, whole: bool = False) -> Transform:
     if typos:  # timm would ignore them
         raise LapeError(f"aa={recipe.aa!r}: {typos[0]!r} has no number, use e.g. rand-m9-mstd0.5-inc1, or none")
     try:
-        transform = create_transform(
+        transform: transforms.Compose = create_transform(
             recipe.input_size,
             is_training=True,
             scale=recipe.scale,  # type: ignore[arg-type]
@@ -178,7 +179,7 @@ def is_augmented(recipe: Recipe) -> bool:
     return bool(recipe.aa or recipe.color_jitter or recipe.reprob or recipe.three_augment)
 
 
-def _crop(recipe: Recipe, whole: bool) -> list[Callable]:
+def _crop(recipe: Recipe, whole: bool) -> list[Callable[..., Any]]:
     """Return what replaces the random resized crop, nothing where it stays."""
     size = (recipe.input_size, recipe.input_size)
     interpolation = "bicubic" if recipe.train_interpolation == "random" else recipe.train_interpolation
@@ -192,7 +193,7 @@ def _crop(recipe: Recipe, whole: bool) -> list[Callable]:
     return []
 
 
-def _cover(size: tuple[int, int], interpolation: str) -> Callable:
+def _cover(size: tuple[int, int], interpolation: str) -> Callable[..., Any]:
     """Resize, aspect kept, until the image just covers `size`; one that already fits is not touched."""
     if size[0] == size[1]:
         return transforms.Resize(size[0], str_to_interp_mode(interpolation))
@@ -205,17 +206,14 @@ def _keep_one_bit(transform: transforms.Compose) -> None:
     timm may ask for 0 bits: Pillow 13 raises then (about once in 800 images under DeiT's policy), earlier ones
     return a black image. Only the operations of this transform are changed, timm itself is not.
     """
+    operation: Any  # timm declares the function itself as its attribute's type
     for operation in operations(transform):
         if operation.name.startswith("Posterize"):
-            operation.aug_fn = _Posterize(operation.aug_fn)
+            operation.aug_fn = partial(_posterize, operation.aug_fn)
 
 
-@dataclass(frozen=True)
-class _Posterize:
-    posterize: Callable
-
-    def __call__(self, image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-        return self.posterize(image, max(1, bits), **kwargs)
+def _posterize(plain: Callable[..., Image.Image], image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    return plain(image, max(1, bits), **kwargs)
 
 
 def operations(transform: transforms.Compose) -> Iterator[AugmentOp]:

@@ -10,6 +10,8 @@ Strengths (n,) may lie on the host.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,6 @@ LEVELS = 256
 BOXES = 3  # box blurs in place of a Gaussian
 ROUNDED_OFF = 1e-3  # more than float32 loses in a sum of 16 products, or a flat area would be cut to one level less
 LUMA, LUMA_BITS = (19595, 38470, 7471), 16  # ITU-R 601-2: 0.299, 0.587, 0.114 in 16 bits
-
-# ------------------------------------------------------------------------------------------------ one pixel at a time
 
 
 def look_up(images_nCHW: Tensor, table_nCV: Tensor) -> Tensor:
@@ -61,10 +61,6 @@ def solarize_add(images_nCHW: Tensor, added_n: Tensor) -> Tensor:
     return look_up(images_nCHW, torch.where(values < 128, more, values))
 
 
-def invert(images_nCHW: Tensor) -> Tensor:
-    return 255 - images_nCHW
-
-
 def autocontrast(images_nCHW: Tensor) -> Tensor:
     """Stretch each channel to 0..255."""
     flat = images_nCHW.flatten(2).long()
@@ -77,16 +73,11 @@ def autocontrast(images_nCHW: Tensor) -> Tensor:
 
 
 def equalize(images_nCHW: Tensor) -> Tensor:
-    """Make the histogram of each channel flat."""
-    counts = _histogram(images_nCHW)
-    below = counts.cumsum(2) - counts
-    highest = counts.gather(2, images_nCHW.flatten(2).amax(2, keepdim=True).long())
-    step = (counts.sum(2, keepdim=True) - highest) // 255
-    flat = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
-    return look_up(images_nCHW, torch.where(step > 0, flat, _values(images_nCHW)))
+    """Make the histogram of each channel flat; torchvision's has Pillow's bits."""
+    from torchvision.transforms.v2.functional import equalize_image  # takes its time to load
 
-
-# ------------------------------------------------------------------------------------------------ neighbours
+    flat: Tensor = equalize_image(images_nCHW)
+    return flat
 
 
 def color(images_nCHW: Tensor, factor_n: Tensor) -> Tensor:
@@ -135,9 +126,6 @@ def gaussian_blur(images_nCHW: Tensor, radius_n: Tensor) -> Tensor:
     return result.to(torch.uint8)
 
 
-# ------------------------------------------------------------------------------------------------ geometry
-
-
 def warp(images_nCHW: Tensor, matrix_n6: Tensor, fill_C: Tensor, cubic_n: Tensor) -> Tensor:
     """Return the images under affine maps, as Pillow's `transform(AFFINE)`.
 
@@ -175,20 +163,16 @@ def rotation(degrees_n: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y], dim=1)
 
 
-def shear_x(factor_n: Tensor, height: int, width: int) -> Tensor:
-    return _matrices(factor_n, 1)
+def moved(place: int) -> Callable[[Tensor, int, int], Tensor]:
+    """The function of (values (n,), height, width) to identity maps (n, 6) with one entry replaced: 1 and 3 shear along
+    x and y, 2 and 5 shift."""
 
+    def maps(values_n: Tensor, height: int, width: int) -> Tensor:
+        matrix = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64).repeat(len(values_n), 1)
+        matrix[:, place] = values_n.double().cpu()
+        return matrix
 
-def shear_y(factor_n: Tensor, height: int, width: int) -> Tensor:
-    return _matrices(factor_n, 3)
-
-
-def shift_x(pixels_n: Tensor, height: int, width: int) -> Tensor:
-    return _matrices(pixels_n, 2)
-
-
-def shift_y(pixels_n: Tensor, height: int, width: int) -> Tensor:
-    return _matrices(pixels_n, 5)
+    return maps
 
 
 def resized_crop(images_nCHW: Tensor, box_n4: Tensor, size: tuple[int, int], cubic_n: Tensor) -> Tensor:
@@ -224,9 +208,6 @@ def shifted_crop(images_nCHW: Tensor, corner_n2: Tensor, size: tuple[int, int], 
     return (cut * seen.unsqueeze(-1)).permute(0, 3, 1, 2).contiguous()
 
 
-# ------------------------------------------------------------------------------------------------ parts
-
-
 def _each(strength_n: Tensor, images: Tensor) -> Tensor:
     return strength_n.to(images.device, non_blocking=True).view(-1, 1, 1)
 
@@ -249,22 +230,6 @@ def _grey(images_nCHW: Tensor) -> Tensor:
     red, green, blue = images_nCHW.long().unbind(1)
     r, g, b = LUMA
     return (r * red + g * green + b * blue + (1 << LUMA_BITS - 1)) >> LUMA_BITS
-
-
-def _histogram(images_nCHW: Tensor) -> Tensor:
-    """(n, C, 256) int64."""
-    n, channels = images_nCHW.shape[:2]
-    first = LEVELS * torch.arange(n * channels, device=images_nCHW.device).view(n, channels, 1)
-    places = (images_nCHW.flatten(2).long() + first).flatten()
-    counts = torch.zeros(n * channels * LEVELS, dtype=torch.long, device=images_nCHW.device)
-    return counts.scatter_add_(0, places, torch.ones_like(places)).view(n, channels, LEVELS)
-
-
-def _matrices(values_n: Tensor, place: int) -> Tensor:
-    """Identity maps with one entry replaced, float64 (n, 6)."""
-    matrix = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64).repeat(len(values_n), 1)
-    matrix[:, place] = values_n.double().cpu()
-    return matrix
 
 
 def _taps(at_nHW: Tensor, size: int, cubic_n: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -20,19 +20,17 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from lape.data.images import is_image, to_mode
+from lape.data.folders import SPLITS, check_root, few, survey
+from lape.data.images import reason_of, to_mode
 from lape.data.loaders import processors
-from lape.data.sets import LAYOUT
-from lape.errors import DataError
 
-SPLITS = ("train", "val")
+MACOS = ("._", ".DS_Store")
 WNID = re.compile(r"n\d{8}")
 TOGETHER = 64  # files a process takes at once
-EXAMPLES = 5  # files that a line of the report names
 USUAL, PLAIN = ("RGB",), ("RGB", "L")
 # What PIL calls the pixels of a file, and what becomes of them.
 ODD = {
@@ -101,112 +99,59 @@ def check_data(root: str | Path, *, workers: int | None = None, progress: bool |
         DataError: `root` is no folder.
     """
     began, root = time.perf_counter(), Path(root).expanduser()
-    if not root.is_dir():
-        raise DataError(f"data folder {root} does not exist or is no folder: {LAYOUT}")
-    report = Report(str(root))
-    files = _look_around(root, report)
+    check_root(root)
+    folder = survey(root)
+    counts = {split: {name: len(paths) for name, paths in classes.items()} for split, classes in folder.images.items()}
+    report = Report(str(root), counts, folder.errors)
+    _judge_others([os.path.relpath(path, root) for path in folder.others], report)
+    _judge_classes(report)
+    files = [path for classes in folder.images.values() for paths in classes.values() for path in paths]
     hashes: dict[str, dict[bytes, str]] = {split: {} for split in SPLITS}
-    smallest, largest = sys.maxsize, 0
-    odd: dict[str, list[str]] = {}
-    found = _inspect_all(root, files, workers or processors())
-    for (split, _, path), (reason, kind, width, height, digest) in _shown(found, len(files), progress):
-        if reason:
-            report.corrupt[path] = reason
+    sides: set[int] = set()
+    findings = _shown(_inspect_all(files, workers or processors()), len(files), progress)
+    for path, finding in sorted(zip((os.path.relpath(file, root) for file in files), findings, strict=True)):
+        if finding.reason:
+            report.corrupt[path] = finding.reason
             continue
-        if kind not in USUAL:
-            odd.setdefault(ODD.get(kind, kind), []).append(path)
-        smallest, largest = min(smallest, width, height), max(largest, width, height)
-        hashes[split].setdefault(digest, path)
-    report.odd = {kind: sorted(paths) for kind, paths in sorted(odd.items())}
-    report.corrupt = dict(sorted(report.corrupt.items()))
-    report.duplicates = sorted(
-        [hashes["train"][digest], path] for digest, path in hashes["val"].items() if digest in hashes["train"]
-    )
-    if largest:
-        report.sizes = {"smallest": smallest, "largest": largest}
+        if finding.mode not in USUAL:
+            report.odd.setdefault(ODD.get(finding.mode, finding.mode), []).append(path)
+        sides |= {finding.width, finding.height}
+        hashes[path.partition(os.sep)[0]].setdefault(finding.digest, path)
+    report.odd = dict(sorted(report.odd.items()))
+    both = hashes["train"].keys() & hashes["val"].keys()
+    report.duplicates = sorted([hashes["train"][digest], hashes["val"][digest]] for digest in both)
+    if sides:
+        report.sizes = {"smallest": min(sides), "largest": max(sides)}
     _judge_files(report)
     report.seconds = round(time.perf_counter() - began, 2)
     return report
 
 
-# ------------------------------------------------------------------------------------------------ folders
-
-
-Place = tuple[str, str, str]  # split, class, path below the root
-
-
-def _look_around(root: Path, report: Report) -> list[Place]:
-    """Classes, counts and what lies where it should not; the images to open."""
-    files: list[Place] = []
-    for split in SPLITS:
-        folder = root / split
-        if not folder.is_dir():
-            report.errors.append(f"no folder {split}/: {LAYOUT}")
-            continue
-        report.counts[split] = {}
-        flat, strange = [], []
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.is_dir():
-                images, others = _images_below(Path(entry.path), root)
-                report.counts[split][entry.name] = len(images)
-                files += [(split, entry.name, path) for path in images]
-                strange += others
-            elif is_image(entry.name):
-                flat.append(f"{split}/{entry.name}")
-            else:
-                strange.append(f"{split}/{entry.name}")
-        if flat:
-            report.errors.append(f"{len(flat)} image(s) outside class folders: {_few(flat)}; move each to its class")
-        elif not report.counts[split]:
-            report.errors.append(f"{split}/ has no class folders: {LAYOUT}")
-        _judge_others(strange, report)
-        empty = [f"{split}/{name}" for name, count in report.counts[split].items() if not count]
-        if empty:
-            report.errors.append(f"{len(empty)} class(es) without an image: {_few(empty)}; fill or remove them")
-    _judge_classes(report)
-    return files
-
-
-def _images_below(folder: Path, root: Path) -> tuple[list[str], list[str]]:
-    """The images that torchvision's ImageFolder would find, and the other files."""
-    images: list[str] = []
-    others: list[str] = []
-    for place, _, names in os.walk(folder, followlinks=True):
-        below = os.path.relpath(place, root)
-        for name in sorted(names):
-            (images if is_image(name) else others).append(f"{below}/{name}")
-    return images, others
-
-
 def _judge_others(others: list[str], report: Report) -> None:
-    mac = [path for path in others if os.path.basename(path).startswith(("._", ".DS_Store"))]
-    rest = [path for path in others if path not in set(mac)]
+    mac = [path for path in others if os.path.basename(path).startswith(MACOS)]
+    rest = [path for path in others if not os.path.basename(path).startswith(MACOS)]
     if mac:
-        report.warnings.append(f"{len(mac)} file(s) of macOS, which are not read: {_few(mac)}")
+        report.warnings.append(f"{len(mac)} file(s) of macOS, which are not read: {few(mac)}")
     if rest:
-        report.warnings.append(f"{len(rest)} file(s) that are no images by their names, not read: {_few(rest)}")
+        report.warnings.append(f"{len(rest)} file(s) that are no images by their names, not read: {few(rest)}")
 
 
 def _judge_classes(report: Report) -> None:
-    train, val = (set(report.counts.get(split, {})) for split in SPLITS)
-    if train and val and train != val:
-        for split, alone in (("train", train - val), ("val", val - train)):
-            if alone:
-                report.errors.append(f"{len(alone)} class(es) only in {split}: {_few(sorted(alone))}")
-    names = sorted(train | val)
+    """Warn of names whose order or meaning may be another than it seems."""
+    names = sorted({name for classes in report.counts.values() for name in classes})
     wnids = [name for name in names if WNID.fullmatch(name)]
     if wnids and len(wnids) != len(names):
         others = [name for name in names if not WNID.fullmatch(name)]
         report.warnings.append(
-            f"{len(wnids)} classes are WordNet ids and {len(others)} are not ({_few(others)}): numbers of classes will "
+            f"{len(wnids)} classes are WordNet ids and {len(others)} are not ({few(others)}): numbers of classes will "
             "not be those of ImageNet"
         )
     elif len(wnids) == 1000:
         from timm.data import ImageNetInfo  # seconds
 
-        if (known := ImageNetInfo("imagenet-1k").label_names()) != wnids:
-            strange = sorted(set(wnids) - set(known))
-            report.warnings.append(f"1000 WordNet ids, but not those of ImageNet-1k: {_few(strange)} are others")
+        if (imagenet := ImageNetInfo("imagenet-1k").label_names()) != wnids:
+            strange = sorted(set(wnids) - set(imagenet))
+            report.warnings.append(f"1000 WordNet ids, but not those of ImageNet-1k: {few(strange)} are others")
     numeric = [name for name in names if name.isdigit()]
     if numeric and sorted(numeric, key=int) != sorted(numeric):
         report.warnings.append(
@@ -215,19 +160,22 @@ def _judge_classes(report: Report) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ files
+class Finding(NamedTuple):
+    """What became of a file: why it is corrupt, or its mode, size in pixels and the hash of its bytes."""
 
-Finding = tuple[str, str, int, int, bytes]  # reason why it is corrupt, mode, width, height, hash of the bytes
+    reason: str = ""
+    mode: str = ""
+    width: int = 0
+    height: int = 0
+    digest: bytes = b""
 
 
-def _inspect_all(root: Path, files: list[Place], workers: int) -> Iterator[tuple[Place, Finding]]:
-    if workers == 1 or len(files) <= TOGETHER:
-        for place in files:
-            yield place, _inspect(str(root / place[2]))
+def _inspect_all(paths: list[str], workers: int) -> Iterator[Finding]:
+    if workers == 1 or len(paths) <= TOGETHER:
+        yield from map(_inspect, paths)
         return
     with ProcessPoolExecutor(workers) as pool:
-        paths = (str(root / place[2]) for place in files)
-        yield from zip(files, pool.map(_inspect, paths, chunksize=TOGETHER), strict=True)
+        yield from pool.map(_inspect, paths, chunksize=TOGETHER)
 
 
 def _inspect(path: str) -> Finding:
@@ -235,53 +183,46 @@ def _inspect(path: str) -> Finding:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        return error.strerror or "cannot be read", "", 0, 0, b""
+        return Finding(error.strerror or "cannot be read")
     if not data:
-        return "empty file", "", 0, 0, b""
+        return Finding("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
-            mode, (width, height) = image.mode, image.size
+            mode, size = image.mode, image.size
             image.draft("L", (1, 1))
             image.load()
             if image.mode not in PLAIN:
                 to_mode(image, 3)  # refuses pixels of unknown range
     except UnidentifiedImageError:
-        return "not an image", "", 0, 0, b""
-    except Exception as error:  # decoders raise what they like on a corrupt file
-        return " ".join(str(error).split()) or type(error).__name__, "", 0, 0, b""
-    return "", mode, width, height, blake2b(data, digest_size=16).digest()
+        return Finding("not an image")
+    except Exception as error:
+        return Finding(reason_of(error))
+    return Finding("", mode, *size, blake2b(data, digest_size=16).digest())
 
 
 def _judge_files(report: Report) -> None:
     if report.corrupt:
         some = [f"{path} ({reason})" for path, reason in report.corrupt.items()]
         report.errors.append(
-            f"{len(some)} file(s) that cannot be decoded: {_few(some)}; replace or remove them, or train with "
+            f"{len(some)} file(s) that cannot be decoded: {few(some)}; replace or remove them, or train with "
             "--skip-corrupt (those of val/ must go)"
         )
     for kind, paths in report.odd.items():
-        report.warnings.append(f"{len(paths)} image(s) with {kind}: {_few(paths)}")
+        report.warnings.append(f"{len(paths)} image(s) with {kind}: {few(paths)}")
     if report.duplicates:
         pairs = [f"{val} = {train}" for train, val in report.duplicates]
-        report.warnings.append(f"{len(pairs)} validation image(s) are training images, too: {_few(pairs)}")
+        report.warnings.append(f"{len(pairs)} validation image(s) are training images, too: {few(pairs)}")
         inside = Counter(train.split("/")[1] != val.split("/")[1] for train, val in report.duplicates)
         if inside[True]:
             report.warnings.append(f"{inside[True]} of them under another class")
 
 
-def _shown(found: Iterable[Any], total: int, progress: bool | None) -> Iterator[Any]:
+def _shown(findings: Iterable[Finding], total: int, progress: bool | None) -> Iterable[Finding]:
     """The findings, with a bar on a terminal."""
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield from found
-        return
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(found, "Images", total=total, console=Console(stderr=True), transient=True)
-
-
-def _few(items: list[str]) -> str:
-    more = f" and {len(items) - EXAMPLES} more" if len(items) > EXAMPLES else ""
-    return ", ".join(items[:EXAMPLES]) + more
+    hidden = not (sys.stderr.isatty() if progress is None else progress)
+    return track(findings, "Images", total, console=Console(stderr=True), transient=True, disable=hidden)

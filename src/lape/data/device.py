@@ -13,14 +13,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, ResizeKeepRatio
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -40,7 +39,7 @@ class Stream:
     """Random numbers of each image of a batch: a function of its key, and of how many were drawn before."""
 
     def __init__(self, keys_B: Tensor) -> None:
-        self.keys, self.drawn = keys_B, 0
+        self.keys, self.draws = keys_B, 0
 
     @classmethod
     def of(cls, seed: int, index_B: Tensor, copy_B: Tensor) -> Stream:
@@ -62,18 +61,20 @@ class Stream:
         return self.uniform() < probability
 
     def normal(self, mean: float, std: float) -> Tensor:
-        return mean + std * torch.special.ndtri(self.uniform().clamp(min=2.0**-53))
+        deviation: Tensor = torch.special.ndtri(self.uniform().clamp(min=2.0**-53))
+        return mean + std * deviation
 
     def noise(self, chosen: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
         """Standard normal float32 (len(chosen), *shape) of the chosen images, made on the device."""
         first = self._bits()[chosen].to(device, non_blocking=True)
         step = GOLDEN * torch.arange(1, math.prod(shape) + 1, device=device)
         middle = (_unit(_mixed(first[:, None] + step)) + 2.0**-54).float().clamp(2.0**-25, 1 - 2.0**-24)
-        return torch.special.ndtri(middle).view(-1, *shape)
+        deviation: Tensor = torch.special.ndtri(middle)
+        return deviation.view(-1, *shape)
 
     def _bits(self) -> Tensor:
-        self.drawn += 1
-        return _mixed(self.keys + torch.tensor(self.drawn) * GOLDEN)
+        self.draws += 1
+        return _mixed(self.keys + torch.tensor(self.draws) * GOLDEN)
 
 
 def _mixed(bits: Tensor) -> Tensor:
@@ -91,8 +92,6 @@ def _unit(bits: Tensor) -> Tensor:
     return _shifted(bits, 11).double() * 2.0**-53
 
 
-# ------------------------------------------------------------------------------------------------ the steps
-
 Step = Callable[[Tensor, Stream], Tensor]  # images (B, C, H, W) on the device, 8-bit until normalised
 Twin = Callable[[Any], Step]
 
@@ -104,27 +103,22 @@ def split_transform(transform: transforms.Compose) -> tuple[transforms.Compose, 
         LapeError: a step, or a setting of it, that has no twin here.
     """
     steps = list(transform.transforms)
-    once = []
-    while steps and not isinstance(steps[0], tuple(TWINS)):
-        step = steps.pop(0)
-        if not isinstance(step, ToMode | transforms.Resize | ResizeKeepRatio | transforms.CenterCrop):
-            raise LapeError(f"{type(step).__name__} is not made for batches on the device: {LEFT_OUT}")
-        once.append(step)
-    for step in steps:
-        if type(step) not in TWINS:
-            raise LapeError(f"{type(step).__name__} is not made for batches on the device: {LEFT_OUT}")
-    twins = [(step, TWINS[type(step)]) for step in steps]
+    count = next((number for number, step in enumerate(steps) if type(step) in TWINS), len(steps))
+    once, rest = steps[:count], steps[count:]
+    fixed = (ToMode, transforms.Resize, ResizeKeepRatio, transforms.CenterCrop)
+    unknown = [step for step in once if type(step) not in fixed] + [step for step in rest if type(step) not in TWINS]
+    if unknown:
+        raise LapeError(f"{type(unknown[0]).__name__} is not made for batches on the device: {LEFT_OUT}")
+    twins = [(step, TWINS[type(step)]) for step in rest]
     return transforms.Compose(once), [make(step) for step, make in twins if make is not None]
 
 
-@dataclass(frozen=True)
 class ResizedCrop:
     """torchvision's random resized crop: ten tries for a box, else the largest of an allowed shape."""
 
-    size: tuple[int, int]
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    cubic: bool | None  # None: either, an image
+    def __init__(self, step: RandomResizedCropAndInterpolation) -> None:
+        self.size, self.scale, self.ratio = step.size, step.scale, step.ratio
+        self.cubic = _kernel(step.interpolation)
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
         return batched.resized_crop(images, self.boxes(stream, *images.shape[2:]), self.size, _cubic(self, stream))
@@ -138,36 +132,39 @@ class ResizedCrop:
         return _boxes(stream, middle, self.scale, (math.log(low), math.log(high)), height, width)
 
 
-@dataclass(frozen=True)
 class Crop:
     """A random place in the padded image."""
 
-    size: tuple[int, int]
-    padding: int
-    mode: str
+    def __init__(self, step: transforms.RandomCrop) -> None:
+        self.size, self.padding, self.mode = step.size, step.padding, step.padding_mode
+        if not isinstance(self.padding, int) or self.mode not in ("constant", "reflect") or step.fill:
+            raise LapeError(f"a random crop with padding {self.padding} {self.mode} is not made here: {LEFT_OUT}")
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
         corners = [
-            stream.integer(side + 2 * self.padding - wanted + 1) - self.padding
-            for side, wanted in zip(images.shape[2:], self.size, strict=True)
+            stream.integer(side + 2 * self.padding - cropped + 1) - self.padding
+            for side, cropped in zip(images.shape[2:], self.size, strict=True)
         ]
         return batched.shifted_crop(images, torch.stack(corners, dim=1), self.size, self.mode)
 
 
-@dataclass(frozen=True)
 class Flip:
-    probability: float
+    def __init__(self, step: transforms.RandomHorizontalFlip) -> None:
+        self.p = step.p
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
-        flipped = stream.happens(self.probability).to(images.device, non_blocking=True)
+        flipped = stream.happens(self.p).to(images.device, non_blocking=True)
         return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
-@dataclass(frozen=True)
 class Jitter:
     """torchvision's colour jitter: brightness, contrast and colour in an order of its own for each image."""
 
-    ranges: dict[str, tuple[float, float]]
+    def __init__(self, step: transforms.ColorJitter) -> None:
+        if step.hue is not None:
+            raise LapeError(f"colour jitter of the hue is not made for batches on the device: {LEFT_OUT}")
+        ranges = {"Brightness": step.brightness, "Contrast": step.contrast, "Color": step.saturation}
+        self.ranges = {name: bounds for name, bounds in ranges.items() if bounds is not None}
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
         factors = {name: stream.uniform(*bounds) for name, bounds in self.ranges.items()}
@@ -181,15 +178,16 @@ class Jitter:
 class Policy:
     """timm's RandAugment and AutoAugment: some draws, each of a short list of operations with chances of their own."""
 
-    def __init__(self, lists: Sequence[Sequence[AugmentOp]], layers: int, cubic: bool | None) -> None:
+    def __init__(self, lists: Sequence[Sequence[AugmentOp]], layers: int) -> None:
         """One of the `lists` is drawn `layers` times; all operations have the first one's spread and fill colour."""
-        self.layers, self.cubic = layers, cubic
         self.ops = [op for some in lists for op in some]
-        self.lists = torch.full((len(lists), max(map(len, lists))), -1)  # numbers of operations
-        first = 0
-        for row, some in zip(self.lists, lists, strict=True):
-            row[: len(some)] = torch.arange(first, first + len(some))
-            first += len(some)
+        unknown = [op.name for op in self.ops if op.name not in ARGUMENTS]
+        if unknown:  # none of timm 1.0.31
+            raise LapeError(f"timm's operation {unknown[0]} is not made for batches on the device: {LEFT_OUT}")
+        self.layers, self.cubic = layers, _kernel(self.ops[0].kwargs["resample"])
+        numbers = iter(range(len(self.ops)))
+        rows = [torch.tensor([next(numbers) for _ in some]) for some in lists]
+        self.lists = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # numbers of operations
         self.chances = torch.tensor([op.prob for op in self.ops], dtype=torch.float64)
         self.magnitudes = torch.tensor([op.magnitude for op in self.ops], dtype=torch.float64)
 
@@ -231,25 +229,22 @@ class Policy:
             images[at] = batched.warp(images[at], maps[places], fill, cubic[places])
 
 
-@dataclass(frozen=True)
 class Normalise:
-    mean: Tensor
-    std: Tensor
+    def __init__(self, step: transforms.Normalize) -> None:
+        self.mean, self.std = torch.as_tensor(step.mean), torch.as_tensor(step.std)
 
-    def __call__(self, images: Tensor, stream: Stream | None = None) -> Tensor:
+    def __call__(self, images: Tensor, stream: Stream) -> Tensor:
         mean, std = (numbers.view(-1, 1, 1).to(images.device, non_blocking=True) for numbers in (self.mean, self.std))
         return images.float().div_(255).sub_(mean).div_(std)
 
 
-@dataclass(frozen=True)
 class Erase:
     """timm's random erasing: rectangles, ten tries for each to fit, of zeros or of normal noise."""
 
-    probability: float
-    area: tuple[float, float]
-    log_aspect: tuple[float, float]
-    counts: tuple[int, int]
-    mode: str
+    def __init__(self, step: RandomErasing) -> None:
+        low, high = step.log_aspect_ratio  # of timm's height over width
+        self.log_aspect, self.area = (-high, -low), (step.min_area, step.max_area)
+        self.probability, self.counts, self.mode = step.probability, (step.min_count, step.max_count), step.mode
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
         channels, height, width = images.shape[1:]
@@ -289,15 +284,15 @@ def _boxes(
     A try has a part of the image's area, divided by `parts`, and an aspect (width over height).
     """
     box = torch.tensor(otherwise).repeat(len(stream.keys), 1)
-    wanted = torch.ones(len(box), dtype=torch.bool)
+    pending = torch.ones(len(box), dtype=torch.bool)
     for _ in range(10):
         pixels = stream.uniform(*area) * height * width / parts
         aspect = stream.uniform(*log_aspect).exp()
         w, h = (pixels * aspect).sqrt().round().long(), (pixels / aspect).sqrt().round().long()
         top, left = stream.integer(height - h + 1), stream.integer(width - w + 1)
-        fits = wanted & (w <= width - spare) & (h <= height - spare)
+        fits = pending & (w <= width - spare) & (h <= height - spare)
         box[fits] = torch.stack([top, left, h, w], dim=1)[fits]
-        wanted &= ~fits
+        pending &= ~fits
     return box
 
 
@@ -314,8 +309,6 @@ def _change(images: Tensor, mine: Tensor, change: Callable[[Tensor, Tensor], Ten
         images[at] = change(images[at], values[places])
 
 
-# ------------------------------------------------------------------------------------------------ timm's operations
-
 Argument = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 
 
@@ -323,113 +316,62 @@ def _side(unit: Tensor) -> Tensor:
     return torch.where(unit < 0.5, -1.0, 1.0).double()
 
 
-def _none(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
-    return level
-
-
-def _either_side(most: float) -> Argument:
-    return lambda level, unit, settings: _side(unit) * (level / 10 * most)
-
-
-def _by_setting(name: str, otherwise: float) -> Argument:
-    return lambda level, unit, settings: _side(unit) * (level / 10 * float(settings.get(name, otherwise)))
-
-
-def _factor(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
-    return level / 10 * 1.8 + 0.1
-
-
-def _growing_factor(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
-    return (1 + _side(unit) * (level / 10 * 0.9)).clamp(min=0.1)
+def _either_side(most: float, setting: str = "") -> Argument:
+    """`most` at level 10, or what a setting of the policy says, to the left or the right."""
+    return lambda level, unit, settings: _side(unit) * (level / 10 * float(settings.get(setting, most)))
 
 
 def _whole(most: int, *, add: int = 0, sign: int = 1, top: int = 256) -> Argument:
     return lambda level, unit, settings: add + sign * (level / 10 * most).trunc().clamp(max=top)
 
 
-def _desaturated(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
-    return 1 - (0.5 + 0.5 * (level / 10)).clamp(0.5, 1.0)
-
-
-def _radius(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
-    return (0.1 + 1.9 * (level / 10)).clamp(0.1, 2.0)
-
-
-def _drawn_radius(level: Tensor, unit: Tensor, settings: dict[str, Any]) -> Tensor:
-    return 0.1 + (2.0 * (level / 10).clamp(0, 1) - 0.1) * unit
-
+ENHANCED = ("Color", "Contrast", "Brightness", "Sharpness")
 
 # Level (0 to 10, beyond with mmax), a number in [0, 1), settings -> argument of an operation; the ranges are timm's.
 ARGUMENTS: dict[str, Argument] = {
-    "AutoContrast": _none,
-    "Equalize": _none,
-    "Invert": _none,
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), lambda level, unit, settings: level),
     "Rotate": _either_side(30.0),
-    "ShearX": _either_side(0.3),
-    "ShearY": _either_side(0.3),
-    "TranslateX": _by_setting("translate_const", 250),
-    "TranslateY": _by_setting("translate_const", 250),
-    "TranslateXRel": _by_setting("translate_pct", 0.45),
-    "TranslateYRel": _by_setting("translate_pct", 0.45),
+    **dict.fromkeys(("ShearX", "ShearY"), _either_side(0.3)),
+    **dict.fromkeys(("TranslateX", "TranslateY"), _either_side(250, "translate_const")),
+    **dict.fromkeys(("TranslateXRel", "TranslateYRel"), _either_side(0.45, "translate_pct")),
     "Posterize": _whole(4),
     "PosterizeIncreasing": _whole(4, add=4, sign=-1),
     "PosterizeOriginal": _whole(4, add=4),
     "Solarize": _whole(256),
     "SolarizeIncreasing": _whole(256, add=256, sign=-1),
     "SolarizeAdd": _whole(110, top=128),
-    "Desaturate": _desaturated,
-    "GaussianBlur": _radius,
-    "GaussianBlurRand": _drawn_radius,
-    **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), _factor),
-    **dict.fromkeys(
-        ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing"), _growing_factor
-    ),
+    "Desaturate": lambda level, unit, settings: 1 - (0.5 + 0.5 * (level / 10)).clamp(0.5, 1.0),
+    "GaussianBlur": lambda level, unit, settings: (0.1 + 1.9 * (level / 10)).clamp(0.1, 2.0),
+    "GaussianBlurRand": lambda level, unit, settings: 0.1 + (2.0 * (level / 10).clamp(0, 1) - 0.1) * unit,
+    **dict.fromkeys(ENHANCED, lambda level, unit, settings: level / 10 * 1.8 + 0.1),
+    **{
+        f"{name}Increasing": lambda level, unit, settings: (1 + _side(unit) * (level / 10 * 0.9)).clamp(min=0.1)
+        for name in ENHANCED
+    },
 }
 
 PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "AutoContrast": lambda images, _: batched.autocontrast(images),
     "Equalize": lambda images, _: batched.equalize(images),
-    "Invert": lambda images, _: batched.invert(images),
+    "Invert": lambda images, _: 255 - images,
     "SolarizeAdd": batched.solarize_add,
+    "Desaturate": batched.color,
     **dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), batched.posterize),
     **dict.fromkeys(("Solarize", "SolarizeIncreasing"), batched.solarize),
     **dict.fromkeys(("GaussianBlur", "GaussianBlurRand"), batched.gaussian_blur),
-    **dict.fromkeys(("Color", "ColorIncreasing", "Desaturate"), batched.color),
-    **dict.fromkeys(("Contrast", "ContrastIncreasing"), batched.contrast),
-    **dict.fromkeys(("Brightness", "BrightnessIncreasing"), batched.brightness),
-    **dict.fromkeys(("Sharpness", "SharpnessIncreasing"), batched.sharpness),
+    **{f"{name}{suffix}": getattr(batched, name.lower()) for name in ENHANCED for suffix in ("", "Increasing")},
 }
 
 # The map, and the dimension of the images (B, C, H, W) that its argument is a part of, None: none.
 MATRICES: dict[str, tuple[Callable[[Tensor, int, int], Tensor], int | None]] = {
     "Rotate": (batched.rotation, None),
-    "ShearX": (batched.shear_x, None),
-    "ShearY": (batched.shear_y, None),
-    "TranslateX": (batched.shift_x, None),
-    "TranslateY": (batched.shift_y, None),
-    "TranslateXRel": (batched.shift_x, 3),
-    "TranslateYRel": (batched.shift_y, 2),
+    "ShearX": (batched.moved(1), None),
+    "ShearY": (batched.moved(3), None),
+    "TranslateX": (batched.moved(2), None),
+    "TranslateY": (batched.moved(5), None),
+    "TranslateXRel": (batched.moved(2), 3),
+    "TranslateYRel": (batched.moved(5), 2),
 }
-
-
-# ------------------------------------------------------------------------------------------------ twins
-
-
-def _resized_crop(step: RandomResizedCropAndInterpolation) -> Step:
-    return ResizedCrop(step.size, tuple(step.scale), tuple(step.ratio), _kernel(step.interpolation))
-
-
-def _crop(step: transforms.RandomCrop) -> Step:
-    if not isinstance(step.padding, int) or step.padding_mode not in ("constant", "reflect") or step.fill:
-        raise LapeError(f"a random crop with padding {step.padding} {step.padding_mode} is not made here: {LEFT_OUT}")
-    return Crop(tuple(step.size), step.padding, step.padding_mode)
-
-
-def _jitter(step: transforms.ColorJitter) -> Step:
-    named = {"Brightness": step.brightness, "Contrast": step.contrast, "Color": step.saturation}
-    if step.hue is not None:
-        raise LapeError(f"colour jitter of the hue is not made for batches on the device: {LEFT_OUT}")
-    return Jitter({name: bounds for name, bounds in named.items() if bounds is not None})
 
 
 def _rand_augment(step: RandAugment) -> Step:
@@ -438,20 +380,7 @@ def _rand_augment(step: RandAugment) -> Step:
             "RandAugment by weights is not made for batches on the device: use --aa rand-m9-mstd0.5-inc1, or "
             f"{LEFT_OUT}"
         )
-    return _policy([[op] for op in step.ops], step.num_layers)
-
-
-def _policy(lists: Sequence[Sequence[AugmentOp]], layers: int) -> Step:
-    unknown = [op.name for some in lists for op in some if op.name not in ARGUMENTS]
-    if unknown:  # none of timm 1.0.31
-        raise LapeError(f"timm's operation {unknown[0]} is not made for batches on the device: {LEFT_OUT}")
-    return Policy(lists, layers, _kernel(lists[0][0].kwargs["resample"]))
-
-
-def _erase(step: RandomErasing) -> Step:
-    low, high = step.log_aspect_ratio  # of timm's height over width
-    area, counts = (step.min_area, step.max_area), (step.min_count, step.max_count)
-    return Erase(step.probability, area, (-high, -low), counts, step.mode)
+    return Policy([[op] for op in step.ops], step.num_layers)
 
 
 def _kernel(interpolation: Any) -> bool | None:
@@ -467,30 +396,32 @@ def _kernel(interpolation: Any) -> bool | None:
 
 
 TWINS: dict[type, Twin | None] = {
-    RandomResizedCropAndInterpolation: _resized_crop,
-    transforms.RandomCrop: _crop,
-    transforms.RandomHorizontalFlip: lambda step: Flip(step.p),
-    transforms.ColorJitter: _jitter,
+    RandomResizedCropAndInterpolation: ResizedCrop,
+    transforms.RandomCrop: Crop,
+    transforms.RandomHorizontalFlip: Flip,
+    transforms.ColorJitter: Jitter,
     RandAugment: _rand_augment,
-    AutoAugment: lambda step: _policy(step.policy, 1),
+    AutoAugment: lambda step: Policy(step.policy, 1),
     MaybeToTensor: None,  # a part of Normalise
     transforms.ToTensor: None,
-    transforms.Normalize: lambda step: Normalise(torch.as_tensor(step.mean), torch.as_tensor(step.std)),
-    RandomErasing: _erase,
+    transforms.Normalize: Normalise,
+    RandomErasing: Erase,
 }
 
 
-# ------------------------------------------------------------------------------------------------ data set and loader
-
-
-class OnDevice(Dataset):
-    """`images` (n, C, H, W) uint8 and `targets` (n,) int64 on the device, and what is done to a batch of them."""
+class OnDevice(Dataset[tuple[Tensor, int]]):
+    """`images` (n, C, H, W) and `targets` (n,) int64 on one device, and what is done to a batch of them: the twins for
+    uint8 images, nothing for transformed ones."""
 
     def __init__(self, images: Tensor, targets: Tensor, steps: Sequence[Step]) -> None:
         self.images, self.targets, self.steps = images, targets, steps
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        images, targets = self.batch([(index, 0)], seed=0)
+        return images[0], int(targets[0])
 
     def batch(self, keys: Sequence[tuple[int, int]], seed: int) -> tuple[Tensor, Tensor]:
         """Return the images (B, C, H, W) float32 of (index, copy) keys, and their targets (B,)."""
@@ -506,7 +437,7 @@ class OnDevice(Dataset):
 class DeviceLoader:
     """The batches of one epoch of an `OnDevice` set, with what `lape.data.loaders.Loader` offers."""
 
-    def __init__(self, dataset: OnDevice, batch_sampler: Sampler, seed: int) -> None:
+    def __init__(self, dataset: OnDevice, batch_sampler: Sampler[list[tuple[int, int]]], seed: int) -> None:
         self.dataset, self.batch_sampler, self.seed = dataset, batch_sampler, seed
         self.skipped: list[str] = []  # none: every image was read before the first step
 
@@ -526,7 +457,7 @@ class ToBytes:
         self.shape: tuple[int, ...] | None = None
 
     def __call__(self, image: Any) -> Tensor:
-        pixels = self.convert(self.once(image))
+        pixels: Tensor = self.convert(self.once(image))
         if self.shape is None:
             self.shape = tuple(pixels.shape)
         if tuple(pixels.shape) != self.shape:
@@ -555,7 +486,7 @@ def room_for(count: int, shape: Sequence[int], device: torch.device) -> Tensor:
 
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return float(torch.cuda.mem_get_info(device)[0])
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not on this system: the allocation itself will tell

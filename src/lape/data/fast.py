@@ -28,11 +28,11 @@ from PIL import Image
 from timm.data.auto_augment import AutoAugment, RandAugment
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from lape.data.augment import SMALL, EvalTransform, Transform, operations
+from lape.data.sets import Images
 from lape.errors import LapeError
 
 try:  # torchvision 0.29 announces that it will give its decoders up; Pillow's are slower and give the same bytes
@@ -91,8 +91,8 @@ class FastEval:
             raise LapeError(f"decode='fast' needs a square image, not {self.plain.size}: use decode='exact'")
 
     def __call__(self, levels: Tensor) -> Levels:
-        wanted = InterpolationMode(self.plain.interpolation)
-        levels = F.resize(_batch_of_one(levels), [self.plain.resized[0]], interpolation=wanted, antialias=True)[0]
+        kernel = InterpolationMode(self.plain.interpolation)
+        levels = F.resize(_batch_of_one(levels), [self.plain.resized[0]], interpolation=kernel, antialias=True)[0]
         return _by_pixel(F.center_crop(levels, list(self.plain.size)), self.plain.in_chans), []
 
 
@@ -106,6 +106,7 @@ class FastTrain:
 
     def __init__(self, plain: Any, in_chans: int) -> None:
         steps = copy.deepcopy(plain)
+        operation: Any
         for operation in operations(steps):
             operation.aug_fn = _Operation(operation.name, operation.aug_fn)
         self.crop, self.flip, *rest = steps.transforms
@@ -115,9 +116,9 @@ class FastTrain:
     def __call__(self, levels: Tensor) -> Levels:
         top, left, height, width = self.crop.get_params(levels, self.crop.scale, self.crop.ratio)
         filters = self.crop.interpolation
-        wanted = random.choice(filters) if isinstance(filters, tuple | list) else filters  # as timm does
+        kernel = random.choice(filters) if isinstance(filters, tuple | list) else filters  # as timm does
         part = _batch_of_one(levels[:, top : top + height, left : left + width])
-        levels = F.resize(part, list(self.crop.size), interpolation=wanted, antialias=True)[0]
+        levels = F.resize(part, list(self.crop.size), interpolation=kernel, antialias=True)[0]
         image: Any = _by_pixel(self.flip(levels), self.in_chans)
         for step in self.policy:
             image = step(image if isinstance(step, RandAugment | AutoAugment) else _to_pil(image))
@@ -150,7 +151,7 @@ class _Operation:
     """An operation of timm's policies, for images that become Pillow's only where that is needed."""
 
     name: str
-    plain: Callable
+    plain: Callable[..., Any]
 
     def __call__(self, image: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and self.name in SLIDES and kwargs.get("resample") == Image.Resampling.BICUBIC:
@@ -198,42 +199,39 @@ def _check_filter(name: str, value: str, allowed: tuple[str, ...] = FILTERS) -> 
         raise LapeError(f"decode='fast' has no {name}={value!r}: use {', '.join(allowed)}, or --decode exact")
 
 
-class FastImages(Dataset):
+class FastImages(Images):
     """Image files whose batches stay 8-bit until they are on the device.
 
     An item is (float32 image (in_chans, H, W), class number), as everywhere; the loader takes `levels` and finishes
     whole batches.
 
     Args:
-        paths: of the image files.
-        targets: their class numbers.
-        read: path -> uint8 (1 or C, H, W).
+        plain: the same files, read by Pillow.
+        in_chans: 1 or 3.
         transform: what comes between reading and normalising.
         mean, std: of each channel, for values in [0, 1].
     """
 
     def __init__(
         self,
-        paths: Sequence[str],
-        targets: Sequence[int],
-        read: Callable[[str], Tensor],
+        plain: Images,
+        in_chans: int,
         transform: Callable[[Tensor], Levels],
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
-        self.paths, self.targets, self.read, self.transform = paths, targets, read, transform
+        super().__init__(plain.sources, plain.targets, plain.read, plain.transform)
+        self.in_chans, self.to_levels = in_chans, transform
         self.mean, self.std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        (pixels, patches), target = self.levels(index)
+        pixels, target, patches = self.levels(index)
         return self.finish(pixels[None], [patches], torch.device("cpu"))[0], target
 
-    def levels(self, index: int) -> tuple[Levels, int]:
-        """Return an item as it travels: ((H, W, C) uint8 and what is erased), and its class number."""
-        return self.transform(self.read(self.paths[index])), self.targets[index]
+    def levels(self, index: int) -> tuple[Tensor, int, list[Patch]]:
+        """Return an item as it travels: (H, W, C) uint8, its class number, and what is erased."""
+        pixels, patches = self.to_levels(read_levels(self.sources[index], self.in_chans, self.read))
+        return pixels, self.targets[index], patches
 
     def finish(self, levels_BHWC: Tensor, patches: Sequence[list[Patch]], device: torch.device) -> Tensor:
         """Return the batch on the device: float32 (B, C, H, W), normalised, erased."""
@@ -246,17 +244,13 @@ class FastImages(Dataset):
         return images
 
 
-# --- shears and translations -----------------------------------------------------------------------------------------
-#
-# Shear and translation of 8-bit images, two to five times as fast as Pillow's and one level from it at most.
+# --- shears and translations: two to five times as fast as Pillow's, one level from it at most ---
 #
 # Pillow interpolates every pixel of every affine map from its 4 x 4 neighbours. A shear or a translation moves whole
 # rows, or columns, along themselves: a line needs the 4 neighbours in it, with the same weights for all its pixels.
-#
 # The weights are cubic convolution with a = -1 (R. Keys, "Cubic Convolution Interpolation for Digital Image
 # Processing", 1981, eq. 4 with another constant), the result is cut to 0..255 and truncated, the border repeated for
-# neighbours, and what comes from outside is filled: found from Pillow's numbers. They agree but for rounding
-# (`tests/test_slide.py`).
+# neighbours, and what comes from outside is filled. They agree but for rounding (`tests/test_slide.py`).
 
 Fill = int | Sequence[int]
 
@@ -271,38 +265,35 @@ def slide(levels: Tensor, shift: Tensor, dim: int, fill: Fill) -> Tensor:
         fill: levels of what comes from outside.
     """
     height, width, channels = levels.shape
-    n = levels.shape[dim]
+    n, lines = levels.shape[dim], levels.shape[1 - dim]
+    shift = shift.expand(lines)
     whole = shift.floor()
     weights = _weights(shift - whole)
-    places = torch.arange(-1, n + 2)
-    if shift.ndim == 0:
-        near = levels.index_select(dim, (places + int(whole)).clamp_(0, n - 1))
-        shape = near.shape
-    else:
-        along = (places[:, None] + whole.long()).clamp_(0, n - 1)
-        across = torch.arange(len(shift))
-        shape = torch.Size((n + 3, width, channels) if dim == 0 else (height, n + 3, channels))
-        index = along * width + across if dim == 0 else along.T + across[:, None] * width
-        near = levels.reshape(-1, channels).index_select(0, index.reshape(-1))
-        weights = weights.repeat_interleave(channels, 1)[:, None, :] if dim == 0 else weights[:, :, None]
-    near = near.reshape(shape[0], -1).float()  # a pixel's channels are neighbours, so that a row is one loop
-    step, size = (1, n) if dim == 0 else (channels, n * channels)
+    along = (torch.arange(-1, n + 2)[:, None] + whole.long()).clamp_(0, n - 1)
+    across = torch.arange(lines)
+    index, shape = along * width + across, (n + 3, width * channels)
+    weights = weights.repeat_interleave(channels, 1)[:, None, :]
+    if dim == 1:
+        index, shape = along.T + across[:, None] * width, (height, (n + 3) * channels)
+        weights = _weights(shift - whole)[:, :, None]
+    near = levels.reshape(-1, channels).index_select(0, index.reshape(-1)).reshape(shape).float()
+    step, size = (1, n) if dim == 0 else (channels, n * channels)  # a pixel's channels are neighbours
     moved = near.narrow(dim, 0, size) * weights[0]
     for k in (1, 2, 3):
         moved.addcmul_(near.narrow(dim, k * step, size), weights[k])
     result = moved.clamp_(0, 255).to(torch.uint8).reshape(height, width, channels)
-    origin = (torch.arange(n) + 0.5).reshape(-1, *[1] * shift.ndim) + shift
+    origin = torch.arange(n)[:, None] + 0.5 + shift
     outside = (origin < 0) | (origin >= n)
-    if outside.any():
-        if shift.ndim == 0:
-            outside = outside[:, None].expand(n, width if dim == 0 else height)
-        result[outside if dim == 0 else outside.T] = torch.as_tensor(fill, dtype=torch.uint8)
+    result[outside if dim == 0 else outside.T] = torch.as_tensor(fill, dtype=torch.uint8)
     return result
 
 
 def _weights(t: Tensor) -> Tensor:
     """Return the weights of the neighbours -1, 0, 1, 2 at a distance t in [0, 1) from neighbour 0: (4, *t.shape)."""
     return torch.stack([-t * (1 - t) ** 2, t**3 - 2 * t**2 + 1, -(t**3) + t**2 + t, -(t**2) * (1 - t)]).float()
+
+
+Slide = Callable[[Tensor, float, int, Fill], Tensor]
 
 
 def _shear(levels: Tensor, factor: float, dim: int, fill: Fill) -> Tensor:
@@ -318,7 +309,7 @@ def _translate_part(levels: Tensor, part: float, dim: int, fill: Fill) -> Tensor
     return _translate(levels, part * levels.shape[dim], dim, fill)
 
 
-SLIDES: dict[str, tuple[Callable[[Tensor, float, int, Any], Tensor], int]] = {
+SLIDES: dict[str, tuple[Slide, int]] = {
     f"{name}{axis}{suffix}": (function, dim)
     for name, suffix, function in (
         ("Shear", "", _shear),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,37 +41,42 @@ class ToMode:
         return to_mode(image, self.in_chans)
 
 
+def reason_of(error: Exception) -> str:
+    """What a decoder says of a file, in one line; they raise what they like."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What goes wrong is a `DataError` that names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's remarks on EXIF, palettes and size change nothing in the pixels
+            yield
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is not an image that can be read: replace or remove the file") from None
+    except Exception as error:
+        raise DataError(f"cannot read image {path} ({reason_of(error)}): replace or remove the file") from error
+
+
 def load_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
     """Decode a whole image file to 8-bit grey (`in_chans` 1) or RGB (3).
 
     Raises:
         DataError: not an image, corrupt, truncated, or pixels of unknown range; names the file.
     """
-    try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter("ignore")  # PIL's remarks on EXIF, palettes and size change nothing in the pixels
-            image = Image.open(file)
-            image.load()
-            return to_mode(image, in_chans)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is not an image that can be read: replace or remove the file") from None
-    except Exception as error:  # PIL's decoders raise what they like on a corrupt file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"cannot read image {path} ({reason}): replace or remove the file") from error
+    with _reading(path), open(path, "rb") as file:
+        image = Image.open(file)
+        image.load()
+        return to_mode(image, in_chans)
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
     """Read the header of an image file, not its pixels. Raises DataError where it is missing or no image."""
-    try:
-        with warnings.catch_warnings(), Image.open(path):
-            warnings.simplefilter("ignore")
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is not an image that can be read: replace or remove the file") from None
-    except Exception as error:  # PIL's decoders raise what they like on a corrupt file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"cannot read image {path} ({reason}): replace or remove the file") from error
+    with _reading(path), Image.open(path):
+        pass
 
 
 def is_image(path: str) -> bool:

@@ -21,23 +21,35 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lape.data.device import DeviceLoader, OnDevice
-from lape.data.sets import InMemory, _sized
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
+    from lape.data.fast import Patch
     from lape.recipe import Recipe
 
 COPIES = 3  # of an image under repeated augmentation
 EVAL_BATCH = 1.5  # DeiT's evaluation batch, as a multiple of the training batch
 MOST_SKIPPED = 20  # unreadable images in a row; more is no accident
 CPU = torch.device("cpu")
+
+Key = tuple[int, int]  # index, copy
+Item = TypeVar("Item")
+
+
+class Items(Protocol):
+    """A data set of (image (C, H, W), class number) items."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ def steps_per_epoch(n_samples: int, recipe: Recipe, world_size: int = 1) -> int:
 
 
 def train_loader(
-    dataset: Dataset,
+    dataset: Items,
     recipe: Recipe,
     *,
     epoch: int,
@@ -130,26 +142,26 @@ def train_loader(
         DataError: no batch fits.
         LapeError: `skip_batches` is not a number of batches of this epoch.
     """
-    batches = TrainBatches(len(_sized(dataset)), recipe, epoch, rank, world_size, skip_batches)
+    batches = TrainBatches(len(dataset), recipe, epoch, rank, world_size, skip_batches)
     if isinstance(dataset, OnDevice):
         return DeviceLoader(dataset, batches, _hash(recipe.seed, epoch))
-    return _loader(Samples(dataset, (recipe.seed, epoch), recipe.skip_corrupt), batches, recipe, device)
+    return Loader(Samples(dataset, (recipe.seed, epoch), recipe.skip_corrupt), batches, recipe, device)
 
 
 def eval_loader(
-    dataset: Dataset, recipe: Recipe, *, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+    dataset: Items, recipe: Recipe, *, rank: int = 0, world_size: int = 1, device: torch.device = CPU
 ) -> Loader | DeviceLoader:
     """Return the batches of one process in evaluation: images rank, rank + world_size, ...; none twice, none padded.
 
     `device` is as in `train_loader`.
     """
-    batches = EvalBatches(range(rank, len(_sized(dataset)), world_size), int(recipe.batch_size * EVAL_BATCH))
+    batches = EvalBatches(range(rank, len(dataset), world_size), int(recipe.batch_size * EVAL_BATCH))
     if isinstance(dataset, OnDevice):
         return DeviceLoader(dataset, batches, 0)
-    return _loader(Samples(dataset, None), batches, recipe, device)
+    return Loader(Samples(dataset, None), batches, recipe, device)
 
 
-class TrainBatches(Sampler[list[tuple[int, int]]]):
+class TrainBatches(Sampler[list[Key]]):
     """The (index, copy) keys of each batch of one process in one epoch.
 
     The epoch is one list shared by all processes, dealt out in turn: step s is the same set of samples for every
@@ -168,7 +180,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return (self.steps - self.skip) * self.plan.parts
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed)).tolist()
         together = self.plan.size * self.world_size
         for batch in range(self.skip * self.plan.parts, self.steps * self.plan.parts):
@@ -176,7 +188,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
             yield [(order[place // self.copies], place % self.copies) for place in places]
 
 
-class EvalBatches(Sampler[list[tuple[int, int]]]):
+class EvalBatches(Sampler[list[Key]]):
     """The keys of each batch of one process in evaluation, the last one shorter where they do not divide."""
 
     def __init__(self, indices: range, batch_size: int) -> None:
@@ -185,12 +197,22 @@ class EvalBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         for first in range(0, len(self.indices), self.batch_size):
             yield [(index, 0) for index in self.indices[first : first + self.batch_size]]
 
 
-class Samples(Dataset):
+class Batch(NamedTuple):
+    """A batch on its way from a loader process. One that met an image it must not leave out holds the reason alone."""
+
+    images: Tensor  # (B, C, H, W) float32; with `decode` "fast" (B, H, W, C) uint8
+    targets: Tensor  # (B,) int64
+    patches: Sequence[list[Patch]] = ()  # of 8-bit images: what is to be erased of each
+    left_out: Sequence[str] = ()  # one line an image that `skip_corrupt` replaced, with its path and the reason
+    unreadable: str = ""  # the line about the image for which there is no batch
+
+
+class Samples(Dataset[tuple[Tensor, int]]):
     """A data set addressed by (index, copy), each item drawn from its own random stream.
 
     Python's, NumPy's and torch's CPU generators are seeded before each item and put back after the batch: an
@@ -198,43 +220,40 @@ class Samples(Dataset):
     With `skip_corrupt` an image that cannot be read is replaced by the next one that can.
     """
 
-    def __init__(self, dataset: Dataset, stream: tuple[int, int] | None, skip_corrupt: bool = False) -> None:
+    def __init__(self, dataset: Items, stream: tuple[int, int] | None, skip_corrupt: bool = False) -> None:
         self.dataset, self.stream, self.skip_corrupt = dataset, stream, skip_corrupt
-        self._take: Callable[[int], Any] = getattr(
-            dataset, "levels", dataset.__getitem__
-        )  # of a batch: 8-bit if it can
+        self._take: Callable[[int], Any] = getattr(dataset, "levels", dataset.__getitem__)  # 8-bit if it can
 
     def __len__(self) -> int:
-        return len(_sized(self.dataset))
+        return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         with _generators_kept():
             return self._draw(*key, self.dataset.__getitem__)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Any:
-        """Return a batch, or the `DataError` met: raised in a worker it would arrive wrapped in a traceback."""
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        """Return a batch; a `DataError` that is raised in a worker would arrive wrapped in a traceback."""
+        left_out: list[str] = []
         try:
-            if isinstance(self.dataset, InMemory):
-                return self.dataset.batch([index for index, _ in keys])
-            skipped: list[str] = []
             with _generators_kept():
-                items = [self._draw_readable(*key, skipped) for key in keys]
-            return (items, skipped) if skipped else items
+                items = [self._draw_readable(*key, left_out) for key in keys]
         except DataError as error:
             way_out = "" if self.stream is None or self.skip_corrupt else ", or train without it: --skip-corrupt"
-            return DataError(f"{error}{way_out}")
+            return Batch(torch.empty(0), torch.empty(0), unreadable=f"{error}{way_out}")
+        images, targets, *patches = (list(part) for part in zip(*items, strict=True))  # patches of 8-bit images
+        return Batch(default_collate(images), default_collate(targets), next(iter(patches), []), left_out)
 
-    def _draw_readable(self, index: int, copy: int, skipped: list[str]) -> Any:
+    def _draw_readable(self, index: int, copy: int, left_out: list[str]) -> Any:
         if not self.skip_corrupt:
             return self._draw(index, copy, self._take)
         for further in range(MOST_SKIPPED):
             try:
                 return self._draw((index + further) % len(self), copy, self._take)
             except DataError as error:
-                skipped.append(str(error))
-        raise DataError(f"{MOST_SKIPPED} images in a row cannot be read, the last: {skipped[-1]}")
+                left_out.append(str(error))
+        raise DataError(f"{MOST_SKIPPED} images in a row cannot be read, the last: {left_out[-1]}")
 
-    def _draw(self, index: int, copy: int, take: Callable[[int], Any]) -> Any:
+    def _draw(self, index: int, copy: int, take: Callable[[int], Item]) -> Item:
         if self.stream is not None:
             seed = _hash(*self.stream, index, copy)
             random.seed(seed)
@@ -243,49 +262,40 @@ class Samples(Dataset):
         return take(index)
 
 
-class Loader(DataLoader):
-    """A `DataLoader` that raises a sample's `DataError` as it was; `skipped` are those of images that were left out."""
+class Loader(DataLoader[Any]):
+    """Batches (images (B, C, H, W) float32, targets (B,)); raises the `DataError` of a sample."""
 
-    def __init__(self, *args: Any, device: torch.device = CPU, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.skipped: list[str] = []  # of the batches handed out so far
-        self.device = device  # where 8-bit batches are finished
+    def __init__(self, samples: Samples, batches: Sampler[list[Key]], recipe: Recipe, device: torch.device) -> None:
+        workers = min(recipe.num_workers, processors())  # more only cost, and torch warns of them
+        super().__init__(
+            samples,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=recipe.pin_mem and recipe.device != "cpu" and torch.cuda.is_available(),
+            # fork: a fresh interpreter would import torch again in every worker of every epoch
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            worker_init_fn=_outlive_sigterm,
+            generator=torch.Generator(),  # its own, or starting an epoch would advance the caller's
+        )
+        self.skipped: list[str] = []  # a line for each image that was left out of the batches handed out so far
+        self.samples, self.device = samples, device  # the device: where 8-bit batches are finished
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         with warnings.catch_warnings():
             # the workers decode images only, none of the locks that a forked thread may hold
             warnings.filterwarnings("ignore", message=".*fork.*may lead to deadlocks", category=DeprecationWarning)
-            batches = super().__iter__()
+            batches: Iterator[Batch] = super().__iter__()
+        finish = getattr(self.samples.dataset, "finish", None)  # of 8-bit images
         for batch in batches:
-            if isinstance(batch, DataError):
-                break
-            if len(batch) == 3:
-                self.skipped += batch[2]
-            images, targets = batch[:2]
-            if isinstance(images, tuple):
-                images = self.dataset.dataset.finish(*images, self.device)  # type: ignore[attr-defined]
-            yield images, targets
-        else:
-            return
-        del batches  # stops the workers; left to the garbage collector, that takes torch ten seconds
-        raise DataError(str(batch))
-
-
-def _loader(samples: Samples, batches: Sampler, recipe: Recipe, device: torch.device) -> Loader:
-    # more workers than processors only cost, and torch warns of them; tensors in memory need none
-    workers = 0 if isinstance(samples.dataset, InMemory) else min(recipe.num_workers, processors())
-    return Loader(
-        samples,
-        batch_sampler=batches,
-        device=device,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=recipe.pin_mem and recipe.device != "cpu" and torch.cuda.is_available(),
-        # fork: a fresh interpreter would import torch again in every worker of every epoch
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        worker_init_fn=_outlive_sigterm,
-        generator=torch.Generator(),  # its own, or starting an epoch would advance the caller's
-    )
+            if batch.unreadable:
+                del batches  # stops the workers; left to the garbage collector, that takes torch ten seconds
+                raise DataError(batch.unreadable)
+            self.skipped += batch.left_out
+            images = batch.images
+            if finish is not None:
+                images = finish(images, batch.patches, self.device)
+            yield images, batch.targets
 
 
 def _outlive_sigterm(_worker: int) -> None:
@@ -293,16 +303,8 @@ def _outlive_sigterm(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _collate(batch: Any) -> Any:
-    if isinstance(batch, DataError) or (isinstance(batch, tuple) and isinstance(batch[0], torch.Tensor)):
-        return batch
-    items, skipped = batch if isinstance(batch, tuple) else (batch, [])
-    if isinstance(items[0][0], tuple):  # 8-bit
-        levels, targets = default_collate([(pixels, target) for (pixels, _), target in items])
-        images: Any = (levels, [patches for (_, patches), _ in items])
-    else:
-        images, targets = default_collate(items)
-    return (images, targets, skipped) if skipped else (images, targets)
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def processors() -> int:

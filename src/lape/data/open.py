@@ -11,9 +11,9 @@ import torch
 
 from lape.data.augment import Transform, eval_transform, train_transform
 from lape.data.device import OnDevice, Step, ToBytes, room_for, split_transform
-from lape.data.images import load_image
-from lape.data.loaders import CPU, EvalBatches, Samples, _loader, check_batch, steps_per_epoch
-from lape.data.sets import Images, _cifar, _digits, _reader, _sized
+from lape.data.folders import one_class
+from lape.data.loaders import CPU, EvalBatches, Items, Loader, Samples, check_batch, steps_per_epoch
+from lape.data.sets import Images, kept_if_still, list_cifar, list_digits, reader_of
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -55,39 +55,39 @@ def load_data(
     """
     if train:
         check_batch(recipe)
-    read, root = _reader(recipe)
+    reader, root = reader_of(recipe)
     build: dict[str, Callable[[], Transform]] = {
-        "train": partial(train_transform, recipe, whole=read is _digits),
+        "train": partial(train_transform, recipe, whole=reader is list_digits),
         "val": eval_transform(recipe).build,
     }
-    wanted = [split for split, asked in (("train", train), ("val", val)) if asked]
+    splits = [split for split, asked in (("train", train), ("val", val)) if asked]
     fast = recipe.decode == "fast"
-    if fast and read in (_digits, _cifar):
+    if fast and reader in (list_digits, list_cifar):
         raise LapeError("decode='fast' reads image files, these images are in memory already: use --decode exact")
     if fast and recipe.data_on_device:
         raise LapeError("decode='fast' with data_on_device=True: images are read once and kept; use --decode exact")
-    made = {split: build[split]() for split in wanted}
+    transforms = {split: build[split]() for split in splits}
     steps: dict[str, list[Step]] = {}
     if recipe.data_on_device:
-        made, steps = _for_device(recipe, made, torch.device(device))
-    sets, classes, name = read(recipe, root, made)
-    if fast and train:  # the images that a training is measured on stay exact
-        sets["train"] = _fast(sets["train"], recipe, train=True)
-    elif fast and val:
-        sets["val"] = _fast(sets["val"], recipe, train=False)
+        transforms, steps = _for_device(recipe, transforms, torch.device(device))
+    images, read, classes, name = reader(recipe, root, tuple(transforms))
+    sets: dict[str, Items] = {}
+    for split, transform in transforms.items():
+        plain = Images(*images[split], read, transform)
+        sets[split] = kept_if_still(plain, recipe, split) if reader is list_digits and not steps else plain
+        if fast and (split == "train" or not train):  # the images that a training is measured on stay exact
+            sets[split] = _fast(plain, recipe, train=train)
     if train:
         if len(classes) < 2:
-            raise DataError(
-                f"{root} has one class, {classes[0]!r}: nothing can be learned; is it the right folder level?"
-            )
-        steps_per_epoch(len(_sized(sets["train"])), recipe, world_size)
+            raise DataError(one_class(root, classes))
+        steps_per_epoch(len(sets["train"]), recipe, world_size)
     for split in steps:
         sets[split] = _put_on_device(sets[split], steps[split], recipe, torch.device(device))
     return Data(sets.get("train"), sets.get("val"), classes, name)
 
 
 def _for_device(
-    recipe: Recipe, made: dict[str, Any], device: torch.device
+    recipe: Recipe, transforms: dict[str, Any], device: torch.device
 ) -> tuple[dict[str, Any], dict[str, list[Step]]]:
     """Return, by split, the transform that runs once and the batched steps. Raises LapeError."""
     if recipe.skip_corrupt:
@@ -96,28 +96,26 @@ def _for_device(
         )
     if device.type not in ("cpu", "cuda"):
         raise LapeError(f"data_on_device needs float64 and was made for cuda and cpu, not {device.type}: leave it out")
-    parts = {split: split_transform(transform) for split, transform in made.items()}
+    parts = {split: split_transform(transform) for split, transform in transforms.items()}
     once = {split: ToBytes(first) for split, (first, _) in parts.items()}
     return once, {split: rest for split, (_, rest) in parts.items()}
 
 
 def _put_on_device(dataset: Any, steps: list[Step], recipe: Recipe, device: torch.device) -> OnDevice:
     """Read every image once. Raises DataError."""
-    n = len(_sized(dataset))
+    n = len(dataset)
     images, targets = room_for(n, dataset[0][0].shape, device), torch.empty(n, dtype=torch.long, device=device)
     first = 0
-    for some, numbers in _loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe, CPU):
+    for some, numbers in Loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe, CPU):
         images[first : first + len(some)], targets[first : first + len(some)] = some, numbers
         first += len(some)
     return OnDevice(images, targets, steps)
 
 
-def _fast(plain: Any, recipe: Recipe, *, train: bool) -> FastImages:
+def _fast(plain: Images, recipe: Recipe, *, train: bool) -> FastImages:
     """The same files and classes, read by `lape.data.fast`."""
-    from lape.data.fast import FastEval, FastImages, fast_train, read_levels
+    from lape.data.fast import FastEval, FastImages, fast_train
 
-    paths = plain.sources if isinstance(plain, Images) else [path for path, _ in plain.samples]
-    read = partial(read_levels, in_chans=recipe.in_chans, plain=partial(load_image, in_chans=recipe.in_chans))
-    shown = eval_transform(recipe)
-    transform = fast_train(recipe, plain.transform) if train else FastEval(shown)
-    return FastImages(paths, plain.targets, read, transform, shown.mean, shown.std)
+    evaluation = eval_transform(recipe)
+    transform = fast_train(recipe, plain.transform) if train else FastEval(evaluation)
+    return FastImages(plain, recipe.in_chans, transform, evaluation.mean, evaluation.std)

@@ -6,6 +6,7 @@ no norm of a position and no resampling left in it. Nothing is kept whose output
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from lape.errors import LapeError
 from lape.files.atomic import write_atomically
 from lape.files.folder import load, save
 from lape.files.read import Checkpoint, read_checkpoint
-from lape.files.restore import model_from_checkpoint
+from lape.files.restore import restore
 from lape.names import match_name
 
 FORMATS = ("folder", "torch", "onnx")
@@ -95,13 +95,16 @@ def export(
     chosen = [match_name("format", name, FORMATS) for name in formats]
     if images_BCHW.ndim != 4 or len(images_BCHW) < 2:
         raise LapeError(f"images of shape {tuple(images_BCHW.shape)}: (2 or more, channels, height, width) is needed")
-    checkpoint = None if isinstance(source, nn.Module) else read_checkpoint(source)
-    eager = source if isinstance(source, nn.Module) else model_from_checkpoint(checkpoint)  # type: ignore[arg-type]
-    eager = eager.eval()
+    checkpoint: Checkpoint | None = None
+    if isinstance(source, nn.Module):
+        eager = source.eval()
+    else:
+        checkpoint = read_checkpoint(source)
+        eager = restore(checkpoint, size=(images_BCHW.shape[2], images_BCHW.shape[3]))
     say(f"exporting {describe(eager)}")
     with torch.no_grad():
         expected_BC = _Outputs(eager)(images_BCHW)
-    shipped = _copy(eager)
+    shipped = copy.deepcopy(eager)
     if fold and not conversion_of(shipped).folded:
         fold_(shipped)
     target = Path(output_dir).expanduser()
@@ -109,17 +112,10 @@ def export(
     with tempfile.TemporaryDirectory(dir=target, prefix=".export.") as unfinished:
         done = []
         for name in chosen:
-            path, run, operations = _WRITERS[name](shipped, checkpoint, images_BCHW, Path(unfinished))
+            with torch.no_grad():  # torch writes another graph where a mask could get a gradient
+                path, run, operations = _WRITERS[name](shipped, checkpoint, images_BCHW, Path(unfinished))
             result = _compare(name, path, run, operations, images_BCHW, expected_BC, Path(unfinished))
-            if result.max_difference > tolerance:
-                raise LapeError(
-                    f"{name}: outputs differ from the eager model by {result.max_difference:.1e} of the largest, more "
-                    f"than the tolerance of {tolerance:.1e}: nothing was written. Raise --tolerance if that is enough"
-                )
-            say(
-                f"{result.path}: {result.megabytes:.1f} MB, largest difference {result.max_difference:.1e}, "
-                f"top-1 equal on {100 * result.top1_agreement:.1f} % of {result.images} images"
-            )
+            _judge(result, tolerance, say)
             done.append(result)
         for result in done:
             _move(Path(unfinished) / result.path, target / result.path)
@@ -129,10 +125,16 @@ def export(
     return done
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(model)
+def _judge(result: Exported, tolerance: float, say: Callable[[str], None]) -> None:
+    if result.max_difference > tolerance:
+        raise LapeError(
+            f"{result.format}: outputs differ from the eager model by {result.max_difference:.1e} of the largest, more "
+            f"than the tolerance of {tolerance:.1e}: nothing was written. Raise `tolerance` if that is enough"
+        )
+    say(
+        f"{result.path}: {result.megabytes:.1f} MB, largest difference {result.max_difference:.1e}, "
+        f"top-1 equal on {100 * result.top1_agreement:.1f} % of {result.images} images"
+    )
 
 
 def _make(folder: Path) -> None:
@@ -184,16 +186,8 @@ Written = tuple[Path, Callable[[Tensor], Tensor], dict[str, int]]
 
 def _write_folder(model: nn.Module, checkpoint: Checkpoint | None, _images: Tensor, folder: Path) -> Written:
     classes, transform = (checkpoint.classes, checkpoint.transform) if checkpoint is not None else (None, None)
-    blueprint = _blueprint(model, checkpoint)
-    path = save(model, folder / "folder", classes=classes, transform=transform, **blueprint)
+    path = save(model, folder / "folder", classes=classes, transform=transform)
     return path, _Outputs(load(path)), {}
-
-
-def _blueprint(model: nn.Module, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """The timm name and arguments, where the model does not tell them but its checkpoint does."""
-    if conversion_of(model).factory or checkpoint is None or "model" not in checkpoint.args:
-        return {}
-    return {"name": checkpoint.args["model"], **(checkpoint.args.get("model_kwargs") or {})}
 
 
 def _write_torch(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: Tensor, folder: Path) -> Written:
@@ -212,7 +206,7 @@ def _write_onnx(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: T
         import onnxscript  # noqa: F401  (the exporter needs it)
     except ImportError as error:
         raise LapeError(
-            f"ONNX needs {error.name}: pip install 'lape[export]', or leave onnx out of --formats"
+            f"ONNX needs {error.name}: pip install 'lape[export]', or leave onnx out of `formats`"
         ) from None
     path = folder / "model.onnx"
     with _quiet():
@@ -246,14 +240,11 @@ _WRITERS: dict[str, Callable[[nn.Module, Checkpoint | None, Tensor, Path], Writt
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' chatter; what goes wrong raises."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(before)

@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from lape.convert.converted import Conversion, conversion_of
-from lape.errors import LapeError
+from lape.convert.positions import Size
+from lape.errors import LapeError, arguments_as
 from lape.files.atomic import write_atomically
 from lape.files.blueprint import COMPILED, blueprint_of, unwrapped
 from lape.files.names import to_reference_state_dict
-from lape.files.read import CONFIG, FORMAT, HUB, WEIGHTS, _hub, read_checkpoint
-from lape.files.restore import model_from_checkpoint
+from lape.files.read import CONFIG, FORMAT, HUB, WEIGHTS, _hub
+from lape.files.restore import SIZE_NAMES, restore
 
 
 def save(
@@ -50,11 +51,7 @@ def save(
         "library": factory["library"],
         "model": factory["name"],
         "model_kwargs": factory["kwargs"],
-        "join": conversion.join,
-        "pe": conversion.pe,
-        "warm_start": conversion.warm_start,
-        "folded": conversion.folded,
-        "grid": conversion.layout.grid,
+        **conversion.record(),
         "input_size": _pixels(conversion),
         "classes": classes,
         "transform": transform,
@@ -93,10 +90,35 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, 
     return HUB + repo_id
 
 
-def load(path: str | Path, **timm_kwargs: Any) -> nn.Module:
-    """The model of a folder written by `save` (or by transformers' `save_pretrained` of a converted model), of a `.pth`
-    of a training run, or of "hf-hub:OWNER/NAME", in eval mode.
+def load(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    join: str | None = None,
+    pe: str | None = None,
+    input_size: Size | None = None,
+    ema: bool = False,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """The model of a file, in eval mode. Nothing in the file is executed.
 
-    `timm_kwargs` go to the model on top of what the file says. Nothing in the file is executed. Raises CheckpointError.
+    Args:
+        path: a folder written by `save` (or by transformers' `save_pretrained` of a converted model), a `.pth` of a
+            training run, of DeiT or of the LaPE authors, "hf-hub:OWNER/NAME" or an https address.
+        model, join, pe: for a file that does not say them; they must agree with one that does.
+        input_size: image side in pixels, or (height, width): None is the file's own, for another one the position table
+            is resampled. Also spelled img_size, as in timm, or image_size.
+        ema: the averaged weights of a training run.
+        timm_kwargs: arguments of the model on top of what the file says (drop_path_rate, ...).
+
+    Raises:
+        CheckpointError: no such file, one that cannot be read safely, that does not say what is needed, contradicts
+            what was given, or does not fit the model.
+        LapeError: an unknown name, or two image sizes.
     """
-    return model_from_checkpoint(read_checkpoint(path), **timm_kwargs)
+    sizes = [input_size, *(timm_kwargs.pop(name, None) for name in SIZE_NAMES)]
+    sizes = [size for size in sizes if size is not None]
+    if len(sizes) > 1:
+        raise LapeError(f"input_size was given more than once ({', '.join(map(str, sizes))}): give it once")
+    with arguments_as(size="`input_size`"):
+        return restore(path, size=next(iter(sizes), None), ema=ema, model=model, join=join, pe=pe, **timm_kwargs)

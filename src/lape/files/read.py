@@ -63,22 +63,8 @@ class Checkpoint:
         """The evaluation transform, when the file holds it."""
         return self.raw.get("transform")
 
-    def setting(self, name: str, given: Any = None) -> Any:
-        """The value of a flag: the given one, else what the file says.
 
-        Raises CheckpointError when both speak and differ, or when neither does.
-        """
-        said = self.args.get(name)
-        if given is None and said is None:
-            flag = name.replace("_", "-")
-            raise CheckpointError(f"{self.path} does not say its {name}: give it by --{flag}")
-        if given is not None and said is not None and given != said:
-            flag = name.replace("_", "-")
-            raise CheckpointError(f"--{flag} {given} was given, but {self.path} holds a model with {name}={said}")
-        return said if given is None else given
-
-
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads a checkpoint of this project, of DeiT or of the LaPE authors, or a folder written by `save`, or by
     `save_pretrained` of a converted model of transformers.
 
@@ -119,10 +105,10 @@ def _unpickle_safely(path: Path) -> Any:
             warnings.simplefilter("ignore")  # on foreign pickle protocols: what cannot be read raises anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = _wanted_global(str(error))
-        if wanted:
+        culprit = _refused_global(str(error))
+        if culprit:
             raise CheckpointError(
-                f"{path} wants to run {wanted} while loading: refused, nothing was executed. Only tensors, plain "
+                f"{path} wants to run {culprit} while loading: refused, nothing was executed. Only tensors, plain "
                 "values and argparse.Namespace are read"
             ) from None
         raise CheckpointError(
@@ -134,7 +120,7 @@ def _unpickle_safely(path: Path) -> Any:
         ) from error
 
 
-def _wanted_global(message: str) -> str | None:
+def _refused_global(message: str) -> str | None:
     for marker in ("Unsupported global: GLOBAL ", "Unsupported class ", "Trying to load unsupported GLOBAL "):
         if marker in message:
             return message.split(marker, 1)[1].split()[0].rstrip(".,")
@@ -234,19 +220,19 @@ def _processor(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        said = json.loads(file.read_text())
-        size, crop = said["size"], said.get("crop_size") if said.get("do_center_crop") else None
-        seen = crop or size
-        height, width = (seen["height"], seen["width"]) if "height" in seen else [seen["shortest_edge"]] * 2
+        config = json.loads(file.read_text())
+        size, crop = config["size"], config.get("crop_size") if config.get("do_center_crop") else None
+        area = crop or size
+        height, width = (area["height"], area["width"]) if "height" in area else [area["shortest_edge"]] * 2
         resized = size.get("shortest_edge") or size["height"]
-        normal = said.get("do_normalize", True)
+        normal = config.get("do_normalize", True)
         return {
             "input_size": height if height == width else [height, width],
             "crop_ratio": min(1.0, height / resized),
-            "interpolation": _FILTERS[said.get("resample", 2)],
-            "mean": said["image_mean"] if normal else [0.0] * len(said["image_mean"]),
-            "std": said["image_std"] if normal else [1.0] * len(said["image_std"]),
-            "in_chans": len(said["image_mean"]),
+            "interpolation": _FILTERS[config.get("resample", 2)],
+            "mean": config["image_mean"] if normal else [0.0] * len(config["image_mean"]),
+            "std": config["image_std"] if normal else [1.0] * len(config["image_std"]),
+            "in_chans": len(config["image_mean"]),
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(

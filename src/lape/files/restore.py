@@ -1,4 +1,4 @@
-"""From what a file says to a model: its settings, its transform, its class names, its size."""
+"""From a file to a model: what it says of itself, its size, its transform, its class names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,51 +16,196 @@ from lape.convert.apply import build, fold_
 from lape.convert.converted import conversion_of
 from lape.convert.positions import Size, describe
 from lape.core.joins import join_named
-from lape.core.position import kind_named
+from lape.core.position import Grid, kind_named
 from lape.data.augment import EvalTransform, eval_transform
-from lape.errors import CheckpointError, DataError
+from lape.errors import CheckpointError, DataError, arguments_as
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.recipe import Recipe
 
+SIZE_NAMES = ("img_size", "image_size")  # of timm; of torchvision and transformers
 
-def model_from_checkpoint(
-    checkpoint: Checkpoint,
+
+def restore(
+    file: str | PathLike[str] | Checkpoint,
     *,
+    size: Size | None = None,
+    ema: bool = False,
     model: str | None = None,
     join: str | None = None,
     pe: str | None = None,
-    input_size: int | tuple[int, int] | None = None,
-    ema: bool = False,
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """The converted model of a checkpoint, in eval mode. What is None is taken from the file.
+    """The converted model of a file, in eval mode. What is None is taken from the file.
 
-    Raises CheckpointError when the file does not say something that is needed, contradicts what was given, or does
-    not fit the model; LapeError for unknown names.
+    Args:
+        file: a path as for `read_checkpoint`, or what that returned.
+        size: image side in pixels, or (height, width). Another than the file's: its position table is resampled.
+        ema: the averaged weights.
+        model, join, pe: where the file does not say them; else they must agree with it.
+        timm_kwargs: arguments of the model on top of what the file says.
+
+    Raises:
+        CheckpointError: the file does not say something that is needed, contradicts what was given, holds a model of
+            one size only, or does not fit the model.
+        LapeError: an unknown name.
     """
+    checkpoint = file if isinstance(file, Checkpoint) else read_checkpoint(file)
     state = checkpoint.model_ema if ema else checkpoint.model
     if state is None:
-        raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights")
-    kwargs = {**(checkpoint.args.get("model_kwargs") or {}), **timm_kwargs}
-    if "img_size" not in kwargs and (checkpoint.kind == "pth" or input_size is not None):
-        kwargs["img_size"] = checkpoint.setting("input_size", input_size)
-    if checkpoint.package == "timm" and checkpoint.num_classes is not None:
-        kwargs.setdefault("num_classes", checkpoint.num_classes)
-    if (in_chans := checkpoint.args.get("in_chans")) is not None:
-        kwargs.setdefault("in_chans", in_chans)
+        raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
     warm_start = bool(checkpoint.args.get("warm_start"))
-    made = build(
+    result = build(
         checkpoint.package,
-        checkpoint.setting("model", model),
-        kwargs,
-        checkpoint.setting("join_type", None if join is None else join_named(join).name),
-        None if warm_start else checkpoint.setting("pe", None if pe is None else kind_named(pe).name),
+        _agreed(checkpoint, "model", model),
+        _arguments(checkpoint, size, timm_kwargs),
+        _agreed(checkpoint, "join", None if join is None else join_named(join).name),
+        None if warm_start else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
         warm_start=warm_start,
     )
     if checkpoint.raw.get("folded"):
-        fold_(made)
-    return load_reference_state_dict(made, state).eval()
+        fold_(result)
+    resized = size is not None and _sides(size) != size_of(checkpoint)
+    grid = source_grid(checkpoint, result) if resized else None
+    return load_reference_state_dict(result, state, source_grid=grid).eval()
+
+
+def restore_with(checkpoint: Checkpoint, recipe: Recipe, size: Size) -> nn.Module:
+    """`restore` by the settings of a run (`settings_of`); errors are in the words of its flags."""
+    kwargs = dict(recipe.model_kwargs)
+    if checkpoint.package != "timm" and kwargs != checkpoint.args.get("model_kwargs"):
+        raise CheckpointError(
+            f"{checkpoint.path} holds a model of {checkpoint.package} and says how it is built: leave model_kwargs out"
+        )
+    if checkpoint.kind == "pth":
+        kwargs["in_chans"] = recipe.in_chans
+    with arguments_as(model="--model", join="--join-type", pe="--pe", size="--input-size", ema="--ema"):
+        return restore(
+            checkpoint,
+            size=size,
+            ema=recipe.ema,
+            model=recipe.model,
+            join=recipe.join_type,
+            pe=recipe.pe,
+            **kwargs,
+        )
+
+
+def restore_to_draw(
+    checkpoint: Checkpoint,
+    model_name: str | None = None,
+    *,
+    size: Size | None = None,
+    ema: bool = False,
+    join: str | None = None,
+    pe: str | None = None,
+) -> tuple[nn.Module, str]:
+    """The model of a file whose positions are looked at, and the name of its folder of pictures.
+
+    Args:
+        model_name: names the folder (None: the model's and the join's name); deit_{t,s,b}[_distill]_... also says the
+            model of a file that holds weights only, whose widths and depth are read off the weights.
+        size: where neither the file nor its table says one.
+    """
+    args = checkpoint.args
+    model = restore(
+        checkpoint,
+        size=None if checkpoint.kind == "folder" or size_of(checkpoint) else size,
+        ema=ema,
+        model=args.get("model") or deit_named(model_name),
+        join=join,
+        pe=pe,
+        **({} if "model_kwargs" in args else _dimensions(checkpoint.model)),
+    )
+    name = re.sub(r"[/\\]", "_", str(args.get("model", type(model).__name__)))
+    return model, model_name or f"{name}_{describe(model).join}"
+
+
+def _agreed(checkpoint: Checkpoint, name: str, given: str | None) -> str:
+    """The value of an argument: the given one, else what the file says. Raises CheckpointError where both differ, or
+    neither is there."""
+    stored = checkpoint.args.get("join_type" if name == "join" else name)
+    if given is None and stored is None:
+        raise CheckpointError(f"{checkpoint.path} does not say its {name}: give `{name}`")
+    if given is not None and stored is not None and given != stored:
+        raise CheckpointError(f"`{name}` {given} was given, but {checkpoint.path} holds a model with {name} {stored}")
+    return str(stored if given is None else given)
+
+
+def _arguments(checkpoint: Checkpoint, size: Size | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the model: those of the file, the given ones, the image size. Raises CheckpointError."""
+    args, own = checkpoint.args, size_of(checkpoint)
+    kwargs = {**(args.get("model_kwargs") or {}), **given}
+    if checkpoint.package == "timm" and checkpoint.num_classes is not None:
+        kwargs.setdefault("num_classes", checkpoint.num_classes)
+    if args.get("in_chans") is not None:
+        kwargs.setdefault("in_chans", args["in_chans"])
+    sides = own if size is None else _sides(size)
+    if checkpoint.kind == "folder" and own in (sides, None):  # built by its own arguments
+        return kwargs
+    if sides is None:
+        raise CheckpointError(f"{checkpoint.path} does not say its image size: give `size`")
+    argument = "img_size"
+    if checkpoint.kind == "folder":
+        argument = _size_argument(checkpoint, sides, own)
+    return {**kwargs, argument: sides[0] if sides[0] == sides[1] else sides}
+
+
+def _size_argument(checkpoint: Checkpoint, size: Grid, own: Grid | None) -> str:
+    """The name of the argument that resizes the model of a folder. Raises CheckpointError where there is none."""
+    fix = f"it is for {own[0]} x {own[1]} pixels; leave `size` out" if own else "leave `size` out"
+    if checkpoint.raw.get("folded"):
+        raise CheckpointError(f"{checkpoint.path} is folded, images of {size[0]} x {size[1]} do not fit: {fix}")
+    if checkpoint.package == "timm":
+        return "img_size"
+    if "image_size" not in (checkpoint.args.get("model_kwargs") or {}):
+        raise CheckpointError(f"{checkpoint.path} cannot be resized to {size[0]} x {size[1]} pixels: {fix}")
+    return "image_size"
+
+
+def size_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """(height, width) in pixels of the images that the model of a file is for: by its flags, its arguments, its folder,
+    or the grid of its position table, taken for a square. None where none of them tells."""
+    kwargs = _renamed(checkpoint.args.get("model_kwargs") or {})
+    for source in (checkpoint.args, kwargs, checkpoint.raw):
+        if source.get("input_size") and all(_sides(source["input_size"])):  # zeros: of a model left as it is
+            return _sides(source["input_size"])
+    patch, side = checkpoint.model.get("patch_embed.proj.weight"), _table_side(checkpoint)
+    stem = any(name.startswith("patch_embed.backbone.") for name in checkpoint.model)  # pixels are not patches x kernel
+    return None if patch is None or side is None or stem else (side * patch.shape[-2], side * patch.shape[-1])
+
+
+def _table_side(checkpoint: Checkpoint) -> int | None:
+    """The rows of the square grid that a file's position table is for, whose first rows may be those of one or two
+    other tokens: n^2 + 1 and n^2 + 2 are no squares, so only one number fits."""
+    table = checkpoint.model.get("pos_embed")
+    if table is None:
+        return None
+    counts = [table.shape[-2] - prefix for prefix in (0, 1, 2)]
+    return next((math.isqrt(n) for n in counts if n > 0 and math.isqrt(n) ** 2 == n), None)
+
+
+def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
+    """The (rows, columns) that a file's position table is for, None when it has no table or `model` is not known.
+
+    Its patch size is that of its patch embedding, the model's where that has another name.
+    """
+    anatomy = conversion_of(model).anatomy
+    if not anatomy.blocks:  # left as it is, nothing is known of its grid
+        return None
+    if checkpoint.raw.get("grid"):
+        rows, columns = checkpoint.raw["grid"]
+        return rows, columns
+    size = size_of(checkpoint)
+    if size is None:
+        side = _table_side(checkpoint)
+        return None if side is None else (side, side)
+    patch, patches = anatomy.patch_size, checkpoint.model.get("patch_embed.proj.weight")
+    if patches is not None:  # a stem may stand before them: compare kernels, not kernel and pixels
+        own = getattr(getattr(anatomy.root, "patch_embed", None), "proj", None)
+        kernel = patch if own is None else own.weight.shape[-2:]
+        patch = (patch[0] * patches.shape[-2] // kernel[0], patch[1] * patches.shape[-1] // kernel[1])
+    return size[0] // patch[0], size[1] // patch[1]
 
 
 # What a checkpoint knows about itself. The first must not be contradicted by a flag.
@@ -74,7 +218,7 @@ def transform_of(checkpoint: Checkpoint) -> EvalTransform:
     if checkpoint.transform:
         return EvalTransform.from_dict(checkpoint.transform)
     transform = eval_transform(settings_of(checkpoint, Recipe()))
-    size = stored_size(checkpoint)
+    size = size_of(checkpoint)
     return transform if size is None or size[0] == size[1] else replace(transform, input_size=size)
 
 
@@ -84,7 +228,7 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def check_classifier(checkpoint: Checkpoint, model: nn.Module, input_size: int | tuple[int, int], in_chans: int) -> int:
+def check_classifier(checkpoint: Checkpoint, model: nn.Module, input_size: Size, in_chans: int) -> int:
     """The number of classes that a model tells apart, found by classifying an empty image.
 
     Raises:
@@ -115,133 +259,37 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     Raises:
         CheckpointError: a flag that was given names another model, join, position embedding or channel count.
     """
-    size = stored_size(checkpoint)
-    said = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {}) | checkpoint.args
-    stored = {name: said[name] for name in STORED if said.get(name) is not None}
-    stored["warm_start"] = bool(said.get("warm_start"))  # no flag of an evaluation: the file alone knows
-    stored.pop("input_size", None)
-    if size is not None and size[0] == size[1]:  # not square: only the transform can say it
-        stored["input_size"] = size[0]
+    contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
+    contents |= checkpoint.args
+    stored = {name: contents[name] for name in STORED if contents.get(name) is not None}
+    stored["warm_start"] = bool(contents.get("warm_start"))  # no flag of an evaluation: the file alone knows
+    size = stored.pop("input_size", None) or size_of(checkpoint)
+    if size is not None and _sides(size)[0] == _sides(size)[1]:  # not square: only the transform can say it
+        stored["input_size"] = _sides(size)[0]
     if checkpoint.kind == "folder":
         stored.setdefault("in_chans", 3)
-    given = recipe.model_fields_set
-    asked = recipe.replace(**{name: value for name, value in stored.items() if name not in given})
-    known = Recipe(**{name: stored[name] for name in IDENTITY if name in stored})  # the same spelling as the flags
+    flags = recipe.model_fields_set
+    settings = recipe.replace(**{name: value for name, value in stored.items() if name not in flags})
+    own = Recipe(**{name: stored[name] for name in IDENTITY if name in stored})  # the same spelling as the flags
     for name in IDENTITY:
-        if name in stored and getattr(asked, name) != getattr(known, name):
+        if name in stored and getattr(settings, name) != getattr(own, name):
             raise CheckpointError(
-                f"{name}={getattr(asked, name)!r} contradicts {checkpoint.path}, which was trained with "
-                f"{name}={getattr(known, name)!r}: leave the flag out"
+                f"{name}={getattr(settings, name)!r} contradicts {checkpoint.path}, which was trained with "
+                f"{name}={getattr(own, name)!r}: leave the flag out"
             )
-    return asked
+    return settings
 
 
-def _renamed(said: Mapping[str, Any]) -> dict[str, Any]:
+def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a transform or a model of a library calls by another name than the flags do."""
-    flags = {"crop_ratio": "eval_crop_ratio", "num_channels": "in_chans"}
-    flags |= dict.fromkeys(_SIZE_NAMES, "input_size")
-    inner = said.get("vision_config")  # of a model for images and texts
-    said = {**(inner if isinstance(inner, Mapping) else {}), **said}
-    return {flags.get(name, name): value for name, value in said.items()}
-
-
-def stored_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
-    """(height, width) in pixels of the images that a checkpoint says it is for, None where it does not say."""
-    kwargs, transform = (_renamed(said or {}) for said in (checkpoint.args.get("model_kwargs"), checkpoint.transform))
-    said = (checkpoint.args, transform, kwargs, checkpoint.raw)
-    size = next((one["input_size"] for one in said if one.get("input_size") is not None), None)
-    return None if size is None else _sides(size)
+    flags = {"crop_ratio": "eval_crop_ratio", "num_channels": "in_chans", **dict.fromkeys(SIZE_NAMES, "input_size")}
+    inner = arguments.get("vision_config")  # of a model for images and texts
+    arguments = {**(inner if isinstance(inner, Mapping) else {}), **arguments}
+    return {flags.get(name, name): value for name, value in arguments.items()}
 
 
 def _sides(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def restore_model(checkpoint: Checkpoint, recipe: Recipe, input_size: int | tuple[int, int]) -> nn.Module:
-    """The checkpoint's model in eval mode, for images of `input_size` pixels: its position table is resampled.
-
-    A folder of `lape.save` builds its model of any library by its own arguments, folded where it was folded.
-
-    Raises:
-        CheckpointError: a folder whose model has one size only and is asked for another, or arguments of a timm model
-            for one of another library.
-    """
-    kwargs = dict(recipe.model_kwargs)
-    if checkpoint.kind == "pth":
-        kwargs |= {"img_size": input_size, "in_chans": recipe.in_chans}
-    elif _sides(input_size) != _own_size(checkpoint):
-        kwargs |= _resizing(checkpoint, input_size)
-    if checkpoint.package == "timm" and checkpoint.num_classes is not None:
-        kwargs["num_classes"] = checkpoint.num_classes
-    if checkpoint.package != "timm" and recipe.model_kwargs != checkpoint.args.get("model_kwargs"):
-        raise CheckpointError(
-            f"{checkpoint.path} holds a model of {checkpoint.package} and says how it is built: leave model_kwargs out"
-        )
-    warm_start = bool(checkpoint.args.get("warm_start"))
-    pe = None if warm_start else recipe.pe
-    model = build(checkpoint.package, recipe.model, kwargs, recipe.join_type, pe, warm_start=warm_start)
-    if checkpoint.raw.get("folded"):
-        return load_reference_state_dict(fold_(model), checkpoint.model).eval()
-    return load_reference_state_dict(model, checkpoint.model, source_grid=source_grid(checkpoint, model)).eval()
-
-
-_SIZE_NAMES = ("img_size", "image_size")  # of timm; of torchvision and transformers
-
-
-def _own_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
-    """(height, width) of the model in a folder, whatever its transform says."""
-    return stored_size(replace(checkpoint, raw={**checkpoint.raw, "transform": None}))
-
-
-def _resizing(checkpoint: Checkpoint, input_size: int | tuple[int, int]) -> dict[str, Any]:
-    """The argument that makes the model of a folder for images of another size. Raises CheckpointError."""
-    own, asked = _own_size(checkpoint), _sides(input_size)
-    fix = f"it is for {own[0]} x {own[1]} pixels; leave --input-size out" if own else "leave --input-size out"
-    if checkpoint.raw.get("folded"):
-        raise CheckpointError(f"{checkpoint.path} is folded, images of {asked[0]} x {asked[1]} do not fit: {fix}")
-    if checkpoint.package == "timm":
-        return {"img_size": asked}
-    if "image_size" not in (checkpoint.args.get("model_kwargs") or {}):
-        raise CheckpointError(f"{checkpoint.path} cannot be resized to {asked[0]} x {asked[1]} pixels: {fix}")
-    return {"image_size": input_size}
-
-
-def averaged(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its moving average as the weights. Raises CheckpointError where it holds none."""
-    if checkpoint.model_ema is None:
-        raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave --ema out")
-    return replace(checkpoint, model=checkpoint.model_ema)
-
-
-def source_grid(checkpoint: Checkpoint, model: nn.Module) -> tuple[int, int] | None:
-    """The (rows, columns) that a file's position table is for.
-
-    Its patch size is that of its patch embedding, the model's where that has another name. A file that does not say
-    its image size (DeiT's releases) has a square grid. None when it has no table.
-    """
-    size = checkpoint.args.get("input_size") or (checkpoint.args.get("model_kwargs") or {}).get("img_size")
-    patches = checkpoint.model.get("patch_embed.proj.weight")
-    anatomy = conversion_of(model).anatomy
-    if not anatomy.blocks:  # left as it is, nothing is known of its grid
-        return None
-    patch = anatomy.patch_size
-    if patches is not None:  # a stem may stand before them: compare kernels, not kernel and pixels
-        own = getattr(getattr(anatomy.root, "patch_embed", None), "proj", None)
-        kernel = patch if own is None else tuple(own.weight.shape[-2:])
-        patch = tuple(pixels * new // old for pixels, new, old in zip(patch, patches.shape[-2:], kernel, strict=True))
-    if checkpoint.raw.get("grid"):
-        return tuple(checkpoint.raw["grid"])
-    if size:
-        height, width = (size, size) if isinstance(size, int) else size
-        return height // patch[0], width // patch[1]
-    table = checkpoint.model.get("pos_embed")
-    if table is None:
-        return None
-    prefix = conversion_of(model).layout.prefix_rows
-    if "dist_token" in checkpoint.model and prefix == 1:  # the file has a row more for it
-        prefix = 2
-    side = math.isqrt(table.shape[-2] - prefix)
-    return side, side
 
 
 def check_classes(checkpoint: Checkpoint, classes: list[str]) -> None:
@@ -264,29 +312,7 @@ def check_outputs(checkpoint: Checkpoint, classes: list[str], outputs: int) -> N
         )
 
 
-def load(
-    path: str | PathLike[str], model_name: str | None, join: str | None, pe: str | None, size: Size | None, ema: bool
-) -> tuple[nn.Module, str]:
-    """The model in a checkpoint, and the name of its folder: `model_name`, or the model's and the join's."""
-    checkpoint = read_checkpoint(Path(path))
-    said = checkpoint.args
-    kwargs = {} if "model_kwargs" in said else dimensions(checkpoint.model)
-    model = model_from_checkpoint(
-        checkpoint,
-        model=None if "model" in said else deit_named(model_name),
-        join=join,
-        pe=pe,
-        input_size=None
-        if "input_size" in said or checkpoint.kind == "folder"
-        else trained_size(checkpoint.model) or size,
-        ema=ema,
-        **kwargs,
-    )
-    name = re.sub(r"[/\\]", "_", str(said.get("model", type(model).__name__)))
-    return model, model_name or f"{name}_{describe(model).join}"
-
-
-def dimensions(state: dict[str, Tensor]) -> dict[str, int | float]:
+def _dimensions(state: dict[str, Tensor]) -> dict[str, int | float]:
     """The arguments of a timm model that the shapes in a DeiT-style state dict tell.
 
     The number of heads shows in no shape but that of a relative bias; elsewhere it does not touch positions: 1.
@@ -306,20 +332,10 @@ def dimensions(state: dict[str, Tensor]) -> dict[str, int | float]:
     }
 
 
-def trained_size(state: dict[str, Tensor]) -> int | None:
-    """The side in pixels of the square image that a DeiT-style state dict is for, where its position table tells."""
-    table, patch = state.get("pos_embed"), state.get("patch_embed.proj.weight")
-    if table is None or patch is None:
-        return None
-    patches = table.shape[-2] - sum(key in state for key in ("cls_token", "dist_token"))
-    side = math.isqrt(max(patches, 0))
-    return side * patch.shape[-1] if side * side == patches else None
-
-
 def deit_named(model_name: str | None) -> str | None:
     """The timm model that the authors' --model_name stands for: deit_t_LaPE, deit_s_distill_basic, ...; else None."""
-    found = re.match(r"deit_([tsb])_(distill_)?", model_name or "")
-    if not found:
+    match = re.match(r"deit_([tsb])_(distill_)?", model_name or "")
+    if not match:
         return None
-    width = {"t": "tiny", "s": "small", "b": "base"}[found[1]]
-    return f"deit_{width}_{'distilled_' if found[2] else ''}patch16_224"
+    width = {"t": "tiny", "s": "small", "b": "base"}[match[1]]
+    return f"deit_{width}_{'distilled_' if match[2] else ''}patch16_224"

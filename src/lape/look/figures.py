@@ -28,7 +28,8 @@ from lape.convert.positions import Description, Size, View, describe, position_b
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError
 from lape.files.atomic import write_atomically
-from lape.files.restore import load
+from lape.files.read import read_checkpoint
+from lape.files.restore import restore_to_draw
 from lape.look.colours import COLOURS as JOIN_COLOURS
 from lape.look.measures import MEASURES, measure_all
 from lape.look.similarity import (
@@ -224,7 +225,8 @@ def visualize(
             )
         model, name = source, model_name or f"{type(source).__name__}_{describe(source).join}"
     else:
-        model, name = load(source, model_name, join, pe, size, ema)
+        checkpoint = read_checkpoint(source)
+        model, name = restore_to_draw(checkpoint, model_name, size=size, ema=ema, join=join, pe=pe)
     about = describe(model)
     if name in ("", ".", "..") or Path(name).name != name:
         raise LapeError(f"model_name={name!r} is not the name of a folder: put the path into save_dir")

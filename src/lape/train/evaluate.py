@@ -19,15 +19,13 @@ from lape.data.device import DeviceLoader
 from lape.errors import CheckpointError, DataError, LapeError
 from lape.files.read import read_checkpoint
 from lape.files.restore import (
-    averaged,
     check_classes,
     check_classifier,
     check_outputs,
     labels_of,
     logits_of,
-    restore_model,
+    restore_with,
     settings_of,
-    stored_size,
     transform_of,
 )
 from lape.recipe import Recipe
@@ -172,19 +170,17 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
                 f"no --data-path was given, and {recipe.resume} was not trained on the packaged digits: "
                 "give the folder that holds val/"
             )
-        pixels = stored_size(checkpoint)
-        if pixels is not None and pixels[0] != pixels[1] and "input_size" not in recipe.model_fields_set:
+        height, width = transform_of(checkpoint).size
+        if height != width and "input_size" not in recipe.model_fields_set:
             raise CheckpointError(
-                f"{recipe.resume} is for images of {pixels[0]} x {pixels[1]} pixels and evaluation takes square ones: "
+                f"{recipe.resume} is for images of {height} x {width} pixels and evaluation takes square ones: "
                 "give --input-size SIDE, or classify images with lape predict"
             )
         recipe = settings_of(checkpoint, recipe)
-        if recipe.ema:
-            checkpoint = averaged(checkpoint)
         autocast(recipe.amp, world.device)
         data = load_data(recipe, train=False, device=world.device)
         check_classes(checkpoint, data.classes)
-        model = restore_model(checkpoint, recipe, recipe.input_size).to(world.device)
+        model = restore_with(checkpoint, recipe, recipe.input_size).to(world.device)
         outputs = check_classifier(checkpoint, model, recipe.input_size, recipe.in_chans)
         check_outputs(checkpoint, data.classes, outputs)
         tell(f"Data: {data.name}")
@@ -235,7 +231,7 @@ def predictions(
     for path in image_paths:
         check_header(path)
     with join_world(device) as world:
-        model = restore_model(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size).to(world.device)
+        model = restore_with(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size).to(world.device)
         outputs = check_classifier(checkpoint, model, transform.input_size, transform.in_chans)
         names = checkpoint.classes or labels_of(model) or []
         names = [*names, *(str(number) for number in range(len(names), outputs))]

@@ -228,6 +228,11 @@ def _check_resumable(checkpoint: Checkpoint) -> None:
     missing = [key for key in ("optimizer", "epoch") if key not in checkpoint.raw]
     if missing:
         raise CheckpointError(f"{checkpoint.path} has no {' and no '.join(missing)}: start from it with --finetune")
+    if "optimizer_names" not in checkpoint.raw:
+        raise CheckpointError(
+            f"{checkpoint.path} was not written by this project (DeiT's and the authors' files do not name the "
+            "parameters of their optimizer): start from it with --finetune"
+        )
 
 
 def agree(checkpoint: Checkpoint | None, world: World) -> None:
@@ -249,7 +254,7 @@ def has_finished(checkpoint: Checkpoint, recipe: Recipe) -> bool:
 
 
 def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan, say: Say = print) -> None:
-    """Put a run back to where a checkpoint was written: by this project, by DeiT or by the LaPE authors.
+    """Put a run back to where a checkpoint of this project was written.
 
     State comes from the file. Settings (learning rate, schedule, weight decay, ...) are those of `recipe`; when they
     differ from the file's, one line says so.
@@ -326,9 +331,9 @@ def _optimizer_names(state: State) -> list[str]:
 
 
 def _resume_optimizer(state: State, checkpoint: Checkpoint) -> None:
-    """Give each parameter its state by name: DeiT and this project order and group parameters differently."""
+    """Give each parameter its state by name: another version of timm may order and group parameters differently."""
     theirs, ours = checkpoint.raw["optimizer"], state.optimizer.state_dict()
-    their_names = checkpoint.raw.get("optimizer_names") or _deit_order(checkpoint)
+    their_names = checkpoint.raw["optimizer_names"]
     their_numbers = [number for group in theirs["param_groups"] for number in group["params"]]
     our_names = _optimizer_names(state)
     our_numbers = [number for group in ours["param_groups"] for number in group["params"]]
@@ -358,23 +363,4 @@ def _resume_optimizer(state: State, checkpoint: Checkpoint) -> None:
     state.optimizer.load_state_dict({**ours, "state": moved, "param_groups": groups})
 
 
-def _deit_order(checkpoint: Checkpoint) -> list[str]:
-    """The order in which DeiT's optimizer numbers the parameters: those without weight decay, then the others."""
-    frozen = checkpoint.args.get("pe") in ("1D_sin", "2D_sin")
-    names = [
-        name
-        for name, tensor in checkpoint.model.items()
-        if tensor.is_floating_point() and not (frozen and name == "pos_embed")
-    ]
-    if not checkpoint.args.get("weight_decay", 0.05):
-        return names
-    decayed = [
-        name
-        for name in names
-        if checkpoint.model[name].ndim > 1 and not name.endswith(".bias") and name not in _UNDECAYED
-    ]
-    return [name for name in names if name not in set(decayed)] + decayed
-
-
-_UNDECAYED = {"pos_embed", "cls_token", "dist_token"}
 _GROUP_SETTINGS = ("params", "lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")

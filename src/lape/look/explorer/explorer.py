@@ -90,10 +90,11 @@ def explore(
     def opened(source: nn.Module | Path) -> tuple[nn.Module, dict[str, Any] | None]:
         if isinstance(source, nn.Module):
             return source, None
-        from lape.files.restore import load
+        from lape.files.restore import restore_to_draw
 
-        model, _ = load(source, model_name, join, pe, size, ema)
-        return model, read_checkpoint(source).transform
+        checkpoint = read_checkpoint(source)
+        model, _ = restore_to_draw(checkpoint, model_name, size=size, ema=ema, join=join, pe=pe)
+        return model, checkpoint.transform
 
     cards = [_Card(name, *opened(source), images, size) for name, source in _named(models).items()]
     page = build(title, cards, intro, budget)

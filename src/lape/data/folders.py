@@ -1,0 +1,120 @@
+"""A folder of images, `D/train/<class>/*` and `D/val/<class>/*`: what is in it, and what forbids training on it.
+
+Training and `lape check-data` ask the same function, `survey`; the first raises its first error, the other lists all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lape.data.images import is_image
+from lape.errors import DataError
+
+SPLITS = ("train", "val")
+LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*"
+
+
+@dataclass
+class Survey:
+    """What lies in a folder. Classes and images are in the order of torchvision's `ImageFolder`."""
+
+    images: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # split -> class -> paths
+    others: list[str] = field(default_factory=list)  # paths of files that are not read
+    errors: list[str] = field(default_factory=list)  # what forbids training, a line each with its fix
+
+
+def check_root(root: Path) -> None:
+    """Raises DataError where there is no folder of this name, or nothing in it."""
+    if not root.exists():
+        raise DataError(f"data folder {root} does not exist: {LAYOUT}, or be left out for the packaged digits")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file, not a data folder: unpack it; {LAYOUT}")
+    if not _names(root):
+        raise DataError(f"data folder {root} is empty: {LAYOUT}")
+
+
+def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
+    """Look through some splits of a folder; of another one that exists, only the names of its classes are compared.
+
+    Raises:
+        DataError: a folder that cannot be read.
+    """
+    result, classes = Survey(), dict[str, list[str]]()
+    for split in splits:
+        if (root / split).is_dir():
+            classes[split] = _look_into(root / split, split, result)
+        else:
+            result.errors.append(f"{root} has no folder {split}/ (it holds {few(_names(root))}): {LAYOUT}")
+    for split in set(SPLITS) - set(splits):
+        if (root / split).is_dir():
+            classes[split] = _subfolders(root / split)
+    train, val = (set(classes.get(split, [])) for split in SPLITS)
+    if train and val and train != val:
+        alone = {"train": sorted(train - val), "val": sorted(val - train)}
+        text = ", ".join(f"only in {split}: {few(names)}" for split, names in alone.items() if names)
+        result.errors.append(f"classes of {root}/train and {root}/val differ: {text}; make both the same")
+    empty = [
+        root / split / name
+        for split, by_class in result.images.items()
+        for name, paths in by_class.items()
+        if not paths
+    ]
+    if empty:
+        kinds = " ".join(IMG_EXTENSIONS)
+        result.errors.append(
+            f"no image in class folder {few(empty)}: put images there ({kinds}) or remove it from train and val"
+        )
+    if "train" in splits and len(train) == 1:
+        result.errors.append(one_class(root, classes["train"]))
+    return result
+
+
+def one_class(root: Path, classes: Sequence[str]) -> str:
+    return f"{root} has one class, {classes[0]!r}: nothing can be learned; is it the right folder level?"
+
+
+def few(items: Sequence[object], most: int = 5) -> str:
+    """The first ones, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(str(item) for item in items[:most]) + more
+
+
+def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
+    """Enter the images of a split, and what is wrong with its layout; returns its classes."""
+    classes = _subfolders(folder)
+    result.images[split] = {name: [] for name in classes}
+    for name, images in result.images[split].items():
+        for place, _, files in sorted(os.walk(folder / name, onerror=_unreadable, followlinks=True)):
+            for file in sorted(files):
+                (images if is_image(file) else result.others).append(os.path.join(place, file))
+    files = [name for name in _names(folder) if name not in result.images[split]]
+    flat = [name for name in files if is_image(name)]
+    result.others += [str(folder / name) for name in files if name not in flat]
+    if flat:
+        fix = f"move every image to {folder}/<class>/"
+        result.errors.append(f"{folder} holds {len(flat)} image(s) outside class folders ({few(flat)}): {fix}")
+    elif not classes:
+        result.errors.append(f"{folder} has no class folders: {LAYOUT}")
+    return classes
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return [name for name in _names(folder) if (folder / name).is_dir()]
+
+
+def _names(folder: Path) -> list[str]:
+    """List a folder in lexical order, torchvision's."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        _unreadable(error)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DataError(f"cannot read folder {error.filename} ({error.strerror}): make it readable for this user") from None

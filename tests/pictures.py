@@ -1,0 +1,38 @@
+"""Images for the tests, in memory and in folders, and what spoils a file."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def pictures(height: int, width: int, mode: str, count: int = 12) -> list[Image.Image]:
+    """Waves and noise over a part of the range, a flat one, one of two levels, and one of few."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    found = []
+    for i in range(count):
+        draw = np.random.default_rng(i)
+        waves = np.stack([rows * (2 + i), columns * (2 + 7 * i), (rows + columns) * (1 + i % 3)], axis=-1)
+        values = (waves + draw.integers(0, 60, waves.shape)) % 256 * draw.uniform(0.3, 1)
+        found.append(values if i > 2 else [values * 0 + 77, (values > 60) * 200, values // 64 * 64][i])
+    return [Image.fromarray(values.astype(np.uint8)).convert(mode) for values in found]
+
+
+def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (20, 16)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def write_folder(root: Path, classes=("cat", "dog"), train: int = 3, val: int = 2, suffix: str = "png") -> Path:
+    for split, count in (("train", train), ("val", val)):
+        for place, name in enumerate(classes):
+            for number in range(count):
+                write_image(root / split / name / f"{number}.{suffix}", seed=100 * place + number)
+    return root
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[: len(content) * 3 // 4], "text": b"<html>404</html>", "empty": b""}[how])
