@@ -115,6 +115,16 @@ def test_epochs_behind_the_schedule_are_at_the_lowest_rate():
         assert rates[1] == (rates[0] if epoch < 5 else 1e-5)
 
 
+@pytest.mark.parametrize("one", [{"mixup": 0.8}, {"cutmix": 1.0}, {"cutmix_minmax": (0.1, 0.2)}], ids=str)
+def test_each_way_of_mixing_does_without_the_others(one, monkeypatch):
+    targets: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        "lape.train.loop.training_loss", lambda *args: (targets.append(args[2]), training_loss(*args))[1]
+    )
+    train(tiny(batch_size=512, **{"mixup": 0.0, "cutmix": 0.0, **one}), say=quiet)
+    assert {target.ndim for target in targets} == {2}
+
+
 @pytest.mark.parametrize("off", [None, 0, 1])
 def test_mixup_goes_off_at_its_epoch(off, monkeypatch):
     mixed: list[bool] = []
@@ -378,6 +388,22 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_changes_nothing(tmp_pa
     good = [loss.item() for number, loss in enumerate(calls) if number != 2]
     assert line["train_loss"] == pytest.approx(sum(good) / 4, rel=1e-6)
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path, monkeypatch):
+    calls = []
+
+    def broken(*args):
+        calls.append(training_loss(*args))
+        return calls[-1] * float("nan") if len(calls) > 3 else calls[-1]  # of 5 steps
+
+    monkeypatch.setattr("lape.train.loop.training_loss", broken)
+    recipe = tiny(epochs=2, max_skipped=3, output_dir=str(tmp_path), resume="auto")
+    run_until(1, recipe)
+    assert read(tmp_path / CHECKPOINT)["bad_in_row"] == 2
+    with pytest.raises(LapeError, match="3 steps in a row"):
+        train(recipe, say=quiet)
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize(
