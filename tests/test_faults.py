@@ -15,8 +15,9 @@ from training import KWARGS, quiet, read, run_until, tiny
 
 from lape.cli.app import USER_ERROR, app, run
 from lape.errors import DataError, LapeError
+from lape.train.logs import LOG
 from lape.train.loop import train
-from lape.train.state import BEST, CHECKPOINT, LOG, PREVIOUS
+from lape.train.state import BEST, CHECKPOINT, PREVIOUS
 
 ROOT = Path(__file__).parents[1]
 FLAGS = "--model vit_tiny_patch16_224 --join-type LaPE --input-size 16 --batch-size 256 --device cpu --aa none"

@@ -14,8 +14,9 @@ from training import KWARGS, Stop, log_without_times, quiet, read, run_until, sa
 
 from lape.cli.app import USER_ERROR, app, run
 from lape.errors import CheckpointError, LapeError
+from lape.train.logs import LOG
 from lape.train.loop import train
-from lape.train.state import BEST, CHECKPOINT, LOCK, LOG, PREVIOUS
+from lape.train.state import BEST, CHECKPOINT, LOCK, PREVIOUS
 
 ROOT = Path(__file__).parents[1]
 FULL = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "drop": 0.1, "epochs": 2, "warmup_epochs": 1, "batch_size": 128}

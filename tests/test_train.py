@@ -22,11 +22,11 @@ from lape.errors import CheckpointError, LapeError
 from lape.position import resample
 from lape.recipe import Recipe
 from lape.train.evaluate import evaluate_checkpoint
-from lape.train.logs import BOARD, RUN
+from lape.train.logs import BOARD, LOG, RUN, TABLE
 from lape.train.loop import train, training_loss
 from lape.train.losses import classification_loss, distillation_loss
 from lape.train.start import build_model
-from lape.train.state import BEST, CHECKPOINT, LOCK, LOG, PREVIOUS, TABLE, peak_lr, resume, start
+from lape.train.state import BEST, CHECKPOINT, LOCK, PREVIOUS, initial_state, peak_lr, resume
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,7 +95,7 @@ def test_learning_rate_is_scaled_by_the_batch_of_all_processes():
 
 def test_the_schedule_is_warm_up_and_cosine_by_the_formula():
     recipe = tiny(epochs=10, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-5, lr=1e-3)
-    state = start(recipe, build_model(recipe, 10), ALONE)
+    state = initial_state(recipe, build_model(recipe, 10), ALONE)
     for epoch in range(10):
         state.scheduler.step(epoch)
         cosine = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 10)) / 2
@@ -106,7 +106,8 @@ def test_the_schedule_is_warm_up_and_cosine_by_the_formula():
 
 def test_epochs_behind_the_schedule_are_at_the_lowest_rate():
     recipe = tiny(epochs=7, schedule_epochs=5, warmup_epochs=1, lr=1e-3)
-    whole, cut = (start(r, build_model(r, 10), ALONE) for r in (tiny(epochs=5, warmup_epochs=1, lr=1e-3), recipe))
+    shorter = tiny(epochs=5, warmup_epochs=1, lr=1e-3)
+    whole, cut = (initial_state(r, build_model(r, 10), ALONE) for r in (shorter, recipe))
     for epoch in range(7):
         rates = []
         for state in (whole, cut):
@@ -145,7 +146,7 @@ def test_mixup_goes_off_at_its_epoch(off, monkeypatch):
 def test_position_prefix_and_norms_have_no_weight_decay(join):
     recipe = tiny(join_type=join)
     model = build_model(recipe, 10)
-    state = start(recipe, model, ALONE)
+    state = initial_state(recipe, model, ALONE)
     decayed = {id(p) for g in state.optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
     covered = {id(p) for g in state.optimizer.param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
@@ -290,7 +291,7 @@ def test_the_authors_full_checkpoint_resumes(shared):
     kwargs = {"embed_dim": 48, "depth": 4, "num_heads": 3, "patch_size": 8}
     settings = {"model": "deit_tiny_patch16_224", "input_size": 32, "epochs": 12, "warmup_epochs": 1, "lr": 5e-4}
     recipe = tiny(**settings, model_kwargs=kwargs, resume=str(shared / "reference" / "tiny_lape_full_format.pth"))
-    state = start(recipe, build_model(recipe, 7), ALONE)
+    state = initial_state(recipe, build_model(recipe, 7), ALONE)
     checkpoint = lape.read_checkpoint(recipe.resume)
     resume(state, checkpoint, recipe, batch_plan(recipe), say=quiet)
     assert state.next_epoch == 3

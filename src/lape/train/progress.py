@@ -7,14 +7,21 @@ import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lape.data.loaders import BatchPlan
-from lape.train.distributed import World
 from lape.train.faults import peak_memory
 
+if TYPE_CHECKING:
+    from lape.data.loaders import BatchPlan
+    from lape.train.distributed import World
+
+Say = Callable[[str], None]  # takes a line of output
 STARVED = 0.3  # part of an epoch spent on waiting for images from which on the output gives advice
 MATTERS = 10.0  # seconds; a shorter epoch is dominated by starting the loader
+
+
+def silence(_text: str) -> None:
+    """Where the lines of all processes but the first go."""
 
 
 class Progress:
@@ -30,9 +37,7 @@ class Progress:
         say: where lines go. A bar is drawn only where it is print and stdout a terminal.
     """
 
-    def __init__(
-        self, title: str, first: int, steps: int, plan: BatchPlan, world: World, every: int, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, title: str, first: int, steps: int, plan: BatchPlan, world: World, every: int, say: Say) -> None:
         self.title, self.first, self.steps, self.every, self.say = title, first, steps, every, say
         self.images, self.device = plan.total, world.device
         self.done = 0  # by this call

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from lape.names import nearest
 from lape.recipe import Recipe
 from lape.record import conversion_of
 from lape.reference import load_reference_state_dict, to_reference_state_dict
+from lape.train.progress import Say
 
-Say = Callable[[str], None]
 PATCHES = "patch_embed.proj.weight"
 
 
@@ -227,7 +227,8 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images if self.same else images * self.scale + self.shift)
+        logits: Tensor = self.model(images if self.same else images * self.scale + self.shift)
+        return logits
 
 
 def load_teacher(recipe: Recipe, num_classes: int, device: torch.device, say: Say = print) -> Teacher | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +32,12 @@ from lape.names import nearest
 from lape.recipe import Recipe
 from lape.reference import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.train.distributed import World, sum_over_ranks
+from lape.train.logs import LOG, RUN, TABLE, write_log
+from lape.train.progress import Say
 from lape.train.start import short
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "previous_checkpoint.pth", "best_checkpoint.pth"
-LOG, TABLE, LOCK = "log.txt", "log.csv", ".lock"
-Say = Callable[[str], None]
+LOCK = ".lock"
 
 
 @dataclass
@@ -73,7 +73,7 @@ def peak_lr(recipe: Recipe, world_size: int) -> float:
     return recipe.lr if recipe.unscale_lr else recipe.lr * batch_plan(recipe, world_size).total / 512
 
 
-def start(recipe: Recipe, model: nn.Module, world: World) -> State:
+def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
     """Optimizer, schedule, EMA and gradient scaler for a model, at the first epoch."""
     known = [str(name) for name in list_optimizers()]
     if recipe.opt.lower().split("_")[-1] not in known:
@@ -117,7 +117,7 @@ def check_output(recipe: Recipe, resumed: Checkpoint | None, at_end: ExitStack) 
         raise LapeError(f"output_dir {folder} cannot be written ({error.strerror}): choose another folder") from None
     _hold(folder, at_end)
     for stale in folder.glob(".*.tmp"):  # what a run that was killed while writing has left
-        if stale.name.startswith(tuple(f".{name}." for name in (CHECKPOINT, BEST, LOG, TABLE, "run.json"))):
+        if stale.name.startswith(tuple(f".{name}." for name in (CHECKPOINT, BEST, LOG, TABLE, RUN))):
             stale.unlink(missing_ok=True)
 
 
@@ -169,23 +169,10 @@ def save(state: State, data: Data, recipe: Recipe, plan: BatchPlan, *, better: b
     write_log(state.history, folder)
 
 
-def write_log(history: list[dict[str, Any]], folder: Path) -> None:
-    """log.txt (one JSON line an epoch) and log.csv (one row an epoch), whole."""
-    names = list(dict.fromkeys(name for line in history for name in line))
-    rows = [names, *([_cell(line.get(name)) for name in names] for line in history)]
-    log, table = "".join(json.dumps(line) + "\n" for line in history), "".join(",".join(row) + "\n" for row in rows)
-    write_atomically(folder / LOG, lambda file: file.write(log.encode()))
-    write_atomically(folder / TABLE, lambda file: file.write(table.encode()))
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else str(value)  # names and numbers: nothing to quote
-
-
 # ------------------------------------------------------------------------------------------------ go on
 
 
-def find_resumed(recipe: Recipe, say: Say = print) -> Checkpoint | None:
+def checkpoint_to_resume(recipe: Recipe, say: Say = print) -> Checkpoint | None:
     """The checkpoint to go on from; `auto` is the newest whole one in `output_dir`, or none in a new folder.
 
     Raises:
@@ -245,7 +232,7 @@ def agree(checkpoint: Checkpoint | None, world: World) -> None:
 
 def has_finished(checkpoint: Checkpoint, recipe: Recipe) -> bool:
     """Whether nothing is left to train."""
-    return checkpoint.raw.get("epoch", -1) + 1 >= recipe.epochs
+    return int(checkpoint.raw.get("epoch", -1)) + 1 >= recipe.epochs
 
 
 def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan, say: Say = print) -> None:
