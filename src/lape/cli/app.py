@@ -24,6 +24,7 @@ from cyclopts.exceptions import (
     UnknownOptionError,
     UnusedCliTokensError,
 )
+from pydantic import ValidationError
 
 from lape.errors import LapeError, LostError
 from lape.recipe import Recipe, spelling_of, topic_of, topics
@@ -206,6 +207,8 @@ def _wait_for_launcher(seconds: float) -> None:
 def _one_line(error: Exception) -> str:
     if isinstance(error, UnusedCliTokensError):
         return f"unexpected argument(s) {' '.join(error.unused_tokens or ())}: see --help"
+    if isinstance(error.__cause__, ValidationError):  # of options: what they raised themselves, in one line
+        return str(error.__cause__.errors()[0]["ctx"]["error"])
     text = " ".join(str(error).split())
     argument = getattr(error, "argument", None)
     if isinstance(error, MissingArgumentError | CoercionError) and argument is not None:

@@ -31,6 +31,7 @@ from lape.files.restore import (
     transform_of,
 )
 from lape.layers import describe
+from lape.options import PredictOptions
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
 from lape.train.progress import Say, silence
@@ -212,26 +213,23 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
         return metrics
 
 
-def predict(
-    checkpoint_path: str | Path, image_paths: Sequence[str | Path], *, top_k: int = 5, device: str = "auto"
-) -> list[Prediction]:
+def predict(checkpoint_path: str | Path, image_paths: Sequence[str | Path], **options: Any) -> list[Prediction]:
     """Classify images with the transform and the class names that the checkpoint stores.
 
     A file that stores no names (DeiT's, the LaPE authors') gives class numbers.
 
     Args:
-        top_k: how many classes to return, at most all.
+        options: `top_k` (how many classes to return, at most all) and `device`, as in `PredictOptions`.
 
     Raises:
+        LapeError: an option is not allowed.
         DataError: a file is missing or no image; the message names it.
         CheckpointError: the checkpoint cannot be read, or its model is no classifier.
     """
-    return list(predictions(checkpoint_path, image_paths, top_k=top_k, device=device))
+    return list(predictions(image_paths, PredictOptions(checkpoint=str(checkpoint_path), **options)))
 
 
-def predictions(
-    checkpoint_path: str | Path, image_paths: Sequence[str | Path], *, top_k: int = 5, device: str = "auto"
-) -> Iterator[Prediction]:
+def predictions(image_paths: Sequence[str | Path], options: PredictOptions) -> Iterator[Prediction]:
     """As `predict`, one after the other: images are decoded and classified in batches of `PREDICT_BATCH`.
 
     Before the first one is classified, every file is opened and its header read, so that a missing file or one that is
@@ -239,12 +237,12 @@ def predictions(
     """
     from lape.data.images import check_header, load_image
 
-    checkpoint = read_checkpoint(checkpoint_path)
+    checkpoint = read_checkpoint(options.checkpoint)
     transform = transform_of(checkpoint)
     prepare = transform.build()
     for path in image_paths:
         check_header(path)
-    with join_world(device) as world:
+    with join_world(options.device) as world:
         model = restore_model(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size).to(world.device)
         outputs = check_classifier(checkpoint, model, transform.input_size, transform.in_chans)
         names = checkpoint.classes or labels_of(model) or []
@@ -254,6 +252,6 @@ def predictions(
             pixels_BCHW = torch.stack([prepare(load_image(path, transform.in_chans)) for path in paths])
             with torch.no_grad():
                 probabilities_BK = logits_of(model(pixels_BCHW.to(world.device))).float().softmax(dim=1)
-            best = probabilities_BK.topk(min(top_k, outputs))
+            best = probabilities_BK.topk(min(options.top_k, outputs))
             for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
                 yield Prediction(str(path), [names[index] for index in indices], values)

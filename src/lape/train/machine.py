@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
     from lape.train.distributed import World
 
 PACKAGES = ("lape", "torch", "timm", "numpy")

@@ -282,7 +282,7 @@ def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan
 # Where and how fast a run goes on changes no number.
 _INDIFFERENT = {
     *("resume", "output_dir", "data_path", "start_epoch", "eval", "dist_eval", "num_workers", "pin_mem", "threads"),
-    *("device", "log_every", "world_size", "dist_url", "dist_timeout", "model_ema_force_cpu", "save_steps"),
+    *("device", "log_every", "dist_timeout", "model_ema_force_cpu", "save_steps"),
     *("save_minutes", "log_to", "max_skipped"),
 }
 
