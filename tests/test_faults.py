@@ -260,7 +260,7 @@ def test_a_loader_that_starves_the_model_is_noticed(monkeypatch):
     progress = Progress("Epoch: [0]", 0, 3, BatchPlan(8, 1, 8), ALONE, 1, said.append)
     for _ in progress.over([1, 2, 3]):  # four seconds a look at the clock: one for the image, two for the step
         progress.report(loss=1.0, lr=0.1, grad_norm=2.0)
-    assert progress.waited == 12.0
+    assert progress.wait == 12.0
     assert "--num-workers" in said[-1]
     assert "img/s" in said[0]
     assert "MiB" in said[0]

@@ -6,29 +6,27 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn, Self
 
 from cyclopts import App, Parameter
-from pydantic import Field, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from lape.cli.app import GROUPS, original, run
 from lape.errors import LapeError
 from lape.options import Options
 
 
-def _flag(group: str, **settings: Any) -> Parameter:
-    return Parameter(group=GROUPS[group], **settings)
+def _flag(text: str, topic: str = "Launcher", **settings: Any) -> Parameter:
+    return Parameter(help=text, group=GROUPS[topic], **settings)
 
 
 class OriginalFlags(Options):
     """Flags that choose nothing here: taken because the original has them, refused where they would do something."""
 
-    cooldown_epochs: Annotated[int, _flag("Schedule")] = Field(
-        default=10, description="not run, as in DeiT: give more --epochs than --schedule-epochs", ge=0
-    )
-    patience_epochs: Annotated[int, _flag("Schedule")] = Field(
-        default=10, description="read by the plateau schedule only, which is refused", ge=0
-    )
-    resplit: Annotated[bool, _flag("Augmentation")] = Field(
-        default=False, description="refused: DeiT accepts it without any effect"
-    )
+    cooldown_epochs: Annotated[
+        NonNegativeInt, _flag("not run, as in DeiT: give more --epochs than --schedule-epochs", "Schedule")
+    ] = 10
+    patience_epochs: Annotated[
+        NonNegativeInt, _flag("read by the plateau schedule only, which is refused", "Schedule")
+    ] = 10
+    resplit: Annotated[bool, _flag("refused: DeiT accepts it without any effect", "Augmentation")] = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -40,21 +38,11 @@ class OriginalFlags(Options):
 class LauncherFlags(Options):
     """What the original was told of its processes. Here the launcher's environment decides."""
 
-    world_size: Annotated[int, _flag("Launcher")] = Field(
-        default=1, description="must be what the launcher started; use torchrun --nproc_per_node", gt=0
-    )
-    dist_url: Annotated[str, _flag("Launcher")] = Field(
-        default="env://", description="must be env://; use torchrun's --rdzv-endpoint or --master-port"
-    )
-    local_rank: Annotated[int | None, _flag("Launcher")] = Field(
-        default=None, description="accepted and ignored: the launcher's environment says it"
-    )
-    distributed: Annotated[bool, _flag("Launcher", negative=())] = Field(
-        default=False, description="accepted under a launcher, which decides"
-    )
-    cosub: Annotated[bool, _flag("Launcher", negative=())] = Field(
-        default=False, description="refused: cosub training is not part of this project"
-    )
+    world_size: Annotated[PositiveInt, _flag("must be what the launcher started; use torchrun --nproc_per_node")] = 1
+    dist_url: Annotated[str, _flag("must be env://; use torchrun's --rdzv-endpoint or --master-port")] = "env://"
+    local_rank: Annotated[int | None, _flag("accepted and ignored: the launcher's environment says it")] = None
+    distributed: Annotated[bool, _flag("accepted under a launcher, which decides", negative=())] = False
+    cosub: Annotated[bool, _flag("refused: cosub training is not part of this project", negative=())] = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:

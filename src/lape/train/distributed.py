@@ -58,13 +58,13 @@ def join_world(device: str = "auto", timeout: float | None = None) -> Iterator[W
         LostError: another process has ended or does not answer.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
+    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
     ours = size > 1 and not dist.is_initialized()
     if ours:
-        backend, wait = "nccl" if chosen.type == "cuda" else "gloo", datetime.timedelta(seconds=SETUP_SECONDS)
+        backend, wait = "nccl" if place.type == "cuda" else "gloo", datetime.timedelta(seconds=SETUP_SECONDS)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=wait)
     try:
-        yield World(rank, size, chosen)
+        yield World(rank, size, place)
     except RuntimeError as error:
         if not (ours and _is_loss(error)):
             raise

@@ -118,10 +118,10 @@ def record_run(recipe: Recipe, world: World, place: tuple[int, int]) -> str:
     """
     path = Path(recipe.output_dir) / RUN
     try:
-        known = json.loads(path.read_text()) if path.exists() else {}
+        earlier = json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
-        known = {}
-    run_id, starts = known.get("id") or uuid.uuid4().hex, known.get("starts") or []
+        earlier = {}
+    run_id, starts = earlier.get("id") or uuid.uuid4().hex, earlier.get("starts") or []
     content = {
         "id": run_id,
         "recipe": recipe.model_dump(mode="json"),

@@ -288,16 +288,16 @@ def training_loss(
 
     With a teacher the output is (class logits, distillation logits). The teacher sees the student's own, mixed images.
     """
-    logits, distilled = output if isinstance(output, tuple) else (output, None)
+    logits, distillation_logits = output if isinstance(output, tuple) else (output, None)
     loss = classification_loss(logits, targets, smoothing=recipe.smoothing, bce=recipe.bce_loss)
     if teacher is None:
         return loss
-    assert distilled is not None
+    assert distillation_logits is not None
     with torch.no_grad():
-        expected = teacher(images)
+        teacher_logits = teacher(images)
     alpha = recipe.distillation_alpha
-    apart = distillation_loss(distilled, expected, kind=recipe.distillation_type, tau=recipe.distillation_tau)
-    return (1 - alpha) * loss + alpha * apart
+    kind, tau = recipe.distillation_type, recipe.distillation_tau
+    return (1 - alpha) * loss + alpha * distillation_loss(distillation_logits, teacher_logits, kind=kind, tau=tau)
 
 
 def _mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
@@ -472,10 +472,10 @@ def _evaluate_epoch(run: Training, epoch: int, lr: float) -> tuple[Metrics, Metr
 def _epoch_line(run: Training, epoch: int, lr: float, progress: Progress) -> dict[str, Any]:
     """What log.txt says of an epoch's training. The loss is the mean over the steps that were not skipped."""
     state = run.state
-    counted = run.steps - state.skipped_steps
+    good_steps = run.steps - state.skipped_steps
     return {
         "train_lr": lr,
-        "train_loss": state.loss_sum / counted if counted else None,
+        "train_loss": state.loss_sum / good_steps if good_steps else None,
         "epoch": epoch,
         "n_parameters": trainable(state.model),
         "skipped_steps": state.skipped_steps,
@@ -513,8 +513,8 @@ def _introduce(run: Training) -> None:
     say(f"Data: {data.name}")
     say(f"Evaluation transform: {eval_transform(recipe)}")
     if recipe.data_on_device:
-        held = data.train.images.nbytes + data.val.images.nbytes
-        say(f"Images are held on {world.device} as bytes ({held / 2**20:.1f} MiB) and augmented there")
+        size = data.train.images.nbytes + data.val.images.nbytes
+        say(f"Images are held on {world.device} as bytes ({size / 2**20:.1f} MiB) and augmented there")
     say(f"Model: {recipe.model}\n{describe(state.model)}")
     say(f"number of params: {trainable(state.model)}")
     parts = f" x {plan.parts} parts" if plan.parts > 1 else ""
