@@ -28,8 +28,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lape.errors import CheckpointError
 from lape.files.read import read_checkpoint
 from lape.train.distributed import World
+from lape.train.logs import LOG
 from lape.train.machine import describe_start
-from lape.train.state import BEST, CHECKPOINT, LOG, PREVIOUS
+from lape.train.state import BEST, CHECKPOINT, PREVIOUS
 
 ROOT = Path(__file__).parents[1]
 TIMES = {"seconds", "data_seconds", "images_per_second", "peak_memory_mib"}

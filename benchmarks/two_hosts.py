@@ -31,9 +31,8 @@ from pathlib import Path
 import torch
 
 from lape.train.distributed import World
-from lape.train.logs import RUN
+from lape.train.logs import LOG, RUN
 from lape.train.machine import describe_start
-from lape.train.state import LOG
 
 ROOT = Path(__file__).parents[1]
 HOSTS = {"lape-a": "10.77.0.1", "lape-b": "10.77.0.2"}

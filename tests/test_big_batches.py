@@ -19,7 +19,7 @@ from lape.errors import CheckpointError, LapeError
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.loop import train
 from lape.train.start import build_model, load_teacher
-from lape.train.state import BEST, CHECKPOINT, peak_lr, start
+from lape.train.state import BEST, CHECKPOINT, initial_state, peak_lr
 
 ROOT = Path(__file__).parents[1]
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "smoothing": 0.0, "repeated_aug": False, "model_ema": False}
@@ -171,7 +171,7 @@ def test_deterministic_asks_torch_for_it():
 
 def test_the_average_of_a_short_run_warms_up_by_the_formula():
     recipe = tiny(model_ema_warmup=True, model_ema_decay=0.99)
-    state = start(recipe, build_model(recipe, 10), ALONE)
+    state = initial_state(recipe, build_model(recipe, 10), ALONE)
     assert state.ema is not None
     expected = next(state.ema.module.parameters()).detach().clone()
     for step in range(1, 6):

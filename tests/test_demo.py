@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,22 +200,73 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         run_demo(tmp_path / "file")
 
 
+UNEVEN = """
+import sys, time
+from pathlib import Path
+from lape.recipe import Recipe
+from lape.study.workers import run_all
+from lape.train.faults import sigterm
+
+folder = Path(sys.argv[1])
+
+
+class Agenda:
+    workers, epochs, recipes = 2, 2, [Recipe(seed=0), Recipe(seed=1)]
+
+    def take(self):
+        recipes, self.recipes = self.recipes, []
+        return recipes
+
+
+def job(recipe, tick):
+    (folder / f"training {recipe.seed}").touch()
+    with sigterm() as stop:  # as a training does
+        while not stop.is_set():
+            time.sleep(0.01)
+        raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    run_all(Agenda(), job, str)
+else:
+    try:
+        (folder / "first").touch(exist_ok=False)
+    except FileExistsError:  # the second worker is still importing
+        (folder / "second").touch()
+        time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_ends_a_worker_that_trains_while_another_starts(tmp_path: Path) -> None:
+    """The first must not take the recipe that waits for the second."""
+    script = tmp_path / "script.py"
+    script.write_text(UNEVEN)
+    press_ctrl_c([str(script), str(tmp_path)], lambda _children: len(list(tmp_path.iterdir())) == 4)
+    assert not (tmp_path / "training 1").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
     code = f"from lape.study.demo import run_demo\nif __name__ == '__main__': run_demo({str(tmp_path)!r}, epochs=500)"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    press_ctrl_c(["-c", code], lambda children: len(children) == 3)  # the workers; a spawn starts a helper as well
+    assert not list(tmp_path.iterdir())
+
+
+def press_ctrl_c(arguments: list[str], ready: Callable[[list[int]], bool]) -> None:
+    """Interrupt a Python process once it is ready, and see it and its children end. The limits only end a hang."""
+    parent = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    listing = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     children: list[int] = []
     try:
-        deadline = time.monotonic() + 60
-        while len(children) < 2 and time.monotonic() < deadline:  # the workers; a spawn starts a helper as well
+        deadline = time.monotonic() + 300
+        while not ready(children) and time.monotonic() < deadline:
             time.sleep(0.1)
-            children = [int(pid) for pid in listed.read_text().split()]
-        assert len(children) >= 2
-        time.sleep(0.5)
+            children = [int(pid) for pid in listing.read_text().split()]
+        assert ready(children)
         parent.send_signal(signal.SIGINT)
-        assert parent.wait(30) != 0
-        while any(_alive(pid) for pid in children) and time.monotonic() < deadline + 30:
+        assert parent.wait(300) != 0
+        while any(_alive(pid) for pid in children) and time.monotonic() < deadline + 300:
             time.sleep(0.1)
         assert not any(_alive(pid) for pid in children)
     finally:
@@ -222,7 +274,6 @@ def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
             if _alive(pid):
                 os.kill(pid, signal.SIGKILL)
         parent.wait()
-    assert not list(tmp_path.iterdir())
 
 
 def _alive(pid: int) -> bool:

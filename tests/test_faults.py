@@ -15,8 +15,9 @@ from training import KWARGS, quiet, read, run_until, tiny
 
 from lape.cli.app import USER_ERROR, app, run
 from lape.errors import DataError, LapeError
+from lape.train.logs import LOG
 from lape.train.loop import train
-from lape.train.state import BEST, CHECKPOINT, LOG, PREVIOUS
+from lape.train.state import BEST, CHECKPOINT, PREVIOUS
 
 ROOT = Path(__file__).parents[1]
 FLAGS = "--model vit_tiny_patch16_224 --join-type LaPE --input-size 16 --batch-size 256 --device cpu --aa none"
@@ -259,7 +260,7 @@ def test_a_loader_that_starves_the_model_is_noticed(monkeypatch):
     progress = Progress("Epoch: [0]", 0, 3, BatchPlan(8, 1, 8), ALONE, 1, said.append)
     for _ in progress.over([1, 2, 3]):  # four seconds a look at the clock: one for the image, two for the step
         progress.report(loss=1.0, lr=0.1, grad_norm=2.0)
-    assert progress.waited == 12.0
+    assert progress.wait == 12.0
     assert "--num-workers" in said[-1]
     assert "img/s" in said[0]
     assert "MiB" in said[0]

@@ -23,7 +23,7 @@ BELOW = {  # wing -> the wings that it may import from, beside itself
     "study": "ground core models host convert data files train look",
     "cli": "ground core models host convert data files train look study",
 }
-GROUND = {"errors", "names", "recipe"}
+GROUND = {"errors", "names", "options", "recipe"}
 NOT_YET_MOVED = {  # modules beside the wings -> where they will go
     **dict.fromkeys("norm handover joined wrap joins position grids bias conditional stages".split(), "core"),
     "hosts": "host",

@@ -14,6 +14,7 @@ from lape.data.augment import EvalTransform
 from lape.data.loaders import eval_loader
 from lape.data.open import load_data
 from lape.errors import CheckpointError, DataError
+from lape.options import PredictOptions
 from lape.recipe import Recipe
 from lape.train.evaluate import PREDICT_BATCH, evaluate, evaluate_checkpoint, predict
 
@@ -192,7 +193,7 @@ def test_many_images_are_decoded_in_batches(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         lape.data.images, "load_image", lambda path, chans: decoded.append(path) or load_image(path, chans)
     )
-    found = predictions(folder, paths, device="cpu", top_k=2)
+    found = predictions(paths, PredictOptions(checkpoint=str(folder), device="cpu", top_k=2))
     first = next(found)
     assert decoded == paths[:PREDICT_BATCH]
     rest = list(found)

@@ -22,11 +22,11 @@ from lape.data.open import load_data
 from lape.errors import CheckpointError, LapeError
 from lape.recipe import Recipe
 from lape.train.evaluate import evaluate_checkpoint
-from lape.train.logs import BOARD, RUN
+from lape.train.logs import BOARD, LOG, RUN, TABLE
 from lape.train.loop import train, training_loss
 from lape.train.losses import classification_loss, distillation_loss
 from lape.train.start import build_model
-from lape.train.state import BEST, CHECKPOINT, LOCK, LOG, PREVIOUS, TABLE, peak_lr, start
+from lape.train.state import BEST, CHECKPOINT, LOCK, PREVIOUS, initial_state, peak_lr
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,7 +95,7 @@ def test_learning_rate_is_scaled_by_the_batch_of_all_processes():
 
 def test_the_schedule_is_warm_up_and_cosine_by_the_formula():
     recipe = tiny(epochs=10, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-5, lr=1e-3)
-    state = start(recipe, build_model(recipe, 10), ALONE)
+    state = initial_state(recipe, build_model(recipe, 10), ALONE)
     for epoch in range(10):
         state.scheduler.step(epoch)
         cosine = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 10)) / 2
@@ -106,13 +106,24 @@ def test_the_schedule_is_warm_up_and_cosine_by_the_formula():
 
 def test_epochs_behind_the_schedule_are_at_the_lowest_rate():
     recipe = tiny(epochs=7, schedule_epochs=5, warmup_epochs=1, lr=1e-3)
-    whole, cut = (start(r, build_model(r, 10), ALONE) for r in (tiny(epochs=5, warmup_epochs=1, lr=1e-3), recipe))
+    shorter = tiny(epochs=5, warmup_epochs=1, lr=1e-3)
+    whole, cut = (initial_state(r, build_model(r, 10), ALONE) for r in (shorter, recipe))
     for epoch in range(7):
         rates = []
         for state in (whole, cut):
             state.scheduler.step(epoch)
             rates.append(state.optimizer.param_groups[0]["lr"])
         assert rates[1] == (rates[0] if epoch < 5 else 1e-5)
+
+
+@pytest.mark.parametrize("one", [{"mixup": 0.8}, {"cutmix": 1.0}, {"cutmix_minmax": (0.1, 0.2)}], ids=str)
+def test_each_way_of_mixing_does_without_the_others(one, monkeypatch):
+    targets: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        "lape.train.loop.training_loss", lambda *args: (targets.append(args[2]), training_loss(*args))[1]
+    )
+    train(tiny(batch_size=512, **{"mixup": 0.0, "cutmix": 0.0, **one}), say=quiet)
+    assert {target.ndim for target in targets} == {2}
 
 
 @pytest.mark.parametrize("off", [None, 0, 1])
@@ -135,7 +146,7 @@ def test_mixup_goes_off_at_its_epoch(off, monkeypatch):
 def test_position_prefix_and_norms_have_no_weight_decay(join):
     recipe = tiny(join_type=join)
     model = build_model(recipe, 10)
-    state = start(recipe, model, ALONE)
+    state = initial_state(recipe, model, ALONE)
     decayed = {id(p) for g in state.optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
     covered = {id(p) for g in state.optimizer.param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
@@ -363,6 +374,22 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_changes_nothing(tmp_pa
     good = [loss.item() for number, loss in enumerate(calls) if number != 2]
     assert line["train_loss"] == pytest.approx(sum(good) / 4, rel=1e-6)
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path, monkeypatch):
+    calls = []
+
+    def broken(*args):
+        calls.append(training_loss(*args))
+        return calls[-1] * float("nan") if len(calls) > 3 else calls[-1]  # of 5 steps
+
+    monkeypatch.setattr("lape.train.loop.training_loss", broken)
+    recipe = tiny(epochs=2, max_skipped=3, output_dir=str(tmp_path), resume="auto")
+    run_until(1, recipe)
+    assert read(tmp_path / CHECKPOINT)["bad_in_row"] == 2
+    with pytest.raises(LapeError, match="3 steps in a row"):
+        train(recipe, say=quiet)
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 
 from lape.recipe import Recipe
 from lape.train.distributed import World
+from lape.train.logs import LOG
 from lape.train.loop import train
-from lape.train.state import LOG
 
 KWARGS = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
 TIMES = ("seconds", "data_seconds", "images_per_second", "peak_memory_mib")

@@ -11,16 +11,16 @@ Neither torch nor timm is imported here, so that `lape --help` answers at once.
 
 import os
 import re
-from collections.abc import Mapping
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lape.errors import LapeError
-from lape.names import JOIN_NAMES, PE_NAMES, match_name, nearest
+from lape.names import JOIN_NAMES, PE_NAMES, match_name
+from lape.options import Options
 
 DataSet = Literal["CIFAR", "IMNET", "INAT", "INAT19"]
 InatCategory = Literal["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
@@ -40,16 +40,23 @@ _schedule, _augmentation, _distillation = (partial(_flag, t) for t in ("Schedule
 _run, _launcher = (partial(_flag, t) for t in ("Run", "Launcher"))
 
 
-class Recipe(BaseModel):
+# Keys of DeiT's that choose nothing (`lape.cli.original` has their flags), with the only value allowed: recipes and
+# checkpoints of version 0.1 hold them.
+OF_THE_ORIGINAL = {
+    "cooldown_epochs": None,
+    "patience_epochs": None,
+    "world_size": None,
+    "dist_url": "env://",
+    "resplit": False,
+}
+
+
+class Recipe(Options):
     """Everything that a training or an evaluation depends on.
 
     Raises:
         LapeError: an unknown key (the nearest is suggested) or a value that is not allowed, in one line.
     """
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False
-    )
 
     # fmt: off
     # Model
@@ -119,8 +126,6 @@ class Recipe(BaseModel):
     decay_epochs: float = _schedule(30, "epochs between decays (step)", gt=0)
     decay_rate: float = _schedule(0.1, "factor of one decay (step), exponent (poly)", spelling="--dr", gt=0)
     schedule_epochs: int | None = _schedule(None, "of --epochs, those of the schedule; later ones: --min-lr", gt=0)
-    cooldown_epochs: int = _schedule(10, "not run, as in DeiT: give more --epochs than --schedule-epochs", ge=0)
-    patience_epochs: int = _schedule(10, "read by the plateau schedule only, which is refused", ge=0)
     lr_noise: tuple[float, ...] | None = _schedule(None, "noise starts (and ends) at these parts of the epochs")
     lr_noise_pct: float = _schedule(0.67, "largest noise, as a part of the learning rate", ge=0)
     lr_noise_std: float = _schedule(1.0, "standard deviation of the noise", ge=0)
@@ -138,7 +143,6 @@ class Recipe(BaseModel):
     reprob: float = _augmentation(0.25, "probability of random erasing", ge=0, le=1)
     remode: Literal["const", "rand", "pixel"] = _augmentation("pixel", "what random erasing writes")
     recount: int = _augmentation(1, "areas that random erasing erases", gt=0)
-    resplit: bool = _augmentation(False, "refused: DeiT accepts it without any effect")
     mixup: float = _augmentation(0.8, "mixup alpha; 0: off", ge=0)
     cutmix: float = _augmentation(1.0, "cutmix alpha; 0: off", ge=0)
     cutmix_minmax: tuple[float, ...] | None = _augmentation(None, "bounds of cutmix's side, replaces --cutmix")
@@ -171,16 +175,16 @@ class Recipe(BaseModel):
     log_every: int = _run(10, "steps between progress lines off a terminal", gt=0)
 
     # Launcher
-    world_size: int = _launcher(1, "must be what the launcher started; use torchrun --nproc_per_node", gt=0)
-    dist_url: str = _launcher("env://", "must be env://; use torchrun's --rdzv-endpoint or --master-port")
     dist_timeout: float = _launcher(60.0, "seconds without an answer after which a process counts as dead", gt=0)
     # fmt: on
 
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise LapeError("; ".join(dict.fromkeys(_one_line(e) for e in error.errors()))) from None
+    @model_validator(mode="before")
+    @classmethod
+    def _without_the_originals(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name, allowed in OF_THE_ORIGINAL.items():
+            if allowed is not None and values.get(name, allowed) != allowed:
+                raise LapeError(f"{name}={values[name]!r} is refused, it has no effect here: leave it out")
+        return {name: value for name, value in values.items() if name not in OF_THE_ORIGINAL}
 
     @field_validator("join_type")
     @classmethod
@@ -224,21 +228,6 @@ class Recipe(BaseModel):
     @classmethod
     def _one_or_pair(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
         _require("lr_noise", value, (1, 2))
-        return value
-
-    @field_validator("resplit")
-    @classmethod
-    def _resplit(cls, value: bool) -> bool:
-        if value:
-            raise LapeError("resplit=True is refused: it has no effect in DeiT either; leave it out, or use --reprob 0")
-        return value
-
-    @field_validator("dist_url")
-    @classmethod
-    def _dist_url(cls, value: str) -> str:
-        if value != "env://":
-            fix = "start with torchrun --rdzv-endpoint HOST:PORT, or --master-addr and --master-port"
-            raise LapeError(f"dist_url={value!r} is refused, only 'env://' is allowed: {fix}")
         return value
 
     @model_validator(mode="after")
@@ -304,39 +293,26 @@ class Recipe(BaseModel):
 
 def topics() -> dict[str, list[str]]:
     """Return the names of the fields by topic, in the order of the class."""
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for name in Recipe.model_fields:
-        found.setdefault(topic_of(name), []).append(name)
-    return found
+        names.setdefault(topic_of(name), []).append(name)
+    return names
 
 
 def topic_of(name: str) -> str:
     """Return the topic that a field is listed under in the help."""
-    return _extra(name)["topic"]
+    return str(_extra(name)["topic"])
 
 
 def spelling_of(name: str) -> str | None:
     """Return the flag that DeiT uses for a field where it is not the field's own name, else None."""
-    return _extra(name)["spelling"]
+    spelling: str | None = _extra(name)["spelling"]
+    return spelling
 
 
 def packaged() -> list[str]:
     """Return the names of the recipes inside the package."""
     return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
-
-
-def check_launch(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> None:
-    """Compare `world_size` with the number of processes that the launcher started.
-
-    Raises:
-        LapeError: the recipe asks for several processes and the launcher started another number.
-    """
-    started = int(environ.get("WORLD_SIZE", "1"))
-    if recipe.world_size not in (1, started):
-        raise LapeError(
-            f"world_size={recipe.world_size} but {started} process(es) were started: "
-            f"leave the flag out and start with torchrun --nproc_per_node={recipe.world_size}"
-        )
 
 
 def _extra(name: str) -> dict[str, Any]:
@@ -357,9 +333,9 @@ def _read(path: str | Path) -> tuple[str, str]:
         return Path(path).read_text(encoding="utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        known = ", ".join(packaged())
         raise LapeError(
-            f"recipe {str(path)!r} cannot be read ({reason}): give a YAML file or a packaged name ({known})"
+            f"recipe {str(path)!r} cannot be read ({reason}): "
+            f"give a YAML file or a packaged name ({', '.join(packaged())})"
         ) from None
 
 
@@ -378,19 +354,4 @@ def _mapping(text: str) -> dict[str, Any]:
 
 def _require(name: str, value: tuple[float, ...] | None, lengths: tuple[int, ...]) -> None:
     if value is not None and len(value) not in lengths:
-        wanted = " or ".join(str(n) for n in lengths)
-        raise LapeError(f"{name}={list(value)} has {len(value)} value(s), {wanted} are needed")
-
-
-def _one_line(error: Any) -> str:
-    """Turn one of pydantic's errors into: field, value, what is allowed, the fix."""
-    name = str(error["loc"][0]) if error["loc"] else ""
-    if error["type"] == "extra_forbidden":
-        guess = nearest(name, Recipe.model_fields)
-        return f"unknown key {name!r}: " + (f"did you mean {guess!r}?" if guess else "see lape train --help")
-    cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, LapeError):
-        return str(cause)
-    allowed = error["msg"].removeprefix("Input should be ").replace("Value error, ", "")
-    default = Recipe.model_fields[name].default
-    return f"{name}={error['input']!r} is not allowed: must be {allowed} (default: {default!r})"
+        raise LapeError(f"{name}={list(value)} has {len(value)} value(s), {' or '.join(map(str, lengths))} are needed")

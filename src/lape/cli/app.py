@@ -24,6 +24,7 @@ from cyclopts.exceptions import (
     UnknownOptionError,
     UnusedCliTokensError,
 )
+from pydantic import ValidationError
 
 from lape.errors import LapeError, LostError
 from lape.recipe import Recipe, spelling_of, topic_of, topics
@@ -84,19 +85,19 @@ def _flag(name: str, stored: bool) -> Any:
 
 def _keywords(_type: Any, tokens: Sequence[Any]) -> dict[str, Any]:
     """Read KEY=VALUE pairs (a VALUE is a Python or JSON literal, else a string) and JSON objects."""
-    found: dict[str, Any] = {}
+    keywords: dict[str, Any] = {}
     for text in (token.value for token in tokens):
         key, equals, value = text.partition("=")
         if text.lstrip().startswith("{"):
             try:
-                found |= json.loads(text)
+                keywords |= json.loads(text)
             except ValueError as error:
                 raise LapeError(f"{text!r} is not JSON ({error}); KEY=VALUE pairs do as well") from None
         elif equals and key.replace("-", "_").isidentifier():
-            found[key.replace("-", "_")] = _literal(value)
+            keywords[key.replace("-", "_")] = _literal(value)
         else:
             raise LapeError(f"{text!r} is neither KEY=VALUE nor a JSON object, e.g. embed_dim=64 depth=6")
-    return found
+    return keywords
 
 
 def _literal(text: str) -> Any:
@@ -159,13 +160,13 @@ def run(command: App, tokens: Sequence[str]) -> int:
 
 def _dashes(tokens: Sequence[str]) -> list[str]:
     """Spell every flag with dashes: --output_dir=a_b becomes --output-dir=a_b."""
-    spelled: list[str] = []
+    spelling: list[str] = []
     for place, token in enumerate(tokens):
         if token == "--":
-            return [*spelled, *tokens[place:]]
+            return [*spelling, *tokens[place:]]
         name, equals, value = token.partition("=")
-        spelled.append(name.replace("_", "-") + equals + value if name.startswith("--") else token)
-    return spelled
+        spelling.append(name.replace("_", "-") + equals + value if name.startswith("--") else token)
+    return spelling
 
 
 def _rank() -> int:
@@ -197,15 +198,17 @@ def _report(message: str, lost: bool = False) -> None:
 
 def _wait_for_launcher(seconds: float) -> None:
     """Until it ends this process, too, which then still has something to say."""
-    asked = threading.Event()
+    sigterm = threading.Event()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda _number, _frame: asked.set())
-    asked.wait(seconds)
+        signal.signal(signal.SIGTERM, lambda _number, _frame: sigterm.set())
+    sigterm.wait(seconds)
 
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, UnusedCliTokensError):
         return f"unexpected argument(s) {' '.join(error.unused_tokens or ())}: see --help"
+    if isinstance(error.__cause__, ValidationError):  # of options: what they raised themselves, in one line
+        return str(error.__cause__.errors()[0]["ctx"]["error"])
     text = " ".join(str(error).split())
     argument = getattr(error, "argument", None)
     if isinstance(error, MissingArgumentError | CoercionError) and argument is not None:

@@ -1,7 +1,6 @@
 """The commands of `lape`. Nothing heavy is imported before a command needs it."""
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lape.cli.app import GROUPS, _keywords, app, original, takes
+from lape.cli.original import LauncherFlags, OriginalFlags
 from lape.errors import LapeError, arguments_as
-from lape.recipe import Recipe, check_launch
+from lape.options import ExportOptions, PredictOptions
+from lape.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ EVALUATION = (
 # What the matrix of `lape compare` sets itself, and what means nothing for it.
 NOT_COMPARED = (
     *("model", "pe", "join_type", "warm_start", "seed", "output_dir", "resume", "start_epoch", "eval", "dist_eval"),
-    *("threads", "num_workers", "pin_mem", "world_size", "dist_url", "log_every"),
+    *("threads", "num_workers", "pin_mem", "log_every"),
 )
 
 
@@ -70,25 +71,12 @@ def train(
         str | None,
         Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"]),
     ] = None,
-    local_rank: Annotated[
-        int | None, Parameter(help="accepted and ignored: the launcher's environment says it", group=GROUPS["Launcher"])
-    ] = None,
-    distributed: Annotated[
-        bool, Parameter(help="accepted under a launcher, which decides", group=GROUPS["Launcher"], negative=())
-    ] = False,
-    cosub: Annotated[
-        bool,
-        Parameter(help="refused: cosub training is not part of this project", group=GROUPS["Launcher"], negative=()),
-    ] = False,
+    _original: Annotated[OriginalFlags, Parameter(name="*")] = OriginalFlags(),  # noqa: B008
+    _launcher: Annotated[LauncherFlags, Parameter(name="*")] = LauncherFlags(),  # noqa: B008
     **given: Any,
 ) -> None:
     """Train a model, or evaluate one with --eval. Flags are those of DeiT and LaPE, `-` and `_` alike."""
-    if cosub:
-        raise LapeError("--cosub is not supported: leave it out, or train with facebookresearch/deit")
-    if distributed and "WORLD_SIZE" not in os.environ:
-        raise LapeError("--distributed needs a launcher: start with torchrun --nproc_per_node=N main.py ...")
     settings = Recipe.from_yaml(recipe, **given) if recipe else Recipe(**given)
-    check_launch(settings)
     if settings.eval:
         from lape.train.evaluate import evaluate_checkpoint
 
@@ -129,6 +117,7 @@ def compare(
         tuple[str, ...], Parameter(help="finished runs and checkpoints to show beside, in a table of their own")
     ] = (),
     workers: Annotated[int, Parameter(help="trainings side by side, one thread each; also on one GPU")] = 2,
+    _original: Annotated[OriginalFlags, Parameter(name="*")] = OriginalFlags(),  # noqa: B008
     **given: Any,
 ) -> None:
     """Train joins, kinds, models and seeds by one recipe and compare them: table, test, curves, report, explorer."""
@@ -159,9 +148,10 @@ def evaluate(
     **given: Any,
 ) -> None:
     """Evaluate a checkpoint. What is not given (model, join, PE, input size) comes from the checkpoint."""
-    if (checkpoint is None) == (resume is None):
+    paths = [path for path in (checkpoint, resume) if path is not None]
+    if len(paths) != 1:
         raise LapeError("give one checkpoint: lape eval CHECKPOINT (or --resume CHECKPOINT)")
-    settings = Recipe(eval=True, resume=checkpoint or resume, **given)
+    settings = Recipe(eval=True, resume=paths[0], **given)
 
     from lape.train.evaluate import evaluate_checkpoint
 
@@ -171,15 +161,13 @@ def evaluate(
 @app.command
 def predict(
     *images: Annotated[str, Parameter(help="image files")],
-    checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
-    top_k: Annotated[int, Parameter(help="how many classes to show for an image")] = 5,
+    options: Annotated[PredictOptions, Parameter(name="*")],
     json: Annotated[
         str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
     ] = None,
     csv: Annotated[
         str | None, Parameter(help="write it to this CSV file; -: stdout", allow_leading_hyphen=True)
     ] = None,
-    device: Annotated[str, Parameter(help="auto (CUDA when there is one), cpu, cuda, cuda:N")] = "auto",
 ) -> None:
     """Classify images, with the transform and the class names stored in the checkpoint.
 
@@ -187,9 +175,6 @@ def predict(
     """
     if not images:
         raise LapeError("no image was given: lape predict IMAGE... --checkpoint CHECKPOINT")
-    if top_k < 1:
-        raise LapeError(f"--top-k {top_k} is not allowed: give 1 or more")
-
     for path in (json, csv):
         if path not in (None, "-") and not Path(str(path)).parent.is_dir():  # before the work, not after it
             raise LapeError(f"{path!r} cannot be written (no such folder): give a file in a folder that exists")
@@ -197,7 +182,7 @@ def predict(
     from lape.train.evaluate import predictions
 
     rows: list[dict[str, Any]] = []
-    for p in _shown(predictions(checkpoint, images, top_k=top_k, device=device), len(images)):
+    for p in _shown(predictions(images, options), len(images)):
         best = list(zip(p.classes, p.probabilities, strict=True))
         rows += [
             {"image": p.path, "rank": rank, "class": name, "probability": probability}
@@ -301,22 +286,15 @@ def visualize(
 def export(
     checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
     *,
-    output_dir: Annotated[str, Parameter(help="gets folder/, model.pt2, model.onnx and export.json")],
-    formats: Annotated[tuple[str, ...], Parameter(help="of folder, torch, onnx")] = ("folder", "torch", "onnx"),
-    fold: Annotated[bool, Parameter(help="positions become constants")] = True,
-    tolerance: Annotated[float, Parameter(help="largest difference of outputs, relative to the largest")] = 1e-4,
-    data_path: Annotated[str, Parameter(help="folder with val/ to check on (default: the packaged digits)")] = "",
-    images: Annotated[int, Parameter(help="how many images to check on")] = 64,
+    options: Annotated[ExportOptions, Parameter(name="*")],
 ) -> None:
     """Write a model as torch.export, ONNX and a folder that loads offline, each checked against the eager model."""
     from lape.files.export import export as write
     from lape.files.read import read_checkpoint
 
-    if images < 2:
-        raise LapeError(f"--images {images} is not allowed: give 2 or more")
-    pixels, data_name = sample_images(read_checkpoint(checkpoint), data_path, images)
+    pixels, data_name = sample_images(read_checkpoint(checkpoint), options.data_path, options.images)
     print(f"checked on {len(pixels)} images of {data_name}")
-    write(checkpoint, output_dir, pixels, formats=formats, fold=fold, tolerance=tolerance)
+    write(checkpoint, images_BCHW=pixels, **options.model_dump(exclude={"data_path", "images"}))
 
 
 @app.command

@@ -1,13 +1,65 @@
 """The command lines of the original: `main.py` and `similarity_visualize.py`."""
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, Any, NoReturn, Self
 
-from cyclopts import App
+from cyclopts import App, Parameter
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
-from lape.cli.app import original, run
-from lape.errors import arguments_as
+from lape.cli.app import GROUPS, original, run
+from lape.errors import LapeError, arguments_as
+from lape.options import Options
+
+
+def _flag(text: str, topic: str = "Launcher", **settings: Any) -> Parameter:
+    return Parameter(help=text, group=GROUPS[topic], **settings)
+
+
+class OriginalFlags(Options):
+    """Flags that choose nothing here: taken because the original has them, refused where they would do something."""
+
+    cooldown_epochs: Annotated[
+        NonNegativeInt, _flag("not run, as in DeiT: give more --epochs than --schedule-epochs", "Schedule")
+    ] = 10
+    patience_epochs: Annotated[
+        NonNegativeInt, _flag("read by the plateau schedule only, which is refused", "Schedule")
+    ] = 10
+    resplit: Annotated[bool, _flag("refused: DeiT accepts it without any effect", "Augmentation")] = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.resplit:
+            raise LapeError("resplit=True is refused: it has no effect in DeiT either; leave it out, or use --reprob 0")
+        return self
+
+
+class LauncherFlags(Options):
+    """What the original was told of its processes. Here the launcher's environment decides."""
+
+    world_size: Annotated[PositiveInt, _flag("must be what the launcher started; use torchrun --nproc_per_node")] = 1
+    dist_url: Annotated[str, _flag("must be env://; use torchrun's --rdzv-endpoint or --master-port")] = "env://"
+    local_rank: Annotated[int | None, _flag("accepted and ignored: the launcher's environment says it")] = None
+    distributed: Annotated[bool, _flag("accepted under a launcher, which decides", negative=())] = False
+    cosub: Annotated[bool, _flag("refused: cosub training is not part of this project", negative=())] = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.cosub:
+            raise LapeError("--cosub is not supported: leave it out, or train with facebookresearch/deit")
+        processes = os.environ.get("WORLD_SIZE")
+        if self.distributed and processes is None:
+            raise LapeError("--distributed needs a launcher: start with torchrun --nproc_per_node=N main.py ...")
+        if self.dist_url != "env://":
+            fix = "start with torchrun --rdzv-endpoint HOST:PORT, or --master-addr and --master-port"
+            raise LapeError(f"dist_url={self.dist_url!r} is refused, only 'env://' is allowed: {fix}")
+        if self.world_size not in (1, int(processes or 1)):
+            raise LapeError(
+                f"world_size={self.world_size} but {processes or 1} process(es) were started: "
+                f"leave the flag out and start with torchrun --nproc_per_node={self.world_size}"
+            )
+        return self
 
 
 def original_main() -> NoReturn:

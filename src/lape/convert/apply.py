@@ -89,7 +89,9 @@ def remove_(model: nn.Module) -> nn.Module:
     if conversion.folded:
         raise LapeError("a folded model cannot be turned back: keep a copy.deepcopy(model) from before lape.fold_")
     link = conversion.link
-    joined = {path: m for path, m in model.named_modules() if isinstance(m, Joined) and m.__dict__[LINK] is link}
+    joined: dict[str, Any] = {
+        path: m for path, m in model.named_modules() if isinstance(m, Joined) and m.__dict__[LINK] is link
+    }
     for path, module in joined.items():
         if type(module) is not subclass(module._host, *module._roles):
             raise LapeError(f"{path} became a {class_name(type(module))} after lape.apply_: undo that first")

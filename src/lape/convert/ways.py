@@ -191,7 +191,7 @@ class WithTable(Way):
 
     def source(self, table: Tensor | None, grid: Grid | None, anatomy: Anatomy) -> Tensor:
         """P (1, R, D) of a grid."""
-        p_1RD = self.table_0 if table is None else table
+        p_1RD = self.get_parameter("table_0") if table is None else table
         return p_1RD if grid is None else resample(p_1RD, anatomy.layout, grid)
 
     def enter(self, link: Link) -> None:
@@ -224,7 +224,7 @@ class AtInput(WithTable):
 
     def forward(self) -> Tensor:
         """The table that the host lacks, for its code to add."""
-        return self.table_0
+        return self.get_parameter("table_0")
 
 
 class BehindStem(WithTable):
@@ -284,7 +284,7 @@ class AtBlocks(WithTable):
         if not self.per_block:
             made = raw_positions(anatomy, entered, self.source(table, grid, anatomy))
         else:
-            own = [] if table is None else [table]
+            own: list[Tensor] = [] if table is None else [table]
             made = (
                 p if grid is None else resample(p, anatomy.at(layer)[0], grid)
                 for layer, p in enumerate([*own, *self.tables.values()])

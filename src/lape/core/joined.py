@@ -25,7 +25,8 @@ class Joined:
     _roles: ClassVar[tuple[Role, ...]] = ()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = object.__reduce_ex__(self, 2)
+        reduced: Any = object.__reduce_ex__(self, 2)  # (how to make one, what of, state, ...)
+        state = reduced[2:]
         return (_made_again, (self._host, self._roles), *state)
 
     @classmethod
@@ -61,7 +62,7 @@ def subclass(host: type, *roles: Role) -> type:
 
 
 def _made_again(host: type, roles: tuple[Role, ...]) -> Any:
-    cls = subclass(host, *roles)
+    cls: Any = subclass(host, *roles)
     return cls.__new__(cls)
 
 

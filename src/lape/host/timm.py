@@ -111,7 +111,8 @@ def current(root: nn.Module) -> dict[str, Any]:
     for name in ("global_pool", "no_embed_class", "dynamic_img_size", "pool_include_prefix"):
         shown[name] = getattr(model, name, None)
     shown["dynamic_img_pad"] = getattr(embed, "dynamic_img_pad", None)
-    taken = {name for cls in type(root).__mro__ for name in inspect.signature(cls.__init__).parameters}
+    classes: Any = type(root).__mro__
+    taken = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
     return {name: value for name, value in shown.items() if name in taken and value is not None}
 
 

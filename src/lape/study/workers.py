@@ -6,6 +6,7 @@ On CUDA the processes share the GPU; where there are several GPUs they are dealt
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 from lape.errors import LapeError
 from lape.recipe import Recipe
 from lape.study.numbers import Run
+
+GRACE = 10.0  # seconds in which a worker that is asked to end may finish its step and save
 
 Job = Callable[[Recipe, Callable[[], None]], Any]
 """Trains by a recipe, calls its second argument after every epoch; its result has a `.run`."""
@@ -71,7 +74,8 @@ def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterato
                 pending: set[Future[Any]] = set()
                 while True:
                     while len(pending) < agenda.workers and (recipes := agenda.take()):
-                        pending |= {pool.submit(_work, job, recipe) for recipe in recipes}
+                        with _ctrl_c_later():
+                            pending |= {pool.submit(_work, job, recipe) for recipe in recipes}
                     if not pending:
                         return
                     done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -82,14 +86,34 @@ def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterato
                         agenda.finished(future.result().run)
                         yield future.result()
             except BaseException:  # Ctrl-C above all: do not wait for what runs
-                for child in set(multiprocessing.active_children()) - others:
-                    child.terminate()
+                workers = set(multiprocessing.active_children()) - others
+                for worker in workers:
+                    worker.terminate()
+                for worker in workers:
+                    worker.join(GRACE)
+                    worker.kill()
                 raise
     except BrokenProcessPool:
         raise LapeError(
             "a training process ended before its work was done (memory?): try workers=1; "
             'a script that calls this needs `if __name__ == "__main__":`'
         ) from None
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: a process whose start it interrupts would be in no list of children."""
+    if threading.current_thread() is not threading.main_thread():  # where it never comes
+        yield
+        return
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda _number, _frame: pressed.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed.is_set():
+        signal.raise_signal(signal.SIGINT)
 
 
 _ticks: Any = None  # in a worker: where it says that an epoch is over
@@ -120,7 +144,10 @@ def _work(job: Job, recipe: Recipe) -> Any:
             raise SystemExit("the parent process is gone")
         _ticks.put(None)
 
-    return job(recipe, tick)
+    try:
+        return job(recipe, tick)
+    except SystemExit:  # SIGTERM, above all: the pool would catch it, and this process take the next recipe
+        os._exit(128 + signal.SIGTERM)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lape.errors import LapeError, LostError
 
+T = TypeVar("T")
 # Joining, reading a folder and the like may take one machine longer than another; a step may not.
 SETUP_SECONDS = 900.0
 # How the backends say that another process is gone, or silent for too long.
@@ -56,13 +58,13 @@ def join_world(device: str = "auto", timeout: float | None = None) -> Iterator[W
         LostError: another process has ended or does not answer.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
+    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
     ours = size > 1 and not dist.is_initialized()
     if ours:
-        backend, wait = "nccl" if chosen.type == "cuda" else "gloo", datetime.timedelta(seconds=SETUP_SECONDS)
+        backend, wait = "nccl" if place.type == "cuda" else "gloo", datetime.timedelta(seconds=SETUP_SECONDS)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=wait)
     try:
-        yield World(rank, size, chosen)
+        yield World(rank, size, place)
     except RuntimeError as error:
         if not (ours and _is_loss(error)):
             raise
@@ -121,27 +123,32 @@ def all_of(text: str) -> list[str]:
     """What each process says, in the order of their ranks; every process gets all of it."""
     if not dist.is_initialized():
         return [text]
-    said: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(said, text)
-    return said
+    texts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return texts
 
 
-def on_main(action: Callable[[], None]) -> None:
+def on_main(action: Callable[[], T]) -> T | None:
     """Run `action` on rank 0; all processes go on together, or all raise what went wrong there.
+
+    Returns:
+        What `action` returned; None in the other processes.
 
     Raises:
         LapeError: `action` raised one, or could not read or write a file.
     """
-    outcome: list[str | None] = [None]
+    result = None
+    problems: list[str | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            action()
+            result = action()
         except (LapeError, OSError) as error:
-            outcome = [str(error)]
+            problems = [str(error)]
     if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0, device=_collective_device())
-    if outcome[0] is not None:
-        raise LapeError(outcome[0])
+        dist.broadcast_object_list(problems, src=0, device=_collective_device())
+    if problems[0] is not None:
+        raise LapeError(problems[0])
+    return result
 
 
 def _device(name: str, local_rank: int, size: int) -> torch.device:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,13 @@ from lape.files.restore import (
     settings_of,
     transform_of,
 )
+from lape.options import PredictOptions
 from lape.recipe import Recipe
-from lape.train.distributed import all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
+from lape.train.distributed import World, all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
+from lape.train.progress import Say, silence
+
+if TYPE_CHECKING:
+    from lape.data.open import Data
 
 PREDICT_BATCH = 32  # images that `predict` decodes and classifies at a time
 
@@ -85,7 +91,12 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader | DeviceLoader, device: torch.device, *, amp: str = "off", shared: bool = True
+    model: nn.Module,
+    loader: DataLoader[Any] | DeviceLoader,
+    device: torch.device,
+    *,
+    amp: str = "off",
+    shared: bool = True,
 ) -> Metrics:
     """Top-1, top-5 and cross entropy of a model, which is left in eval mode.
 
@@ -105,18 +116,25 @@ def evaluate(
     rank, size = rank_and_size() if shared else (0, 1)
     place = rank
     outcome = torch.zeros(4, len(loader.dataset), dtype=torch.float64)  # type: ignore[arg-type]
-    unread: list[DataError] = []
-    with autocast(amp, device):
-        for images, targets in _until_unread(loader, unread) if shared else loader:
-            targets = targets.to(device, non_blocking=True)
-            logits = logits_of(model(images.to(device, non_blocking=True))).float()
-            hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-            loss = F.cross_entropy(logits, targets, reduction="none")
-            places = torch.arange(place, place + size * len(targets), size)
-            outcome[:, places] += torch.stack([torch.ones_like(loss), hit[:, 0], hit.any(dim=1), loss]).cpu()
-            place = int(places[-1]) + size
+    problem = ""
+    try:
+        with autocast(amp, device):
+            for images, targets in loader:
+                targets = targets.to(device, non_blocking=True)
+                logits = logits_of(model(images.to(device, non_blocking=True))).float()
+                hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+                loss = F.cross_entropy(logits, targets, reduction="none")
+                places = torch.arange(place, place + size * len(targets), size)
+                outcome[:, places] += torch.stack([torch.ones_like(loss), hit[:, 0], hit.any(dim=1), loss]).cpu()
+                place = int(places[-1]) + size
+    except DataError as error:
+        if not shared:
+            raise
+        problem = str(error)
+        wait_for_others()
     if shared:
-        _fail_together(unread)
+        if problems := [text for text in all_of(problem) if text]:
+            raise DataError("; ".join(problems))  # every process names it: the launcher ends the others with the first
         outcome = sum_over_ranks(outcome)
     seen, hit1, hit5, losses = outcome
     assert bool((seen == 1).all()), f"{int((seen != 1).sum())} of {len(seen)} images did not count once"
@@ -130,22 +148,18 @@ def evaluate(
     )
 
 
-def _until_unread(loader: DataLoader | DeviceLoader, unread: list[DataError]) -> Iterator[Any]:
-    """The batches up to one that cannot be read: its error is kept, as the other processes wait for this one."""
-    try:
-        yield from loader
-    except DataError as error:
-        unread.append(error)
-        wait_for_others()
+def evaluate_data(model: nn.Module, data: Data, recipe: Recipe, world: World) -> Metrics:
+    """Evaluate on the validation images; with `dist_eval` the processes share them."""
+    from lape.data.loaders import eval_loader
+
+    rank, size = (world.rank, world.size) if recipe.dist_eval else (0, 1)
+    loader = eval_loader(data.val, recipe, rank=rank, world_size=size, device=world.device)
+    if next(model.parameters()).device != world.device:  # an EMA in host memory
+        model = copy.deepcopy(model).to(world.device)
+    return evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval)
 
 
-def _fail_together(unread: list[DataError]) -> None:
-    said = all_of("; ".join(map(str, unread)))  # every process names it: the launcher ends the others with the first
-    if any(said):
-        raise DataError("; ".join(filter(None, said)))
-
-
-def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -> Metrics:
+def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
     """Evaluate `recipe.resume` on the validation images of `recipe`, as the original's `--eval --resume` does.
 
     What the user gave no flag for (model, join, position embedding, image size, transform) the file decides; the
@@ -155,7 +169,6 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
         CheckpointError: no such file, or a flag contradicts it.
         DataError: the data has other classes than the model.
     """
-    from lape.data.loaders import eval_loader
     from lape.data.open import load_data
 
     if not recipe.resume:
@@ -163,7 +176,7 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
     with join_world(recipe.device) as world:
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        tell = say if world.is_main else _silence
+        say = say if world.is_main else silence
         checkpoint = read_checkpoint(recipe.resume)
         if not recipe.data_path and checkpoint.args.get("data_path"):
             raise CheckpointError(
@@ -183,41 +196,36 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -
         model = restore_with(checkpoint, recipe, recipe.input_size).to(world.device)
         outputs = check_classifier(checkpoint, model, recipe.input_size, recipe.in_chans)
         check_outputs(checkpoint, data.classes, outputs)
-        tell(f"Data: {data.name}")
+        say(f"Data: {data.name}")
         weights = "averaged (EMA) weights of " if recipe.ema else ""
-        tell(f"Model: {recipe.model} from {weights}{recipe.resume}")
-        tell(f"{describe(model)}\nTransform: {eval_transform(recipe)}")
+        say(f"Model: {recipe.model} from {weights}{recipe.resume}")
+        say(f"{describe(model)}\nTransform: {eval_transform(recipe)}")
         if recipe.decode == "fast":
-            tell("Decode: fast, resized pixels may differ by 2 of 255 levels; published numbers use --decode exact")
-        rank, size = (world.rank, world.size) if recipe.dist_eval else (0, 1)
-        loader = eval_loader(data.val, recipe, rank=rank, world_size=size, device=world.device)
-        metrics = evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval)
-        tell(str(metrics))
-        tell(f"Accuracy of the network on the {metrics.count} test images: {metrics.acc1:.1f}%")
-        tell(f"Loss over all images: {metrics.loss:.4f} (the line above averages the means of batches)")
+            say("Decode: fast, resized pixels may differ by 2 of 255 levels; published numbers use --decode exact")
+        metrics = evaluate_data(model, data, recipe, world)
+        say(str(metrics))
+        say(f"Accuracy of the network on the {metrics.count} test images: {metrics.acc1:.1f}%")
+        say(f"Loss over all images: {metrics.loss:.4f} (the line above averages the means of batches)")
         return metrics
 
 
-def predict(
-    checkpoint_path: str | Path, image_paths: Sequence[str | Path], *, top_k: int = 5, device: str = "auto"
-) -> list[Prediction]:
+def predict(checkpoint_path: str | Path, image_paths: Sequence[str | Path], **options: Any) -> list[Prediction]:
     """Classify images with the transform and the class names that the checkpoint stores.
 
     A file that stores no names (DeiT's, the LaPE authors') gives class numbers.
 
     Args:
-        top_k: how many classes to return, at most all.
+        options: `top_k` (how many classes to return, at most all) and `device`, as in `PredictOptions`.
 
     Raises:
+        LapeError: an option is not allowed.
         DataError: a file is missing or no image; the message names it.
         CheckpointError: the checkpoint cannot be read, or its model is no classifier.
     """
-    return list(predictions(checkpoint_path, image_paths, top_k=top_k, device=device))
+    return list(predictions(image_paths, PredictOptions(checkpoint=str(checkpoint_path), **options)))
 
 
-def predictions(
-    checkpoint_path: str | Path, image_paths: Sequence[str | Path], *, top_k: int = 5, device: str = "auto"
-) -> Iterator[Prediction]:
+def predictions(image_paths: Sequence[str | Path], options: PredictOptions) -> Iterator[Prediction]:
     """As `predict`, one after the other: images are decoded and classified in batches of `PREDICT_BATCH`.
 
     Before the first one is classified, every file is opened and its header read, so that a missing file or one that is
@@ -225,12 +233,12 @@ def predictions(
     """
     from lape.data.images import check_header, load_image
 
-    checkpoint = read_checkpoint(checkpoint_path)
+    checkpoint = read_checkpoint(options.checkpoint)
     transform = transform_of(checkpoint)
     prepare = transform.build()
     for path in image_paths:
         check_header(path)
-    with join_world(device) as world:
+    with join_world(options.device) as world:
         model = restore_with(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size).to(world.device)
         outputs = check_classifier(checkpoint, model, transform.input_size, transform.in_chans)
         names = checkpoint.classes or labels_of(model) or []
@@ -240,10 +248,6 @@ def predictions(
             pixels_BCHW = torch.stack([prepare(load_image(path, transform.in_chans)) for path in paths])
             with torch.no_grad():
                 probabilities_BK = logits_of(model(pixels_BCHW.to(world.device))).float().softmax(dim=1)
-            best = probabilities_BK.topk(min(top_k, outputs))
+            best = probabilities_BK.topk(min(options.top_k, outputs))
             for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
                 yield Prediction(str(path), [names[index] for index in indices], values)
-
-
-def _silence(_text: str) -> None:
-    pass

@@ -17,13 +17,13 @@ from lape.recipe import Recipe
 @contextmanager
 def sigterm() -> Iterator[threading.Event]:
     """An event that SIGTERM sets, as schedulers of shared machines send it; the loop looks at it after each step."""
-    asked = threading.Event()
+    stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
-        yield asked
+        yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda _number, _frame: asked.set())
+    before = signal.signal(signal.SIGTERM, lambda _number, _frame: stop.set())
     try:
-        yield asked
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -1,4 +1,5 @@
-"""Where a run is written down: what it was (`run.json`), its curves (TensorBoard; wandb and trackio when asked).
+"""Where a run is written down: what it was (`run.json`), its epochs (`log.txt`, `log.csv`), its
+curves (TensorBoard; wandb and trackio when asked).
 
 Curves have one point an epoch. TensorBoard's file is written anew from the run's history at every start, so a run that
 goes on shows one curve, whatever was lost or repeated in between.
@@ -19,7 +20,7 @@ from lape.recipe import Recipe
 from lape.train.distributed import World
 from lape.train.machine import describe_start
 
-RUN, BOARD = "run.json", "tensorboard"
+RUN, LOG, TABLE, BOARD = "run.json", "log.txt", "log.csv", "tensorboard"
 
 
 def check_services(recipe: Recipe) -> None:
@@ -88,6 +89,24 @@ def _points(line: dict[str, Any]) -> dict[str, float]:
     return points
 
 
+def write_log(history: list[dict[str, Any]], folder: Path) -> None:
+    """log.txt (one JSON line an epoch) and log.csv (one row an epoch), whole."""
+    names = list(dict.fromkeys(name for line in history for name in line))
+    rows = [names, *([_cell(line.get(name)) for name in names] for line in history)]
+    log, table = "".join(json.dumps(line) + "\n" for line in history), "".join(",".join(row) + "\n" for row in rows)
+    write_atomically(folder / LOG, lambda file: file.write(log.encode()))
+    write_atomically(folder / TABLE, lambda file: file.write(table.encode()))
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value)  # names and numbers: nothing to quote
+
+
+def open_curves(recipe: Recipe, history: list[dict[str, Any]], world: World, place: tuple[int, int]) -> Curves | None:
+    """Write run.json and begin the curves of a run with files. `place`: (epoch, step) that it begins with."""
+    return Curves(recipe, history, record_run(recipe, world, place)) if recipe.output_dir else None
+
+
 def record_run(recipe: Recipe, world: World, place: tuple[int, int]) -> str:
     """Write `run.json`: the configuration, and for each start the command, commit, versions and hardware.
 
@@ -99,10 +118,10 @@ def record_run(recipe: Recipe, world: World, place: tuple[int, int]) -> str:
     """
     path = Path(recipe.output_dir) / RUN
     try:
-        known = json.loads(path.read_text()) if path.exists() else {}
+        earlier = json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
-        known = {}
-    run_id, starts = known.get("id") or uuid.uuid4().hex, known.get("starts") or []
+        earlier = {}
+    run_id, starts = earlier.get("id") or uuid.uuid4().hex, earlier.get("starts") or []
     content = {
         "id": run_id,
         "recipe": recipe.model_dump(mode="json"),

@@ -20,34 +20,35 @@ import datetime
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from timm.data import Mixup
+from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lape.convert.positions import describe
 from lape.data.augment import eval_transform
-from lape.data.loaders import BatchPlan, batch_plan, eval_loader, steps_per_epoch, train_loader
+from lape.data.loaders import BatchPlan, batch_plan, steps_per_epoch, train_loader
 from lape.data.open import Data, load_data
 from lape.errors import DataError, LapeError
 from lape.files.names import load_reference_state_dict
-from lape.files.read import read_checkpoint
+from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classes, settings_of
 from lape.recipe import Recipe
 from lape.train.distributed import World, expect_answers, join_world, on_main, sum_over_ranks
-from lape.train.evaluate import Metrics, autocast, evaluate
+from lape.train.evaluate import Metrics, autocast, evaluate_data
 from lape.train.faults import explained, make_deterministic, sigterm
-from lape.train.logs import Curves, check_services, record_run
+from lape.train.logs import check_services, open_curves, write_log
 from lape.train.losses import classification_loss, distillation_loss
-from lape.train.progress import Progress
+from lape.train.progress import Progress, Say, silence
 from lape.train.start import build_model, check_warm_start, load_teacher, trainable
 from lape.train.state import (
     BEST,
@@ -55,16 +56,12 @@ from lape.train.state import (
     State,
     agree,
     check_output,
-    find_resumed,
-    has_finished,
+    checkpoint_to_resume,
+    initial_state,
     peak_lr,
     resume,
     save,
-    start,
-    write_log,
 )
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -83,6 +80,52 @@ class TrainResult:
     data_name: str
 
 
+@dataclass
+class Training:
+    """A run under way: what its steps need. Only `state` and `last_save` change."""
+
+    recipe: Recipe  # with what the checkpoint says where the user gave no flag
+    world: World
+    stop: threading.Event  # set by SIGTERM
+    say: Say
+    data: Data
+    plan: BatchPlan
+    steps: int  # of an epoch
+    state: State
+    net: nn.Module  # the state's model, compiled and distributed as the recipe says
+    mixup: Mixup | None
+    teacher: nn.Module | None
+    checkpoint: Checkpoint | None  # that it goes on from
+    last_save: float = 0.0  # seconds of the monotonic clock
+    parameters: list[nn.Parameter] = field(init=False)  # once: to walk through the model takes time
+
+    def __post_init__(self) -> None:
+        self.parameters = list(self.state.model.parameters())
+
+    def save(self, *, better: bool = False) -> None:
+        """Write the checkpoint and the log, if the run has a folder. All processes call it."""
+        if self.recipe.output_dir:
+            on_main(lambda: save(self.state, self.data, self.recipe, self.plan, better=better))
+            self.last_save = time.monotonic()
+
+
+class StepReport(NamedTuple):
+    """What the processes tell each other after a step, as means over them: so all decide the same."""
+
+    loss: float
+    grad_norm: float
+    stop: float  # more than 0: SIGTERM came to one of them
+    corrupt: float  # images that could not be read
+    save: float  # more than 0: a checkpoint is due
+
+    def mean(self, world: World) -> StepReport:
+        return StepReport(*(sum_over_ranks(torch.tensor(self, dtype=torch.float64)) / world.size).tolist())
+
+    @property
+    def good(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
 def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None = None, say: Say = print) -> TrainResult:
     """Train as the recipe says, evaluate after every epoch, and leave the files named above.
 
@@ -98,147 +141,97 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
             and gradient. The last checkpoint stands.
         SystemExit: SIGTERM came; the run was saved after the step and can be resumed within its epoch.
     """
+    clock = time.perf_counter()
     with ExitStack() as at_end:
         world = at_end.enter_context(join_world(recipe.device, recipe.dist_timeout))
         stop = at_end.enter_context(sigterm())
         at_end.enter_context(explained(recipe))
-        say = say if world.is_main else _silence
-        began = time.perf_counter()
-
-        # Everything that can be wrong is found here, before a file is touched.
-        _check(recipe, world.device)
-        _set_up_torch(recipe)
-        resumed = find_resumed(recipe, say)
-        agree(resumed, world)
-        if resumed is not None:
-            recipe = settings_of(resumed, recipe)
-        check_warm_start(recipe, resumed)
-        data = load_data(recipe, world_size=world.size, device=world.device)
-        plan = batch_plan(recipe, world.size)
-        steps = steps_per_epoch(len(data.train), recipe, world.size)
-        num_classes = len(data.classes)
-        if resumed is not None:
-            check_classes(resumed, data.classes)
-            num_classes = resumed.num_classes or num_classes  # the authors' files have 1000 outputs for any data
-        state = start(recipe, build_model(recipe, num_classes, say).to(world.device), world)
-        teacher = load_teacher(recipe, num_classes, world.device, say)
-        if resumed is not None:
-            resume(state, resumed, recipe, plan, say)
-            if "max_accuracy" not in resumed.raw:
-                state.best_accuracy = _accuracy_of_best(state, data, recipe, world)
-        on_main(lambda: check_output(recipe, resumed, at_end))
-        if resumed is not None and has_finished(resumed, recipe):
-            on_main(lambda: _complete_files(state, data, recipe, plan, resumed.path.name))
+        say = say if world.is_main else silence
+        run = _prepare(recipe, world, stop, say)  # all that can be wrong is seen here, before a file is touched
+        recipe, state = run.recipe, run.state
+        on_main(lambda: check_output(recipe, run.checkpoint, at_end))
+        if state.next_epoch >= recipe.epochs:
+            on_main(lambda: _complete_files(run))
             say(f"The run has finished its {recipe.epochs} epochs already: nothing is left to train")
-            return _result(state, data, time.perf_counter() - began)
-        curves = _open_curves(state, recipe, world)
+            return _result(run, time.perf_counter() - clock)
+        curves = on_main(lambda: open_curves(recipe, state.history, world, (state.next_epoch, state.next_step)))
         if curves is not None:
             at_end.callback(curves.close)
-        _introduce(recipe, data, state, world, plan, steps, say)
-        net = _parallel(state.model, recipe, world, plan)
-        mixup = _mixup(recipe, num_classes)
-        parameters = list(state.model.parameters())  # once: to walk through the model takes time
+        _introduce(run)
         expect_answers(recipe.dist_timeout)
-        saved = time.monotonic()
+        run.last_save = time.monotonic()
 
-        for epoch in range(state.next_epoch, recipe.epochs):
-            lr = state.optimizer.param_groups[0]["lr"]
-            progress = Progress(f"Epoch: [{epoch}]", state.next_step, steps, plan, world, recipe.log_every, say)
-            loader = train_loader(
-                data.train,
-                recipe,
-                epoch=epoch,
-                rank=world.rank,
-                world_size=world.size,
-                skip_batches=state.next_step,
-                device=world.device,
-            )
-            net.train(recipe.train_mode)
-            loss_of_step = torch.zeros((), device=world.device)
-            batches = at_end.enter_context(closing(progress.over(loader)))  # an error must not leave its processes
-            for number, (images, targets) in enumerate(batches, start=state.next_step * plan.parts):
-                step, part = divmod(number, plan.parts)
-                last = part == plan.parts - 1  # of the batches whose gradients make this step
-                seed_step(recipe.seed, epoch, step, world.rank, part)
-                images = images.to(world.device, non_blocking=True)
-                targets = targets.to(world.device, non_blocking=True)
-                if mixup is not None:
-                    mixup.mixup_enabled = epoch < (recipe.mixup_off_epoch or recipe.epochs)
-                    images, targets = mixup(images, targets)
-                with _exchanging(net, last):
-                    with autocast(recipe.amp, world.device):
-                        loss = training_loss(net(images), images, targets, recipe, teacher) / plan.parts
-                    state.scaler.scale(loss).backward()
-                loss_of_step += loss.detach()
-                if not last:
-                    continue
-
-                grad_norm = _gradient_norm(state, parameters, recipe.clip_grad)
-                corrupt = len(loader.skipped)
-                _name_skipped(loader.skipped)
-                due = world.is_main and _save_is_due(recipe, step, time.monotonic() - saved)
-                # Every process learns it of any process, so that all decide the same.
-                news = [*torch.stack([loss_of_step, grad_norm]).tolist(), stop.is_set(), corrupt, due]
-                shared = sum_over_ranks(torch.tensor(news, dtype=torch.float64)) / world.size
-                value, norm, stopped, lost, due = shared.tolist()
-                good = math.isfinite(value) and math.isfinite(norm)
-                if good:
-                    state.scaler.step(state.optimizer)
-                    if state.ema is not None:
-                        state.ema.update(state.model, epoch * steps + step + 1 if recipe.model_ema_warmup else None)
-                    state.loss_sum += value
-                    state.bad_in_row = 0
-                state.scaler.update()
-                state.optimizer.zero_grad()
-                loss_of_step.zero_()
-                state.skipped_images += round(lost * world.size)
-                state.next_step = step + 1
-                progress.report(loss=value, lr=lr, grad_norm=norm)
-                if not good:
-                    _count_bad_step(state, recipe, f"{value:.4g}", f"{norm:.4g}", epoch, step, lr, say)
-                if stopped:
-                    _save_and_exit(state, data, recipe, plan, say)
-                if due and good and state.next_step < steps and recipe.output_dir:
-                    on_main(lambda: save(state, data, recipe, plan))
-                    saved = time.monotonic()
-            if state.scheduler is not None:
-                state.scheduler.step(epoch + 1)
-
-            line = _epoch_line(state, epoch, lr, steps, progress)
-            say(f"Averaged stats: lr: {lr:.6f}  loss: {line['train_loss']}")
-            try:
-                raw = _measure(state.model, data, recipe, world)
-                ema = _measure(state.ema.module, data, recipe, world) if state.ema is not None else None
-            except DataError:  # a bad validation image must not cost the epoch that was just trained
-                if recipe.output_dir:  # all processes are here
-                    on_main(lambda: save(state, data, recipe, plan))
-                raise
-            if not math.isfinite(raw.loss):
-                raise LapeError(_weights_are_broken(raw.loss, epoch, lr))
-            line = {**line, **raw.log("test"), **(ema.log("test_ema") if ema is not None else {})}
-            found = ema.acc1 if ema is not None and recipe.best_by == "ema" else raw.acc1
-            better = found > state.best_accuracy
+        first = state.next_epoch
+        for epoch in range(first, recipe.epochs):
+            line = _train_epoch(run, epoch)
+            raw, ema = _evaluate_epoch(run, epoch, line["train_lr"])
+            line |= raw.log("test") | (ema.log("test_ema") if ema is not None else {})
+            accuracy = ema.acc1 if ema is not None and recipe.best_by == "ema" else raw.acc1
+            better = accuracy > state.best_accuracy
             if better:
-                state.best_accuracy, state.best_epoch = found, epoch
+                state.best_accuracy, state.best_epoch = accuracy, epoch
             state.begin_epoch(epoch + 1)
             state.history.append(line)
-            _say_results(state, recipe, raw, ema, say)
-            if recipe.output_dir:
-                on_main(lambda better=better: save(state, data, recipe, plan, better=better))  # type: ignore[misc]
-                saved = time.monotonic()
+            _say_results(run, raw, ema)
+            run.save(better=better)
             if curves is not None:
                 curves.add(line)
             if on_epoch is not None:
                 on_epoch(line)
             if epoch + 1 < recipe.epochs:
-                each = (time.perf_counter() - began) / (epoch + 1 - (resumed.raw["epoch"] + 1 if resumed else 0))
-                say(f"About {datetime.timedelta(seconds=int(each * (recipe.epochs - epoch - 1)))} to go")
+                each = (time.perf_counter() - clock) / (epoch + 1 - first)
+                say(f"About {_duration(each * (recipe.epochs - epoch - 1))} to go")
                 if sum_over_ranks(torch.tensor([float(stop.is_set())])).item():
-                    _exit_saved(state, recipe, say)
+                    _exit_after_save(run)
 
-        seconds = time.perf_counter() - began
-        say(f"Training time {datetime.timedelta(seconds=int(seconds))}")
-        return _result(state, data, seconds)
+        seconds = time.perf_counter() - clock
+        say(f"Training time {_duration(seconds)}")
+        return _result(run, seconds)
+
+
+def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
+    """Take the steps of an epoch that are left of it; returns what log.txt says of them."""
+    recipe, world, state, parts = run.recipe, run.world, run.state, run.plan.parts
+    lr = state.optimizer.param_groups[0]["lr"]
+    progress = Progress(f"Epoch: [{epoch}]", state.next_step, run.steps, run.plan, world, recipe.log_every, run.say)
+    first = state.next_step
+    loader = train_loader(
+        run.data.train,
+        recipe,
+        epoch=epoch,
+        rank=world.rank,
+        world_size=world.size,
+        skip_batches=first,
+        device=world.device,
+    )
+    run.net.train(recipe.train_mode)
+    if run.mixup is not None:
+        run.mixup.mixup_enabled = epoch < (recipe.mixup_off_epoch or recipe.epochs)
+    loss = torch.zeros((), device=world.device)
+    with closing(progress.over(loader)) as batches:  # an error must not leave the loader's processes
+        for number, (images, targets) in enumerate(batches, start=first * parts):
+            step, part = divmod(number, parts)
+            last = part == parts - 1  # of the batches whose gradients make this step
+            seed_step(recipe.seed, epoch, step, world.rank, part)
+            loss += _add_gradients(run, images, targets, last)
+            if not last:
+                continue
+            report = _update(run, loss, loader.skipped, epoch, step)
+            loss.zero_()
+            progress.report(loss=report.loss, lr=lr, grad_norm=report.grad_norm)
+            if not report.good:
+                _count_bad_step(run, report, f"learning rate {lr:.3g} in epoch {epoch}, step {step}")
+            if report.stop:
+                if not state.bad_in_row:
+                    run.save()
+                _exit_after_save(run)
+            if report.save and report.good and state.next_step < run.steps:
+                run.save()
+    if state.scheduler is not None:
+        state.scheduler.step(epoch + 1)
+    line = _epoch_line(run, epoch, lr, progress)
+    run.say(f"Averaged stats: lr: {lr:.6f}  loss: {line['train_loss']}")
+    return line
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -252,6 +245,42 @@ def seed_step(seed: int, epoch: int, step: int, rank: int, part: int = 0) -> Non
     np.random.seed(int(for_numpy))
 
 
+def _add_gradients(run: Training, images: Any, targets: Tensor, last: bool) -> Tensor:
+    """Forward and backward of one batch of a step; returns its part of the loss."""
+    device = run.world.device
+    images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    if run.mixup is not None:
+        images, targets = run.mixup(images, targets)
+    with _exchanging(run.net, last):
+        with autocast(run.recipe.amp, device):
+            loss = training_loss(run.net(images), images, targets, run.recipe, run.teacher) / run.plan.parts
+        run.state.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def _update(run: Training, loss: Tensor, skipped: list[str], epoch: int, step: int) -> StepReport:
+    """One step of the optimizer and of the average, unless loss or gradient is not finite."""
+    state, recipe = run.state, run.recipe
+    grad_norm = _gradient_norm(state, run.parameters, recipe.clip_grad)
+    corrupt = len(skipped)
+    _name_skipped(skipped)
+    due = run.world.is_main and _save_is_due(recipe, step, time.monotonic() - run.last_save)
+    value, norm = torch.stack([loss, grad_norm]).tolist()
+    report = StepReport(value, norm, run.stop.is_set(), corrupt, due).mean(run.world)
+    if report.good:
+        state.scaler.step(state.optimizer)
+        if state.ema is not None:
+            update = epoch * run.steps + step + 1 if recipe.model_ema_warmup else None
+            state.ema.update(state.model, update)
+        state.loss_sum += report.loss
+        state.bad_in_row = 0
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    state.skipped_images += round(report.corrupt * run.world.size)
+    state.next_step = step + 1
+    return report
+
+
 def training_loss(
     output: Tensor | tuple[Tensor, Tensor], images: Tensor, targets: Tensor, recipe: Recipe, teacher: nn.Module | None
 ) -> Tensor:
@@ -259,16 +288,16 @@ def training_loss(
 
     With a teacher the output is (class logits, distillation logits). The teacher sees the student's own, mixed images.
     """
-    logits, distilled = output if isinstance(output, tuple) else (output, None)
+    logits, distillation_logits = output if isinstance(output, tuple) else (output, None)
     loss = classification_loss(logits, targets, smoothing=recipe.smoothing, bce=recipe.bce_loss)
     if teacher is None:
         return loss
-    assert distilled is not None
+    assert distillation_logits is not None
     with torch.no_grad():
-        expected = teacher(images)
+        teacher_logits = teacher(images)
     alpha = recipe.distillation_alpha
-    apart = distillation_loss(distilled, expected, kind=recipe.distillation_type, tau=recipe.distillation_tau)
-    return (1 - alpha) * loss + alpha * apart
+    kind, tau = recipe.distillation_type, recipe.distillation_tau
+    return (1 - alpha) * loss + alpha * distillation_loss(distillation_logits, teacher_logits, kind=kind, tau=tau)
 
 
 def _mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
@@ -299,26 +328,18 @@ def _gradient_norm(state: State, parameters: list[nn.Parameter], limit: float | 
     return nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
 
 
-def _count_bad_step(
-    state: State, recipe: Recipe, loss: str, norm: str, epoch: int, step: int, lr: float, say: Say
-) -> None:
+def _count_bad_step(run: Training, report: StepReport, where: str) -> None:
     """A step that was skipped; too many in a row end the run. Raises LapeError."""
+    state = run.state
     state.skipped_steps += 1
     state.bad_in_row += 1
-    what = f"loss {loss}, gradient norm {norm}, learning rate {lr:.3g} in epoch {epoch}, step {step}"
-    if state.bad_in_row >= recipe.max_skipped:
+    what = f"loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}, {where}"
+    if state.bad_in_row >= run.recipe.max_skipped:
         raise LapeError(
             f"{state.bad_in_row} steps in a row had no finite loss and gradient (--max-skipped), the last: {what}; "
             "training stops, the last checkpoint stands; lower --lr, add --clip-grad 1, or use --amp off or bf16"
         )
-    say(f"Step skipped, it is not finite: {what} ({state.bad_in_row} in a row)")
-
-
-def _weights_are_broken(loss: float, epoch: int, lr: float) -> str:
-    return (
-        f"the validation loss is {loss} after epoch {epoch} at learning rate {lr:.3g}: training stops, the last "
-        "checkpoint stands; lower --lr, add --clip-grad 1, or use --amp off or bf16"
-    )
+    run.say(f"Step skipped, it is not finite: {what} ({state.bad_in_row} in a row)")
 
 
 def _name_skipped(skipped: list[str]) -> None:
@@ -333,22 +354,48 @@ def _save_is_due(recipe: Recipe, step: int, seconds: float) -> bool:
     return bool(by_steps or (recipe.save_minutes and seconds >= 60 * recipe.save_minutes))
 
 
-def _save_and_exit(state: State, data: Data, recipe: Recipe, plan: BatchPlan, say: Say) -> NoReturn:
-    if recipe.output_dir and not state.bad_in_row:
-        on_main(lambda: save(state, data, recipe, plan))
-    _exit_saved(state, recipe, say)
-
-
-def _exit_saved(state: State, recipe: Recipe, say: Say) -> NoReturn:
-    where = f"step {state.next_step} of epoch {state.next_epoch}"
-    if recipe.output_dir and not state.bad_in_row:
-        say(f"SIGTERM: saved after {where}; go on with --resume")
-    elif recipe.output_dir:
-        say(f"SIGTERM after {where}: not saved, its loss was not finite; go on with --resume from the last checkpoint")
+def _exit_after_save(run: Training) -> NoReturn:
+    where = f"step {run.state.next_step} of epoch {run.state.next_epoch}"
+    if run.recipe.output_dir and not run.state.bad_in_row:
+        run.say(f"SIGTERM: saved after {where}; go on with --resume")
+    elif run.recipe.output_dir:
+        run.say(
+            f"SIGTERM after {where}: not saved, its loss was not finite; go on with --resume from the last checkpoint"
+        )
     raise SystemExit(128 + signal.SIGTERM)
 
 
 # ------------------------------------------------------------------------------------------------ around the loop
+
+
+def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> Training:
+    """Build all that a run needs, from its start or from a checkpoint. Nothing is written."""
+    _check(recipe, world.device)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    if recipe.deterministic:
+        make_deterministic()
+    checkpoint = checkpoint_to_resume(recipe, say)
+    agree(checkpoint, world)
+    if checkpoint is not None:
+        recipe = settings_of(checkpoint, recipe)
+    check_warm_start(recipe, checkpoint)
+    data = load_data(recipe, world_size=world.size, device=world.device)
+    plan = batch_plan(recipe, world.size)
+    steps = steps_per_epoch(len(data.train), recipe, world.size)
+    num_classes = len(data.classes)
+    if checkpoint is not None:
+        check_classes(checkpoint, data.classes)
+        num_classes = checkpoint.num_classes or num_classes  # the authors' files have 1000 outputs for any data
+    state = initial_state(recipe, build_model(recipe, num_classes, say).to(world.device), world)
+    teacher = load_teacher(recipe, num_classes, world.device, say)
+    if checkpoint is not None:
+        resume(state, checkpoint, recipe, plan, say)
+        if "max_accuracy" not in checkpoint.raw:
+            state.best_accuracy = _accuracy_of_best(state, data, recipe, world)
+    net = _parallel(state.model, recipe, world, plan)
+    mixup = _mixup(recipe, num_classes)
+    return Training(recipe, world, stop, say, data, plan, steps, state, net, mixup, teacher, checkpoint)
 
 
 def _check(recipe: Recipe, device: torch.device) -> None:
@@ -368,13 +415,6 @@ def _check(recipe: Recipe, device: torch.device) -> None:
         raise LapeError(f"start_epoch={recipe.start_epoch} leaves nothing of {recipe.epochs} epochs: raise --epochs")
 
 
-def _set_up_torch(recipe: Recipe) -> None:
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    if recipe.deterministic:
-        make_deterministic()
-
-
 def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -> nn.Module:
     """What the loop calls. Its parameters are the model's own: evaluation and files use the model.
 
@@ -382,7 +422,8 @@ def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -
     they come. A run that goes on would take its first step as no other run did, and with three processes or more end
     with other bits. So a step on nothing comes first, of which nothing stays.
     """
-    net: Any = torch.compile(model) if recipe.compile else model
+    computing: Any = torch.compile(model) if recipe.compile else model
+    net: nn.Module = computing
     if world.size == 1:
         return net
     net = DistributedDataParallel(net, device_ids=[world.device] if world.device.type == "cuda" else None)
@@ -397,42 +438,44 @@ def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -
     return net
 
 
-def _open_curves(state: State, recipe: Recipe, world: World) -> Curves | None:
-    """Write run.json and begin the curves, in the first process of a run with files."""
-    opened: list[Curves] = []
-
-    def act() -> None:
-        if recipe.output_dir:
-            run_id = record_run(recipe, world, (state.next_epoch, state.next_step))
-            opened.append(Curves(recipe, state.history, run_id))
-
-    on_main(act)
-    return opened[0] if opened else None
-
-
-def _complete_files(state: State, data: Data, recipe: Recipe, plan: BatchPlan, newest: str) -> None:
+def _complete_files(run: Training) -> None:
     """A run that was killed while it wrote its very last files gets the rest of them."""
-    if newest != CHECKPOINT:
-        save(state, data, recipe, plan)
+    if run.checkpoint is not None and run.checkpoint.path.name != CHECKPOINT:
+        save(run.state, run.data, run.recipe, run.plan)
     else:
-        write_log(state.history, Path(recipe.output_dir))
+        write_log(run.state.history, Path(run.recipe.output_dir))
 
 
-def _measure(model: nn.Module, data: Data, recipe: Recipe, world: World) -> Metrics:
-    """Evaluate on the validation images; with `dist_eval` the processes share them."""
-    rank, size = (world.rank, world.size) if recipe.dist_eval else (0, 1)
-    loader = eval_loader(data.val, recipe, rank=rank, world_size=size, device=world.device)
-    if next(model.parameters()).device != world.device:  # an EMA in host memory
-        model = copy.deepcopy(model).to(world.device)
-    return evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval)
+def _evaluate_epoch(run: Training, epoch: int, lr: float) -> tuple[Metrics, Metrics | None]:
+    """Evaluate the raw weights and their average.
+
+    Raises:
+        DataError: a validation image cannot be read; the epoch that was just trained is saved.
+        LapeError: the weights are lost.
+    """
+    state, ema = run.state, None
+    try:
+        raw = evaluate_data(state.model, run.data, run.recipe, run.world)
+        if state.ema is not None:
+            ema = evaluate_data(state.ema.module, run.data, run.recipe, run.world)
+    except DataError:  # in all processes
+        run.save()
+        raise
+    if not math.isfinite(raw.loss):
+        raise LapeError(
+            f"the validation loss is {raw.loss} after epoch {epoch} at learning rate {lr:.3g}: training stops, the "
+            "last checkpoint stands; lower --lr, add --clip-grad 1, or use --amp off or bf16"
+        )
+    return raw, ema
 
 
-def _epoch_line(state: State, epoch: int, lr: float, steps: int, progress: Progress) -> dict[str, Any]:
+def _epoch_line(run: Training, epoch: int, lr: float, progress: Progress) -> dict[str, Any]:
     """What log.txt says of an epoch's training. The loss is the mean over the steps that were not skipped."""
-    counted = steps - state.skipped_steps
+    state = run.state
+    good_steps = run.steps - state.skipped_steps
     return {
         "train_lr": lr,
-        "train_loss": state.loss_sum / counted if counted else None,
+        "train_loss": state.loss_sum / good_steps if good_steps else None,
         "epoch": epoch,
         "n_parameters": trainable(state.model),
         "skipped_steps": state.skipped_steps,
@@ -441,20 +484,21 @@ def _epoch_line(state: State, epoch: int, lr: float, steps: int, progress: Progr
     }
 
 
-def _say_results(state: State, recipe: Recipe, raw: Metrics, ema: Metrics | None, say: Say) -> None:
-    line = state.history[-1]
+def _say_results(run: Training, raw: Metrics, ema: Metrics | None) -> None:
+    history, say = run.state.history, run.say
+    line = history[-1]
     say(f"{raw}\nAccuracy of the network on the {raw.count} test images: {raw.acc1:.1f}%")
     if ema is not None:
         say(f"EMA: {ema}".replace("* ", ""))
     for name, what in (("skipped_steps", "step(s) without a finite loss"), ("skipped_images", "unreadable image(s)")):
         if line[name]:
             say(f"Left out in this epoch: {line[name]} {what}")
-    say(f"Max accuracy: {state.best_accuracy:.2f}%")
+    say(f"Max accuracy: {run.state.best_accuracy:.2f}%")
     if ema is not None:
-        best = {name: max(past.get(key, -1.0) for past in state.history) for name, key in _ACCURACIES.items()}
+        best = {name: max(past.get(key, -1.0) for past in history) for name, key in _ACCURACIES.items()}
         first = max(best, key=lambda name: best[name])
         say(
-            f"best_checkpoint.pth is by {_WEIGHTS[recipe.best_by]}; the best so far is of {_WEIGHTS[first]}: "
+            f"best_checkpoint.pth is by {_WEIGHTS[run.recipe.best_by]}; the best so far is of {_WEIGHTS[first]}: "
             f"raw {best['raw']:.2f}%, EMA {best['ema']:.2f}%"
         )
 
@@ -463,22 +507,19 @@ _ACCURACIES = {"raw": "test_acc1", "ema": "test_ema_acc1"}
 _WEIGHTS = {"raw": "the raw weights", "ema": "the averaged (EMA) weights"}
 
 
-def _silence(_text: str) -> None:
-    pass
-
-
-def _introduce(recipe: Recipe, data: Data, state: State, world: World, plan: BatchPlan, steps: int, say: Say) -> None:
+def _introduce(run: Training) -> None:
     """Say what is trained on what, and how."""
+    recipe, data, state, world, plan, say = run.recipe, run.data, run.state, run.world, run.plan, run.say
     say(f"Data: {data.name}")
     say(f"Evaluation transform: {eval_transform(recipe)}")
     if recipe.data_on_device:
-        held = data.train.images.nbytes + data.val.images.nbytes
-        say(f"Images are held on {world.device} as bytes ({held / 2**20:.1f} MiB) and augmented there")
+        size = data.train.images.nbytes + data.val.images.nbytes
+        say(f"Images are held on {world.device} as bytes ({size / 2**20:.1f} MiB) and augmented there")
     say(f"Model: {recipe.model}\n{describe(state.model)}")
     say(f"number of params: {trainable(state.model)}")
     parts = f" x {plan.parts} parts" if plan.parts > 1 else ""
     say(
-        f"Batch: {plan.size} x {world.size} process(es){parts} = {plan.total}, {steps} steps an epoch; "
+        f"Batch: {plan.size} x {world.size} process(es){parts} = {plan.total}, {run.steps} steps an epoch; "
         f"learning rate after warm-up: {peak_lr(recipe, world.size):.4g}; device: {world.device}"
     )
     if recipe.repeated_aug:
@@ -497,10 +538,15 @@ def _accuracy_of_best(state: State, data: Data, recipe: Recipe, world: World) ->
     if recipe.output_dir and path.is_file():
         model = copy.deepcopy(model)
         load_reference_state_dict(model, read_checkpoint(path).model)
-    return _measure(model, data, recipe, world).acc1
+    return evaluate_data(model, data, recipe, world).acc1
 
 
-def _result(state: State, data: Data, seconds: float) -> TrainResult:
+def _duration(seconds: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=int(seconds))
+
+
+def _result(run: Training, seconds: float) -> TrainResult:
+    state = run.state
     last = state.history[-1]
     return TrainResult(
         model=state.model.eval(),
@@ -512,5 +558,5 @@ def _result(state: State, data: Data, seconds: float) -> TrainResult:
         ema_loss=last.get("test_ema_exact_loss"),
         history=state.history,
         seconds=seconds,
-        data_name=data.name,
+        data_name=run.data.name,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,16 +19,16 @@ from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import source_grid
 from lape.names import nearest
 from lape.recipe import Recipe
+from lape.train.progress import Say
 
-Say = Callable[[str], None]
 PATCHES = "patch_embed.proj.weight"
 
 
-def check_warm_start(recipe: Recipe, resumed: Checkpoint | None) -> None:
-    """Raises LapeError where a warm start means nothing. `resumed`: the checkpoint that a run goes on from."""
+def check_warm_start(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
+    """Raises LapeError where a warm start means nothing. `checkpoint`: that a run goes on from."""
     if not recipe.warm_start:
         return
-    if resumed is None and not (recipe.finetune or recipe.model_kwargs.get("pretrained")):
+    if checkpoint is None and not (recipe.finetune or recipe.model_kwargs.get("pretrained")):
         raise LapeError(
             "warm_start=True keeps what a pretrained model computes, and none is named: add --finetune CHECKPOINT, or "
             "leave --warm-start out"
@@ -102,13 +102,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
     _check_kept_function(model, checkpoint)
     ours, theirs = to_reference_state_dict(model), dict(checkpoint.model)
     grid = source_grid(checkpoint, model)
-    left = _leave_distillation(ours, theirs)
+    foreign = _leave_distillation(ours, theirs)
     resized = _resize_patches(ours, theirs)
     reasons = {name: _why_anew(name, tensor, theirs.get(name)) for name, tensor in ours.items()}
     fresh = {name: tensor for name, tensor in ours.items() if reasons[name]}
-    kept = {name: tensor for name, tensor in theirs.items() if name not in fresh}
+    rest = {name: tensor for name, tensor in theirs.items() if name not in fresh}
     try:
-        load_reference_state_dict(model, fresh | kept, source_grid=grid)
+        load_reference_state_dict(model, fresh | rest, source_grid=grid)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_advice(ours, theirs)}") from None
     notes = [
@@ -116,7 +116,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
             f"{reason} (start anew): {short([name for name in fresh if reasons[name] == reason])}"
             for reason in dict.fromkeys(reasons[name] for name in fresh)
         ),
-        f"left out: {short(left)}" if left else "",
+        f"left out: {short(foreign)}" if foreign else "",
         resized,
         f"position table resampled from a grid of {grid[0]} x {grid[1]}"
         if grid is not None and grid != conversion_of(model).layout.grid and "pos_embed" in theirs
@@ -143,14 +143,14 @@ def _why_anew(name: str, ours: Tensor, theirs: Tensor | None) -> str:
 def _check_kept_function(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raises CheckpointError where a warm start would not begin with what the checkpoint computes."""
     conversion = conversion_of(model)
-    said = checkpoint.args.get("join_type") or "basic"
-    if any(".pe_norm." in name for name in checkpoint.model) and said == "basic":
-        said = "LaPE"  # a file without flags
-    goes_on = bool(checkpoint.args.get("warm_start")) and said == conversion.join
-    if conversion.warm_start and said != "basic" and not goes_on:
+    join = checkpoint.args.get("join_type") or "basic"
+    if any(".pe_norm." in name for name in checkpoint.model) and join == "basic":
+        join = "LaPE"  # a file without flags
+    goes_on = bool(checkpoint.args.get("warm_start")) and join == conversion.join
+    if conversion.warm_start and join != "basic" and not goes_on:
         raise CheckpointError(
             f"warm_start=True starts from a model that adds its position to the input (join basic), {checkpoint.path} "
-            f"has join {said}: leave --warm-start out"
+            f"has join {join}: leave --warm-start out"
         )
 
 
@@ -167,15 +167,15 @@ def _advice(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
 
 def _leave_distillation(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
     """Take a distilled model's second token out of `theirs` where ours has none: its row is the second of a table."""
-    left = [name for name in theirs if name.startswith(("head_dist.", "dist_token")) and name not in ours]
-    if "dist_token" in left:
+    foreign = [name for name in theirs if name.startswith(("head_dist.", "dist_token")) and name not in ours]
+    if "dist_token" in foreign:
         for name, table in theirs.items():
             if name.startswith("pos_embed"):
                 theirs[name] = torch.cat([table[..., :1, :], table[..., 2:, :]], dim=-2)
-                left.append(f"row 1 of {name}")
-    for name in left:
+                foreign.append(f"row 1 of {name}")
+    for name in foreign:
         theirs.pop(name, None)
-    return left
+    return foreign
 
 
 def _resize_patches(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
@@ -205,8 +205,8 @@ def _train_attention_only(model: nn.Module) -> None:
     heads = heads if isinstance(heads, tuple) else (heads,)
     head_ids = {id(parameter) for head in heads for parameter in head.parameters()}
     for name, parameter in model.named_parameters():
-        wanted = ".attn." in name or name.endswith("pos_embed") or id(parameter) in head_ids
-        parameter.requires_grad_(parameter.requires_grad and wanted)
+        learns = ".attn." in name or name.endswith("pos_embed") or id(parameter) in head_ids
+        parameter.requires_grad_(parameter.requires_grad and learns)
 
 
 class Teacher(nn.Module):
@@ -215,19 +215,20 @@ class Teacher(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: nn.Module, seen: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
+    def __init__(self, model: nn.Module, student: tuple[Any, Any], own: tuple[Any, Any]) -> None:
         super().__init__()
         self.model = model
-        self.same = seen == wanted
+        self.same = student == own
         (mean, std), (own_mean, own_std) = (
-            (torch.tensor(m).view(1, -1, 1, 1), torch.tensor(s).view(1, -1, 1, 1)) for m, s in (seen, wanted)
+            (torch.tensor(m).view(1, -1, 1, 1), torch.tensor(s).view(1, -1, 1, 1)) for m, s in (student, own)
         )
         self.register_buffer("scale", std / own_std)
         self.register_buffer("shift", (mean - own_mean) / own_std)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images if self.same else images * self.scale + self.shift)
+        logits: Tensor = self.model(images if self.same else images * self.scale + self.shift)
+        return logits
 
 
 def load_teacher(recipe: Recipe, num_classes: int, device: torch.device, say: Say = print) -> Teacher | None:
@@ -254,17 +255,19 @@ def load_teacher(recipe: Recipe, num_classes: int, device: torch.device, say: Sa
             f"{recipe.teacher_path} is not a {name} with {num_classes} classes ({' '.join(str(error).split())[:300]}): "
             "give the teacher's --teacher-model, trained on the same classes"
         ) from None
-    student = eval_transform(recipe)
-    seen = (tuple(student.mean), tuple(student.std))
-    source, own = ("its checkpoint", checkpoint.transform) if checkpoint.transform else ("timm", model.pretrained_cfg)
-    assert isinstance(own, dict)
-    wanted = (tuple(own["mean"]), tuple(own["std"]))
-    if len(wanted[0]) != recipe.in_chans:
-        source, wanted = "the student: its own has other channels", seen
-    teacher = Teacher(model, seen, wanted).to(device)
+    transform = eval_transform(recipe)
+    student = (tuple(transform.mean), tuple(transform.std))
+    source, config = (
+        ("its checkpoint", checkpoint.transform) if checkpoint.transform else ("timm", model.pretrained_cfg)
+    )
+    assert isinstance(config, dict)
+    own = (tuple(config["mean"]), tuple(config["std"]))
+    if len(own[0]) != recipe.in_chans:
+        source, own = "the student: its own has other channels", student
+    teacher = Teacher(model, student, own).to(device)
     try:
         teacher(torch.zeros(1, recipe.in_chans, recipe.input_size, recipe.input_size, device=device))
     except (AssertionError, RuntimeError) as error:
         raise LapeError(f"teacher_model {name!r} cannot see images of {recipe.input_size} pixels: {error}") from None
-    say(f"Teacher: {name} from {recipe.teacher_path}; normalisation of {source}: mean {wanted[0]}, std {wanted[1]}")
+    say(f"Teacher: {name} from {recipe.teacher_path}; normalisation of {source}: mean {own[0]}, std {own[1]}")
     return teacher

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +32,12 @@ from lape.files.read import Checkpoint, read_checkpoint
 from lape.names import nearest
 from lape.recipe import Recipe
 from lape.train.distributed import World, sum_over_ranks
+from lape.train.logs import LOG, RUN, TABLE, write_log
+from lape.train.progress import Say
 from lape.train.start import short
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "previous_checkpoint.pth", "best_checkpoint.pth"
-LOG, TABLE, LOCK = "log.txt", "log.csv", ".lock"
-Say = Callable[[str], None]
+LOCK = ".lock"
 
 
 @dataclass
@@ -73,11 +73,11 @@ def peak_lr(recipe: Recipe, world_size: int) -> float:
     return recipe.lr if recipe.unscale_lr else recipe.lr * batch_plan(recipe, world_size).total / 512
 
 
-def start(recipe: Recipe, model: nn.Module, world: World) -> State:
+def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
     """Optimizer, schedule, EMA and gradient scaler for a model, at the first epoch."""
-    known = [str(name) for name in list_optimizers()]
-    if recipe.opt.lower().split("_")[-1] not in known:
-        guess = nearest(recipe.opt, known)
+    names = [str(name) for name in list_optimizers()]
+    if recipe.opt.lower().split("_")[-1] not in names:
+        guess = nearest(recipe.opt, names)
         raise LapeError(f"unknown opt {recipe.opt!r}{f'; did you mean {guess!r}?' if guess else ''}: a name of timm")
     optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(recipe), "lr": peak_lr(recipe, world.size)})
     # timm's function of the epoch stays at min_lr behind the end of its own epochs.
@@ -95,7 +95,7 @@ def start(recipe: Recipe, model: nn.Module, world: World) -> State:
 # ------------------------------------------------------------------------------------------------ write
 
 
-def check_output(recipe: Recipe, resumed: Checkpoint | None, at_end: ExitStack) -> None:
+def check_output(recipe: Recipe, checkpoint: Checkpoint | None, at_end: ExitStack) -> None:
     """Make the output folder and hold it until `at_end`.
 
     Raises:
@@ -104,10 +104,10 @@ def check_output(recipe: Recipe, resumed: Checkpoint | None, at_end: ExitStack) 
     if not recipe.output_dir:
         return
     folder = Path(recipe.output_dir)
-    found = [name for name in (CHECKPOINT, PREVIOUS, BEST) if (folder / name).exists()]
-    if found and (resumed is None or resumed.path.resolve().parent != folder.resolve()):
+    files = [name for name in (CHECKPOINT, PREVIOUS, BEST) if (folder / name).exists()]
+    if files and (checkpoint is None or checkpoint.path.resolve().parent != folder.resolve()):
         raise LapeError(
-            f"output_dir {folder} holds a run already ({', '.join(found)}): go on with --resume {folder / found[0]}, "
+            f"output_dir {folder} holds a run already ({', '.join(files)}): go on with --resume {folder / files[0]}, "
             "or choose another folder"
         )
     try:
@@ -117,7 +117,7 @@ def check_output(recipe: Recipe, resumed: Checkpoint | None, at_end: ExitStack) 
         raise LapeError(f"output_dir {folder} cannot be written ({error.strerror}): choose another folder") from None
     _hold(folder, at_end)
     for stale in folder.glob(".*.tmp"):  # what a run that was killed while writing has left
-        if stale.name.startswith(tuple(f".{name}." for name in (CHECKPOINT, BEST, LOG, TABLE, "run.json"))):
+        if stale.name.startswith(tuple(f".{name}." for name in (CHECKPOINT, BEST, LOG, TABLE, RUN))):
             stale.unlink(missing_ok=True)
 
 
@@ -169,23 +169,10 @@ def save(state: State, data: Data, recipe: Recipe, plan: BatchPlan, *, better: b
     write_log(state.history, folder)
 
 
-def write_log(history: list[dict[str, Any]], folder: Path) -> None:
-    """log.txt (one JSON line an epoch) and log.csv (one row an epoch), whole."""
-    names = list(dict.fromkeys(name for line in history for name in line))
-    rows = [names, *([_cell(line.get(name)) for name in names] for line in history)]
-    log, table = "".join(json.dumps(line) + "\n" for line in history), "".join(",".join(row) + "\n" for row in rows)
-    write_atomically(folder / LOG, lambda file: file.write(log.encode()))
-    write_atomically(folder / TABLE, lambda file: file.write(table.encode()))
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else str(value)  # names and numbers: nothing to quote
-
-
 # ------------------------------------------------------------------------------------------------ go on
 
 
-def find_resumed(recipe: Recipe, say: Say = print) -> Checkpoint | None:
+def checkpoint_to_resume(recipe: Recipe, say: Say = print) -> Checkpoint | None:
     """The checkpoint to go on from; `auto` is the newest whole one in `output_dir`, or none in a new folder.
 
     Raises:
@@ -194,27 +181,27 @@ def find_resumed(recipe: Recipe, say: Say = print) -> Checkpoint | None:
     if recipe.resume != "auto":
         if not recipe.resume:
             return None
-        resumed = read_checkpoint(recipe.resume)
-        _check_resumable(resumed)  # before a model is built from what the file says
-        return resumed
+        checkpoint = read_checkpoint(recipe.resume)
+        _check_resumable(checkpoint)  # before a model is built from what the file says
+        return checkpoint
     if not recipe.output_dir:
         raise LapeError("--resume auto looks into the output folder: add --output-dir")
-    newest, refused = None, []
+    newest, problems = None, []
     for path in (Path(recipe.output_dir) / name for name in (CHECKPOINT, PREVIOUS, BEST)):
         if not path.exists():
             continue
         try:
-            found = read_checkpoint(path)
-            _check_resumable(found)
+            candidate = read_checkpoint(path)
+            _check_resumable(candidate)
         except CheckpointError as error:
-            refused.append(str(error))
+            problems.append(str(error))
             say(f"{error}; skipped")
             continue
-        if newest is None or _place(found) > _place(newest):
-            newest = found
-    if refused and newest is None:
+        if newest is None or _place(candidate) > _place(newest):
+            newest = candidate
+    if problems and newest is None:
         raise CheckpointError(
-            f"--resume auto found no whole checkpoint in {recipe.output_dir} ({'; '.join(refused)}): nothing was "
+            f"--resume auto found no whole checkpoint in {recipe.output_dir} ({'; '.join(problems)}): nothing was "
             "touched; move the files away to start anew"
         )
     return newest
@@ -248,11 +235,6 @@ def agree(checkpoint: Checkpoint | None, world: World) -> None:
         )
 
 
-def has_finished(checkpoint: Checkpoint, recipe: Recipe) -> bool:
-    """Whether nothing is left to train."""
-    return checkpoint.raw.get("epoch", -1) + 1 >= recipe.epochs
-
-
 def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan, say: Say = print) -> None:
     """Put a run back to where a checkpoint of this project was written.
 
@@ -265,7 +247,7 @@ def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan
     """
     raw = checkpoint.raw
     _check_resumable(checkpoint)
-    if has_finished(checkpoint, recipe) and recipe.resume != "auto":
+    if raw["epoch"] + 1 >= recipe.epochs and recipe.resume != "auto":
         raise LapeError(
             f"{checkpoint.path} has finished epoch {raw['epoch'] + 1} of {recipe.epochs}: raise --epochs, or use --eval"
         )
@@ -292,15 +274,15 @@ def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan
     state.history = raw["history"] if "history" in raw else _earlier_log(recipe, state.next_epoch)
     within = f" and step {step} of the next" if step else ""
     say(f"Resuming from {checkpoint.path}, after epoch {raw['epoch']}{within}")
-    changed = _changed_settings(checkpoint, recipe) if "history" in raw else ""
-    if changed:
-        say(f"Other settings than that run had, from now on: {changed}")
+    changes = _changed_settings(checkpoint, recipe) if "history" in raw else ""
+    if changes:
+        say(f"Other settings than that run had, from now on: {changes}")
 
 
 # Where and how fast a run goes on changes no number.
 _INDIFFERENT = {
     *("resume", "output_dir", "data_path", "start_epoch", "eval", "dist_eval", "num_workers", "pin_mem", "threads"),
-    *("device", "log_every", "world_size", "dist_url", "dist_timeout", "model_ema_force_cpu", "save_steps"),
+    *("device", "log_every", "dist_timeout", "model_ema_force_cpu", "save_steps"),
     *("save_minutes", "log_to", "max_skipped"),
 }
 
@@ -326,8 +308,8 @@ def _earlier_log(recipe: Recipe, next_epoch: int) -> list[dict[str, Any]]:
 def _optimizer_names(state: State) -> list[str]:
     """The authors' names of the optimizer's parameters, in its order."""
     names = reference_names(state.model)
-    known = {id(parameter): names[name] for name, parameter in state.model.named_parameters()}
-    return [known[id(parameter)] for group in state.optimizer.param_groups for parameter in group["params"]]
+    authors_names = {id(parameter): names[name] for name, parameter in state.model.named_parameters()}
+    return [authors_names[id(parameter)] for group in state.optimizer.param_groups for parameter in group["params"]]
 
 
 def _resume_optimizer(state: State, checkpoint: Checkpoint) -> None:
@@ -344,7 +326,7 @@ def _resume_optimizer(state: State, checkpoint: Checkpoint) -> None:
             f"{f' (differing: {short(odd)})' if odd else ''}: use its flags, or start from it with --finetune"
         )
     number_of = dict(zip(their_names, their_numbers, strict=True))
-    moved = {
+    states = {
         our_number: theirs["state"][number_of[name]]
         for our_number, name in zip(our_numbers, our_names, strict=True)
         if number_of[name] in theirs["state"]
@@ -360,7 +342,7 @@ def _resume_optimizer(state: State, checkpoint: Checkpoint) -> None:
         average = theirs["state"].get(number_of[name], {}).get("exp_avg")
         if average is not None and average.shape != shapes[name]:
             raise CheckpointError(f"the optimizer of {checkpoint.path} does not fit its model at {name}")
-    state.optimizer.load_state_dict({**ours, "state": moved, "param_groups": groups})
+    state.optimizer.load_state_dict({**ours, "state": states, "param_groups": groups})
 
 
 _GROUP_SETTINGS = ("params", "lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
