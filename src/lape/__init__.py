@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lape.files.read import read_checkpoint
     from lape.hosts import Anatomy, Host, hosts, register_host
     from lape.layers import Description, describe, grid, last_position, num_prefix_tokens, position_bias, positions
-    from lape.look.explorer.explorer import explore
+    from lape.look.explorer import explore
     from lape.look.similarity import correlation
     from lape.position import Layout
     from lape.reference import load_reference_state_dict, to_reference_state_dict
@@ -34,7 +34,7 @@ _HOME = {
     "layers": ("Description", "describe", "grid", "last_position", "num_prefix_tokens", "position_bias", "positions"),
     "files.folder": ("load", "push_to_hub", "save"),
     "files.read": ("read_checkpoint",),
-    "look.explorer.explorer": ("explore",),
+    "look.explorer": ("explore",),
     "look.similarity": ("correlation",),
     "position": ("Layout",),
     "reference": ("load_reference_state_dict", "to_reference_state_dict"),

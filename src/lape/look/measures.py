@@ -70,7 +70,7 @@ def _members(group_m: Tensor) -> Tensor:
     """(G, K) the indices in each group of two or more, padded with -1; a group number below 0 is no group."""
     order = group_m.argsort(stable=True)
     order = order[group_m[order] >= 0]
-    _, which, count = group_m[order].unique_consecutive(return_inverse=True, return_counts=True)
+    _, which, count = torch.unique_consecutive(group_m[order], return_inverse=True, return_counts=True)
     place = torch.arange(len(order)) - (count.cumsum(0) - count)[which]
     members = torch.full((len(count), int(count.max()) if len(count) else 0), -1)
     members[which, place] = order
@@ -84,7 +84,7 @@ def asymmetry(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     """
     rows, columns = grid
     total, count = correlation_Lnn.new_zeros(len(correlation_Lnn), dtype=torch.float64), 0
-    maps = correlation_Lnn.double().unflatten(-1, grid)
+    maps = correlation_Lnn.double().reshape(*correlation_Lnn.shape[:-1], *grid)
     for row in range(rows):
         for column in range(columns):
             high, wide = min(row, rows - 1 - row), min(column, columns - 1 - column)
