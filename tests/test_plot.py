@@ -12,7 +12,7 @@ from PIL import Image
 import lape
 from lape.cli.original import visualize_main
 from lape.files.restore import deit_named
-from lape.look.figures import COLOURS, COSINE, Strip, curves, draw_together, overview, places, visualize
+from lape.look.figures import COLOUR_MAP, COSINE, Strip, curves, draw_together, overview, places, visualize
 from lape.look.options import DrawOptions
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +108,7 @@ def test_the_overview_shows_the_numbers_in_one_colour_range() -> None:
     for image, values in zip(images, maps + token, strict=True):
         assert np.allclose(np.asarray(image.get_array()), values.numpy())
         assert image.get_clim() == (-1, 1)
-        assert image.get_cmap().name == COLOURS
+        assert image.get_cmap().name == COLOUR_MAP
     assert [axes.get_title() for axes in figure.axes[:2]] == ["a", "b"]
 
 

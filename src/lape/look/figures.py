@@ -29,13 +29,13 @@ from lape.errors import LapeError
 from lape.files.atomic import write_atomically
 from lape.files.restore import load
 from lape.layers import Description, View, describe, position_bias
-from lape.look.colours import COLOURS as JOIN_COLOURS
+from lape.look.colours import COLOURS
 from lape.look.measures import MEASURES, measure_all
 from lape.look.options import DrawOptions
 from lape.look.similarity import Maps, center_token, check_token, similarity_by_distance, token_map
 from lape.position import KINDS, Grid
 
-COLOURS = "RdBu_r"
+COLOUR_MAP = "RdBu_r"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 WHO: dict[View, str] = {
     "seen": "each layer sees them",
@@ -54,7 +54,7 @@ def draw_map(axes: Axes, values: Tensor, grid: Grid, token: int | None, norm: No
     Ticks count patches; those of an n x n map stand where a row of the grid begins. Returns the image.
     """
     height, width = values.shape
-    image = axes.imshow(values.numpy(), cmap=COLOURS, norm=norm, interpolation="antialiased", aspect="equal")
+    image = axes.imshow(values.numpy(), cmap=COLOUR_MAP, norm=norm, interpolation="antialiased", aspect="equal")
     unit = 1 if token is not None else grid[1]
     axes.set_xticks(_ticks(width, unit, most_ticks))
     axes.set_yticks(_ticks(height, unit, most_ticks))
@@ -291,7 +291,7 @@ def curves(title: str, series: Mapping[str, Mapping[str, Tensor]]) -> Figure:
         for index, (label, measured) in enumerate(series.items()):
             values = measured[name].double().cpu()
             values = values.where(values.isfinite(), math.nan)
-            colour = JOIN_COLOURS.get(label, SERIES[index % len(SERIES)])
+            colour = COLOURS.get(label, SERIES[index % len(SERIES)])
             style = {"color": colour, "linestyle": ("-", "--", ":")[index // len(SERIES) % 3]}
             axes.plot(
                 range(len(values)), values.numpy(), label=label, linewidth=1.6, marker="o", markersize=2.6, **style

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lape.errors import LapeError
 from lape.joins import JOINS
 from lape.layers import positions
-from lape.position import KINDS, Grid
+from lape.position import Grid
 from lape.record import Conversion, conversion_of
 from lape.wrap import Wrapper
 
@@ -36,7 +36,7 @@ def attention(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     through no softmax or attention function of torch.
     """
     batches = []
-    for batch in _batches(images_BCHW):
+    for batch in torch.split(images_BCHW, BATCH):
         layers: list[Tensor] = []
         _run(model, batch, lambda _layer, weights, layers=layers: layers.append(weights.float().cpu()))  # type: ignore[misc]
         batches.append(torch.stack(layers))
@@ -61,7 +61,7 @@ def attention_distance(model: nn.Module, images_BCHW: Tensor) -> Tensor:
         patches = patches / patches.sum(-1, keepdim=True).clamp(min=1e-12)
         totals[layer] += (patches * distance_nn).sum(-1).mean(-1).sum(0).double()
 
-    for batch in _batches(images_BCHW):
+    for batch in torch.split(images_BCHW, BATCH):
         _run(model, batch, add)
     return totals / len(images_BCHW)
 
@@ -76,7 +76,7 @@ def rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     """
     layout = conversion_of(model).layout
     maps = []
-    for batch in _batches(images_BCHW):
+    for batch in torch.split(images_BCHW, BATCH):
         flow: list[Tensor] = []
 
         def follow(_layer: int, weights_BHNN: Tensor, flow: list[Tensor] = flow) -> None:
@@ -157,7 +157,7 @@ def token_and_position(model: nn.Module, images_BCHW: Tensor) -> Ratios:
     seen = positions(model, view="seen").detach()[:, prefix:]
     received = positions(model).detach()[:, prefix:]
     scale, correlation = (torch.zeros(len(seen), dtype=torch.float64) for _ in range(2))
-    for batch in _batches(images_BCHW):
+    for batch in torch.split(images_BCHW, BATCH):
         for layer, x in enumerate(_tokens(model, batch)):
             whole = x.attended if join.normalised and layer >= join.first else x.entering
             scale[layer] += (_std(received[layer]) / _std(whole[:, prefix:]).clamp(min=1e-12)).mean(-1).sum().cpu()
@@ -190,7 +190,7 @@ def where_am_i(
     half = len(images_BCHW) // 2
 
     def tokens(images: Tensor) -> Iterator[tuple[int, Tensor]]:
-        for batch in _batches(images):
+        for batch in torch.split(images, BATCH):
             for layer, x in enumerate(_tokens(model, batch)):
                 tokens_BND = x.entering if what == "stream" else x.attended
                 yield layer, F.pad(tokens_BND[:, prefix:].flatten(0, 1).double().cpu(), (0, 1), value=1.0)
@@ -250,7 +250,7 @@ def last_norm(model: nn.Module, images_BCHW: Tensor) -> LastNorm:
     hooks = [*((norm, keep) for norm in norms), (last, lambda *_: calls.clear())]  # not what runs before the last block
     calls_of_all = []
     with _hooks(hooks):
-        for batch in _batches(images_BCHW):
+        for batch in torch.split(images_BCHW, BATCH):
             _forward(model, batch)
             calls_of_all += calls
     if not calls or calls[0][1].ndim != 3 or calls[0][1].shape[1] != layout.num_tokens:
@@ -370,10 +370,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _batches(images_BCHW: Tensor) -> Iterator[Tensor]:
-    yield from torch.split(images_BCHW, BATCH)
-
-
 def _std(x: Tensor) -> Tensor:
     return x.double().std(-1, correction=0)
 
@@ -381,8 +377,3 @@ def _std(x: Tensor) -> Tensor:
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     a, b = (x.double() - x.double().mean(-1, keepdim=True) for x in (a, b))
     return F.cosine_similarity(a, b, dim=-1)
-
-
-def has_positions(model: nn.Module) -> bool:
-    """Whether `lape.positions` has an answer for this model."""
-    return KINDS[conversion_of(model).pe].is_table

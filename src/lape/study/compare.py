@@ -384,12 +384,8 @@ def late(agenda: Agenda) -> list[str]:
     return [f"Left out, to end within {agenda.time_limit:.0f} s on this machine: {', '.join(names)}."]
 
 
-def _demo_home(models: Path, epochs: int, join: str, seed: int) -> Path:
-    return models / f"{join}.{epochs}.{seed}"
-
-
 def _train_for_demo(models: Path, recipe: Recipe, tick: Callable[[], None]) -> Run:
-    return _train(recipe, _demo_home(models, recipe.epochs, recipe.join_type, recipe.seed), tick)
+    return _train(recipe, cell_folder(models / str(recipe.epochs), recipe), tick)
 
 
 def _demo_line(run: Run) -> str:
@@ -415,7 +411,8 @@ def _maps(models: Path, run: Run) -> "Figure":
 
     strips, columns = [], []
     for join in PAIR:
-        maps = Maps.of(load(_demo_home(models, run.epochs, join, run.seed) / "model"))
+        home = _cell_name(models / str(run.epochs), run.model, run.pe, join, run.seed)
+        maps = Maps.of(load(home / "model"))
         token, every, columns = center_token(maps.grid), list(maps.columns.values()), list(maps.columns)
         strips.append(Strip(f"{join}\nall patches", every, maps.grid))
         strips.append(Strip(f"{join}\ntoken {token}", [token_map(m, maps.grid) for m in every], maps.grid, token))

@@ -182,7 +182,7 @@ class _Card:
         self._add_maps("bias on attention", "bias", 0, len(bias_LHnn), packed)
 
     def add_attention(self, budget: int) -> None:
-        from lape.look.probe import attention, attention_distance, has_positions, rollout, token_and_position
+        from lape.look.probe import attention, attention_distance, rollout, token_and_position
 
         if not self.photos:
             return
@@ -195,7 +195,7 @@ class _Card:
         distance_LH, hint = attention_distance(self.model, images), "on the photographs"
         dots = [finite(heads) for heads in distance_LH]
         self._add_measure("mean attention distance, pixels", f"{hint}; a dot a head", distance_LH.mean(1), dots=dots)
-        if has_positions(self.model):
+        if KINDS[self.about.pe].is_table:
             ratios = token_and_position(self.model, images)
             self._add_measure("position's share, σ_P / σ_(x+P)", hint, ratios.scale)
             hint = f"{hint}, after the token norm"
@@ -332,9 +332,9 @@ def colours() -> list[str]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    from lape.look.figures import COLOURS
+    from lape.look.figures import COLOUR_MAP
 
-    return [to_hex(c) for c in colormaps[COLOURS](np.linspace(0, 1, 65))]
+    return [to_hex(c) for c in colormaps[COLOUR_MAP](np.linspace(0, 1, 65))]
 
 
 def _part(name: str) -> str:
