@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lape
-from lape.study.benchmark import Variant, compare, describe_machine, inference_run, machine, time_rounds
+from lape.study.benchmark import Variant, describe_machine, inference_run, machine, relative_times, time_rounds
 from lape.train.distributed import join_world
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,7 +65,7 @@ def one_size(layers: int, width: int, pixels: int, rounds: int, device: torch.de
         "norms_of_a_forward": {join: norms(lambda m=model: m(x)) for join, model in models.items()},
     }
     times = time_rounds({**runs, "positions": chain}, rounds, device)
-    rows = {name: compare(seconds, times["basic"]) for name, seconds in times.items()}
+    rows = {name: relative_times(seconds, times["basic"]) for name, seconds in times.items()}
     return {"layers": layers, "width": width, "pixels": pixels, **counted, "times": rows}
 
 

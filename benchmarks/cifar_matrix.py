@@ -20,6 +20,7 @@ from gallery import subset
 from lape.recipe import Recipe
 from lape.study.compare import compare
 from lape.study.numbers import mean_std, paired_t
+from lape.study.options import CompareOptions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -54,7 +55,9 @@ def main() -> None:
             amp="bf16",
         )
         models, what = SMALL, "small"
-    found = compare(recipe, given.runs, joins=JOINS, models=models, seeds=given.seeds, workers=given.workers).results
+    folder, seeds = str(given.runs), tuple(given.seeds)
+    options = CompareOptions(output_dir=folder, joins=JOINS, models=models, seeds=seeds, workers=given.workers)
+    found = compare(recipe, options).results
     RESULTS.mkdir(exist_ok=True)
     where = f"cuda_{found['gpus'][0]}" if found["gpus"] else f"cpu{found['hardware']['cores']}"
     path = RESULTS / f"cifar10_matrix_{what}_{where.replace(' ', '-')}.json"

@@ -19,10 +19,9 @@ from lape.look.figures import COSINE, Strip, curves, overview, places
 from lape.look.measures import measure_all
 from lape.look.similarity import cosine, raw_table, token_map
 from lape.recipe import Recipe
-from lape.study.compare import Comparison, compare
-from lape.study.numbers import table
-from lape.study.report import markdown_table
-from lape.study.write import cell_folder
+from lape.study.compare import Study, cell_folder, compare
+from lape.study.options import CompareOptions
+from lape.study.report import markdown_table, rows_of_variants
 
 JOINS = ("basic", "share", "LaPE-sharing", "LaPE")
 PES = ("learnable", "2D_sin")
@@ -47,7 +46,8 @@ def main() -> None:
         sets.append(("cifar10", "CIFAR-10, 32 × 32 pixels", cifar_recipe(folder, given.cifar_epochs), (0,)))
     pages = []
     for name, title, recipe, seeds in sets:
-        found = compare(recipe, given.runs / name, joins=JOINS, pes=PES, seeds=seeds, workers=given.workers)
+        folder, workers = str(given.runs / name), given.workers
+        found = compare(recipe, CompareOptions(output_dir=folder, joins=JOINS, pes=PES, seeds=seeds, workers=workers))
         pages.append(section(name, title, recipe, found))
     text = "\n".join([INTRO, *pages])
     (ROOT / "docs" / "gallery.md").write_text(text, encoding="utf-8")
@@ -92,7 +92,7 @@ def subset(source: Path, target: Path, train: int, val: int) -> Path:
     return target
 
 
-def section(name: str, title: str, recipe: Recipe, found: Comparison) -> str:
+def section(name: str, title: str, recipe: Recipe, found: Study) -> str:
     """The part of the page on one data set; draws its pictures."""
     results = found.results
     images = f"the first images of each class ({_count(recipe)})" if recipe.data_path else results["data"]
@@ -104,7 +104,7 @@ def section(name: str, title: str, recipe: Recipe, found: Comparison) -> str:
         f"one thread. {results['hardware']['processor']}, {results['hardware']['cores']} cores. "
         f"Drawn: seed {results['cells'][0]['seed']}.\n"
     )
-    lines.append(markdown_table([row[1:] for row in table(results)]) + "\n")
+    lines.append(markdown_table([row[1:] for row in rows_of_variants(results)]) + "\n")
     lines += [f"- {sentence}" for sentence in results["sentences"]]
     lines.append("")
     for pe in PES:
@@ -124,7 +124,7 @@ def _count(recipe: Recipe) -> str:
     return f"{counts['train']} to train, {counts['val']} to test"
 
 
-def _folder(found: Comparison, recipe: Recipe, pe: str, join: str) -> Path:
+def _folder(found: Study, recipe: Recipe, pe: str, join: str) -> Path:
     seed = found.results["cells"][0]["seed"]
     return cell_folder(found.folder, recipe.replace(pe=pe, join_type=join, seed=seed)) / "model"
 

@@ -21,26 +21,27 @@ import torch
 
 import lape
 from lape.files.export import export
-from lape.study.benchmark import benchmark, compare, table, time_rounds
+from lape.study.benchmark import benchmark, relative_times, time_rounds, variant_lines
+from lape.study.options import BenchOptions
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("eager", "compiled", "onnxruntime")
 
 
 def by_torch(given: argparse.Namespace, compiled: bool) -> dict[str, Any]:
-    found = benchmark(
-        given.model,
-        ["basic", "LaPE"],
+    options = BenchOptions(
+        model=given.model,
         model_kwargs=given.model_kwargs,
         fold=True,
-        compiled=compiled,
+        compile=compiled,
         batch_size=given.batch_size,
         device=given.device,
         rounds=given.rounds,
         train=not compiled,
-        peers=[] if compiled else ["timm"],
+        peers=() if compiled else ("timm",),
     )
-    print("\n".join(table(found)), flush=True)
+    found = benchmark(options)
+    print("\n".join(variant_lines(found)), flush=True)
     return found
 
 
@@ -65,7 +66,7 @@ def by_onnxruntime(given: argparse.Namespace) -> dict[str, Any]:
         runs = {name: _call(session, pixels) for name, session in sessions.items()}
         times = time_rounds(runs, given.rounds, torch.device("cpu"))
         for name in sessions:
-            variants[name][part] = {"batch": batch, **compare(times[name], times["basic"])}
+            variants[name][part] = {"batch": batch, **relative_times(times[name], times["basic"])}
             low, high = variants[name][part]["ratio_interval"]
             ratio, seconds = variants[name][part]["ratio"], variants[name][part]["seconds"]
             print(

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lape
 from lape.convert.converted import conversion_of
-from lape.study.benchmark import Variant, compare, describe_machine, machine, time_rounds, training_run
+from lape.study.benchmark import Variant, describe_machine, machine, relative_times, time_rounds, training_run
 from lape.train.distributed import join_world
 
 RESULTS = Path(__file__).parent / "results"
@@ -151,7 +151,9 @@ def run(given: argparse.Namespace, device: torch.device) -> dict:
     first = next(iter(steps))
     variants = {}
     for name, (_, precision) in precisions.items():
-        variants[name] = compare(times[first], times[name]) | {"seconds": compare(times[name], times[name])["seconds"]}
+        variants[name] = relative_times(times[first], times[name]) | {
+            "seconds": relative_times(times[name], times[name])["seconds"]
+        }
         variants[name]["speed_up"], variants[name]["speed_up_interval"] = (
             variants[name].pop("ratio"),
             variants[name].pop("ratio_interval"),

@@ -12,7 +12,8 @@ from zoo import TINY
 
 import lape
 from lape.cli import app as cli
-from lape.study.benchmark import benchmark, compare, macs, peak_memory, table, time_rounds
+from lape.study.benchmark import benchmark, macs, peak_memory, relative_times, time_rounds, variant_lines
+from lape.study.options import BenchOptions
 
 WORDS = [f"{key}={value}" for key, value in TINY.items() if key != "img_size"]
 COMMAND = ["bench", "--model", "vit_tiny_patch16_224", "--image-size", "16", "--batch-size", "2", "--rounds", "3"]
@@ -67,21 +68,21 @@ def test_a_peer_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else present(name))
     said: list[str] = []
     kwargs = {key: value for key, value in TINY.items() if key != "img_size"}
-    found = benchmark(
-        "vit_tiny_patch16_224",
-        ["basic"],
+    options = BenchOptions(
+        model="vit_tiny_patch16_224",
+        joins=("basic",),
         model_kwargs=kwargs,
         image_size=16,
         batch_size=1,
         rounds=3,
         train=False,
         device="cpu",
-        peers=["torchvision", "timm"],
-        say=said.append,
+        peers=("torchvision", "timm"),
     )
+    found = benchmark(options, say=said.append)
     assert list(found["variants"]) == ["basic", "timm"]
     assert sum("torchvision is not installed" in line for line in said) == 1
-    assert table(found)[1].startswith("basic")
+    assert variant_lines(found)[1].startswith("basic")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_every_round_times_each_once_in_an_order_of_its_own():
 
 
 def test_ratios_are_taken_within_a_round():
-    found = compare([2.0, 20.0, 200.0, 2.2], [1.0, 10.0, 100.0, 1.0])  # the machine grew slower, for both alike
+    found = relative_times([2.0, 20.0, 200.0, 2.2], [1.0, 10.0, 100.0, 1.0])  # the machine grew slower, for both alike
     assert found["ratio"] == 2.0
     low, high = found["ratio_interval"]
     assert 2.0 <= low <= high <= 2.2

@@ -15,8 +15,10 @@ from lape.cli import app as cli
 from lape.cli import commands
 from lape.errors import LapeError
 from lape.files.restore import STORED
+from lape.look.options import DrawOptions
 from lape.options import PredictOptions
 from lape.recipe import OF_THE_ORIGINAL, Recipe
+from lape.study.options import DemoOptions
 
 ROOT = Path(__file__).parents[1]
 
@@ -463,35 +465,31 @@ def test_predict_names_a_file_that_cannot_be_written(
 def test_visualize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import lape.look.figures
 
-    calls: list[dict[str, Any]] = []
-    real = inspect.signature(lape.look.figures.visualize)
+    calls: list[tuple[str, str, DrawOptions]] = []
 
-    def draw(*args: Any, **kwargs: Any) -> list[Path]:
-        calls.append(dict(real.bind(*args, **kwargs).arguments))
+    def draw(source: str, save_dir: str, options: DrawOptions) -> list[Path]:
+        calls.append((source, save_dir, options))
         return [Path("d/m/PE_token_sim.jpg"), Path("d/m/overview.png")]
 
     monkeypatch.setattr(lape.look.figures, "visualize", draw)
     assert cli.run(cli.app, ["visualize", "c.pth", "--save-dir", "d", "--token", "5", "--size", "64"]) == 0
     assert cli.run(cli.app, ["visualize", "c.pth", "--save_dir", "d", "--size", "64", "32", "--ema"]) == 0
-    assert [(c["source"], c["save_dir"], c["token"], c["size"], c["ema"]) for c in calls] == [
-        ("c.pth", "d", 5, 64, False),
-        ("c.pth", "d", None, (64, 32), True),
+    assert calls == [
+        ("c.pth", "d", DrawOptions(token=5, size=(64,))),
+        ("c.pth", "d", DrawOptions(size=(64, 32), ema=True)),
     ]
+    assert [options.sides for _, _, options in calls] == [64, (64, 32)]
     assert "2 files in d/m" in capsys.readouterr().out
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lape.study.demo
+    import lape.study.compare
 
-    real = inspect.signature(lape.study.demo.run_demo)
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(
-        lape.study.demo, "run_demo", lambda *args, **kwargs: calls.append(real.bind(*args, **kwargs).arguments)
-    )
+    calls: list[DemoOptions] = []
+    monkeypatch.setattr(lape.study.compare, "demo", calls.append)
     assert cli.run(cli.app, ["demo"]) == 0
     assert cli.run(cli.app, ["demo", "--output_dir", "o", "--seeds", "2", "--epochs", "3", "--long-seeds", "0"]) == 0
-    defaults = {name: parameter.default for name, parameter in real.parameters.items()}
-    assert calls == [defaults, {**defaults, "output_dir": "o", "seeds": 2, "epochs": 3, "long_seeds": 0}]
+    assert calls == [DemoOptions(), DemoOptions(output_dir="o", seeds=2, epochs=3, long_seeds=0)]
 
 
 def test_hosts_lists_every_host(capsys: pytest.CaptureFixture[str]) -> None:

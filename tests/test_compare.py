@@ -17,9 +17,10 @@ from lape.files.read import read_checkpoint
 from lape.look.colours import COLOURS
 from lape.names import JOIN_NAMES
 from lape.recipe import Recipe
-from lape.study.compare import Comparison, combinations, compare, train_cell
-from lape.study.numbers import Cell, Run, paired_t, sentences, summarise, two_sided_p
-from lape.study.write import cell_folder
+from lape.study.compare import Study, cell_folder, combinations, compare, train_cell
+from lape.study.numbers import Run, paired_t, summarise
+from lape.study.options import CompareOptions
+from lape.study.report import sentences_on_variants
 from lape.train.loop import train
 
 TINY = Recipe.from_yaml(
@@ -27,16 +28,20 @@ TINY = Recipe.from_yaml(
 )
 
 
+def options(folder: Path, **given: Any) -> CompareOptions:
+    return CompareOptions(output_dir=str(folder), **given)
+
+
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Study:
     joins, pes = ("basic", "share", "LaPE"), ("learnable", "2D_RPE")
-    return compare(TINY, tmp_path_factory.mktemp("compare"), joins=joins, pes=pes, seeds=(0, 1), workers=1)
+    return compare(TINY, options(tmp_path_factory.mktemp("compare"), joins=joins, pes=pes, seeds=(0, 1), workers=1))
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
-def test_every_combination_with_a_meaning_is_trained(comparison: Comparison) -> None:
+def test_every_combination_with_a_meaning_is_trained(comparison: Study) -> None:
     cells = comparison.results["cells"]
     assert len(cells) == 2 * (3 + 2)
     assert {(c["pe"], c["join"]) for c in cells if c["pe"] == "2D_RPE"} == {("2D_RPE", "basic"), ("2D_RPE", "LaPE")}
@@ -45,7 +50,7 @@ def test_every_combination_with_a_meaning_is_trained(comparison: Comparison) -> 
     assert json.loads((comparison.folder / "results.json").read_text())["variants"] == comparison.results["variants"]
 
 
-def test_numbers_are_those_of_the_runs(comparison: Comparison) -> None:
+def test_numbers_are_those_of_the_runs(comparison: Study) -> None:
     for variant in comparison.results["variants"]:
         runs = [c for c in comparison.results["cells"] if (c["pe"], c["join"]) == (variant["pe"], variant["join"])]
         assert variant["final"]["mean"] == statistics.fmean(run["accuracy"] for run in runs)
@@ -65,7 +70,7 @@ def test_numbers_are_those_of_the_runs(comparison: Comparison) -> None:
         assert sentence in report
 
 
-def test_a_cell_is_the_training_of_its_recipe(comparison: Comparison) -> None:
+def test_a_cell_is_the_training_of_its_recipe(comparison: Study) -> None:
     cell = next(c for c in comparison.results["cells"] if (c["pe"], c["join"], c["seed"]) == ("learnable", "LaPE", 1))
     threads = torch.get_num_threads()
     recipe = TINY.replace(join_type="LaPE", seed=1, threads=1, num_workers=0)
@@ -77,7 +82,7 @@ def test_a_cell_is_the_training_of_its_recipe(comparison: Comparison) -> None:
 
 
 def test_what_is_done_is_skipped_and_what_is_missing_is_trained(
-    comparison: Comparison, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    comparison: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import shutil
 
@@ -90,12 +95,12 @@ def test_what_is_done_is_skipped_and_what_is_missing_is_trained(
     monkeypatch.setattr(
         lape.train.loop, "train", lambda recipe, **kwargs: (trained.append(recipe), train(recipe, **kwargs))[1]
     )
-    again = compare(TINY, tmp_path / "copy", joins=("basic", "LaPE"), seeds=(0, 1), workers=1)
+    again = compare(TINY, options(tmp_path / "copy", joins=("basic", "LaPE"), seeds=(0, 1), workers=1))
     assert [(r.join_type, r.seed) for r in trained] == [("LaPE", 0)]
     kept = [v for v in comparison.results["variants"] if v["pe"] == "learnable" and v["join"] != "share"]
     assert [v["final"] for v in again.results["variants"]] == [v["final"] for v in kept]
     with pytest.raises(LapeError, match=r"trained with epochs=1, this comparison asks for 2.*choose another"):
-        compare(TINY.replace(epochs=2), tmp_path / "copy", joins=("basic",), seeds=(0,))
+        compare(TINY.replace(epochs=2), options(tmp_path / "copy", joins=("basic",), seeds=(0,)))
 
 
 def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(tmp_path: Path) -> None:
@@ -114,13 +119,13 @@ def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(tmp_path: Path) ->
     resumed = train_cell(tmp_path / "stopped", recipe, lambda: epochs.append(1))
     torch.set_num_threads(threads)
     assert len(epochs) == 3  # one of them only after the stop
-    assert resumed.run.history == calm.run.history
-    assert resumed.run.measures == calm.run.measures
+    assert resumed.history == calm.history
+    assert resumed.measures == calm.measures
     assert not (cell_folder(tmp_path / "stopped", recipe) / "training").exists()
 
 
-def test_processes_side_by_side_find_the_same(comparison: Comparison, tmp_path: Path) -> None:
-    other = compare(TINY, tmp_path, joins=("basic", "LaPE"), seeds=(0,), workers=2)
+def test_processes_side_by_side_find_the_same(comparison: Study, tmp_path: Path) -> None:
+    other = compare(TINY, options(tmp_path, joins=("basic", "LaPE"), seeds=(0,), workers=2))
     expected = [c for c in comparison.results["cells"] if c["pe"] == "learnable" and c["seed"] == 0]
     found = {c["join"]: c["accuracy"] for c in other.results["cells"]}
     assert found == {c["join"]: c["accuracy"] for c in expected if c["join"] != "share"}
@@ -129,8 +134,8 @@ def test_processes_side_by_side_find_the_same(comparison: Comparison, tmp_path: 
 def test_data_on_the_device_side_by_side(tmp_path: Path) -> None:
     """Several seeds and joins at once on one device, which holds the images once a process."""
     recipe = TINY.replace(data_on_device=True, aa="rand-m9-mstd0.5-inc1", reprob=0.25)
-    alone = compare(recipe, tmp_path / "one", joins=("LaPE",), seeds=(0, 1), workers=1)
-    beside = compare(recipe, tmp_path / "two", joins=("LaPE",), seeds=(0, 1), workers=2)
+    alone = compare(recipe, options(tmp_path / "one", joins=("LaPE",), seeds=(0, 1), workers=1))
+    beside = compare(recipe, options(tmp_path / "two", joins=("LaPE",), seeds=(0, 1), workers=2))
     assert [c["history"] for c in beside.results["cells"]] == [c["history"] for c in alone.results["cells"]]
     assert (beside.results["workers"], beside.results["gpus"]) == (2, [])
 
@@ -158,14 +163,14 @@ def test_what_was_trained_on_a_gpu_is_measured_on_the_cpu(tmp_path: Path, monkey
 
     monkeypatch.setattr(torch.nn.Module, "cpu", lambda model: (moved.append(model), model)[1])
     monkeypatch.setattr("lape.convert.positions.positions", checked)
-    compare(TINY, tmp_path, joins=("LaPE",), seeds=(0,), workers=1)
+    compare(TINY, options(tmp_path, joins=("LaPE",), seeds=(0,), workers=1))
     assert len(moved) == 1
 
 
 def test_finished_runs_and_foreign_checkpoints_have_a_table_of_their_own(tmp_path: Path) -> None:
     run = train(TINY.replace(output_dir=str(tmp_path / "run"), join_type="share"), say=lambda _text: None)
     others = [tmp_path / "run", tmp_path / "run" / "checkpoint.pth"]
-    found = compare(TINY, tmp_path / "c", joins=("basic",), pes=("none",), seeds=(0,), runs=others, workers=1)
+    found = compare(TINY, options(tmp_path / "c", joins=("basic",), pes=("none",), seeds=(0,), runs=others, workers=1))
     first, second = found.results["others"]
     assert (first["join"], first["epochs"], first["final"]) == ("share", 1, run.accuracy)
     assert second["final"] == pytest.approx(run.accuracy)
@@ -183,7 +188,11 @@ def test_finished_runs_and_foreign_checkpoints_have_a_table_of_their_own(tmp_pat
      (3.16927, 10, 0.01), (2.26216, 9, 0.05), (63.6567, 1, 0.01), (0.0, 5, 1.0), (-2.77645, 4, 0.05)],
 )  # fmt: skip
 def test_student_t_agrees_with_printed_tables(t: float, freedom: int, p: float) -> None:
-    assert two_sided_p(t, freedom) == pytest.approx(p, rel=2e-5)
+    """The differences are built to have this t: mean t / sqrt(n), deviation 1."""
+    n = freedom + 1
+    spread = torch.arange(n).double()
+    gaps = (spread - spread.mean()) / spread.std() + t / math.sqrt(n)
+    assert paired_t(gaps.tolist()) == pytest.approx({"t": t, "p": p}, rel=2e-5, abs=1e-12)
 
 
 def test_paired_t_is_mean_over_standard_error() -> None:
@@ -194,8 +203,8 @@ def test_paired_t_is_mean_over_standard_error() -> None:
     assert paired_t([0.0, 0.0]) == {"t": None, "p": 1.0}
 
 
-def cells(join: str, accuracies: list[float]) -> list[Cell]:
-    return [Cell("vit", "learnable", Run(join, 3, s, a, a + 2, 0.5, 1.0, [], "d")) for s, a in enumerate(accuracies)]
+def runs(join: str, accuracies: list[float]) -> list[Run]:
+    return [Run("vit", "learnable", join, 3, s, a, a + 2, 0.5, 1.0, [], "d") for s, a in enumerate(accuracies)]
 
 
 @pytest.mark.parametrize(
@@ -209,8 +218,8 @@ def cells(join: str, accuracies: list[float]) -> list[Cell]:
     ],
 )
 def test_a_join_that_loses_is_shown_losing(candidate: list[float], words: list[str]) -> None:
-    variants = summarise(cells("basic", [89.0, 90.0, 91.0]) + cells("LaPE", candidate), "basic")
-    said = sentences({"baseline": "basic", "variants": variants})
+    variants = summarise(runs("basic", [89.0, 90.0, 91.0]) + runs("LaPE", candidate), "basic")
+    said = sentences_on_variants(variants, "basic")
     assert len(said) == 1
     assert all(word in said[0] for word in words), said
     assert variants[1]["best_epoch"]["mean"] == pytest.approx(variants[1]["final"]["mean"] + 2)
@@ -220,7 +229,7 @@ def test_a_join_that_loses_is_shown_losing(candidate: list[float], words: list[s
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("given", "message"),
     [
         ({"joins": ("basic", "LaPA")}, "unknown join 'LaPA'"),
         ({"pes": ("3D_sin",)}, "unknown pe"),
@@ -231,9 +240,9 @@ def test_a_join_that_loses_is_shown_losing(candidate: list[float], words: list[s
         ({"baseline": "share"}, "unknown baseline 'share'"),
     ],
 )
-def test_wrong_use_is_one_line_before_anything_is_made(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_wrong_use_is_one_line_before_anything_is_made(tmp_path: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(LapeError, match=message) as caught:
-        compare(TINY, tmp_path / "out", **options)
+        compare(TINY, options(tmp_path / "out", **given))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -241,14 +250,14 @@ def test_wrong_use_is_one_line_before_anything_is_made(tmp_path: Path, options: 
 def test_wrong_folders_and_runs_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(LapeError, match="cannot write into"):
-        compare(TINY, tmp_path / "file")
+        compare(TINY, options(tmp_path / "file"))
     with pytest.raises(LapeError, match="no such checkpoint"):
-        compare(TINY, tmp_path / "a", runs=[tmp_path / "absent.pth"])
+        compare(TINY, options(tmp_path / "a", runs=(str(tmp_path / "absent.pth"),)))
     home = tmp_path / "b" / "cells" / f"{TINY.model}.learnable.basic.seed0"
     home.mkdir(parents=True)
     (home / "result.json").write_text("{}")
     with pytest.raises(LapeError, match="is no result of a comparison"):
-        compare(TINY, tmp_path / "b", joins=("basic",), seeds=(0,))
+        compare(TINY, options(tmp_path / "b", joins=("basic",), seeds=(0,)))
 
 
 def test_combinations_keep_the_order_that_was_asked_for() -> None:
@@ -272,15 +281,13 @@ def test_a_join_that_a_model_cannot_have_is_left_out_with_the_reason() -> None:
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import lape.study.compare
 
-    calls: list[tuple[Recipe, dict[str, Any]]] = []
-    monkeypatch.setattr(lape.study.compare, "compare", lambda recipe, folder, **kw: calls.append((recipe, kw)))
+    calls: list[tuple[Recipe, CompareOptions]] = []
+    monkeypatch.setattr(lape.study.compare, "compare", lambda *given: calls.append(given))
     flags = "compare --output-dir d --joins basic share --seeds 3 4 --epochs 7 --pes 2D_sin learnable --runs r/a"
     assert cli.run(cli.app, flags.split()) == 0
-    recipe, options = calls[0]
+    recipe, given = calls[0]
     assert recipe.epochs == 7
-    assert options["joins"] == ("basic", "share")
-    assert options["seeds"] == (3, 4)
-    assert options["pes"] == ("2D_sin", "learnable")
+    assert given == options("d", joins=("basic", "share"), seeds=(3, 4), pes=("2D_sin", "learnable"), runs=("r/a",))
     assert cli.run(cli.app, ["compare", "--output-dir", "d", "--join-type", "LaPE"]) == 2
     assert "--join" in capsys.readouterr().err
 
@@ -288,7 +295,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_a_model_of_stages_is_compared_though_no_one_figure_holds_its_positions(tmp_path: Path) -> None:
     kwargs = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4, "patch_size": 2}
     recipe = TINY.replace(model="swin_tiny_patch4_window7_224", input_size=16, model_kwargs=kwargs)
-    found = compare(recipe, tmp_path, joins=("basic", "LaPE"), seeds=(0,), workers=1)
+    found = compare(recipe, options(tmp_path, joins=("basic", "LaPE"), seeds=(0,), workers=1))
     assert [cell["measures"] for cell in found.results["cells"]] == [{}, {}]
     assert {file.name for file in found.files} == {"results.json", "report.md", "curves.png"}
     saved = read_checkpoint(next((tmp_path / "cells").glob("*LaPE*")) / "model")
@@ -303,7 +310,7 @@ def test_every_join_has_a_colour_of_its_own() -> None:
 def test_the_report_of_a_model_that_pools(tmp_path: Path) -> None:
     pooled = {**TINY.model_kwargs, "class_token": False, "global_pool": "avg", "fc_norm": False}
     joins = ("basic", "PVG", "MPVG")
-    found = compare(TINY.replace(model_kwargs=pooled), tmp_path, joins=joins, seeds=(0,), workers=1)
+    found = compare(TINY.replace(model_kwargs=pooled), options(tmp_path, joins=joins, seeds=(0,), workers=1))
     assert [variant["join"] for variant in found.results["variants"]] == list(joins)
     page = (tmp_path / "report.html").read_text()
     assert all(COLOURS[join] in page for join in joins)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 import lape
 from lape.core.position import Layout, sin_2d
@@ -18,6 +19,7 @@ from lape.look.similarity import (
     monotonicity,
     raw_table,
     similarity_by_distance,
+    spearman,
     squared_distances,
     token_map,
 )
@@ -192,3 +194,13 @@ def test_measures_do_not_see_a_level_common_to_all_pairs() -> None:
     raised = 0.6 + 0.4 * maps
     for measure in (half_distance, locality_radius, monotonicity):
         assert torch.allclose(measure(maps, grid), measure(raised, grid), atol=1e-5)
+
+
+def test_rank_correlation_with_ties_and_gaps_is_that_of_what_is_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randint(0, 5, (6, 9), generator=generator), torch.randint(0, 5, (2, 6, 9), generator=generator)
+    there = torch.rand(6, 9, generator=generator) > 0.3
+    there[0] = False
+    a[1] = 3  # no spread
+    expected = [[0.0, 0.0, *(spearmanr(a[g][there[g]], x[g][there[g]]).statistic for g in range(2, 6))] for x in b]
+    assert torch.allclose(spearman(there, a.double(), b.double()), torch.tensor(expected, dtype=torch.float64))

@@ -10,31 +10,37 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lape.errors import LapeError
 from lape.recipe import Recipe
-from lape.study.demo import FILES, Agenda, Demo, claim, run_demo, stages
-from lape.study.numbers import Run, mean_std
-from lape.study.report import markdown_table, rows, sentences, summarise
+from lape.study.compare import DEMO_FILES, Study, claim, demo_stages, late
+from lape.study.compare import demo as run_demo
+from lape.study.numbers import Run, by_budget, mean_std, summarise
+from lape.study.options import DemoOptions
+from lape.study.report import markdown_table, rows_of_budgets, sentences_on_budgets
+from lape.study.workers import Agenda
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    return run_demo(tmp_path_factory.mktemp("demo"), seeds=1, epochs=1, long_factor=2, long_seeds=1, workers=1)
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return run_demo(
+        DemoOptions(output_dir=str(tmp_path_factory.mktemp("demo")), seeds=1, epochs=1, long_factor=2, workers=1)
+    )
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
-def test_all_files_are_written(demo: Demo) -> None:
-    assert {file.name for file in demo.folder.iterdir()} == set(FILES) == {file.name for file in demo.files}
+def test_all_files_are_written(demo: Study) -> None:
+    assert {file.name for file in demo.folder.iterdir()} == set(DEMO_FILES) == {file.name for file in demo.files}
     assert all(file.stat().st_size > 500 for file in demo.files)
 
 
-def test_results_agree_with_the_runs(demo: Demo) -> None:
+def test_results_agree_with_the_runs(demo: Study) -> None:
     results = json.loads((demo.folder / "results.json").read_text())
     assert [budget["epochs"] for budget in results["budgets"]] == [1, 2]
     assert {(run["join"], run["epochs"], run["seed"]) for run in results["runs"]} == {
@@ -51,25 +57,25 @@ def test_results_agree_with_the_runs(demo: Demo) -> None:
                 assert run["accuracy"] == run["history"][-1]["test_acc1"]
                 assert run["best"] == max(entry["test_acc1"] for entry in run["history"])
         assert budget["gap"]["mean"] == pytest.approx(final["LaPE"] - final["basic"])
-    assert results["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert results["versions"]["torch"] == torch.__version__
     assert results["seconds"] > 0
     assert results["recipe"]["epochs"] == 1
     assert "join_type" not in results["recipe"]
 
 
-def test_the_report_says_what_the_results_say(demo: Demo) -> None:
+def test_the_report_says_what_the_results_say(demo: Study) -> None:
     report = (demo.folder / "report.md").read_text()
     for budget in demo.results["budgets"]:
         for join in ("basic", "LaPE"):
             assert f" {budget['accuracy'][join]['mean']:.1f} |" in report
     for sentence in demo.results["sentences"]:
         assert sentence in report
-    for name in set(FILES) - {"report.md"}:
+    for name in set(DEMO_FILES) - {"report.md"}:
         assert name in report
 
 
-def test_processes_side_by_side_find_the_same(demo: Demo, tmp_path: Path) -> None:
-    other = run_demo(tmp_path, seeds=1, epochs=1, long_seeds=0, workers=2)
+def test_processes_side_by_side_find_the_same(demo: Study, tmp_path: Path) -> None:
+    other = run_demo(DemoOptions(output_dir=str(tmp_path), seeds=1, epochs=1, long_seeds=0, workers=2))
     alone = [run for run in demo.results["runs"] if run["epochs"] == 1]
     timeless = [{key: value for key, value in run.items() if key != "seconds"} for run in alone]
     for run, expected in zip(other.results["runs"], timeless, strict=True):
@@ -78,7 +84,7 @@ def test_processes_side_by_side_find_the_same(demo: Demo, tmp_path: Path) -> Non
         assert run == json.loads(json.dumps(expected))
 
 
-def test_the_number_of_threads_is_given_back(demo: Demo) -> None:
+def test_the_number_of_threads_is_given_back(demo: Study) -> None:
     assert torch.get_num_threads() == THREADS
 
 
@@ -90,13 +96,21 @@ THREADS = torch.get_num_threads()
 
 def runs(epochs: int, basic: list[float], lape: list[float]) -> list[Run]:
     def made(join: str, seed: int, accuracy: float) -> Run:
-        return Run(join, epochs, seed, accuracy, accuracy + 1, 0.5, 1.0, [], "digits")
+        return Run("vit", "learnable", join, epochs, seed, accuracy, accuracy + 1, 0.5, 1.0, [], "digits")
 
     return [made("basic", s, a) for s, a in enumerate(basic)] + [made("LaPE", s, a) for s, a in enumerate(lape)]
 
 
+def budgets_of(trained: list[Run]) -> list[dict[str, Any]]:
+    return by_budget(summarise(trained, "basic"), "basic", "LaPE")
+
+
+def words_on(trained: list[Run]) -> list[str]:
+    return sentences_on_budgets(budgets_of(trained), "basic", "LaPE")
+
+
 def test_mean_and_sample_deviation_are_paired_by_seed() -> None:
-    budget = summarise(runs(30, [60.0, 70.0, 80.0], [90.0, 91.0, 95.0]), "basic", "LaPE")[0]
+    budget = budgets_of(runs(30, [60.0, 70.0, 80.0], [90.0, 91.0, 95.0]))[0]
     assert budget["accuracy"]["basic"] == {"mean": 70.0, "std": 10.0, "n": 3}
     assert budget["gap"]["each"] == [30.0, 21.0, 15.0]
     assert budget["gap"]["std"] == pytest.approx(statistics.stdev([30, 21, 15]))
@@ -114,7 +128,7 @@ def test_mean_and_sample_deviation_are_paired_by_seed() -> None:
     ],
 )
 def test_the_words_follow_the_numbers(basic: list[float], lape: list[float], words: list[str]) -> None:
-    said = sentences(summarise(runs(30, basic, lape), "basic", "LaPE"), "basic", "LaPE")
+    said = words_on(runs(30, basic, lape))
     assert len(said) == 1
     assert all(word in said[0] for word in words)
 
@@ -127,13 +141,13 @@ def test_the_change_with_the_budget_is_over_common_seeds(
     long_basic: list[float], long_lape: list[float], word: str
 ) -> None:
     both = runs(30, [60, 0], [90, 0]) + runs(90, long_basic, long_lape)
-    said = sentences(summarise(both, "basic", "LaPE"), "basic", "LaPE")
+    said = words_on(both)
     assert f"From 30 to 90 epochs the difference {word}: +30.0 against" in said[-1]
     assert "seed 0 in both" in said[-1]
 
 
 def test_table() -> None:
-    table = rows(summarise(runs(30, [60.0, 70.0], [90.0, 91.0]), "basic", "LaPE"), "basic", "LaPE")
+    table = rows_of_budgets(budgets_of(runs(30, [60.0, 70.0], [90.0, 91.0])), "basic", "LaPE")
     assert table[1] == ["30", "2", "65.0 ± 7.1", "90.5 ± 0.7", "+25.5 ± 6.4"]
     assert markdown_table(table).splitlines()[1] == "|---|---|---|---|---|"
 
@@ -142,8 +156,8 @@ def test_table() -> None:
 
 
 def test_two_seeds_and_one_long_run_are_needed_and_come_first() -> None:
-    planned = stages(Recipe.from_yaml("digits", epochs=30), 4, 90, 2)
-    assert [(s.epochs, s.seed, s.needed) for s in planned] == [
+    planned = demo_stages(Recipe.from_yaml("digits", epochs=30), 4, 90, 2)
+    assert [(s.recipes[0].epochs, s.recipes[0].seed, s.needed) for s in planned] == [
         (30, 0, True),
         (90, 0, True),
         (30, 1, True),
@@ -159,7 +173,7 @@ def test_two_seeds_and_one_long_run_are_needed_and_come_first() -> None:
 
 @pytest.mark.parametrize(("limit", "taken"), [(None, 6), (0.0, 3), (31.0, 5), (10**6, 6)])
 def test_a_slow_machine_leaves_seeds_out(limit: float | None, taken: int) -> None:
-    agenda = Agenda(stages(Recipe.from_yaml("digits", epochs=30), 4, 90, 2), workers=2, time_limit=limit)
+    agenda = Agenda(demo_stages(Recipe.from_yaml("digits", epochs=30), 4, 90, 2), workers=2, time_limit=limit)
     count = 0
     while recipes := agenda.take():
         count += 1
@@ -169,7 +183,7 @@ def test_a_slow_machine_leaves_seeds_out(limit: float | None, taken: int) -> Non
     assert count == taken
     assert len(agenda.left_out) == 6 - taken
     assert agenda.epochs == sum(2 * e for e in (30, 90, 30, 30, 30, 90)[:taken])
-    assert bool(agenda.sentences()) == (taken < 6)
+    assert bool(late(agenda)) == (taken < 6)
 
 
 # --- wrong use --------------------------------------------------------------------------------------------------------
@@ -180,7 +194,7 @@ def test_a_slow_machine_leaves_seeds_out(limit: float | None, taken: int) -> Non
 )
 def test_wrong_numbers_are_one_line_before_anything_is_made(tmp_path: Path, numbers: dict[str, int]) -> None:
     with pytest.raises(LapeError, match=f"{next(iter(numbers))}=.* allowed") as caught:
-        run_demo(tmp_path / "out", **numbers)  # type: ignore[arg-type]
+        run_demo(DemoOptions(output_dir=str(tmp_path / "out"), **numbers))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -188,7 +202,7 @@ def test_wrong_numbers_are_one_line_before_anything_is_made(tmp_path: Path, numb
 def test_files_that_no_demo_wrote_are_kept(tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("mine")
     with pytest.raises(LapeError, match=r"report\.md, which no demo wrote"):
-        run_demo(tmp_path)
+        run_demo(DemoOptions(output_dir=str(tmp_path)))
     assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
     (tmp_path / "results.json").write_text('{"made_by": "lape demo"}')
     assert claim(tmp_path) == tmp_path
@@ -197,25 +211,17 @@ def test_files_that_no_demo_wrote_are_kept(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(LapeError, match=r"cannot write into .*choose another --output-dir"):
-        run_demo(tmp_path / "file")
+        run_demo(DemoOptions(output_dir=str(tmp_path / "file")))
 
 
 UNEVEN = """
 import sys, time
 from pathlib import Path
 from lape.recipe import Recipe
-from lape.study.workers import run_all
+from lape.study.workers import Agenda, Stage, run_all
 from lape.train.faults import sigterm
 
 folder = Path(sys.argv[1])
-
-
-class Agenda:
-    workers, epochs, recipes = 2, 2, [Recipe(seed=0), Recipe(seed=1)]
-
-    def take(self):
-        recipes, self.recipes = self.recipes, []
-        return recipes
 
 
 def job(recipe, tick):
@@ -227,7 +233,7 @@ def job(recipe, tick):
 
 
 if __name__ == "__main__":
-    run_all(Agenda(), job, str)
+    run_all(Agenda([Stage((Recipe(seed=0), Recipe(seed=1)))], workers=2), job, str)
 else:
     try:
         (folder / "first").touch(exist_ok=False)
@@ -248,7 +254,13 @@ def test_ctrl_c_ends_a_worker_that_trains_while_another_starts(tmp_path: Path) -
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
-    code = f"from lape.study.demo import run_demo\nif __name__ == '__main__': run_demo({str(tmp_path)!r}, epochs=500)"
+    options = DemoOptions(output_dir=str(tmp_path), epochs=500)
+    code = f"""
+from lape.study.compare import demo
+from lape.study.options import DemoOptions
+if __name__ == "__main__":
+    demo({options!r})
+"""
     press_ctrl_c(["-c", code], lambda children: len(children) == 3)  # the workers; a spawn starts a helper as well
     assert not list(tmp_path.iterdir())
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import lape
-from lape.look.explorer.explorer import explore, rows
+from lape.look.explorer.page import explore, rows
 from lape.look.probe import attention
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -79,7 +79,7 @@ def test_biases_and_attention_are_the_models(tmp_path: Path, photo: Path) -> Non
     weights = card["attention"][0]
     levels = unpack(weights["data"], np.uint8).reshape(bias.shape) / 255
     peaks = unpack(weights["peaks"], np.float32).reshape(*bias.shape[:-1], 1)
-    from lape.look.explorer.explorer import _photo
+    from lape.look.explorer.page import _photo
 
     expected = attention(model, _photo(model, photo, None).pixels)[:, 0, :, 1:, 1:].numpy()
     assert np.abs(levels * peaks - expected).max() < 1e-2 * expected.max()

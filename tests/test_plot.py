@@ -12,7 +12,8 @@ from PIL import Image
 import lape
 from lape.cli.original import visualize_main
 from lape.files.restore import deit_named
-from lape.look.figures import COLOURS, COSINE, Strip, compare, curves, overview, places, visualize
+from lape.look.figures import COLOUR_MAP, COSINE, Strip, curves, draw_together, overview, places, visualize
+from lape.look.options import DrawOptions
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -27,7 +28,7 @@ def model_with(
 
 
 def written(tmp_path: Path, model: torch.nn.Module, **options: object) -> tuple[set[str], dict[str, np.ndarray]]:
-    files = visualize(model, tmp_path, model_name="m", **options)  # type: ignore[arg-type]
+    files = visualize(model, tmp_path, DrawOptions(model_name="m", **options))  # type: ignore[arg-type]
     assert all(file.stat().st_size > 0 for file in files)
     assert {file.name for file in files} == {file.name for file in (tmp_path / "m").iterdir()}
     with np.load(tmp_path / "m" / "positions.npz") as numbers:
@@ -107,7 +108,7 @@ def test_the_overview_shows_the_numbers_in_one_colour_range() -> None:
     for image, values in zip(images, maps + token, strict=True):
         assert np.allclose(np.asarray(image.get_array()), values.numpy())
         assert image.get_clim() == (-1, 1)
-        assert image.get_cmap().name == COLOURS
+        assert image.get_cmap().name == COLOUR_MAP
     assert [axes.get_title() for axes in figure.axes[:2]] == ["a", "b"]
 
 
@@ -135,17 +136,17 @@ def test_nothing_in_an_overview_is_clipped_or_overlaps(layers: int, grid: tuple[
 
 def test_several_models_in_one_figure_with_one_scale(tmp_path: Path) -> None:
     models = {"LaPE": model_with("LaPE"), "unshare, wide": model_with("unshare", img_size=(16, 64), depth=3)}
-    files = compare(models, tmp_path / "c")
+    files = draw_together(models, tmp_path / "c")
     stems = {f"comparison_{what}" for what in ("overall", "centre", "corner", "edge", "measures")}
     assert {f.name for f in files} == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")}
     with pytest.raises(lape.LapeError, match="1 of 2 models have positions"):
-        compare({"a": model_with("LaPE"), "b": model_with("LaPE", "2D_RPE")}, tmp_path / "d")
+        draw_together({"a": model_with("LaPE"), "b": model_with("LaPE", "2D_RPE")}, tmp_path / "d")
     assert not (tmp_path / "d").exists()
 
 
 def test_biases_of_several_models_in_one_figure(tmp_path: Path) -> None:
     models = {"basic": model_with("basic", "2D_RPE"), "LaPE, deep": model_with("LaPE", "1D_RPE", depth=4)}
-    files = compare({**models, "alone": model_with("LaPE")}, tmp_path)
+    files = draw_together({**models, "alone": model_with("LaPE")}, tmp_path)
     stems = {f"comparison_bias_{place}" for place in ("centre", "corner", "edge")}
     assert {f.name for f in files} == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")}
 
@@ -194,14 +195,14 @@ assert "matplotlib.pyplot" not in sys.modules
     [
         ({"token": 16}, "token 16 is outside the 4 x 4 grid"),
         ({"view": "raw"}, "unknown view 'raw'"),
-        ({"size": 33}, "no multiple of the patch"),
+        ({"size": (33,)}, "no multiple of the patch"),
         ({"model_name": "../m"}, "not the name of a folder"),
-        ({"join": "LaPE"}, "a model was given"),
+        ({"join_type": "LaPE"}, "a model was given"),
     ],
 )
 def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(lape.LapeError, match=message) as caught:
-        visualize(model_with("LaPE"), tmp_path / "out", **options)  # type: ignore[arg-type]
+        visualize(model_with("LaPE"), tmp_path / "out", DrawOptions(**options))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -210,11 +211,11 @@ def test_what_has_no_positions_is_refused(tmp_path: Path) -> None:
     for model, options, message in (
         (model_with("basic", "none"), {}, "nothing to show"),
         (model_with("LaPE", "2D_RPE"), {"view": "seen"}, "leave size and view out"),
-        (model_with("LaPE", "2D_RPE"), {"size": 64}, "leave size and view out"),
+        (model_with("LaPE", "2D_RPE"), {"size": (64,)}, "leave size and view out"),
         (torch.nn.Linear(2, 2), {}, "not converted"),
     ):
         with pytest.raises(lape.LapeError, match=message):
-            visualize(model, tmp_path / "out", **options)  # type: ignore[arg-type]
+            visualize(model, tmp_path / "out", DrawOptions(**options))  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
@@ -286,7 +287,7 @@ def test_a_checkpoint_of_the_authors(tmp_path: Path) -> None:
     path = SHARED / "reference" / "deit_tiny_lape_64px.pth"
     if not path.exists():
         pytest.skip("the authors' checkpoint is not here")
-    files = visualize(path, tmp_path, model_name="deit_t_LaPE", join="LaPE", pe="learnable")
+    files = visualize(path, tmp_path, DrawOptions(model_name="deit_t_LaPE", join_type="LaPE", pe="learnable"))
     names = {file.name for file in files}
     assert {f"LaPE_layer{i}_sim_overall.jpg" for i in range(12)} <= names
     assert "PE_token_sim.jpg" in names

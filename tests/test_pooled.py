@@ -130,6 +130,22 @@ def test_looks(join):
             lape.last_position(model)
 
 
+@pytest.mark.parametrize("join", ["PVG", "MPVG"])
+def test_block_0_is_watched_where_basic_adds_its_position(join):
+    """Equation 7 in block 0, its position being in the tokens that enter; the two terms' sum in those behind it."""
+    model = lape.apply_(make(), join)
+    shake_position(model)
+    x = image(model)
+    received, whole_of = lape.positions(model), []
+    model.blocks[0].register_forward_pre_hook(lambda _module, args: whole_of.append(args[0]))
+    for block in model.blocks[1:]:
+        block.norm1.register_forward_hook(lambda _module, _args, output: whole_of.append(output))
+    found = token_and_position(model, x)
+    for layer, whole in enumerate(whole_of):
+        ratio = received[layer].std(-1, correction=0) / whole.std(-1, correction=0)
+        assert found.scale[layer].item() == pytest.approx(ratio.mean().item(), rel=1e-4)
+
+
 def test_another_size_at_load_and_at_run_time():
     model, other = lape.apply_(make(dynamic_img_size=True), "MPVG"), lape.apply_(make(dynamic_img_size=True), "MPVG")
     x = torch.randn(2, 3, 24, 20)
@@ -151,6 +167,7 @@ def test_a_warm_start_is_the_host_at_first():
         ("PVG", {"class_token": True, "global_pool": "token"}, "reads a class token.*class_token=False"),
         ("MPVG", {"class_token": True, "global_pool": "token"}, "reads a class token.*class_token=False"),
         ("MPVG", {"fc_norm": True}, "none before it pools.*fc_norm=False"),
+        ("PVG", {"reg_tokens": 2, "pool_include_prefix": True}, "its pooling is not known"),
     ],
 )
 def test_refused_with_the_reason(join, kwargs, reason):

@@ -1,6 +1,7 @@
 """What is watched while a model looks at images: attention, token statistics, probes; for every host."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -102,6 +103,15 @@ def test_distance_of_uniform_attention_is_the_mean_distance(height: int, width: 
     assert found.flatten().tolist() == pytest.approx([expected] * 6, rel=1e-5)
 
 
+@pytest.mark.parametrize(("patch", "image"), [((4, 16), (16, 32)), ((16, 4), (32, 16))])
+def test_distance_counts_the_sides_of_a_patch_that_is_no_square(patch: tuple[int, int], image: tuple[int, int]) -> None:
+    model = uniform(model_with(patch_size=patch, img_size=image))
+    rows, columns = image[0] // patch[0], image[1] // patch[1]
+    place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float() * torch.tensor(patch)
+    expected = torch.cdist(place, place).mean().item()
+    assert attention_distance(model, photos(2, *image)).flatten().tolist() == pytest.approx([expected] * 6, rel=1e-5)
+
+
 def test_rollout_of_uniform_attention_is_uniform_and_sums_to_one() -> None:
     found = rollout(uniform(model_with()), photos())
     assert found.shape == (3, 4, 4)
@@ -155,6 +165,17 @@ def test_position_alone_tells_where() -> None:
     assert where_am_i(model_with("basic", "none"), blank)[0].tolist() == pytest.approx([0, 0], abs=1e-3)
     line = where_am_i(model_with("basic", "2D_sin", img_size=(8, 32)), torch.zeros(2, 3, 8, 32))
     assert line[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("what", ["stream", "seen"])
+def test_a_ridge_pulls_the_probe_to_the_middle_of_the_grid(what: Literal["stream", "seen"]) -> None:
+    """Without an image every token is a row of the table: R^2 falls from 1 to 0 as the ridge grows."""
+    blank = torch.zeros(2, 3, 32, 32)
+    model = model_with("basic", "2D_sin")
+    scores = [where_am_i(model, blank, what, ridge=ridge)[0] for ridge in (1e-9, 1.0, 1e9)]
+    assert scores[0].tolist() == pytest.approx([1, 1], abs=1e-3)
+    assert ((scores[1] > 0.01) & (scores[1] < 0.99)).all()
+    assert scores[2].tolist() == pytest.approx([0, 0], abs=1e-3)
 
 
 def test_last_norm() -> None:

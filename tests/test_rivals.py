@@ -22,6 +22,7 @@ from lape.core.conditional import PEG, Generating
 from lape.core.joined import join_module
 from lape.recipe import Recipe
 from lape.study.compare import compare
+from lape.study.options import CompareOptions
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.loop import train
 
@@ -247,9 +248,8 @@ def test_one_table_of_rivals(tmp_path: Path) -> None:
     size["init_values"] = 1e-5  # LayerScale, which timm's rotary models have
     recipe = Recipe.from_yaml("digits", epochs=1, batch_size=256, model_kwargs={**size, "fc_norm": False})
     rivals = ("vit_small_patch16_rope_224", ROPE)
-    found = compare(
-        recipe,
-        tmp_path / "c",
+    options = CompareOptions(
+        output_dir=str(tmp_path / "c"),
         joins=("basic", "LaPE", "MPVG"),
         pes=("none", "PEG", "2D_RPE", "learnable"),
         rivals=rivals,
@@ -257,6 +257,7 @@ def test_one_table_of_rivals(tmp_path: Path) -> None:
         seeds=(0,),
         workers=1,
     )
+    found = compare(recipe, options)
     rows = [(v["model"], v["pe"], v["join"]) for v in found.results["variants"]]
     vit = recipe.model
     assert rows == [
@@ -294,10 +295,13 @@ def test_one_table_of_rivals(tmp_path: Path) -> None:
 )
 def test_wrong_rivals_are_one_line_before_anything_is_made(rivals, message, tmp_path):
     recipe = Recipe.from_yaml("digits", epochs=1)
+    out = str(tmp_path / "out")
+    options = CompareOptions(output_dir=out, rivals=rivals, rival_kwargs=None if rivals else {})
     with pytest.raises(lape.LapeError, match=message):
-        compare(recipe, tmp_path / "out", rivals=rivals, rival_kwargs=None if rivals else {})
+        compare(recipe, options)
+    twice = CompareOptions(output_dir=out, models=(ROPE,), joins=("basic",), pes=("own",), rivals=(ROPE,))
     with pytest.raises(lape.LapeError, match="is a model and a rival"):
-        compare(recipe, tmp_path / "out", models=[ROPE], joins=["basic"], pes=["own"], rivals=[ROPE])
+        compare(recipe, twice)
     assert not (tmp_path / "out").exists()
 
 
@@ -305,13 +309,13 @@ def test_the_command_has_rivals(monkeypatch):
     import lape.study.compare
 
     calls = []
-    monkeypatch.setattr(lape.study.compare, "compare", lambda recipe, folder, **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(lape.study.compare, "compare", lambda _recipe, options: calls.append(options))
     flags = f"compare --output-dir d --pes none PEG learnable --rivals {ROPE} vit_small_patch16_rope_224"
     flags += " --rival-kwargs init_values=1e-5 depth=2"
     assert cli.run(cli.app, flags.split()) == 0
-    assert calls[0]["rivals"] == (ROPE, "vit_small_patch16_rope_224")
-    assert calls[0]["pes"] == ("none", "PEG", "learnable")
-    assert calls[0]["rival_kwargs"] == {"init_values": 1e-5, "depth": 2}
+    assert calls[0].rivals == (ROPE, "vit_small_patch16_rope_224")
+    assert calls[0].pes == ("none", "PEG", "learnable")
+    assert calls[0].rival_kwargs == {"init_values": 1e-5, "depth": 2}
 
 
 def test_timm_names_of_the_documentation_exist():

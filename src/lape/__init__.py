@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lape.files.names import load_reference_state_dict, to_reference_state_dict
     from lape.files.read import Checkpoint, read_checkpoint
     from lape.host import Host, hosts, register_host
-    from lape.look.explorer.explorer import explore
+    from lape.look.explorer import explore
     from lape.look.similarity import correlation
 
 __version__ = "0.1.0"
@@ -46,7 +46,7 @@ _HOME = {
     "files.names": ("load_reference_state_dict", "to_reference_state_dict"),
     "files.read": ("Checkpoint", "read_checkpoint"),
     "host": ("Host", "hosts", "register_host"),
-    "look.explorer.explorer": ("explore",),
+    "look.explorer": ("explore",),
     "look.similarity": ("correlation",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -2,17 +2,20 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from lape.cli.app import GROUPS, _keywords, app, original, takes
+from lape.cli.app import GROUPS, app, original, takes
+from lape.cli.options import takes_options
 from lape.cli.original import LauncherFlags, OriginalFlags
 from lape.errors import LapeError, arguments_as
+from lape.look.options import DrawOptions
 from lape.options import ExportOptions, PredictOptions
 from lape.recipe import Recipe
+from lape.study.options import BenchOptions, CompareOptions, DemoOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,30 +39,12 @@ NOT_COMPARED = (
 
 
 @app.command
-def demo(
-    *,
-    output_dir: Annotated[str, Parameter(help="where report.md, results.json and the figures go")] = "lape-demo",
-    seeds: Annotated[int, Parameter(help="trainings of each join")] = 5,
-    epochs: Annotated[int | None, Parameter(help="length of a training (default: the packaged recipe's)")] = None,
-    long_factor: Annotated[int, Parameter(help="the longer budget, as a multiple of the epochs")] = 3,
-    long_seeds: Annotated[int, Parameter(help="trainings of each join with the longer budget; 0: none")] = 1,
-    workers: Annotated[int, Parameter(help="trainings side by side, one thread each")] = 2,
-    time_limit: Annotated[
-        float | None, Parameter(help="seeds that would end later, in seconds, are left out; none: all are run")
-    ] = 150.0,
-) -> None:
+@takes_options(DemoOptions)
+def demo(options: DemoOptions) -> None:
     """Train basic and LaPE side by side on the packaged digits: a table, curves and a report in minutes."""
-    from lape.study.demo import run_demo
+    from lape.study.compare import demo as run_demo
 
-    run_demo(
-        output_dir,
-        seeds=seeds,
-        epochs=epochs,
-        long_factor=long_factor,
-        long_seeds=long_seeds,
-        workers=workers,
-        time_limit=time_limit,
-    )
+    run_demo(options)
 
 
 @original.default
@@ -88,55 +73,21 @@ def train(
 
 
 @app.command(name="compare")
+@takes_options(CompareOptions)
 @takes(name for name in Recipe.model_fields if name not in NOT_COMPARED)
 def compare(
+    options: CompareOptions,
     *,
-    output_dir: Annotated[str, Parameter(help="where cells and report go; what is done there is skipped")],
     recipe: Annotated[
         str, Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"])
     ] = "digits",
-    joins: Annotated[tuple[str, ...], Parameter(help="joins to compare")] = ("basic", "LaPE"),
-    pes: Annotated[tuple[str, ...], Parameter(help="kinds of position embedding")] = ("learnable",),
-    models: Annotated[tuple[str, ...], Parameter(help="timm names (default: the recipe's)")] = (),
-    rivals: Annotated[tuple[str, ...], Parameter(help="timm names, each trained as it is, by the same recipe")] = (),
-    rival_kwargs: Annotated[
-        dict[str, Any] | None,
-        Parameter(
-            help="--model-kwargs of the rivals (default: the same)",
-            converter=_keywords,
-            accepts_keys=False,
-            n_tokens=-1,
-            json_dict=False,
-        ),
-    ] = None,
-    seeds: Annotated[tuple[int, ...], Parameter(help="seeds of each combination")] = (0, 1, 2),
-    baseline: Annotated[
-        str | None, Parameter(help="join that the others are compared with (default: basic, or the first)")
-    ] = None,
-    runs: Annotated[
-        tuple[str, ...], Parameter(help="finished runs and checkpoints to show beside, in a table of their own")
-    ] = (),
-    workers: Annotated[int, Parameter(help="trainings side by side, one thread each; also on one GPU")] = 2,
     _original: Annotated[OriginalFlags, Parameter(name="*")] = OriginalFlags(),  # noqa: B008
     **given: Any,
 ) -> None:
     """Train joins, kinds, models and seeds by one recipe and compare them: table, test, curves, report, explorer."""
-    from lape.study.compare import compare as run_matrix
+    from lape.study.compare import compare as run_comparison
 
-    settings = Recipe.from_yaml(recipe, **given)
-    run_matrix(
-        settings,
-        output_dir,
-        joins=joins,
-        pes=pes,
-        models=models,
-        rivals=rivals,
-        rival_kwargs=rival_kwargs,
-        seeds=seeds,
-        baseline=baseline,
-        runs=runs,
-        workers=workers,
-    )
+    run_comparison(Recipe.from_yaml(recipe, **given), options)
 
 
 @app.command(name="eval")
@@ -198,25 +149,15 @@ def predict(
 
 @app.command
 @arguments_as(model="--model-name deit_t_LaPE", join="--join-type", pe="--pe", size="--size", ema="--ema")
+@takes_options(DrawOptions)
 def visualize(
+    options: DrawOptions,
     *checkpoints: Annotated[str, Parameter(help=".pth files or folders written by lape.save")],
     save_dir: Annotated[str | None, Parameter(help="the pictures go into SAVE_DIR/MODEL_NAME/")] = None,
     html: Annotated[str | None, Parameter(help="write the explorer, one file for the browser, here")] = None,
     image: Annotated[
         tuple[str, ...], Parameter(help="with --html: photographs to look at, for attention as well")
     ] = (),
-    model_name: Annotated[str | None, Parameter(help="name of the folder (default: model and join)")] = None,
-    token: Annotated[int | None, Parameter(help="patch whose map is drawn (default: the centre)")] = None,
-    size: Annotated[
-        tuple[int, ...] | None, Parameter(help="image side, or height and width, pixels (default: the model's)")
-    ] = None,
-    view: Annotated[
-        Literal["seen", "received", "unbiased"] | None,
-        Parameter(help="positions as attention sees them (unbiased: less the norm's bias) or a block receives them"),
-    ] = None,
-    join_type: Annotated[str | None, Parameter(help="must agree with the checkpoint, if it says")] = None,
-    pe: Annotated[str | None, Parameter(help="must agree with the checkpoint, if it says")] = None,
-    ema: Annotated[bool, Parameter(help="draw the averaged weights", negative=())] = False,
 ) -> None:
     """Draw what the position embedding became in every layer, and write the numbers (.npz).
 
@@ -226,59 +167,55 @@ def visualize(
         raise LapeError("no checkpoint was given: lape visualize CHECKPOINT --save-dir DIR")
     if save_dir is None and html is None:
         raise LapeError("nothing to write: give --save-dir DIR for pictures, --html FILE for the explorer, or both")
-    if size is not None and len(size) > 2:
-        raise LapeError(f"--size {' '.join(map(str, size))} has {len(size)} values: give one, or height and width")
     if image and html is None:
         raise LapeError("--image shows photographs in the explorer: give --html FILE as well")
-    if save_dir is None and (token is not None or view is not None):
+    if save_dir is None and (options.token is not None or options.view is not None):
         raise LapeError("--token and --view choose what pictures show: give --save-dir DIR as well")
-    if len(checkpoints) > 1 and model_name is not None and save_dir is not None:
+    if len(checkpoints) > 1 and options.model_name is not None and save_dir is not None:
         raise LapeError("--model-name names the folder of one checkpoint, several were given: leave it out")
-    sides = size if size is None or len(size) == 2 else size[0]
-
     if save_dir is not None:
-        from lape.look.figures import left_over
-        from lape.look.figures import visualize as draw
-        from lape.train.start import short
-
-        for checkpoint in checkpoints:
-            files = draw(
-                checkpoint,
-                save_dir,
-                model_name=model_name,
-                token=token,
-                size=sides,
-                view=view,
-                join=join_type,
-                pe=pe,
-                ema=ema,
-            )
-            first = next(f for f in files if f.stem == "overview")
-            print(f"{len(files)} files in {files[0].parent}, first look at {first}")
-            if old := left_over(files):
-                print(
-                    f"{len(old)} of an earlier drawing are still in that folder ({short(old)}): they do not belong to "
-                    "this one; remove them, or choose another --model-name"
-                )
-        if len(checkpoints) > 1:
-            from lape.files.read import read_checkpoint
-            from lape.files.restore import restore_to_draw
-            from lape.look.figures import compare as draw_together
-            from lape.look.figures import sorts
-
-            chosen: dict[str, Any] = {"size": sides, "ema": ema, "join": join_type, "pe": pe}
-            models = {c: restore_to_draw(read_checkpoint(c), model_name, **chosen)[0] for c in checkpoints}
-            if max(map(len, sorts(models))) > 1:
-                print(f"{len(draw_together(models, save_dir, view=view or 'seen'))} files of all models in {save_dir}")
-            else:
-                print("no figure of all models: one has positions, another a bias on attention logits")
+        _draw(checkpoints, save_dir, options)
     if html is not None:
-        from lape.look.explorer.explorer import explore
+        from lape.look.explorer import explore
 
         page = explore(
-            checkpoints, html, images=image, size=sides, model_name=model_name, join=join_type, pe=pe, ema=ema
+            checkpoints,
+            html,
+            images=image,
+            size=options.sides,
+            model_name=options.model_name,
+            join=options.join_type,
+            pe=options.pe,
+            ema=options.ema,
         )
         print(f"open {page} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
+
+
+def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> None:
+    """The pictures of `lape visualize`."""
+    from lape.files.read import read_checkpoint
+    from lape.files.restore import restore_to_draw
+    from lape.look import figures
+    from lape.train.start import short
+
+    for checkpoint in checkpoints:
+        files = figures.visualize(checkpoint, save_dir, options)
+        first = next(f for f in files if f.stem == "overview")
+        print(f"{len(files)} files in {files[0].parent}, first look at {first}")
+        if old := figures.left_over(files):
+            print(
+                f"{len(old)} of an earlier drawing are still in that folder ({short(old)}): they do not belong to "
+                "this one; remove them, or choose another --model-name"
+            )
+    if len(checkpoints) == 1:
+        return
+    chosen: dict[str, Any] = {"size": options.sides, "ema": options.ema, "join": options.join_type, "pe": options.pe}
+    models = {c: restore_to_draw(read_checkpoint(c), options.model_name, **chosen)[0] for c in checkpoints}
+    if max(map(len, figures.sorts(models))) > 1:
+        files = figures.draw_together(models, save_dir, view=options.view or "seen")
+        print(f"{len(files)} files of all models in {save_dir}")
+    else:
+        print("no figure of all models: one has positions, another a bias on attention logits")
 
 
 @app.command
@@ -298,74 +235,25 @@ def export(
 
 
 @app.command
+@takes_options(BenchOptions)
 def bench(
+    options: BenchOptions,
     *,
-    model: Annotated[str, Parameter(help="timm name of the Vision Transformer")] = Recipe.model_fields["model"].default,
-    model_kwargs: Annotated[
-        dict[str, Any] | None,
-        Parameter(
-            help="more arguments of the timm model: KEY=VALUE pairs or JSON",
-            converter=_keywords,
-            accepts_keys=False,
-            n_tokens=-1,
-            json_dict=False,
-        ),
-    ] = None,
-    joins: Annotated[tuple[str, ...], Parameter(help="joins; the first is what others are compared with")] = (
-        "basic",
-        "LaPE",
-    ),
-    pe: Annotated[str | None, Parameter(help="kind of position embedding (default: the model's own)")] = None,
-    fold: Annotated[bool, Parameter(help="folded forms as well, for inference", negative=())] = False,
-    compile: Annotated[bool, Parameter(help="measure compiled models", negative=())] = False,
-    amp: Annotated[Literal["none", "bf16", "fp16"], Parameter(help="mixed precision")] = "none",
-    batch_size: Annotated[int, Parameter(help="images a step")] = Recipe.model_fields["batch_size"].default,
-    image_size: Annotated[int | None, Parameter(help="side in pixels (default: the model's)")] = None,
-    device: Annotated[str, Parameter(help="auto (CUDA when there is one), cpu, cuda, cuda:N")] = "auto",
-    threads: Annotated[int, Parameter(help="CPU threads of torch; 0: torch decides")] = 0,
-    rounds: Annotated[int, Parameter(help="how often each variant is timed, in turn")] = 20,
-    train: Annotated[bool, Parameter(help="time a training step")] = True,
-    inference: Annotated[bool, Parameter(help="time inference, and the latency of one image")] = True,
-    peers: Annotated[
-        tuple[str, ...], Parameter(help="the same ViT without lape beside it, of timm, torchvision, transformers")
-    ] = (),
     json: Annotated[
         str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
     ] = None,
 ) -> None:
     """Measure what joins cost: parameters, MACs, images a second, latency and memory, in interleaved rounds."""
-    if threads < 0:
-        raise LapeError(f"--threads {threads} is not allowed: give 0 or more")
     if json not in (None, "-") and (Path(json).is_dir() or not Path(json).parent.is_dir()):
         raise LapeError(f"--json {json!r} cannot be written: give a file in a folder that exists")
 
-    import torch
+    from lape.study.benchmark import benchmark, variant_lines
 
-    from lape.study.benchmark import benchmark, table
-
-    if threads:
-        torch.set_num_threads(threads)
-    found = benchmark(
-        model,
-        joins,
-        pe=pe,
-        model_kwargs=model_kwargs,
-        fold=fold,
-        compiled=compile,
-        amp=amp,
-        batch_size=batch_size,
-        image_size=image_size,
-        device=device,
-        rounds=rounds,
-        train=train,
-        inference=inference,
-        peers=peers,
-        say=(lambda line: print(line, file=sys.stderr)) if json == "-" else print,
-    )
+    results = benchmark(options, say=(lambda line: print(line, file=sys.stderr)) if json == "-" else print)
     if json is not None:
-        _write(json, _as_json(found))
+        _write(json, _as_json(results))
     if json != "-":
-        print("\n".join(["", *table(found)]))
+        print("\n".join(["", *variant_lines(results)]))
 
 
 @app.command(name="check-data")

@@ -103,8 +103,10 @@ def visualize_main(tokens: Sequence[str] | None = None) -> int:
         token: the patch that is compared with all others, row x columns + column [default: the centre]
         """
         from lape.look.figures import visualize
+        from lape.look.options import DrawOptions
 
-        written = visualize(ckpt_path, save_dir, model_name=model_name, token=token, join=join_type, pe=pe)
+        options = DrawOptions(model_name=model_name, token=token, join_type=join_type, pe=pe)
+        written = visualize(ckpt_path, save_dir, options)
         print(f"Visualization done! {len(written)} files in {written[0].parent}")
 
     return run(app, sys.argv[1:] if tokens is None else tokens)

@@ -259,7 +259,8 @@ class AtBlocks(WithTable):
         self.per_block = join.table_per_block
         if not self.per_block:
             return
-        first: Any = (self._in_slot or [*self.tables.values(), link_table(anatomy)])[0]
+        candidates: list[Any] = self._in_slot or [*self.tables.values(), link_table(anatomy)]
+        first = candidates[0]
         for layer in range(1, len(anatomy.blocks)):
             if new or link_table(anatomy) is None:
                 made = new_table(anatomy, kind, layer)

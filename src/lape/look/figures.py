@@ -5,16 +5,17 @@ colour-blind readers can tell apart. Figures are built without pyplot: no window
 Shape suffixes: L layers, N tokens, n patches (prefix tokens left out), D width, H heads.
 """
 
+from __future__ import annotations
+
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,25 +25,18 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from lape.convert.positions import Description, Size, View, describe, position_bias, positions
+from lape.convert.positions import Description, View, describe, position_bias
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError
 from lape.files.atomic import write_atomically
 from lape.files.read import read_checkpoint
 from lape.files.restore import restore_to_draw
-from lape.look.colours import COLOURS as JOIN_COLOURS
+from lape.look.colours import COLOURS
 from lape.look.measures import MEASURES, measure_all
-from lape.look.similarity import (
-    center_token,
-    check_token,
-    cosine,
-    grid_at,
-    raw_table,
-    similarity_by_distance,
-    token_map,
-)
+from lape.look.options import DrawOptions
+from lape.look.similarity import Maps, center_token, check_token, similarity_by_distance, token_map
 
-COLOURS = "RdBu_r"
+COLOUR_MAP = "RdBu_r"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 WHO: dict[View, str] = {
     "seen": "each layer sees them",
@@ -61,7 +55,7 @@ def draw_map(axes: Axes, values: Tensor, grid: Grid, token: int | None, norm: No
     Ticks count patches; those of an n x n map stand where a row of the grid begins. Returns the image.
     """
     height, width = values.shape
-    image = axes.imshow(values.numpy(), cmap=COLOURS, norm=norm, interpolation="antialiased", aspect="equal")
+    image = axes.imshow(values.numpy(), cmap=COLOUR_MAP, norm=norm, interpolation="antialiased", aspect="equal")
     unit = 1 if token is not None else grid[1]
     axes.set_xticks(_ticks(width, unit, most_ticks))
     axes.set_yticks(_ticks(height, unit, most_ticks))
@@ -186,16 +180,7 @@ def _bands(count: int, most: int) -> list[range]:
 
 
 def visualize(
-    source: str | PathLike[str] | nn.Module,
-    save_dir: str | PathLike[str],
-    *,
-    model_name: str | None = None,
-    token: int | None = None,
-    size: Size | None = None,
-    view: View | None = None,
-    join: str | None = None,
-    pe: str | None = None,
-    ema: bool = False,
+    source: str | PathLike[str] | nn.Module, save_dir: str | PathLike[str], options: DrawOptions | None = None
 ) -> list[Path]:
     """Draws what a model's positions became in every layer, into the folder `<save_dir>/<model_name>/`.
 
@@ -205,36 +190,41 @@ def visualize(
     and `measures` (curves over depth), each as PNG, PDF and SVG; and the numbers in `positions.npz`.
     Layers count from 0. The names are those of the LaPE authors' script.
 
-    Args:
-        source: a converted model, or a checkpoint that `lape.files.read.read_checkpoint` reads.
-        model_name: names the folder; deit_{t,s,b}[_distill]_... also says the model where the checkpoint does not.
-        token: index k of the patch, row x columns + column; None is the centre (90 on 14 x 14).
-        size: image size in pixels, None the model's own.
-        view: as in `lape.positions`, None is "seen"; a relative bias has no views.
-        join, pe, ema: for a checkpoint: what it must hold (None: what it says); draw its averaged weights.
-
+    `source` is a converted model, or a checkpoint that `lape.files.read.read_checkpoint` reads; of the options, join,
+    pe and ema are for checkpoints: what it must hold (None: what it says), and whose weights. As model_name,
+    deit_{t,s,b}[_distill]_... also says the model where the checkpoint does not. A relative bias has no views.
     Files that an earlier call drew there and this one does not replace stay; `left_over` names them.
 
     Returns the files written. Raises LapeError for a model without positions, a token outside the grid, a view or size
     that means nothing, a checkpoint that cannot be read or contradicts join or pe, a folder that cannot be written.
     """
+    options = options or DrawOptions()
     if isinstance(source, nn.Module):
-        if join is not None or pe is not None or ema:
+        if options.join_type is not None or options.pe is not None or options.ema:
             raise LapeError(
                 "join, pe and ema choose what is read from a checkpoint, and a model was given: leave them out"
             )
-        model, name = source, model_name or f"{type(source).__name__}_{describe(source).join}"
+        model, name = source, options.model_name or f"{type(source).__name__}_{describe(source).join}"
     else:
-        checkpoint = read_checkpoint(source)
-        model, name = restore_to_draw(checkpoint, model_name, size=size, ema=ema, join=join, pe=pe)
+        model, name = restore_to_draw(
+            read_checkpoint(source),
+            options.model_name,
+            size=options.sides,
+            ema=options.ema,
+            join=options.join_type,
+            pe=options.pe,
+        )
     about = describe(model)
     if name in ("", ".", "..") or Path(name).name != name:
         raise LapeError(f"model_name={name!r} is not the name of a folder: put the path into save_dir")
+    pictures = Pictures(Path(save_dir) / name)
     if KINDS[about.pe].is_bias:
-        if size is not None or view is not None:
+        if options.size is not None or options.view is not None:
             raise LapeError(f"pe={about.pe!r} is a bias on attention logits of one grid: leave size and view out")
-        return _draw_biases(model, Path(save_dir) / name, about, token)
-    return _draw_positions(model, Path(save_dir) / name, about, token, size, view or "seen")
+        return _draw_biases(pictures, model, about, check_token(about.grid, options.token))
+    view = options.view or "seen"
+    maps = Maps.of(model, options.sides, view)
+    return _draw_positions(pictures, maps, about, check_token(maps.grid, options.token), view)
 
 
 def left_over(written: Sequence[Path]) -> list[str]:
@@ -249,49 +239,44 @@ _DRAWN = re.compile(
 )
 
 
-def _draw_positions(
-    model: nn.Module, folder: Path, about: Description, token: int | None, size: Size | None, view: View
-) -> list[Path]:
-    positions_LND = positions(model, size, view).detach()
-    table_ND = raw_table(model, size)
-    grid = grid_at(model, size)
-    token = check_token(grid, token)
-    correlation_Lnn = cosine(positions_LND[:, about.prefix_tokens :])
-    maps_Lhw = token_map(correlation_Lnn, grid, token)
-    overall, single = (
-        Strip("all patches", list(correlation_Lnn), grid),
-        Strip(f"token {token}", list(maps_Lhw), grid, token),
-    )
-    layers = [f"layer {layer}" for layer in range(len(correlation_Lnn))]
-    what = _what(folder, about, grid)
+def _draw_positions(pictures: Pictures, maps: Maps, about: Description, token: int, view: View) -> list[Path]:
+    what = _what(pictures.folder, about, maps.grid)
+    layers = maps.columns
+    table = layers.pop("table P", None)
+    overall = Strip("all patches", list(layers.values()), maps.grid)
+    single = _strip_of_token(f"token {token}", layers.values(), maps.grid, token)
+    for strip, suffix in ((overall, "sim_overall"), (single, f"sim_{token}thToken")):
+        pictures.add_maps(
+            strip, list(layers), what, [f"{about.join}_layer{i}_{suffix}.jpg" for i in range(len(layers))]
+        )
+    if table is not None:
+        raw = _strip_of_token(single.label, [table], maps.grid, token)
+        pictures.add_maps(raw, ["table P"], what, ["PE_token_sim.jpg"])
+    every, columns = list(maps.columns.values()), list(maps.columns)
+    strips = [replace(overall, maps=every), _strip_of_token(single.label, every, maps.grid, token)]
+    title = f"{what}\npositions as {WHO[view]}"
+    pictures.add_figure(overview(f"{title}; {_place(token, maps.grid)}", strips, columns, *COSINE), "overview")
+    strips = [_strip_of_token(f"{name}\n{k}", every, maps.grid, k) for name, k in places(maps.grid).items()]
+    pictures.add_figure(overview(title, strips, columns, *COSINE), "places")
+    measures = measure_all(maps.layers_Lnn, maps.patches_LnD, maps.grid)
+    pictures.add_figure(curves(what, {about.join: measures}), "measures")
+    distance_K, similarity_LK = similarity_by_distance(maps.layers_Lnn, maps.grid)
+    numbers = {
+        "positions": maps.positions_LND,
+        "correlation": maps.layers_Lnn,
+        "token_maps": token_map(maps.layers_Lnn, maps.grid, token),
+        "distance": distance_K,
+        "similarity_by_distance": similarity_LK,
+        **measures,
+    }
+    if maps.table_ND is not None and table is not None:
+        numbers |= {"table": maps.table_ND, "table_correlation": table}
+    return pictures.finish(numbers, about, grid=maps.grid, token=token, view=view)
 
-    pictures = Pictures(folder)
-    pictures.add_maps(overall, layers, what, [f"{about.join}_layer{i}_sim_overall.jpg" for i in range(len(layers))])
-    pictures.add_maps(
-        single, layers, what, [f"{about.join}_layer{i}_sim_{token}thToken.jpg" for i in range(len(layers))]
-    )
-    numbers = {"positions": positions_LND, "correlation": correlation_Lnn, "token_maps": maps_Lhw}
-    if table_ND is not None:
-        raw_nn = cosine(table_ND[about.prefix_tokens :])
-        raw_hw = token_map(raw_nn, grid, token)
-        pictures.add_maps(replace(single, maps=[raw_hw]), ["table P"], what, ["PE_token_sim.jpg"])
-        numbers |= {"table": table_ND, "table_correlation": raw_nn}
-        overall, single = replace(overall, maps=[raw_nn, *overall.maps]), replace(single, maps=[raw_hw, *single.maps])
-        layers = ["table P", *layers]
-    pictures.add_figure(
-        overview(f"{what}\npositions as {WHO[view]}; {_place(token, grid)}", [overall, single], layers, *COSINE),
-        "overview",
-    )
-    strips = [
-        Strip(f"{name}\n{patch}", list(token_map(torch.stack(overall.maps), grid, patch)), grid, patch)  # type: ignore[arg-type]
-        for name, patch in places(grid).items()
-    ]
-    pictures.add_figure(overview(f"{what}\npositions as {WHO[view]}", strips, layers, *COSINE), "places")
-    measured = measure_all(correlation_Lnn, positions_LND[:, about.prefix_tokens :], grid)
-    pictures.add_figure(curves(what, {about.join: measured}), "measures")
-    numbers["distance"], numbers["similarity_by_distance"] = similarity_by_distance(correlation_Lnn, grid)
-    numbers |= measured
-    return pictures.finish(numbers, about, grid=grid, token=token, view=view)
+
+def _strip_of_token(label: str, maps: Iterable[Tensor | None], grid: Grid, token: int) -> Strip:
+    """One patch's part of each map (n, n), laid out on the grid."""
+    return Strip(label, [None if m is None else token_map(m, grid, token) for m in maps], grid, token)
 
 
 def places(grid: Grid) -> dict[str, int]:
@@ -314,7 +299,7 @@ def curves(title: str, series: Mapping[str, Mapping[str, Tensor]]) -> Figure:
         for index, (label, measured) in enumerate(series.items()):
             values = measured[name].double().cpu()
             values = values.where(values.isfinite(), math.nan)
-            colour = JOIN_COLOURS.get(label, SERIES[index % len(SERIES)])
+            colour = COLOURS.get(label, SERIES[index % len(SERIES)])
             style = {"color": colour, "linestyle": ("-", "--", ":")[index // len(SERIES) % 3]}
             axes.plot(
                 range(len(values)), values.numpy(), label=label, linewidth=1.6, marker="o", markersize=2.6, **style
@@ -332,7 +317,7 @@ def curves(title: str, series: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     return figure
 
 
-def compare(models: Mapping[str, nn.Module], save_dir: str | PathLike[str], *, view: View = "seen") -> list[Path]:
+def draw_together(models: Mapping[str, nn.Module], save_dir: str | PathLike[str], *, view: View = "seen") -> list[Path]:
     """Draws several models layer by layer in one figure with one colour scale, into `save_dir`.
 
     `comparison_overall` (all patches), `comparison_centre`, `comparison_corner`, `comparison_edge` (that patch with
@@ -362,67 +347,66 @@ def sorts(models: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[s
     return tables, {name: model for name, model in models.items() if kinds[name].is_bias}
 
 
-PLACES = ("centre", "corner", "edge")
-
-
-def _compare_biases(pictures: "Pictures", models: Mapping[str, nn.Module]) -> None:
+def _compare_biases(pictures: Pictures, models: Mapping[str, nn.Module]) -> None:
     biases = {name: position_bias(model).detach().float().cpu().mean(1) for name, model in models.items()}
-    depth, limit = max(map(len, biases.values())), max(bias.abs().max().item() for bias in biases.values()) or 1.0
-    columns = [f"layer {layer}" for layer in range(depth)]
+    limit = max(bias.abs().max().item() for bias in biases.values()) or 1.0
+    rows = {name: (describe(models[name]).grid, list(bias_Lnn)) for name, bias_Lnn in biases.items()}
+    columns = [f"layer {layer}" for layer in range(max(map(len, biases.values())))]
     for place in PLACES:
-        strips = []
-        for name, bias_Lnn in biases.items():
-            grid = describe(models[name]).grid
-            token = places(grid)[place]
-            maps = [*token_map(bias_Lnn, grid, token), *[None] * (depth - len(bias_Lnn))]
-            strips.append(Strip(name, maps, grid, token))
         title = f"bias of the patch in the {place}, mean of the heads"
-        figure = overview(title, strips, columns, Normalize(-limit, limit), "bias on attention logits")
+        figure = _side_by_side(title, rows, columns, place, Normalize(-limit, limit), "bias on attention logits")
         pictures.add_figure(figure, f"comparison_bias_{place}")
 
 
-def _compare_tables(pictures: "Pictures", tables: Mapping[str, nn.Module], view: View) -> None:
-    depth = max(describe(model).blocks for model in tables.values())
-    maps: dict[str, list[Tensor | None]] = {}
-    measured = {}
-    for name, model in tables.items():
-        seen_LnD = positions(model, view=view).detach()[:, describe(model).prefix_tokens :]
-        table = raw_table(model)
-        maps[name] = [None if table is None else cosine(table[describe(model).prefix_tokens :]), *cosine(seen_LnD)]
-        maps[name] += [None] * (depth + 1 - len(maps[name]))
-        measured[name] = measure_all(cosine(seen_LnD), seen_LnD, grid_at(model))
-    columns = ["table P", *(f"layer {layer}" for layer in range(depth))]
-    strips = [Strip(name, maps[name], grid_at(model)) for name, model in tables.items()]
+def _compare_tables(pictures: Pictures, models: Mapping[str, nn.Module], view: View) -> None:
+    maps = {name: Maps.of(model, view=view) for name, model in models.items()}
+    columns = ["table P", *(f"layer {layer}" for layer in range(max(len(m.layers_Lnn) for m in maps.values())))]
+    rows = {name: (m.grid, [m.table_nn, *m.layers_Lnn]) for name, m in maps.items()}
     title = f"positions as {WHO[view]}"
-    pictures.add_figure(overview(f"{title}, all patches", strips, columns, *COSINE), "comparison_overall")
+    pictures.add_figure(_side_by_side(f"{title}, all patches", rows, columns, None, *COSINE), "comparison_overall")
     for place in PLACES:
-        strips = []
-        for name, model in tables.items():
-            grid, token = grid_at(model), places(grid_at(model))[place]
-            rows = [None if m is None else token_map(m, grid, token) for m in maps[name]]
-            strips.append(Strip(name, rows, grid, token))
-        pictures.add_figure(overview(f"{title}: patch in the {place}", strips, columns, *COSINE), f"comparison_{place}")
-    pictures.add_figure(curves(title, measured), "comparison_measures")
+        figure = _side_by_side(f"{title}: patch in the {place}", rows, columns, place, *COSINE)
+        pictures.add_figure(figure, f"comparison_{place}")
+    measures = {name: measure_all(m.layers_Lnn, m.patches_LnD, m.grid) for name, m in maps.items()}
+    pictures.add_figure(curves(title, measures), "comparison_measures")
 
 
-def _draw_biases(model: nn.Module, folder: Path, about: Description, token: int | None) -> list[Path]:
+PLACES = ("centre", "corner", "edge")
+
+
+def _side_by_side(
+    title: str,
+    rows: Mapping[str, tuple[Grid, Sequence[Tensor | None]]],
+    columns: Sequence[str],
+    place: str | None,
+    norm: Normalize,
+    unit: str,
+) -> Figure:
+    """Each model's maps (n, n) in a row, or those of its patch in that place; a model of fewer layers ends earlier."""
+    strips = []
+    for name, (grid, maps) in rows.items():
+        maps = [*maps, *[None] * (len(columns) - len(maps))]
+        strips.append(
+            Strip(name, maps, grid) if place is None else _strip_of_token(name, maps, grid, places(grid)[place])
+        )
+    return overview(title, strips, columns, norm, unit)
+
+
+def _draw_biases(pictures: Pictures, model: nn.Module, about: Description, token: int) -> list[Path]:
     bias_LHnn = position_bias(model).detach().float().cpu()
-    grid = about.grid
-    token = check_token(grid, token)
-    maps_LHhw = token_map(bias_LHnn, grid, token)
     limit = bias_LHnn.abs().max().item() or 1.0
     scale = Normalize(-limit, limit), "bias on attention logits"
     layers = [f"layer {layer}" for layer in range(len(bias_LHnn))]
-    what = _what(folder, about, grid)
-
-    pictures = Pictures(folder)
-    for head, bias_Lnn in enumerate(bias_LHnn.unbind(1)):
+    what = _what(pictures.folder, about, about.grid)
+    strips = [Strip(f"head {head}", list(bias_Lnn), about.grid) for head, bias_Lnn in enumerate(bias_LHnn.unbind(1))]
+    for head, strip in enumerate(strips):
         names = [f"{about.join}_layer{layer}_head{head}.jpg" for layer in range(len(layers))]
-        pictures.add_maps(Strip(f"head {head}", list(bias_Lnn), grid), layers, what, names, *scale)
-    strips = [Strip(f"head {head}", list(maps), grid, token) for head, maps in enumerate(maps_LHhw.unbind(1))]
-    title = f"{what}\nbias of {_place(token, grid)}, head by head"
+        pictures.add_maps(strip, layers, what, names, *scale)
+    strips = [_strip_of_token(strip.label, strip.maps, about.grid, token) for strip in strips]
+    title = f"{what}\nbias of {_place(token, about.grid)}, head by head"
     pictures.add_figure(overview(title, strips, layers, *scale), "overview")
-    return pictures.finish({"bias": bias_LHnn, "token_maps": maps_LHhw}, about, grid=grid, token=token)
+    numbers = {"bias": bias_LHnn, "token_maps": token_map(bias_LHnn, about.grid, token)}
+    return pictures.finish(numbers, about, grid=about.grid, token=token)
 
 
 def _what(folder: Path, about: Description, grid: Grid) -> str:

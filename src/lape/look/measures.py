@@ -70,7 +70,7 @@ def _members(group_m: Tensor) -> Tensor:
     """(G, K) the indices in each group of two or more, padded with -1; a group number below 0 is no group."""
     order = group_m.argsort(stable=True)
     order = order[group_m[order] >= 0]
-    _, which, count = group_m[order].unique_consecutive(return_inverse=True, return_counts=True)
+    _, which, count = torch.unique_consecutive(group_m[order], return_inverse=True, return_counts=True)
     place = torch.arange(len(order)) - (count.cumsum(0) - count)[which]
     members = torch.full((len(count), int(count.max()) if len(count) else 0), -1)
     members[which, place] = order
@@ -84,7 +84,7 @@ def asymmetry(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     """
     rows, columns = grid
     total, count = correlation_Lnn.new_zeros(len(correlation_Lnn), dtype=torch.float64), 0
-    maps = correlation_Lnn.double().unflatten(-1, grid)
+    maps = correlation_Lnn.double().reshape(*correlation_Lnn.shape[:-1], *grid)
     for row in range(rows):
         for column in range(columns):
             high, wide = min(row, rows - 1 - row), min(column, columns - 1 - column)
@@ -110,41 +110,30 @@ def anisotropy(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number a layer: how it is computed from correlations (L, n, n), positions (L, n, D) and grid, how it reads."""
+    """A number a layer, (L,): how it reads, and its function of what `takes` names."""
 
     label: str
     hint: str
-    of: Callable[[Tensor, Tensor, Grid], Tensor]
+    of: Callable[..., Tensor]
+    takes: str = "sg"  # s similarities (L, n, n), p positions (L, n, D), g grid
 
 
 MEASURES: dict[str, Measure] = {
-    "locality_radius": Measure(
-        "locality radius", "0: like its neighbours only; 1: near and far alike", lambda s, p, g: locality_radius(s, g)
-    ),
-    "half_distance": Measure(
-        "half distance, patches",
-        "where half of the similarity is lost",
-        lambda s, p, g: half_distance(s, g),
-    ),
-    "monotonicity": Measure(
-        "monotonicity", "2: falls with every step away; 1: no order", lambda s, p, g: monotonicity(s, g)
-    ),
-    "directed_monotonicity": Measure(
-        "directed monotonicity", "the same along each direction", lambda s, p, g: directed_monotonicity(s, g)
-    ),
-    "asymmetry": Measure("asymmetry", "0: the same on both sides of a patch", lambda s, p, g: asymmetry(s, g)),
-    "anisotropy": Measure(
-        "row - column similarity", "0: rows and columns count alike", lambda s, p, g: anisotropy(s, g)
-    ),
-    "effective_rank": Measure(
-        "effective rank", "directions in which the patches differ", lambda s, p, g: effective_rank(p)
-    ),
-    "layer_change": Measure(
-        "change from layer to layer", "0: the map of the layer before", lambda s, p, g: layer_change(s)
-    ),
+    measure.of.__name__: measure
+    for measure in (
+        Measure("locality radius", "0: like its neighbours only; 1: near and far alike", locality_radius),
+        Measure("half distance, patches", "where half of the similarity is lost", half_distance),
+        Measure("monotonicity", "2: falls with every step away; 1: no order", monotonicity),
+        Measure("directed monotonicity", "the same along each direction", directed_monotonicity),
+        Measure("asymmetry", "0: the same on both sides of a patch", asymmetry),
+        Measure("row - column similarity", "0: rows and columns count alike", anisotropy),
+        Measure("effective rank", "directions in which the patches differ", effective_rank, takes="p"),
+        Measure("change from layer to layer", "0: the map of the layer before", layer_change, takes="s"),
+    )
 }
 
 
 def measure_all(correlation_Lnn: Tensor, positions_LnD: Tensor, grid: Grid) -> dict[str, Tensor]:
     """Every measure of `MEASURES`, by name, (L,) each; positions without prefix tokens."""
-    return {name: measure.of(correlation_Lnn, positions_LnD, grid) for name, measure in MEASURES.items()}
+    given = {"s": correlation_Lnn, "p": positions_LnD, "g": grid}
+    return {name: measure.of(*(given[key] for key in measure.takes)) for name, measure in MEASURES.items()}

@@ -7,7 +7,7 @@ Shape suffixes: B images, N tokens, n patches, D width, L layers, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from lape.convert.converted import Conversion, conversion_of
 from lape.convert.positions import positions
 from lape.core.joined import host_forward
 from lape.core.joins import JOINS
-from lape.core.position import KINDS, Grid
+from lape.core.position import Grid
 from lape.errors import LapeError
 
 BATCH = 16  # images at a time: what is watched is used at once, not kept
@@ -36,9 +36,9 @@ def attention(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     through no softmax or attention function of torch.
     """
     batches = []
-    for batch in _batches(images_BCHW):
+    for batch in torch.split(images_BCHW, BATCH):
         layers: list[Tensor] = []
-        _run(model, batch, lambda _layer, weights, found=layers: found.append(weights.float().cpu()))  # type: ignore[misc]
+        _run(model, batch, lambda _layer, weights, layers=layers: layers.append(weights.float().cpu()))  # type: ignore[misc]
         batches.append(torch.stack(layers))
     return torch.cat(batches, 1)
 
@@ -61,7 +61,7 @@ def attention_distance(model: nn.Module, images_BCHW: Tensor) -> Tensor:
         patches = patches / patches.sum(-1, keepdim=True).clamp(min=1e-12)
         totals[layer] += (patches * distance_nn).sum(-1).mean(-1).sum(0).double()
 
-    for batch in _batches(images_BCHW):
+    for batch in torch.split(images_BCHW, BATCH):
         _run(model, batch, add)
     return totals / len(images_BCHW)
 
@@ -75,8 +75,8 @@ def rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     Source: Abnar and Zuidema, arXiv 2005.00928.
     """
     layout = conversion_of(model).layout
-    found = []
-    for batch in _batches(images_BCHW):
+    maps = []
+    for batch in torch.split(images_BCHW, BATCH):
         flow: list[Tensor] = []
 
         def follow(_layer: int, weights_BHNN: Tensor, flow: list[Tensor] = flow) -> None:
@@ -87,8 +87,8 @@ def rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
         _run(model, batch, follow)
         rows = flow[0][:, 0] if layout.num_prefix else flow[0].mean(1)
         patches = rows[:, layout.num_prefix :]
-        found.append((patches / patches.sum(-1, keepdim=True)).unflatten(-1, layout.grid))
-    return torch.cat(found)
+        maps.append((patches / patches.sum(-1, keepdim=True)).reshape(-1, *layout.grid))
+    return torch.cat(maps)
 
 
 class _Weights(TorchFunctionMode):
@@ -157,7 +157,7 @@ def token_and_position(model: nn.Module, images_BCHW: Tensor) -> Ratios:
     seen = positions(model, view="seen").detach()[:, prefix:]
     received = positions(model).detach()[:, prefix:]
     scale, correlation = (torch.zeros(len(seen), dtype=torch.float64) for _ in range(2))
-    for batch in _batches(images_BCHW):
+    for batch in torch.split(images_BCHW, BATCH):
         for layer, x in enumerate(_tokens(model, batch)):
             whole = x.attended if join.normalised and layer >= join.first else x.entering
             scale[layer] += (_std(received[layer]) / _std(whole[:, prefix:]).clamp(min=1e-12)).mean(-1).sum().cpu()
@@ -190,10 +190,10 @@ def where_am_i(
     half = len(images_BCHW) // 2
 
     def tokens(images: Tensor) -> Iterator[tuple[int, Tensor]]:
-        for batch in _batches(images):
+        for batch in torch.split(images, BATCH):
             for layer, x in enumerate(_tokens(model, batch)):
-                picked = x.entering if what == "stream" else x.attended
-                yield layer, F.pad(picked[:, prefix:].flatten(0, 1).double().cpu(), (0, 1), value=1.0)
+                tokens_BND = x.entering if what == "stream" else x.attended
+                yield layer, F.pad(tokens_BND[:, prefix:].flatten(0, 1).double().cpu(), (0, 1), value=1.0)
 
     gram, cross = torch.zeros(layers, width + 1, width + 1).double(), torch.zeros(layers, width + 1, 2).double()
     for layer, x in tokens(images_BCHW[:half]):
@@ -238,32 +238,26 @@ def last_norm(model: nn.Module, images_BCHW: Tensor) -> LastNorm:
     conversion = conversion_of(model)
     anatomy, layout = conversion.anatomy, conversion.layout
     inside = {id(m) for path in anatomy.blocks for m in anatomy.root.get_submodule(path).modules()}
-    found: list[tuple[nn.LayerNorm, Tensor, Tensor]] = []
+    calls: list[tuple[nn.LayerNorm, Tensor, Tensor]] = []  # of one forward: the norm, its input and output
 
     def keep(module: nn.Module, args: Any, _output: Tensor) -> None:
         assert isinstance(module, nn.LayerNorm)
-        if not found or found[0][0] is module:
-            found.append((module, args[0].detach().cpu().float(), host_forward(module, args[0]).detach().cpu().float()))
+        if not calls or calls[0][0] is module:
+            by_itself = host_forward(module, args[0])
+            calls.append((module, args[0].detach().cpu().float(), by_itself.detach().cpu().float()))
 
-    handles = [
-        m.register_forward_hook(keep)
-        for m in anatomy.root.modules()
-        if isinstance(m, nn.LayerNorm) and id(m) not in inside
-    ]
+    norms = [m for m in anatomy.root.modules() if isinstance(m, nn.LayerNorm) and id(m) not in inside]
     last = anatomy.root.get_submodule(anatomy.blocks[-1])
-    handles.append(last.register_forward_hook(lambda *_: found.clear()))  # what runs before the last block is not it
-    try:
-        for batch in _batches(images_BCHW):
-            kept = list(found)
+    hooks = [*((norm, keep) for norm in norms), (last, lambda *_: calls.clear())]  # not what runs before the last block
+    calls_of_all = []
+    with _hooks(hooks):
+        for batch in torch.split(images_BCHW, BATCH):
             _forward(model, batch)
-            found[:] = kept + found
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not found or found[0][1].ndim != 3 or found[0][1].shape[1] != layout.num_tokens:
+            calls_of_all += calls
+    if not calls or calls[0][1].ndim != 3 or calls[0][1].shape[1] != layout.num_tokens:
         raise LapeError("no LayerNorm of the tokens behind the last block: this model norms its pooled features")
-    norm = found[0][0]
-    before, after = (torch.cat([entry[k] for entry in found]) for k in (1, 2))  # type: ignore[misc]
+    norm = calls[0][0]
+    before, after = (torch.cat([call[k] for call in calls_of_all]) for k in (1, 2))  # type: ignore[misc]
     length = [x[:, layout.num_prefix :].norm(dim=-1).unflatten(-1, layout.grid) for x in (before, after)]
     return LastNorm(
         weight=None if norm.weight is None else norm.weight.detach().cpu(),
@@ -276,6 +270,19 @@ def last_norm(model: nn.Module, images_BCHW: Tensor) -> LastNorm:
 
 
 # --- watching ---------------------------------------------------------------------------------------------------------
+
+Hook = tuple[nn.Module, Callable[..., None]]
+
+
+@contextmanager
+def _hooks(hooks: Sequence[Hook]) -> Iterator[None]:
+    """Calls each hook after its module's forward."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
@@ -290,37 +297,34 @@ class _Seen:
 def _tokens(model: nn.Module, images_BCHW: Tensor) -> list[_Seen]:
     conversion = conversion_of(model)
     anatomy = conversion.anatomy
-    found: list[dict[str, Tensor]] = [{} for _ in anatomy.blocks]
-    handles = []
+    layers: list[dict[str, Tensor]] = [{} for _ in anatomy.blocks]
+    hooks: list[Hook] = []
 
     def keep(layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(norm: nn.Module, args: Any, output: Tensor) -> None:
-            found[layer] = {"entering": args[0], "normed": host_forward(norm, args[0]), "attended": output}
+            layers[layer] = {"entering": args[0], "normed": host_forward(norm, args[0]), "attended": output}
 
         return hook
 
     for layer, path in enumerate(anatomy.blocks):
         norm = getattr(anatomy.root.get_submodule(path), anatomy.norm)
-        handles.append(norm.register_forward_hook(keep(layer)))
-    try:
+        hooks.append((norm, keep(layer)))
+    with _hooks(hooks):
         _forward(model, images_BCHW)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [_Seen(**{name: value.float() for name, value in entry.items()}) for entry in found]
+    return [_Seen(**{name: value.float() for name, value in entry.items()}) for entry in layers]
 
 
 def _run(model: nn.Module, images_BCHW: Tensor, use: Callable[[int, Tensor], None]) -> None:
     """A forward in which `use` gets (layer, attention weights (B, H, N, N))."""
-    count = 0
+    layers, count = len(conversion_of(model).anatomy.blocks), 0
 
     def numbered(weights: Tensor) -> None:
         nonlocal count
-        use(count, weights)
-        count += 1
+        if count < layers:
+            use(count, weights)
+            count += 1
 
-    layers = len(conversion_of(model).anatomy.blocks)
-    with _Weights(lambda weights: numbered(weights) if count < layers else None):
+    with _Weights(numbered):
         _forward(model, images_BCHW)
     if count != layers:
         raise LapeError(
@@ -346,10 +350,10 @@ def _check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
             "weights into ViTModel or ViTForImageClassification and convert that"
         )
     patch, grid = conversion.anatomy.patch_size, conversion.layout.grid
-    wanted = (grid[0] * patch[0], grid[1] * patch[1])
-    if images_BCHW.ndim != 4 or not len(images_BCHW) or tuple(images_BCHW.shape[-2:]) != wanted:
+    size = (grid[0] * patch[0], grid[1] * patch[1])
+    if images_BCHW.ndim != 4 or not len(images_BCHW) or tuple(images_BCHW.shape[-2:]) != size:
         raise LapeError(
-            f"images of shape {tuple(images_BCHW.shape)} were given: (images, channels, {wanted[0]}, {wanted[1]}) is "
+            f"images of shape {tuple(images_BCHW.shape)} were given: (images, channels, {size[0]}, {size[1]}) is "
             "what this model takes"
         )
 
@@ -365,10 +369,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _batches(images_BCHW: Tensor) -> Iterator[Tensor]:
-    yield from images_BCHW.split(BATCH)
-
-
 def _std(x: Tensor) -> Tensor:
     return x.double().std(-1, correction=0)
 
@@ -376,8 +376,3 @@ def _std(x: Tensor) -> Tensor:
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     a, b = (x.double() - x.double().mean(-1, keepdim=True) for x in (a, b))
     return F.cosine_similarity(a, b, dim=-1)
-
-
-def has_positions(model: nn.Module) -> bool:
-    """Whether `lape.positions` has an answer for this model."""
-    return KINDS[conversion_of(model).pe].is_table

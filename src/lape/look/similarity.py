@@ -6,12 +6,16 @@ w_i is what a block has of the position of patch i. It comes from `lape.position
 computed: nothing is normalised here. Shape suffixes: L layers, N tokens, n patches (prefix tokens left out), D width.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from lape.convert.converted import conversion_of
 from lape.convert.positions import Size, View, num_prefix_tokens, positions, table_of
-from lape.convert.positions import grid as own_grid
+from lape.convert.positions import grid as default_grid
 from lape.core.joins import JOINS
 from lape.core.position import Grid
 from lape.errors import LapeError
@@ -40,11 +44,11 @@ def cosine(positions_LnD: Tensor) -> Tensor:
 
 def grid_at(model: nn.Module, size: Size | None = None) -> Grid:
     """(rows, columns) of patches of an image of `size` pixels that `lape.positions` accepts; None: the model's."""
-    conversion, own = conversion_of(model), own_grid(model)
     if size is None:
-        return own
+        return default_grid(model)
+    patch = conversion_of(model).anatomy.patch_size
     height, width = (size, size) if isinstance(size, int) else size
-    return height // conversion.anatomy.patch_size[0], width // conversion.anatomy.patch_size[1]
+    return height // patch[0], width // patch[1]
 
 
 def raw_table(model: nn.Module, size: Size | None = None) -> Tensor | None:
@@ -56,6 +60,37 @@ def raw_table(model: nn.Module, size: Size | None = None) -> Tensor | None:
     if not join.normalised:
         return positions(model, size)[0].detach()
     return conversion.layout.spread(table_of(conversion, grid_at(model, size)))[0].detach()
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Positions of one model on one grid, and the similarity between those of its patches."""
+
+    grid: Grid
+    prefix_tokens: int
+    positions_LND: Tensor  # prefix tokens first
+    layers_Lnn: Tensor
+    table_ND: Tensor | None  # the raw table, where one is left
+    table_nn: Tensor | None
+
+    @classmethod
+    def of(cls, model: nn.Module, size: Size | None = None, view: View = "seen") -> Maps:
+        """Arguments and errors are those of `lape.positions`."""
+        positions_LND = positions(model, size, view).detach()
+        prefix, table_ND = num_prefix_tokens(model), raw_table(model, size)
+        table_nn = None if table_ND is None else cosine(table_ND[prefix:])
+        return cls(grid_at(model, size), prefix, positions_LND, cosine(positions_LND[:, prefix:]), table_ND, table_nn)
+
+    @property
+    def patches_LnD(self) -> Tensor:
+        """The positions of the patches alone."""
+        return self.positions_LND[:, self.prefix_tokens :]
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """Every map (n, n) by what stands above it: the table's, if there is one, and each layer's."""
+        layers = {f"layer {layer}": map_nn for layer, map_nn in enumerate(self.layers_Lnn)}
+        return layers if self.table_nn is None else {"table P": self.table_nn, **layers}
 
 
 def center_token(grid: Grid) -> int:
@@ -80,7 +115,7 @@ def check_token(grid: Grid, token: int | None) -> int:
 def token_map(correlation_Lnn: Tensor, grid: Grid, token: int | None = None) -> Tensor:
     """Row `token` of each (n, n) map laid out on the grid, (..., n, n) -> (..., rows, columns); None is the centre."""
     token = check_token(grid, token)
-    return correlation_Lnn[..., token, :].unflatten(-1, grid)
+    return correlation_Lnn[..., token, :].reshape(*correlation_Lnn.shape[:-2], *grid)
 
 
 # --- measures ---------------------------------------------------------------------------------------------------------
@@ -102,7 +137,7 @@ def similarity_by_distance(correlation_Lnn: Tensor, grid: Grid) -> tuple[Tensor,
 
 
 def _mean_by_radius(values_Lm: Tensor, squared_m: Tensor) -> tuple[Tensor, Tensor]:
-    squared, group = squared_m.unique(return_inverse=True)
+    squared, group = torch.unique(squared_m, return_inverse=True)
     sums = values_Lm.new_zeros(*values_Lm.shape[:-1], len(squared)).index_add_(-1, group, values_Lm)
     return squared.double().sqrt(), sums / group.bincount()
 
@@ -152,7 +187,7 @@ def monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     2: similarity falls with every step away from a patch; 1: no order; 0: it rises. Where all similarities are equal
     the rank correlation counts as 0. Source: M_U of LOOPE (arXiv 2504.14386).
     """
-    distance, ring_nn = squared_distances(grid).double().sqrt().unique(return_inverse=True)
+    distance, ring_nn = torch.unique(squared_distances(grid).double().sqrt(), return_inverse=True)
     shape = (len(ring_nn), len(distance))  # (n, K)
     count_nK = torch.zeros(shape, dtype=torch.float64).scatter_add_(1, ring_nn, torch.ones_like(ring_nn).double())
     s_Lnn = correlation_Lnn.double()
@@ -167,23 +202,17 @@ def spearman(there_GK: Tensor, a_GK: Tensor, b_LGK: Tensor) -> Tensor:
     Layer by layer, which keeps what is sorted at a time small.
     """
     a = _centred_ranks(there_GK, a_GK)
-    found = [_cosine_or_zero(a, _centred_ranks(there_GK, b_GK)) for b_GK in b_LGK]
-    return torch.stack(found)
+    return torch.stack([_cosine_or_zero(a, _centred_ranks(there_GK, b_GK)) for b_GK in b_LGK])
 
 
 def _centred_ranks(there_GK: Tensor, values_GK: Tensor) -> Tensor:
     """Ranks less their mean, 0 where nothing is there."""
-    rank = _ranks(values_GK.where(there_GK, torch.inf)).where(there_GK, 0.0)
+    from scipy.stats import rankdata
+
+    rank = torch.from_numpy(rankdata(values_GK.where(there_GK, torch.inf).numpy(), axis=-1)).where(there_GK, 0.0)
     return (rank - rank.sum(-1, keepdim=True) / there_GK.sum(-1, keepdim=True).clamp(min=1)).where(there_GK, 0.0)
 
 
 def _cosine_or_zero(a: Tensor, b: Tensor) -> Tensor:
     scale = a.norm(dim=-1) * b.norm(dim=-1)
     return torch.where(scale > 0, (a * b).sum(-1) / scale.where(scale > 0, 1.0), 0.0)
-
-
-def _ranks(values_GK: Tensor) -> Tensor:
-    """Ranks along the last axis, ties share their mean rank."""
-    values = values_GK.contiguous()
-    ordered = values.sort(-1).values
-    return (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double() / 2

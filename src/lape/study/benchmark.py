@@ -15,8 +15,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from lape.convert.apply import create_model, fold_
 from lape.convert.converted import conversion_of, conversions
 from lape.core.joins import JOINS, join_named
 from lape.errors import LapeError
-from lape.host import host_of_library
 from lape.names import match_name
+from lape.study.options import BenchOptions
 from lape.train.distributed import join_world
 from lape.train.evaluate import autocast
 from lape.train.machine import environment
@@ -40,6 +40,7 @@ PRECISIONS = ("none", "bf16", "fp16")
 WARM_UP = 3  # calls of each variant before the first round; compilation falls into them
 SHORTEST = 0.05  # seconds: a quicker call is repeated within its round until it takes about as long
 RESAMPLES = 2000
+UNTOLD = ("python", "numpy", "pillow", "cuda", "cudnn")  # versions that the line on the machine leaves out
 
 
 @dataclass
@@ -53,127 +54,92 @@ class Variant:
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def benchmark(
-    model: str,
-    joins: Sequence[str] = ("basic", "LaPE"),
-    *,
-    pe: str | None = None,
-    model_kwargs: dict[str, Any] | None = None,
-    fold: bool = False,
-    compiled: bool = False,
-    amp: str = "none",
-    batch_size: int = 64,
-    image_size: int | None = None,
-    device: str = "auto",
-    rounds: int = 20,
-    train: bool = True,
-    inference: bool = True,
-    peers: Sequence[str] = (),
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+def benchmark(options: BenchOptions, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measures joins of a timm model, and the same ViT of other libraries, in one run on one machine.
 
-    Args:
-        model, pe, model_kwargs: as for `lape.create_model`.
-        joins: the first one is what all others are compared with.
-        fold: the folded form of each join with LN' as well (inference only).
-        compiled: all variants go through torch.compile.
-        amp: "none", "bf16" or "fp16": torch's autocast; fp16 needs CUDA and trains with a gradient scaler.
-        image_size: pixels, None: the model's own.
-        rounds: how often each variant is timed, 3 or more.
-        train: a training step: forward, cross-entropy, backward, AdamW.
-        inference: images a second at `batch_size`, and the latency of a single image.
-        peers: of "timm" (the unconverted model), "torchvision", "transformers": random weights, the same depth, width,
-            heads, MLP and patch. One that is not installed is left out, with a line.
+    A peer has random weights and the same depth, width, heads, MLP and patch; one that is not installed is left out,
+    with a line. A training step is forward, cross-entropy, backward and AdamW.
 
-    Returns:
-        Plain JSON: the settings, hardware and versions, and one entry a variant with parameters, macs (multiplications
-        and additions of one image, counted by torch in matrix products and convolutions), seconds and ratios.
-    Raises LapeError for wrong input, and when the device's memory does not suffice.
+    Returns plain JSON: the settings, hardware and versions, and one entry a variant with parameters, macs
+    (multiplications and additions of one image, counted by torch in matrix products and convolutions), seconds and
+    ratios to the first join. Raises LapeError for wrong input, and when the device's memory does not suffice.
     """
-    names = list(dict.fromkeys(join_named(join).name for join in joins))
-    wanted = list(dict.fromkeys(match_name("peer", peer, PEERS) for peer in peers))
-    precision = match_name("amp", amp, PRECISIONS).replace("none", "off")
-    _check(names, rounds, batch_size, image_size, train, inference)
-    with join_world(device) as world:
+    _check(options)
+    joins = list(dict.fromkeys(join_named(join).name for join in options.joins))
+    peers = list(dict.fromkeys(match_name("peer", peer, PEERS) for peer in options.peers))
+    precision = match_name("amp", options.amp, PRECISIONS).replace("none", "off")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with join_world(options.device) as world:
         autocast(precision, world.device)
-        kwargs = dict(model_kwargs or {}) | ({} if image_size is None else {"img_size": image_size})
-        made = _variants(model, names, pe, kwargs, fold)
-        made |= _peers(wanted, model, kwargs, next(iter(made.values())), say)
+        size = {} if options.image_size is None else {"img_size": options.image_size}
+        kwargs = dict(options.model_kwargs or {}) | size
+        models = _converted(options.model, joins, options.pe, kwargs, options.fold)
+        models |= _peers(peers, options.model, kwargs, next(iter(models.values())), say)
         variants = [
-            Variant(name, model_.to(world.device), _caller(model_, compiled), learns=not _is_folded(model_))
-            for name, model_ in made.items()
+            Variant(name, model.to(world.device), _caller(model, options.compile), learns=not _is_folded(model))
+            for name, model in models.items()
         ]
-        size = _input_size(variants[0].model)
-        found = machine(world.device, [name for name in wanted if name in made])
-        say(f"{model}, {size[1]} x {size[2]} pixels, {describe_machine(found)}")
+        input_size = _input_size(variants[0].model)
+        about = machine(world.device, [peer for peer in peers if peer in models])
+        say(f"{options.model}, {input_size[1]} x {input_size[2]} pixels, {describe_machine(about)}")
         with _memory_errors():
-            measure(variants, size, batch_size, rounds, precision, world.device, train, inference)
-    settings = {
-        "model": model,
-        "joins": names,
-        "pe": pe,
-        "model_kwargs": kwargs,
-        "fold": fold,
-        "compile": compiled,
-        "amp": amp,
-        "batch_size": batch_size,
-        "rounds": rounds,
-        "train": train,
-        "inference": inference,
-        "peers": wanted,
-        "input_size": list(size),
-        "reference": variants[0].name,
-    }
-    return {"settings": settings, **found, "variants": {v.name: v.numbers for v in variants}}
+            measure(variants, input_size, options, precision, world.device)
+    settings = asdict(options) | {"joins": joins, "model_kwargs": kwargs, "peers": peers}
+    settings |= {"input_size": list(input_size), "reference": variants[0].name}
+    unsaid = ("image_size", "device", "threads")  # they show in the input size and the hardware
+    settings = {name: value for name, value in settings.items() if name not in unsaid}
+    return {"settings": settings, **about, "variants": {v.name: v.numbers for v in variants}}
 
 
-def _check(
-    names: list[str], rounds: int, batch_size: int, image_size: int | None, train: bool, inference: bool
-) -> None:
-    if not names:
+def _check(options: BenchOptions) -> None:
+    if not options.joins:
         raise LapeError(f"no join was given: use one or more of {', '.join(JOINS)}")
-    if rounds < 3:
-        raise LapeError(f"--rounds {rounds} is not allowed: give 3 or more, a spread needs them")
-    if batch_size < 1:
-        raise LapeError(f"--batch-size {batch_size} is not allowed: give 1 or more")
-    if image_size is not None and image_size < 1:
-        raise LapeError(f"--image-size {image_size} is not allowed: give pixels, a multiple of the model's patch")
-    if not (train or inference):
+    for name, least, allowed in (
+        ("rounds", 3, "3 or more, a spread needs them"),
+        ("batch_size", 1, "1 or more"),
+        ("image_size", 1, "pixels, a multiple of the model's patch"),
+        ("threads", 0, "0 or more"),
+    ):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise LapeError(f"--{name.replace('_', '-')} {value} is not allowed: give {allowed}")
+    if not (options.train or options.inference):
         raise LapeError("nothing to measure: leave out --no-train or --no-inference")
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-def _variants(
+def _converted(
     name: str, joins: Sequence[str], pe: str | None, kwargs: dict[str, Any], fold: bool
 ) -> dict[str, nn.Module]:
-    made: dict[str, nn.Module] = {}
+    models: dict[str, nn.Module] = {}
     for join in joins:
         torch.manual_seed(0)  # the same host weights in each
-        made[join] = create_model(name, join, pe, **kwargs)
+        models[join] = create_model(name, join, pe, **kwargs)
         if fold and JOINS[join].normalised:
-            made[f"{join} folded"] = fold_(copy.deepcopy(made[join]))
-    return made
+            models[f"{join} folded"] = fold_(copy.deepcopy(models[join]))
+    return models
 
 
 def _peers(
-    wanted: Sequence[str], name: str, kwargs: dict[str, Any], converted: nn.Module, say: Callable[[str], None]
+    libraries: Sequence[str], name: str, kwargs: dict[str, Any], converted: nn.Module, say: Callable[[str], None]
 ) -> dict[str, nn.Module]:
     """The same Vision Transformer without `lape`, from each library that is here."""
-    made: dict[str, nn.Module] = {}
-    for library in wanted:
+    models: dict[str, nn.Module] = {}
+    for library in libraries:
         if importlib.util.find_spec(library) is None:
             say(f"{library} is not installed, so its ViT is left out: pip install {library}")
-            continue
-        if library == "timm":
-            build = host_of_library("timm").build
-            assert build is not None
-            made[library] = build(name, kwargs)
+        elif library == "timm":
+            import timm
+
+            models[library] = timm.create_model(name, **kwargs)
         else:
-            made[library] = _BUILDERS[library](_dimensions(name, converted))
-    return made
+            models[library] = {"torchvision": _torchvision, "transformers": _transformers}[library](
+                _dimensions(name, converted)
+            )
+    return models
 
 
 @dataclass(frozen=True)
@@ -236,9 +202,6 @@ def _transformers(d: _Dimensions) -> nn.Module:
     return ViTForImageClassification(config)
 
 
-_BUILDERS: dict[str, Callable[[_Dimensions], nn.Module]] = {"torchvision": _torchvision, "transformers": _transformers}
-
-
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) of the images that a converted model is for."""
     anatomy = conversion_of(model).anatomy
@@ -266,48 +229,38 @@ def _caller(model: nn.Module, compiled: bool) -> Callable[[Tensor], Tensor]:
 
 
 def measure(
-    variants: Sequence[Variant],
-    size: tuple[int, int, int],
-    batch_size: int,
-    rounds: int,
-    precision: str,
-    device: torch.device,
-    train: bool,
-    inference: bool,
+    variants: Sequence[Variant], size: tuple[int, int, int], options: BenchOptions, precision: str, device: torch.device
 ) -> None:
     """Fills `numbers` of each variant. `size` is (channels, height, width), `precision` "off", "bf16" or "fp16"."""
     torch.manual_seed(0)
-    one, many = (torch.randn(n, *size, device=device) for n in (1, batch_size))
+    one, many = (torch.randn(n, *size, device=device) for n in (1, options.batch_size))
     for variant in variants:
         variant.model.eval()
-        parameters = list(variant.model.parameters())
-        variant.numbers |= {"parameters": sum(p.numel() for p in parameters), "macs": macs(variant.model, one)}
-    if inference:
-        for name, x in (("inference", many), ("latency", one)):
-            runs = {v.name: inference_run(v, x, precision) for v in variants}
-            for variant in variants:
-                variant.model.eval()
-                memory = peak_memory(runs[variant.name], variant.model, device)
-                variant.numbers[name] = {"batch": len(x), "peak_bytes": memory}
-            _add_times(variants, name, time_rounds(runs, rounds, device))
-    if train:
-        learning = [v for v in variants if v.learns]
-        runs = {}
-        for variant in learning:
-            variant.model.train()
-            runs[variant.name], optimizer = training_run(variant, many, precision)
+        parameters = sum(p.numel() for p in variant.model.parameters())
+        variant.numbers |= {"parameters": parameters, "macs": macs(variant.model, one)}
+    parts = [("inference", many), ("latency", one)] if options.inference else []
+    for part, x in [*parts, ("training", many)] if options.train else parts:
+        runs: dict[str, Callable[[], None]] = {}
+        taking_part = [v for v in variants if v.learns or part != "training"]
+        for variant in taking_part:
+            variant.model.train(part == "training")
+            optimizer = None
+            if part == "training":
+                runs[variant.name], optimizer = training_run(variant, x, precision)
+            else:
+                runs[variant.name] = inference_run(variant, x, precision)
             memory = peak_memory(runs[variant.name], variant.model, device, optimizer)
-            variant.numbers["training"] = {"batch": len(many), "peak_bytes": memory}
-        _add_times(learning, "training", time_rounds(runs, rounds, device))
+            variant.numbers[part] = {"batch": len(x), "peak_bytes": memory}
+        _add_times(taking_part, part, time_rounds(runs, options.rounds, device))
 
 
-def _add_times(variants: Sequence[Variant], name: str, times: dict[str, list[float]]) -> None:
+def _add_times(variants: Sequence[Variant], part: str, times: dict[str, list[float]]) -> None:
     first = variants[0]
     for variant in variants:
-        numbers = variant.numbers[name]
-        numbers |= compare(times[variant.name], times[first.name])
+        numbers = variant.numbers[part]
+        numbers |= relative_times(times[variant.name], times[first.name])
         numbers["images_per_second"] = numbers["batch"] / numbers["seconds"]
-        numbers["memory_ratio"] = numbers["peak_bytes"] / first.numbers[name]["peak_bytes"]
+        numbers["memory_ratio"] = numbers["peak_bytes"] / first.numbers[part]["peak_bytes"]
 
 
 def macs(model: nn.Module, x: Tensor) -> int:
@@ -348,7 +301,7 @@ def training_run(
         optimizer.zero_grad(set_to_none=True)
         with autocast(precision, x.device):
             loss = F.cross_entropy(variant.call(x).float(), target_B)
-        scaler.scale(loss).backward()
+        torch.autograd.backward(scaler.scale(loss))
         scaler.step(optimizer)
         scaler.update()
 
@@ -387,7 +340,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(mine: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+def relative_times(mine: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
     """Median seconds, and the median ratio to the reference within a round with its 95 % bootstrap interval."""
     ratios = [a / b for a, b in zip(mine, reference, strict=True)]
     draw = random.Random(0)
@@ -473,47 +426,39 @@ def _memory_errors() -> Iterator[None]:
 
 def machine(device: torch.device, packages: Sequence[str] = ()) -> dict[str, Any]:
     """Versions (of these packages as well), hardware, threads, the load before, and the commit."""
-    found = environment()
-    found["versions"] |= {name: metadata.version(name) for name in packages}
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    about = environment(device)
+    about["versions"] |= {name: metadata.version(name) for name in packages if name not in about["versions"]}
     load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
-    found["hardware"] |= {"device": str(device), "gpu": gpu, "threads": torch.get_num_threads(), "load_before": load}
-    return found
+    about["hardware"] |= {"threads": torch.get_num_threads(), "load_before": load}
+    return about
 
 
-def describe_machine(found: dict[str, Any]) -> str:
+def describe_machine(about: dict[str, Any]) -> str:
     """Hardware and versions in one line."""
-    hardware, versions = found["hardware"], found["versions"]
+    hardware, versions = about["hardware"], about["versions"]
     where = hardware["gpu"] or f"{hardware['processor']}, {hardware['threads']} of {hardware['cores']} cores"
-    libraries = ", ".join(f"{name} {versions[name]}" for name in versions if name not in ("python", "numpy"))
-    return f"{where}; {libraries}"
+    return f"{where}; {', '.join(f'{name} {versions[name]}' for name in versions if name not in UNTOLD)}"
 
 
-def table(found: dict[str, Any]) -> list[str]:
-    """Lines for a terminal: one a variant, ratios to the first one with their interval."""
-    settings, variants = found["settings"], found["variants"]
-    head = ["", "parameters", "MACs"]
-    parts = [(name, title) for name, title in _PARTS if any(name in numbers for numbers in variants.values())]
-    for name, title in parts:
-        batch = next(numbers[name]["batch"] for numbers in variants.values() if name in numbers)
-        head += [f"{title}, batch {batch}", "time ratio [95 %]", "peak MB", "ratio"]
-    rows = [head]
-    for name, numbers in variants.items():
-        row = [name, f"{numbers['parameters']:,}", _scaled(numbers["macs"])]
-        for part, _ in parts:
-            row += _cells(part, numbers.get(part))
-        rows.append(row)
+def variant_lines(results: dict[str, Any]) -> list[str]:
+    """For a terminal, a block a part: one line a variant, ratios to the first one with their interval."""
+    settings, variants = results["settings"], results["variants"]
+    blocks = [[["", "parameters", "MACs"]]]
+    blocks[0] += [[name, f"{of['parameters']:,}", _scaled(of["macs"])] for name, of in variants.items()]
+    for part in ("inference", "latency", "training"):
+        batches = [of[part]["batch"] for of in variants.values() if part in of]
+        if batches:
+            rows = [[name, *_cells(part, of.get(part))] for name, of in variants.items()]
+            blocks.append([["", f"{part}, batch {batches[0]}", "time ratio [95 %]", "peak MB", "ratio"], *rows])
     amp = "" if settings["amp"] == "none" else f", {settings['amp']} autocast"
     how = f"{'compiled' if settings['compile'] else 'eager'}{amp}, {settings['rounds']} interleaved rounds"
+    lines = [line for block in blocks for line in (*_aligned(block), "")]
     note = f"{how}; ratios to {settings['reference']}; MACs of one image, in matrix products and convolutions"
-    return [*_aligned(rows, len(parts)), note]
+    return [*lines[:-1], note]
 
 
 def _scaled(count: int) -> str:
     return f"{count / 1e9:.3f} G" if count >= 1e8 else f"{count / 1e6:.3f} M"
-
-
-_PARTS = (("inference", "inference"), ("latency", "latency"), ("training", "training"))
 
 
 def _cells(part: str, numbers: dict[str, Any] | None) -> list[str]:
@@ -525,15 +470,7 @@ def _cells(part: str, numbers: dict[str, Any] | None) -> list[str]:
     return [speed, f"{numbers['ratio']:.3f} [{low:.3f}, {high:.3f}]", *memory]
 
 
-def _aligned(rows: list[list[str]], parts: int) -> list[str]:
-    """One block a part below each other, so that lines stay short."""
-    lines: list[str] = []
-    blocks: Iterable[range] = [range(1, 3), *(range(3 + 4 * i, 7 + 4 * i) for i in range(parts))]
-    for block in blocks:
-        shown = [[row[0], *(row[i] for i in block)] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-        for row in shown:
-            cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
-        lines.append("")
-    return lines[:-1]
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    name, *numbers = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return ["  ".join([row[0].ljust(name), *map(str.rjust, row[1:], numbers)]).rstrip() for row in rows]

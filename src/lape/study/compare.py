@@ -1,13 +1,15 @@
-"""`lape compare`: joins, kinds, models and seeds by one recipe; what is done is kept, and what loses is shown losing.
+"""`lape compare` and its preset `lape demo`: joins side by side by one recipe, and what loses is shown losing.
 
-Each cell (a model, a kind, a join, a seed) is one training on one thread; its folder holds `result.json` and the
-trained model, and a second run of the same command skips it. Accuracies compared are those after the last epoch:
-the best epoch is chosen on the test images, so it is shown beside them and never compared.
+Each cell (a model, a kind, a join, a seed) is one training on one thread; in a comparison its folder holds
+`result.json` and the trained model, and a second run of the same command skips it. Accuracies compared are those after
+the last epoch: the best epoch is chosen on the test images, so it is shown beside them and never compared.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
@@ -17,117 +19,102 @@ from typing import TYPE_CHECKING, Any
 from lape.errors import LapeError, UnsupportedModelError
 from lape.names import JOIN_NAMES, PE_NAMES, match_name
 from lape.recipe import Recipe
-from lape.study.numbers import Cell, Run, sentences, summarise, table
-from lape.study.workers import run_all
-from lape.study.write import _plain_table, _write_text, cell_folder, write
+from lape.study import report
+from lape.study.numbers import Run, by_budget, summarise
+from lape.study.options import CompareOptions, DemoOptions
+from lape.study.workers import Agenda, Stage, run_all
 from lape.train.machine import environment
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
-MADE_BY = "lape compare"
-VARIED = ("model", "pe", "join_type", "seed")
+Variant = tuple[str, str, str]
+"""Model, kind of position embedding, join."""
+VARIED = {"model", "pe", "join_type", "seed", "output_dir", "resume"}
+ALONE = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}  # of each training, one thread's only work
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What a comparison wrote and found."""
+class Study:
+    """What a comparison or a demo wrote."""
 
     folder: Path
-    results: dict[str, Any]
+    results: dict[str, Any]  # what results.json holds
     files: list[Path]
 
 
-def compare(
-    recipe: Recipe,
-    output_dir: str | PathLike[str],
-    *,
-    joins: Sequence[str] = ("basic", "LaPE"),
-    pes: Sequence[str] = ("learnable",),
-    models: Sequence[str] = (),
-    rivals: Sequence[str] = (),
-    rival_kwargs: Mapping[str, Any] | None = None,
-    seeds: Sequence[int] = (0, 1, 2),
-    baseline: str | None = None,
-    runs: Sequence[str | PathLike[str]] = (),
-    workers: int = 2,
-) -> Comparison:
-    """Trains every meaningful combination by one recipe and writes a report into `output_dir`.
+def compare(recipe: Recipe, options: CompareOptions) -> Study:
+    """Trains every meaningful combination by one recipe and writes a report into `options.output_dir`.
 
-    Args:
-        recipe: everything but model, pe, join and seed; the same budget for all.
-        models: timm names, none: the recipe's.
-        rivals: timm names, each trained once a seed as it is (pe="own"), whether it can be converted or not; rotary
-            position, for instance. The recipe is the same for them.
-        rival_kwargs: their model_kwargs, where those of the recipe have other names there; None: the recipe's.
-        baseline: the join that the others are compared with, for the same model and kind; None: basic, or the first.
-        runs: finished runs (folders with log.txt and checkpoint.pth) and checkpoints of others, which are evaluated
-            on the recipe's data; shown in a table of their own, since nothing says that their budget was the same.
-        workers: trainings side by side, a process each; on CUDA they share the GPU, or are dealt out to several.
-
-    Raises LapeError before any training: unknown names, no combination with a meaning, a folder that cannot be written
-    or holds a comparison by another recipe, a run that cannot be read.
+    `recipe` is everything but model, pe, join and seed; the same budget for all. Raises LapeError before any training:
+    unknown names, no combination with a meaning, a folder that cannot be written or holds a comparison by another
+    recipe, a run that cannot be read.
     """
-    joins, pes = ([match_name(what, name, known) for name in names] for what, names, known in
-                  (("join", joins, JOIN_NAMES), ("pe", pes, PE_NAMES)))  # fmt: skip
-    for name, values in (("joins", joins), ("pes", pes), ("seeds", seeds), ("rivals", rivals)):
-        if (not values and name != "rivals") or len(set(values)) != len(values):
-            raise LapeError(f"{name}={list(values)}: give at least one, and each once")
-    if workers < 1:
-        raise LapeError(f"workers={workers} is not allowed: choose 1 or more")
-    baseline = match_name("baseline", baseline, joins) if baseline else ("basic" if "basic" in joins else joins[0])
-    wanted, meaningless = combinations(recipe, models or (recipe.model,), pes, joins)
-    theirs = recipe
-    if rivals:
-        theirs = recipe if rival_kwargs is None else recipe.replace(model_kwargs=dict(rival_kwargs))
-        for row in combinations(theirs, rivals, ("own",), ("basic",))[0]:
-            if row in wanted:
-                raise LapeError(f"{row[0]} is a model and a rival with pe='own': leave it out of one")
-            wanted.append(row)
-    elif rival_kwargs is not None:
-        raise LapeError(f"rival_kwargs={dict(rival_kwargs)} without a rival: name some, or leave it out")
-    folder = _writable(Path(output_dir))
-    common = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}
-    planned = [
-        (theirs if model in rivals and pe == "own" else recipe).replace(
-            model=model, pe=pe, join_type=join, seed=seed, **common
-        )
-        for seed in seeds  # all variants of a seed first: what is there after a stop can be compared
-        for model, pe, join in wanted
+    joins = [match_name("join", name, JOIN_NAMES) for name in options.joins]
+    pes = [match_name("pe", name, PE_NAMES) for name in options.pes]
+    _check(joins=joins, pes=pes, seeds=options.seeds, rivals=options.rivals)
+    if options.workers < 1:
+        raise LapeError(f"workers={options.workers} is not allowed: choose 1 or more")
+    baseline = "basic" if "basic" in joins else joins[0]
+    if options.baseline:
+        baseline = match_name("baseline", options.baseline, joins)
+    variants, meaningless = combinations(recipe, options.models or (recipe.model,), pes, joins)
+    recipes = dict.fromkeys(variants, recipe) | _rivals(recipe, options, variants)
+    folder = _writable(Path(options.output_dir))
+    plan = [
+        one.replace(model=model, pe=pe, join_type=join, seed=seed, **ALONE)
+        for seed in options.seeds  # all variants of a seed first: what is there after a stop can be compared
+        for (model, pe, join), one in recipes.items()
     ]
-    done, waiting = _sort_out(planned, folder)
-    others = [_other(path, recipe) for path in runs]
+    runs, waiting = _sort_out(plan, folder)
+    others = [_other(path, recipe) for path in options.runs]
 
-    print(f"{len(planned)} trainings of {recipe.epochs} epochs, {len(done)} done before, {workers} at a time")
-    agenda = _Agenda(waiting, workers)
-    cells = done + run_all(agenda, partial(train_cell, folder), _told)
-    order = {variant: place for place, variant in enumerate(wanted)}
-    cells.sort(key=lambda cell: (order[cell.variant], cell.run.seed))
+    print(f"{len(plan)} trainings of {recipe.epochs} epochs, {len(runs)} done before, {options.workers} at a time")
+    agenda = Agenda([Stage((one,)) for one in waiting], options.workers)
+    runs += run_all(
+        agenda,
+        partial(train_cell, folder),
+        lambda r: f"  {r.model}, {r.pe}, {r.join}, seed {r.seed}: {r.accuracy:.1f} % ({r.seconds:.0f} s)",
+    )
+    order = list(recipes)
+    runs.sort(key=lambda run: (order.index(run.variant), run.seed))
+    summary = summarise(runs, baseline)
+    rivals = {"models": list(options.rivals), "model_kwargs": recipes[order[-1]].model_kwargs}
     results = {
-        "made_by": MADE_BY,
-        "data": cells[0].run.data,
-        "recipe": _shared(planned[0]),
-        "rivals": {"models": list(rivals), "model_kwargs": theirs.model_kwargs} if rivals else None,
+        "made_by": "lape compare",
+        "data": runs[0].data,
+        "recipe": plan[0].model_dump(mode="json", exclude_unset=True, exclude=VARIED),
+        "rivals": rivals if options.rivals else None,
         "baseline": baseline,
-        "variants": summarise(cells, baseline),
+        "variants": summary,
         "meaningless": [{"model": m, "pe": p, "join": j, "why": why} for (m, p, j), why in meaningless.items()],
         "others": others,
-        "cells": [{"model": cell.model, "pe": cell.pe, **asdict(cell.run)} for cell in cells],
-        "workers": workers,
+        "cells": [asdict(run) for run in runs],
+        "workers": options.workers,
         "gpus": _gpus(recipe),
         **environment(),
+        "sentences": report.sentences_on_variants(summary, baseline),
     }
-    results["sentences"] = sentences(results)
-    files = write(folder, results, cells)
-    print(f"\n{_plain_table(table(results))}\n")
-    print("\n".join([*results["sentences"], "", "Written:", *(f"  {file}" for file in files)]))
-    return Comparison(folder, results, files)
+    curves = report.accuracy_curves(runs, lambda run: f"{run.model}, {run.pe}")
+    files = report.write(folder, results, report.comparison_page(results), {"curves.png": curves})
+    if models := _explorable(folder, runs):
+        files.append(report.explorer_page(folder / "report.html", results, models, curves))
+    table = report.plain_table(report.rows_of_variants(results))
+    print("\n".join(["", *table, "", *results["sentences"], "", "Written:", *(f"  {file}" for file in files)]))
+    return Study(folder, results, files)
+
+
+def _check(**lists: Sequence[Any]) -> None:
+    for name, values in lists.items():
+        if (not values and name != "rivals") or len(set(values)) != len(values):
+            raise LapeError(f"{name}={list(values)}: give at least one, and each once")
 
 
 def combinations(
     recipe: Recipe, models: Sequence[str], pes: Sequence[str], joins: Sequence[str]
-) -> tuple[list[tuple[str, str, str]], dict[tuple[str, str, str], str]]:
-    """(model, pe, join) that mean something, and the others with the reason.
+) -> tuple[list[Variant], dict[Variant, str]]:
+    """The variants that mean something, and the others with the reason.
 
     Raises LapeError when none does, or for a model or arguments that do not exist.
     """
@@ -137,25 +124,39 @@ def combinations(
     from lape.core.position import KINDS
     from lape.train.start import build_model
 
-    wanted, meaningless = [], {}
-    for model in models:
-        for pe in pes:
-            for join in joins:
-                try:
-                    check_combination(JOINS[join], KINDS[pe])
-                except LapeError as error:
-                    meaningless[model, pe, join] = str(error)
-                    continue
-                one = recipe.replace(model=model, pe=pe, join_type=join, finetune="")
-                try:
-                    with torch.device("meta"):  # shapes only
-                        build_model(one, num_classes=1, say=lambda _text: None)
-                    wanted.append((model, pe, join))
-                except UnsupportedModelError as error:
-                    meaningless[model, pe, join] = str(error)
-    if not wanted:
+    variants: list[Variant] = []
+    meaningless: dict[Variant, str] = {}
+    for model, pe, join in ((model, pe, join) for model in models for pe in pes for join in joins):
+        try:
+            check_combination(JOINS[join], KINDS[pe])
+        except LapeError as error:
+            meaningless[model, pe, join] = str(error)
+            continue
+        one = recipe.replace(model=model, pe=pe, join_type=join, finetune="")
+        try:
+            with torch.device("meta"):  # shapes only
+                build_model(one, num_classes=1, say=lambda _text: None)
+            variants.append((model, pe, join))
+        except UnsupportedModelError as error:
+            meaningless[model, pe, join] = str(error)
+    if not variants:
         raise LapeError(f"nothing to train: {next(iter(meaningless.values()))}")
-    return wanted, meaningless
+    return variants, meaningless
+
+
+def _rivals(recipe: Recipe, options: CompareOptions, variants: Sequence[Variant]) -> dict[Variant, Recipe]:
+    """The rivals as variants, with their recipe."""
+    kwargs = options.rival_kwargs
+    if not options.rivals:
+        if kwargs is not None:
+            raise LapeError(f"rival_kwargs={dict(kwargs)} without a rival: name some, or leave it out")
+        return {}
+    recipe = recipe if kwargs is None else recipe.replace(model_kwargs=dict(kwargs))
+    rows = combinations(recipe, options.rivals, ("own",), ("basic",))[0]
+    for row in rows:
+        if row in variants:
+            raise LapeError(f"{row[0]} is a model and a rival with pe='own': leave it out of one")
+    return dict.fromkeys(rows, recipe)
 
 
 def _gpus(recipe: Recipe) -> list[str]:
@@ -168,8 +169,6 @@ def _gpus(recipe: Recipe) -> list[str]:
 
 
 def _writable(folder: Path) -> Path:
-    import tempfile
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -179,99 +178,100 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
+def _explorable(folder: Path, runs: Sequence[Run]) -> dict[str, Path]:
+    """The first model of each variant that has positions to explore, at most six, by name."""
+    from lape.core.position import KINDS
+
+    models: dict[str, Path] = {}
+    several = len({run.model for run in runs}) > 1
+    for run in runs:
+        name = f"{run.join}, {run.pe}" + (f", {run.model}" if several else "")
+        kind = KINDS[run.pe]
+        if run.drawable and (kind.is_table or kind.is_bias) and len(models) < 6:
+            models.setdefault(name, _cell_name(folder, *run.variant, run.seed) / "model")
+    return models
+
+
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Agenda:
-    waiting: list[Recipe]
-    workers: int
-
-    def __post_init__(self) -> None:
-        self.epochs = sum(recipe.epochs for recipe in self.waiting)
-
-    def take(self) -> tuple[Recipe, ...]:
-        return (self.waiting.pop(0),) if self.waiting else ()
-
-    def finished(self, run: Run) -> None:
-        """Nothing depends on it: all are trained."""
+def cell_folder(folder: Path, recipe: Recipe) -> Path:
+    """Where the result of one training lies."""
+    return _cell_name(folder, recipe.model, recipe.pe, recipe.join_type, recipe.seed)
 
 
-def _sort_out(planned: Sequence[Recipe], folder: Path) -> tuple[list[Cell], list[Recipe]]:
-    """The cells that are done, and the recipes of the others."""
+def _cell_name(folder: Path, model: str, pe: str, join: str, seed: int) -> Path:
+    return folder / "cells" / f"{model.replace('/', '_')}.{pe}.{join}.seed{seed}"
+
+
+def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Recipe]]:
+    """The runs that are done, and the recipes of the others."""
     done, waiting = [], []
-    for recipe in planned:
+    for recipe in plan:
         path = cell_folder(folder, recipe) / "result.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            known = (
-                Recipe().model_dump(mode="json") | found["recipe"]
-            )  # what an older recipe did not have was the default
-            run = Run(**found["run"])
+            cell = json.loads(path.read_text(encoding="utf-8"))
+            used = Recipe().model_dump(mode="json") | cell["recipe"]  # what an older recipe had not was the default
+            run = Run(**{"model": recipe.model, "pe": recipe.pe} | cell["run"])
         except FileNotFoundError:
             waiting.append(recipe)
             continue
         except (OSError, ValueError, KeyError, TypeError):
             raise LapeError(f"{path} is no result of a comparison: remove it, or choose another --output-dir") from None
         asked = recipe.model_dump(mode="json")
-        odd = sorted(name for name in asked if known.get(name) != asked[name])
+        odd = sorted(name for name in asked if used.get(name) != asked[name])
         if odd:
             raise LapeError(
-                f"{path} was trained with {odd[0]}={known.get(odd[0])!r}, this comparison asks for {asked[odd[0]]!r}: "
+                f"{path} was trained with {odd[0]}={used.get(odd[0])!r}, this comparison asks for {asked[odd[0]]!r}: "
                 "choose another --output-dir, so that all have one recipe"
             )
-        done.append(Cell(recipe.model, recipe.pe, run))
+        done.append(run)
     return done, waiting
 
 
-def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Cell:
+def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Run:
     """Trains by one recipe, keeps the model, and writes result.json last: it says that the cell is done.
 
     While it trains, its checkpoints are in the cell's folder, so that one that was killed goes on after its last epoch.
     """
-    from lape.convert.converted import conversion_of
-    from lape.convert.positions import grid, num_prefix_tokens, positions
-    from lape.core.position import KINDS
     from lape.files.atomic import write_atomically
-    from lape.files.folder import save
-    from lape.look.measures import measure_all
-    from lape.look.similarity import correlation
-    from lape.train.loop import train
 
     home = cell_folder(folder, recipe)
-    under_way = recipe.replace(output_dir=str(home / "training"), resume="auto")
-    result = train(under_way, on_epoch=lambda _line: tick(), say=lambda _text: None)
+    run = _train(recipe.replace(output_dir=str(home / "training"), resume="auto"), home, tick)
+    text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1) + "\n"
+    write_atomically(home / "result.json", report.text_writer(text))
+    shutil.rmtree(home / "training")
+    return run
+
+
+def _train(recipe: Recipe, home: Path, tick: Callable[[], None]) -> Run:
+    """Trains by one recipe, measures the positions of the model, and keeps it as `home`/model."""
+    from lape.convert.converted import conversion_of
+    from lape.core.position import KINDS
+    from lape.files.folder import save
+    from lape.look.measures import measure_all
+    from lape.look.similarity import Maps
+    from lape.train.loop import train
+
+    result = train(recipe, on_epoch=lambda _line: tick(), say=lambda _text: None)
     model = result.model.cpu()
     measures: dict[str, Tensor] = {}
     drawable = not conversion_of(model).anatomy.stages
     if KINDS[recipe.pe].is_table and drawable:
-        seen_LnD = positions(model, view="seen").detach()[:, num_prefix_tokens(model) :]
-        measures = measure_all(correlation(model), seen_LnD, grid(model))
-    run = Run.of(recipe, result, measures, drawable)
+        maps = Maps.of(model)
+        measures = measure_all(maps.layers_Lnn, maps.patches_LnD, maps.grid)
     save(model, home / "model")
-    text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1) + "\n"
-    write_atomically(home / "result.json", partial(_write_text, text))
-    shutil.rmtree(home / "training")
-    return Cell(recipe.model, recipe.pe, run)
-
-
-def _told(cell: Cell) -> str:
-    run = cell.run
-    return f"  {cell.model}, {cell.pe}, {run.join}, seed {run.seed}: {run.accuracy:.1f} % ({run.seconds:.0f} s)"
-
-
-def _shared(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", exclude_unset=True, exclude={*VARIED, "output_dir", "resume"})
+    return Run.of(recipe, result, measures, drawable)
 
 
 def _other(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
     """A finished run as its files tell it, or a checkpoint as it does on the recipe's data."""
     from lape.files.read import read_checkpoint
 
-    found = Path(path)
-    log = found / "log.txt"
+    run = Path(path)
+    log = run / "log.txt"
     if log.exists():
-        checkpoint = read_checkpoint(found / "checkpoint.pth")
+        checkpoint = read_checkpoint(run / "checkpoint.pth")
         try:
             lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             accuracies = [float(line["test_acc1"]) for line in lines]
@@ -284,12 +284,137 @@ def _other(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
     else:
         from lape.train.evaluate import evaluate_checkpoint
 
-        checkpoint = read_checkpoint(found)
+        checkpoint = read_checkpoint(run)
         given = {name: getattr(recipe, name) for name in ("data_path", "data_set") if name in recipe.model_fields_set}
         metrics = evaluate_checkpoint(
-            Recipe(eval=True, resume=str(found), device=recipe.device, num_workers=0, **given), say=lambda _text: None
+            Recipe(eval=True, resume=str(run), device=recipe.device, num_workers=0, **given), say=lambda _text: None
         )
         about = {"final": metrics.acc1, "best": None, "measured": "here, on the data of this comparison"}
-    said = checkpoint.args
-    named = {"model": said.get("model"), "pe": said.get("pe"), "join": said.get("join_type")}
-    return {"name": found.name, **named, "epochs": said.get("epochs"), "seed": said.get("seed"), **about}
+    args = checkpoint.args
+    named = {"model": args.get("model"), "pe": args.get("pe"), "join": args.get("join_type")}
+    return {"name": run.name, **named, "epochs": args.get("epochs"), "seed": args.get("seed"), **about}
+
+
+# --- the demo: a preset -----------------------------------------------------------------------------------------------
+
+BASELINE, CANDIDATE = PAIR = ("basic", "LaPE")
+DEMO_FILES = ("results.json", "report.md", "curves.png", "correlation.png")
+DEMO = "lape demo"
+
+
+def demo(options: DemoOptions) -> Study:
+    """Trains `basic` and `LaPE` on the packaged digits with each seed, again with a longer budget, and reports.
+
+    Raises LapeError before any training when `output_dir` cannot be written or holds files of these names that no demo
+    wrote, or when a number makes no sense.
+    """
+    for name, least, most in (
+        ("seeds", 1, None),
+        ("long_factor", 2, None),
+        ("long_seeds", 0, options.seeds),
+        ("workers", 1, None),
+    ):
+        value = getattr(options, name)
+        if value < least or (most is not None and value > most):
+            allowed = f"{least} or more" if most is None else f"{least} to {most}, the number of seeds"
+            raise LapeError(f"{name}={value} is not allowed: choose {allowed}")
+    recipe = Recipe.from_yaml("digits", threads=1, num_workers=0, device="cpu")
+    recipe = recipe if options.epochs is None else recipe.replace(epochs=options.epochs)
+    folder = claim(Path(options.output_dir))
+    stages = demo_stages(recipe, options.seeds, recipe.epochs * options.long_factor, options.long_seeds)
+    agenda = Agenda(stages, options.workers, options.time_limit)
+    print(
+        f"{BASELINE} and {CANDIDATE} on the packaged digits, {options.workers} trainings at a time, "
+        f"up to {options.seeds} seeds"
+    )
+    with tempfile.TemporaryDirectory() as models:
+        runs = run_all(agenda, partial(_train_for_demo, Path(models)), _demo_line)
+        runs.sort(key=lambda run: (run.epochs, run.seed, run.join))
+        figures = {"curves.png": _demo_curves(runs), "correlation.png": _maps(Path(models), runs[0])}
+    budgets = by_budget(summarise(runs, BASELINE), *PAIR)
+    results = {
+        "made_by": DEMO,
+        "data": runs[0].data,
+        "recipe": recipe.model_dump(mode="json", exclude_unset=True, exclude={"join_type", "seed"}),
+        "joins": list(PAIR),
+        "budgets": budgets,
+        "left_out": [{"epochs": s.recipes[0].epochs, "seed": s.recipes[0].seed} for s in agenda.left_out],
+        "sentences": [*report.sentences_on_budgets(budgets, *PAIR), *late(agenda)],
+        "runs": [asdict(run) for run in runs],
+        **environment(),
+        "workers": options.workers,
+        "seconds": agenda.elapsed,
+    }
+    files = report.write(folder, results, report.demo_page(results), figures)
+    table = report.plain_table(report.rows_of_budgets(budgets, *PAIR), str.rjust, "   ")
+    print("\ntest accuracy, %: mean ± standard deviation over the seeds")
+    print("\n".join([*(f"  {row}" for row in table), "", *results["sentences"]]))
+    print("\n".join([f"\n{results['seconds']:.0f} s. Written:", *(f"  {file}" for file in files)]))
+    return Study(folder, results, files)
+
+
+def claim(folder: Path) -> Path:
+    """The folder, made and writable. Raises LapeError if it is not, or if a file would be lost that no demo wrote."""
+    there = [name for name in DEMO_FILES if (_writable(folder) / name).exists()]
+    try:
+        ours = json.loads((folder / DEMO_FILES[0]).read_text(encoding="utf-8"))["made_by"] == DEMO
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if there and not ours:
+        raise LapeError(f"{folder} holds {', '.join(there)}, which no demo wrote: choose another --output-dir")
+    return folder
+
+
+def demo_stages(recipe: Recipe, seeds: int, long_epochs: int, long_seeds: int) -> list[Stage]:
+    """First what is needed: two seeds, and one with the longer budget; then the others, the longer budget's last."""
+
+    def stage(epochs: int, seed: int, needed: bool) -> Stage:
+        return Stage(tuple(recipe.replace(join_type=join, seed=seed, epochs=epochs) for join in PAIR), needed)
+
+    short = [stage(recipe.epochs, seed, needed=seed < 2) for seed in range(seeds)]
+    long = [stage(long_epochs, seed, needed=seed < 1) for seed in range(long_seeds)]
+    return [*short[:1], *long[:1], *short[1:], *long[1:]]
+
+
+def late(agenda: Agenda) -> list[str]:
+    """What the time limit left out, in a sentence."""
+    if not agenda.left_out:
+        return []
+    names = (f"seed {stage.recipes[0].seed} of {stage.recipes[0].epochs} epochs" for stage in agenda.left_out)
+    return [f"Left out, to end within {agenda.time_limit:.0f} s on this machine: {', '.join(names)}."]
+
+
+def _train_for_demo(models: Path, recipe: Recipe, tick: Callable[[], None]) -> Run:
+    return _train(recipe, cell_folder(models / str(recipe.epochs), recipe), tick)
+
+
+def _demo_line(run: Run) -> str:
+    return (
+        f"  {run.join:5}  seed {run.seed}, {run.epochs:>3} epochs: "
+        f"{run.accuracy:5.1f} % of the test images right ({run.seconds:.0f} s)"
+    )
+
+
+def _demo_curves(runs: Sequence[Run]) -> "Figure":
+    seeds = Counter(run.epochs for run in runs if run.join == BASELINE)
+    return report.accuracy_curves(
+        sorted(runs, key=lambda run: (run.epochs, run.join != BASELINE)),
+        lambda run: f"{run.epochs} epochs, {seeds[run.epochs]} seed{'' if seeds[run.epochs] == 1 else 's'}",
+    )
+
+
+def _maps(models: Path, run: Run) -> "Figure":
+    """The positions of one model a join, of a run's budget and seed, layer by layer with one colour range."""
+    from lape.files.folder import load
+    from lape.look.figures import COSINE, Strip, overview
+    from lape.look.similarity import Maps, center_token, token_map
+
+    strips, columns = [], []
+    for join in PAIR:
+        home = _cell_name(models / str(run.epochs), run.model, run.pe, join, run.seed)
+        maps = Maps.of(load(home / "model"))
+        token, every, columns = center_token(maps.grid), list(maps.columns.values()), list(maps.columns)
+        strips.append(Strip(f"{join}\nall patches", every, maps.grid))
+        strips.append(Strip(f"{join}\ntoken {token}", [token_map(m, maps.grid) for m in every], maps.grid, token))
+    title = f"positions as each layer sees them, after {run.epochs} epochs, seed {run.seed}"
+    return overview(title, strips, columns, *COSINE)

@@ -22,6 +22,8 @@ HISTORY = ("epoch", "train_loss", "test_loss", "test_acc1")  # of a line of the 
 class Run:
     """One finished training. Accuracies in percent of the test images."""
 
+    model: str
+    pe: str
     join: str
     epochs: int
     seed: int
@@ -29,15 +31,21 @@ class Run:
     best: float  # the best epoch, chosen on the test images: shown, never compared
     loss: float
     seconds: float
-    history: list[dict[str, float]]  # epoch, train_loss, test_loss, test_acc1
+    history: list[dict[str, float]]  # of each epoch what `HISTORY` names
     data: str
     measures: dict[str, list[float | None]] = field(default_factory=dict)  # of its positions, one number a layer
     drawable: bool = True  # whether its positions are of one grid, so that one figure holds them
 
+    @property
+    def variant(self) -> tuple[str, str, str]:
+        return self.model, self.pe, self.join
+
     @classmethod
     def of(cls, recipe: Recipe, result: TrainResult, measures: Mapping[str, Tensor], drawable: bool = True) -> Run:
-        """What a training found; `measures` are (L,) each, and what is not finite becomes None."""
+        """What a training came to; `measures` are (L,) each, and what is not finite becomes None."""
         return cls(
+            model=recipe.model,
+            pe=recipe.pe,
             join=recipe.join_type,
             epochs=recipe.epochs,
             seed=recipe.seed,
@@ -55,80 +63,44 @@ class Run:
         )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A finished training."""
-
-    model: str
-    pe: str
-    run: Run
-
-    @property
-    def variant(self) -> tuple[str, str, str]:
-        return self.model, self.pe, self.run.join
-
-
 def mean_std(values: Sequence[float]) -> dict[str, Any]:
     """Mean, sample standard deviation (None for one value) and count."""
     spread = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": spread, "n": len(values)}
 
 
-def spell(value: dict[str, Any], sign: str = "") -> str:
-    """'94.1 ± 1.1', or '94.1' for one value."""
-    spread = "" if value["std"] is None else f" ± {value['std']:.1f}"
-    return f"{value['mean']:{sign}.1f}{spread}"
-
-
-def two_sided_p(t: float, freedom: int) -> float:
-    """P(|T| >= |t|) for Student's t with a whole number of degrees of freedom.
-
-    With theta = atan(t / sqrt(nu)) the probability within is a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4):
-        nu even:  sin(theta) (1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ... to cos^(nu-2))
-        nu odd:   2/pi (theta + sin(theta) (cos + 2/3 cos^3 + 2*4/(3*5) cos^5 + ... to cos^(nu-2)))
-    """
-    theta = math.atan2(abs(t), math.sqrt(freedom))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    odd = freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= cosine * cosine * k / (k + 1)
-    within = 2 / math.pi * (theta + sine * total) if odd else sine * total
-    return max(0.0, 1.0 - within)
-
-
 def paired_t(gaps: Sequence[float]) -> dict[str, float | None]:
-    """Student's paired t-test of "the mean difference is zero": t = mean / (std / sqrt(n)), n - 1 degrees of freedom.
+    """Student's paired t-test of "the mean difference is zero", two-sided, from the differences of the pairs.
 
     None for fewer than two pairs; for differences that are all equal t has no value, and p is 1 if they are 0, else 0.
     """
+    from scipy.stats import ttest_1samp
+
     if len(gaps) < 2:
         return {"t": None, "p": None}
-    mean, spread = statistics.fmean(gaps), statistics.stdev(gaps)
-    if spread == 0:
-        return {"t": None, "p": 1.0 if mean == 0 else 0.0}
-    t = mean / (spread / math.sqrt(len(gaps)))
-    return {"t": t, "p": two_sided_p(t, len(gaps) - 1)}
+    if statistics.stdev(gaps) == 0:
+        return {"t": None, "p": 0.0 if gaps[0] else 1.0}
+    test = ttest_1samp(gaps, 0.0)
+    return {"t": float(test.statistic), "p": float(test.pvalue)}
 
 
-def summarise(cells: Sequence[Cell], baseline: str) -> list[dict[str, Any]]:
-    """One entry a variant: final and best-epoch accuracy over the seeds, and by seed the difference to the baseline."""
-    final = {(cell.variant, cell.run.seed): cell.run.accuracy for cell in cells}
+def summarise(runs: Sequence[Run], baseline: str) -> list[dict[str, Any]]:
+    """One entry a variant and budget: final and best-epoch accuracy, and by seed the difference to the baseline's."""
+    final = {(run.variant, run.epochs, run.seed): run.accuracy for run in runs}
     entries = []
-    for variant in dict.fromkeys(cell.variant for cell in cells):
-        model, pe, join = variant
-        mine = [cell.run for cell in cells if cell.variant == variant]
+    for (model, pe, join), epochs in dict.fromkeys((run.variant, run.epochs) for run in runs):
+        mine = [run for run in runs if (*run.variant, run.epochs) == (model, pe, join, epochs)]
         entry: dict[str, Any] = {
             "model": model,
             "pe": pe,
             "join": join,
+            "epochs": epochs,
             "seeds": [run.seed for run in mine],
             "final": mean_std([run.accuracy for run in mine]),
             "best_epoch": mean_std([run.best for run in mine]),
             "difference": None,
         }
-        against = [final.get(((model, pe, baseline), run.seed)) for run in mine]
+        against = [final.get(((model, pe, baseline), epochs, run.seed)) for run in mine]
         gaps = [run.accuracy - other for run, other in zip(mine, against, strict=True) if other is not None]
         if join != baseline and gaps:
             entry["difference"] = {**mean_std(gaps), **paired_t(gaps), "each": gaps, "ahead": sum(g > 0 for g in gaps)}
@@ -136,53 +108,16 @@ def summarise(cells: Sequence[Cell], baseline: str) -> list[dict[str, Any]]:
     return entries
 
 
-def sentences(results: dict[str, Any]) -> list[str]:
-    """What the differences say, one sentence each."""
-    baseline, said = results["baseline"], []
-    several = len({(v["model"], v["pe"]) for v in results["variants"]}) > 1
-    compared = [variant for variant in results["variants"] if variant["difference"]]
-    for variant in compared:
-        gap, size = variant["difference"], abs(variant["difference"]["mean"])
-        where = f" ({variant['model']}, {variant['pe']})" if several else ""
-        if round(size, 1) == 0:
-            found = f"{variant['join']} and {baseline}{where} are level"
-        else:
-            side = "ahead of" if gap["mean"] > 0 else "behind"
-            found = f"{variant['join']}{where} is {side} {baseline} by {size:.1f} points"
-        if gap["p"] is None:
-            said.append(f"{found}, in one seed: how much of it is chance was not measured.")
-        else:
-            clear = "" if gap["p"] < 0.05 else " This may be chance."
-            said.append(
-                f"{found}, ahead in {gap['ahead']} of {gap['n']} seeds (paired t-test: p {_p(gap['p'], '= ')}).{clear}"
-            )
-    if len([v for v in compared if v["difference"]["p"] is not None]) > 1:
-        said.append(f"The p values are of each comparison alone, not corrected for there being {len(compared)}.")
-    return said
-
-
-def _p(p: float, equals: str = "") -> str:
-    return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
-
-
-def table(results: dict[str, Any]) -> list[list[str]]:
-    """A header and a row a variant."""
-    rows = [["model", "pe", "join", "seeds", "last epoch", "best epoch", f"- {results['baseline']}", "p"]]
-    for v in results["variants"]:
-        gap = v["difference"]
-        p = "" if gap is None else "one seed" if gap["p"] is None else _p(gap["p"])
-        scores = [spell(v["final"]), spell(v["best_epoch"]), "" if gap is None else spell(gap, "+"), p]
-        rows.append([v["model"], v["pe"], v["join"], str(len(v["seeds"])), *scores])
-    return rows
-
-
-def other_table(results: dict[str, Any]) -> list[list[str]]:
-    """The runs that were not trained here; empty without any."""
-    if not results["others"]:
-        return []
-    rows = [["run", "model", "pe", "join", "epochs", "last epoch", "best epoch", "measured"]]
-    for other in results["others"]:
-        known = ["?" if other[key] is None else str(other[key]) for key in ("name", "model", "pe", "join", "epochs")]
-        best = "" if other["best"] is None else f"{other['best']:.1f}"
-        rows.append([*known, f"{other['final']:.1f}", best, other["measured"]])
-    return rows
+def by_budget(variants: Sequence[dict[str, Any]], baseline: str, candidate: str) -> list[dict[str, Any]]:
+    """A summary of two joins turned: one entry a budget, short ones first, with both accuracies and their gap."""
+    final = {(entry["join"], entry["epochs"]): entry["final"] for entry in variants}
+    return [
+        {
+            "epochs": entry["epochs"],
+            "seeds": entry["seeds"],
+            "accuracy": {join: final[join, entry["epochs"]] for join in (baseline, candidate)},
+            "gap": {key: entry["difference"][key] for key in ("mean", "std", "n", "each", "ahead")},
+        }
+        for entry in sorted(variants, key=lambda entry: entry["epochs"])
+        if entry["join"] == candidate
+    ]

@@ -3,15 +3,18 @@
 On CUDA the processes share the GPU; where there are several GPUs they are dealt out to them in turn.
 """
 
+import math
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from lape.errors import LapeError
 from lape.recipe import Recipe
@@ -19,50 +22,89 @@ from lape.study.numbers import Run
 
 GRACE = 10.0  # seconds in which a worker that is asked to end may finish its step and save
 
-Job = Callable[[Recipe, Callable[[], None]], Any]
-"""Trains by a recipe, calls its second argument after every epoch; its result has a `.run`."""
+Job = Callable[[Recipe, Callable[[], None]], Run]
+"""Trains by a recipe, and calls its second argument after every epoch."""
 
 
-class Agenda(Protocol):
-    """Says what to train next."""
+@dataclass(frozen=True)
+class Stage:
+    """Trainings that are all done or all left out; `needed`: whatever the time."""
 
-    workers: int
+    recipes: tuple[Recipe, ...]
+    needed: bool = True
 
     @property
     def epochs(self) -> int:
-        """Of all trainings, as far as it is known now."""
+        return sum(recipe.epochs for recipe in self.recipes)
 
-    def take(self) -> Sequence[Recipe]:
+
+class Agenda:
+    """Hands out stages, and leaves out those that would end after the time limit (seconds; None: there is none)."""
+
+    def __init__(self, stages: Sequence[Stage], workers: int, time_limit: float | None = None):
+        self.waiting = list(stages)
+        self.left_out: list[Stage] = []
+        self.workers = workers
+        self.time_limit = time_limit
+        self._began = time.perf_counter()
+        self._finished: list[Run] = []
+        self._epochs_taken = 0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return time.perf_counter() - self._began
+
+    @property
+    def epochs(self) -> int:
+        """Of all trainings that were handed out or wait."""
+        return self._epochs_taken + sum(stage.epochs for stage in self.waiting)
+
+    def take(self) -> tuple[Recipe, ...]:
         """What to train next; empty when nothing is left."""
+        while self.waiting:
+            stage = self.waiting.pop(0)
+            if stage.needed or self._in_time(stage):
+                self._epochs_taken += stage.epochs
+                return stage.recipes
+            self.left_out.append(stage)
+        return ()
 
-    def finished(self, run: Run) -> None: ...
+    def finished(self, run: Run) -> None:
+        self._finished.append(run)
+
+    def _in_time(self, stage: Stage) -> bool:
+        if self.time_limit is None:
+            return True
+        pace = sum(run.seconds for run in self._finished) / max(sum(run.epochs for run in self._finished), 1)
+        rounds = math.ceil(len(stage.recipes) / self.workers)
+        return self.elapsed + rounds * stage.recipes[0].epochs * pace <= self.time_limit
 
 
-def run_all(agenda: Agenda, job: Job, told: Callable[[Any], str]) -> list[Any]:
-    """Trains what the agenda hands out, and says how far it is: a bar on a terminal, a line (`told`) a training."""
-    done = []
+def run_all(agenda: Agenda, job: Job, line_of: Callable[[Run], str]) -> list[Run]:
+    """Trains what the agenda hands out, and says how far it is: a bar on a terminal, a line a training."""
+    runs = []
     with _progress(agenda) as (tick, say):
-        for one in (_in_turn if agenda.workers == 1 else _side_by_side)(agenda, job, tick):
-            done.append(one)
-            say(told(one))
-    return done
+        for run in (_in_turn if agenda.workers == 1 else _side_by_side)(agenda, job, tick):
+            agenda.finished(run)
+            runs.append(run)
+            say(line_of(run))
+    return runs
 
 
-def _in_turn(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterator[Any]:
+def _in_turn(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterator[Run]:
     import torch
 
     threads = torch.get_num_threads()
     try:
         while recipes := agenda.take():
             for recipe in recipes:
-                one = job(recipe, tick)
-                agenda.finished(one.run)
-                yield one
+                yield job(recipe, tick)
     finally:
         torch.set_num_threads(threads)
 
 
-def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterator[Any]:
+def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterator[Run]:
     context = multiprocessing.get_context("spawn")  # a fork of a process that ran torch can hang
     ticks, places = context.SimpleQueue(), context.SimpleQueue()
     for place in range(agenda.workers):
@@ -71,7 +113,7 @@ def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterato
     try:
         with ProcessPoolExecutor(agenda.workers, context, _start_worker, (ticks, places)) as pool:
             try:
-                pending: set[Future[Any]] = set()
+                pending: set[Future[Run]] = set()
                 while True:
                     while len(pending) < agenda.workers and (recipes := agenda.take()):
                         with _ctrl_c_later():
@@ -83,7 +125,6 @@ def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterato
                         ticks.get()
                         tick()
                     for future in done:
-                        agenda.finished(future.result().run)
                         yield future.result()
             except BaseException:  # Ctrl-C above all: do not wait for what runs
                 workers = set(multiprocessing.active_children()) - others
@@ -136,7 +177,7 @@ def _take_gpu(place: int) -> None:
     os.environ["LOCAL_RANK"] = str(place % max(1, torch.cuda.device_count()))
 
 
-def _work(job: Job, recipe: Recipe) -> Any:
+def _work(job: Job, recipe: Recipe) -> Run:
     parent = multiprocessing.parent_process()
 
     def tick() -> None:

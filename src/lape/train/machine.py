@@ -12,57 +12,63 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from lape.train.distributed import World
 
-PACKAGES = ("lape", "torch", "timm", "numpy")
-
-
-def environment() -> dict[str, Any]:
-    """Versions of Python and of the packages that decide numbers, hardware and, in a checkout, the commit."""
-    hardware = {"processor": _processor(), "cores": _cores(), "system": f"{platform.system()} {platform.machine()}"}
-    return {"versions": _versions(*PACKAGES), "hardware": hardware, "commit": _commit()}
+PACKAGES = ("lape", "torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def describe_start(world: World) -> dict[str, Any]:
     """Time, command line, commit, versions and hardware of this start."""
     import torch
 
-    cuda = world.device.type == "cuda"
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": _commit(),
-        "versions": {
-            **_versions(*PACKAGES, "torchvision", "pillow"),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda or "none",
-            "cudnn": str(torch.backends.cudnn.version() or "none"),
-        },
-        "hardware": {
-            "device": str(world.device),
-            "gpu": torch.cuda.get_device_name(world.device) if cuda else None,
-            "gpus": torch.cuda.device_count() if cuda else 0,
-            "cpus": os.cpu_count(),
-            "machine": platform.machine(),
-        },
+        **environment(world.device),
         "processes": world.size,
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 
 
-def _versions(*packages: str) -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in packages:
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions, hardware (`device` and its GPU as well, where it is given) and, in a checkout, the commit."""
+    import torch
+
+    hardware = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device is not None:
+        on_gpu = device.type == "cuda"
+        hardware |= {
+            "device": str(device),
+            "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+            "gpus": torch.cuda.device_count() if on_gpu else 0,
+            "cpus": os.cpu_count(),
+            "machine": platform.machine(),
+        }
+    return {"versions": versions(), "hardware": hardware, "commit": commit()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers."""
+    import torch
+
+    installed = {"python": platform.python_version()}
+    for name in PACKAGES:
         try:
-            versions[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+            installed[name] = "not installed"
+    return installed | {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "cudnn": str(torch.backends.cudnn.version() or "none"),
+    }
 
 
 def _processor() -> str:
@@ -74,15 +80,18 @@ def _processor() -> str:
     return next(names, platform.processor() or "unknown")
 
 
-def _commit() -> str | None:
-    """The commit of the code that runs, `-dirty` where tracked files differ; None outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
-        if tracked.returncode:  # installed into an environment that happens to be inside a checkout
+def commit() -> str | None:
+    """The commit of the code that runs, `-dirty` where a file under version control differs; None outside git."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
             return None
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
-        output = subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", __file__) is None:  # installed inside a checkout of something else
         return None
-    return output.strip() or None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*") or None

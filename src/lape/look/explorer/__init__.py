@@ -1,1 +1,3 @@
-"""The explorer: one HTML file for the browser."""
+"""The explorer: one HTML file in which a person clicks patches and sees what position became, layer by layer."""
+
+from lape.look.explorer.page import explore as explore

@@ -1,4 +1,4 @@
-"""The explorer: one HTML file in which a person clicks patches and sees what position became, layer by layer.
+"""The page of the explorer, written.
 
 The file holds everything that it shows and asks no network for anything; its own policy (CSP) forbids it. Maps are
 quantised to bytes and compressed; of a symmetric map only one triangle is kept. Numbers come from `lape.correlation`,
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from lape.convert.converted import conversion_of
-from lape.convert.positions import Size, View, describe, position_bias, positions
+from lape.convert.positions import Size, View, describe, position_bias
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError
 from lape.files.atomic import write_atomically
 from lape.files.read import read_checkpoint
 from lape.look.measures import MEASURES, measure_all
-from lape.look.similarity import cosine, grid_at, half_distance, locality_radius, monotonicity, raw_table
+from lape.look.similarity import Maps, grid_at, half_distance, locality_radius, monotonicity
 
 BUDGET = 6_000_000  # bytes of the whole file; what would not fit is kept coarser, and the page says so
 PHOTO_SIDE = 448  # pixels of the longer side of a photograph in the page
@@ -87,7 +87,7 @@ def explore(
     if not target.parent.is_dir():
         raise LapeError(f"there is no folder {target.parent}: make it, or choose another file for the explorer")
 
-    def opened(source: nn.Module | Path) -> tuple[nn.Module, dict[str, Any] | None]:
+    def open_model(source: nn.Module | Path) -> tuple[nn.Module, dict[str, Any] | None]:
         if isinstance(source, nn.Module):
             return source, None
         from lape.files.restore import restore_to_draw
@@ -96,30 +96,26 @@ def explore(
         model, _ = restore_to_draw(checkpoint, model_name, size=size, ema=ema, join=join, pe=pe)
         return model, checkpoint.transform
 
-    cards = [_Card(name, *opened(source), images, size) for name, source in _named(models).items()]
-    page = build(title, cards, intro, budget)
-    write_atomically(target, lambda file: _write(file, page))
+    cards = [_Card(name, *open_model(source), images, size) for name, source in _named(models).items()]
+    page = page_text(title, cards, intro, budget)
+    write_atomically(target, lambda file: file.write(page.encode()))
     return target
-
-
-def _write(file: Any, page: str) -> None:
-    file.write(page.encode())
 
 
 def _named(models: Any) -> dict[str, nn.Module | Path]:
     """name -> model or checkpoint; a model's name is its class and join, a checkpoint's its file and folder."""
     if isinstance(models, Mapping):
-        given = [(str(name), source) for name, source in models.items()]
+        pairs = [(str(name), source) for name, source in models.items()]
     else:
         several = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
-        given = [(_name_of(source), source) for source in several]
-    if not given:
+        pairs = [(_name_of(source), source) for source in several]
+    if not pairs:
         raise LapeError("no model was given: name at least one")
-    named: dict[str, nn.Module | Path] = {}
-    for name, source in given:
-        unique = next(n for n in (name, *(f"{name} ({k})" for k in range(2, len(given) + 2))) if n not in named)
-        named[unique] = source if isinstance(source, nn.Module) else Path(source)
-    return named
+    sources: dict[str, nn.Module | Path] = {}
+    for name, source in pairs:
+        unique = next(n for n in (name, *(f"{name} ({k})" for k in range(2, len(pairs) + 2))) if n not in sources)
+        sources[unique] = source if isinstance(source, nn.Module) else Path(source)
+    return sources
 
 
 def _name_of(source: Any) -> str:
@@ -159,43 +155,35 @@ class _Card:
                 f"{KINDS[self.about.pe].missing}"
             )
 
+    def _add_maps(self, label: str, kind: str, first: int, layers: int, packed: dict[str, Any]) -> None:
+        self.data["maps"].append({"label": label, "kind": kind, "first": first, "layers": layers, **packed})
+
+    def _add_measure(self, label: str, hint: str, value_L: Tensor, **more: Any) -> None:
+        self.data["measures"].append({"label": label, "hint": hint, "values": finite(value_L), **more})
+
     def _add_positions(self) -> None:
-        prefix = self.about.prefix_tokens
-        table = raw_table(self.model, self.size)
         for view, label in VIEWS:
             if view == "unbiased" and self.about.folded:
                 continue
-            seen = positions(self.model, self.size, view).detach()[:, prefix:]
-            maps = cosine(seen)
+            maps = Maps.of(self.model, self.size, view)
+            maps_Lnn = torch.stack(list(maps.columns.values()))
+            first = 0 if maps.table_nn is None else -1
+            self._add_maps(label, "cosine", first, len(maps_Lnn), triangle(maps_Lnn.numpy()))
             if view == "seen":
-                self._add_measures(measure_all(maps, seen, self.grid))
-            first = 0 if table is None else -1
-            if table is not None:
-                maps = torch.cat([cosine(table[prefix:])[None], maps])
-            self.data["maps"].append(
-                {"label": label, "kind": "cosine", "first": first, "layers": len(maps), **triangle(maps.numpy())}
-            )
-
-    def _add_measures(self, values: dict[str, Tensor]) -> None:
-        for name, value_L in values.items():
-            measure = MEASURES[name]
-            self.data["measures"].append({"label": measure.label, "hint": measure.hint, "values": finite(value_L)})
+                for name, value_L in measure_all(maps.layers_Lnn, maps.patches_LnD, self.grid).items():
+                    self._add_measure(MEASURES[name].label, MEASURES[name].hint, value_L)
 
     def add_bias(self, budget: int) -> None:
         bias_LHnn = position_bias(self.model).detach().float().cpu()
-        means = bias_LHnn.mean(1)
-        s = {"locality_radius": locality_radius(means, self.grid), "monotonicity": monotonicity(means, self.grid)}
-        s["half_distance"] = half_distance(means, self.grid)
-        for name, value_L in s.items():
-            label, hint = f"bias: {MEASURES[name].label}", f"mean over heads; {MEASURES[name].hint}"
-            self.data["measures"].append({"label": label, "hint": hint, "values": finite(value_L)})
+        for measure in (locality_radius, monotonicity, half_distance):
+            about = MEASURES[measure.__name__]
+            value_L = measure(bias_LHnn.mean(1), self.grid)
+            self._add_measure(f"bias: {about.label}", f"mean over heads; {about.hint}", value_L)
         packed = rows(bias_LHnn.numpy(), self.grid, budget, signed=True)
-        self.data["maps"].append(
-            {"label": "bias on attention", "kind": "bias", "first": 0, "layers": len(bias_LHnn), **packed}
-        )
+        self._add_maps("bias on attention", "bias", 0, len(bias_LHnn), packed)
 
     def add_attention(self, budget: int) -> None:
-        from lape.look.probe import attention, attention_distance, has_positions, rollout, token_and_position
+        from lape.look.probe import attention, attention_distance, rollout, token_and_position
 
         if not self.photos:
             return
@@ -205,29 +193,14 @@ class _Card:
             weights_LHnn = attention(self.model, photo.pixels)[:, 0, :, prefix:, prefix:].numpy()
             self.data["attention"].append(rows(weights_LHnn, self.grid, each, signed=False))
         self.data["rollout"] = [finite(r.flatten() / r.max()) for r in rollout(self.model, images)]
-        distance_LH = attention_distance(self.model, images)
-        self.data["measures"].append(
-            {
-                "label": "mean attention distance, pixels",
-                "hint": "on the photographs; a dot a head",
-                "values": finite(distance_LH.mean(1)),
-                "dots": [finite(heads) for heads in distance_LH],
-            }
-        )
-        if has_positions(self.model):
+        distance_LH, hint = attention_distance(self.model, images), "on the photographs"
+        dots = [finite(heads) for heads in distance_LH]
+        self._add_measure("mean attention distance, pixels", f"{hint}; a dot a head", distance_LH.mean(1), dots=dots)
+        if KINDS[self.about.pe].is_table:
             ratios = token_and_position(self.model, images)
-            self.data["measures"] += [
-                {
-                    "label": "position's share, σ_P / σ_(x+P)",
-                    "hint": "on the photographs",
-                    "values": finite(ratios.scale),
-                },
-                {
-                    "label": "correlation of token and position",
-                    "hint": "on the photographs, after the token norm",
-                    "values": finite(ratios.correlation),
-                },
-            ]
+            self._add_measure("position's share, σ_P / σ_(x+P)", hint, ratios.scale)
+            hint = f"{hint}, after the token norm"
+            self._add_measure("correlation of token and position", hint, ratios.correlation)
 
 
 def finite(values: Tensor) -> list[float | None]:
@@ -280,7 +253,6 @@ def _photo(model: nn.Module, path: Any, stored: dict[str, Any] | None) -> Photo:
     """An image file as the model sees it: resized and cropped as in evaluation, with ImageNet's mean and deviation
     where a checkpoint does not say others."""
     from PIL import Image
-    from torchvision.transforms.functional import to_pil_image
 
     from lape.data.augment import EvalTransform
     from lape.data.images import load_image
@@ -296,7 +268,8 @@ def _photo(model: nn.Module, path: Any, stored: dict[str, Any] | None) -> Photo:
         transform = replace(EvalTransform.from_dict(stored), input_size=size)
     pixels = transform.build()(load_image(path, channels))
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (transform.mean, transform.std))
-    shown = to_pil_image((pixels * std + mean).clamp(0, 1)).convert("RGB")
+    levels = (pixels * std + mean).clamp(0, 1).mul(255).byte().expand(3, -1, -1)  # grey becomes RGB
+    shown = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
     factor = PHOTO_SIDE / max(shown.size)
     shown = shown.resize((round(shown.width * factor), round(shown.height * factor)), Image.Resampling.BICUBIC)
     file = io.BytesIO()
@@ -306,14 +279,13 @@ def _photo(model: nn.Module, path: Any, stored: dict[str, Any] | None) -> Photo:
 
 
 def _channels(model: nn.Module) -> int:
-    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    return first.in_channels
+    return next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def build(title: str, cards: Sequence[_Card], intro: str, budget: int) -> str:
+def page_text(title: str, cards: Sequence[_Card], intro: str, budget: int) -> str:
     """The page. Data go in as JSON in which no tag can end; the policy admits this script and this style alone."""
     script, style = (_part(f"explorer.{kind}") for kind in ("js", "css"))
     photos = [{"name": p.name, "src": p.picture} for p in cards[0].photos]
@@ -345,7 +317,7 @@ def build(title: str, cards: Sequence[_Card], intro: str, budget: int) -> str:
         "script_hash": _hash(script),
         "style_hash": _hash(style),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _part("explorer.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("explorer.html"))
 
 
 def series(joins: Sequence[str]) -> list[str]:
@@ -361,9 +333,9 @@ def colours() -> list[str]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    from lape.look.figures import COLOURS
+    from lape.look.figures import COLOUR_MAP
 
-    return [to_hex(c) for c in colormaps[COLOURS](np.linspace(0, 1, 65))]
+    return [to_hex(c) for c in colormaps[COLOUR_MAP](np.linspace(0, 1, 65))]
 
 
 def _part(name: str) -> str:

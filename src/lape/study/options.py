@@ -1,0 +1,65 @@
+"""The options of `lape demo`, `lape compare` and `lape bench`: each has its name, default and meaning here alone.
+
+The command line makes its flags of the fields, and their `help` is what `--help` says.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lape.look.options import option
+from lape.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Seeds count from 0; beyond the first two (the first of the longer budget) one may be left out, for both joins."""
+
+    output_dir: str = option("lape-demo", "where report.md, results.json and the figures go")
+    seeds: int = option(5, "trainings of each join")
+    epochs: int | None = option(None, "length of a training (default: the packaged recipe's)")
+    long_factor: int = option(3, "the longer budget, as a multiple of the epochs")
+    long_seeds: int = option(1, "trainings of each join with the longer budget; 0: none")
+    workers: int = option(2, "trainings side by side, one thread each")
+    time_limit: float | None = option(150.0, "seeds that would end later, in seconds, are left out; none: all are run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """The rows of a comparison, their seeds, and what they are compared with and shown beside.
+
+    A rival is trained once a seed (pe="own"), whether it can be converted or not. Nothing says that the budget of
+    `runs` was the same: folders with log.txt and checkpoint.pth, or checkpoints, evaluated on the recipe's data.
+    """
+
+    output_dir: str = field(metadata={"help": "where cells and report go; what is done there is skipped"})
+    joins: tuple[str, ...] = option(("basic", "LaPE"), "joins to compare")
+    pes: tuple[str, ...] = option(("learnable",), "kinds of position embedding")
+    models: tuple[str, ...] = option((), "timm names (default: the recipe's)")
+    rivals: tuple[str, ...] = option((), "timm names, each trained as it is, by the same recipe")
+    rival_kwargs: Mapping[str, Any] | None = option(None, "--model-kwargs of the rivals (default: the same)")
+    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of each combination")
+    baseline: str | None = option(None, "join that the others are compared with (default: basic, or the first)")
+    runs: tuple[str, ...] = option((), "finished runs and checkpoints to show beside, in a table of their own")
+    workers: int = option(2, "trainings side by side, one thread each; also on one GPU")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Models, and how they are measured. The folded form is of joins with LN'; fp16 needs CUDA and scales gradients."""
+
+    model: str = option(Recipe.model_fields["model"].default, "timm name of the Vision Transformer")
+    model_kwargs: Mapping[str, Any] | None = option(None, "more arguments of the timm model: KEY=VALUE pairs or JSON")
+    joins: tuple[str, ...] = option(("basic", "LaPE"), "joins; the first is what others are compared with")
+    pe: str | None = option(None, "kind of position embedding (default: the model's own)")
+    fold: bool = option(False, "folded forms as well, for inference")
+    compile: bool = option(False, "measure compiled models")
+    amp: Literal["none", "bf16", "fp16"] = option("none", "mixed precision")
+    batch_size: int = option(Recipe.model_fields["batch_size"].default, "images a step")
+    image_size: int | None = option(None, "side in pixels (default: the model's)")
+    device: str = option("auto", "auto (CUDA when there is one), cpu, cuda, cuda:N")
+    threads: int = option(0, "CPU threads of torch; 0: torch decides")
+    rounds: int = option(20, "how often each variant is timed, in turn")
+    train: bool = option(True, "time a training step")
+    inference: bool = option(True, "time inference, and the latency of one image")
+    peers: tuple[str, ...] = option((), "the same ViT without lape beside it, of timm, torchvision, transformers")
