@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from formula import of_position
 
 import lape
 from lape.errors import LapeError
@@ -87,7 +88,7 @@ def test_the_position_of_the_detector_learns(example, size):
 
 
 def check_gradients(model):
-    new = {n: p for n, p in model.named_parameters() if "lape_p" in n}
+    new = of_position(model)
     assert len(new) == 1 + 2 * lape.describe(model).blocks
     for name, parameter in new.items():
         assert parameter.grad is not None, name

@@ -104,7 +104,7 @@ def test_peg_reads_a_map_as_it_reads_its_tokens():
     model = lape.apply_(make("7 x 3 grid"), "basic", "PEG")
     peg = model.lape.peg
     x = torch.randn(2, 22, 32)
-    as_map = peg.beside(x[:, 1:].unflatten(1, (7, 3)), (7, 3), 1)
+    as_map = peg.beside_map(x[:, 1:].unflatten(1, (7, 3)))
     assert torch.allclose(as_map.flatten(1, 2), peg.beside(x, (7, 3), 1)[:, 1:], atol=1e-6)
 
 
