@@ -169,6 +169,7 @@ def visualize(
         raise LapeError("nothing to write: give --save-dir DIR for pictures, --html FILE for the explorer, or both")
     if image and html is None:
         raise LapeError("--image shows photographs in the explorer: give --html FILE as well")
+    sides = options.sides  # refused here, before a file is read
     if save_dir is None and (options.token is not None or options.view is not None):
         raise LapeError("--token and --view choose what pictures show: give --save-dir DIR as well")
     if len(checkpoints) > 1 and options.model_name is not None and save_dir is not None:
@@ -182,7 +183,7 @@ def visualize(
             checkpoints,
             html,
             images=image,
-            size=options.sides,
+            size=sides,
             model_name=options.model_name,
             join=options.join_type,
             pe=options.pe,
