@@ -10,7 +10,7 @@ from pathlib import Path
 if find_spec("lape") is None:
     sys.path.insert(0, str(Path(__file__).parent / "src"))
 
-from lape.plot import original_main
+from lape.cli.original import visualize_main
 
 if __name__ == "__main__":
-    sys.exit(original_main())
+    sys.exit(visualize_main())

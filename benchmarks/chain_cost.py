@@ -19,8 +19,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lape
-from lape.benchmark import Variant, compare, describe_machine, inference_run, machine, time_rounds
-from lape.distributed import join_world
+from lape.study.benchmark import Variant, compare, describe_machine, inference_run, machine, time_rounds
+from lape.train.distributed import join_world
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = [  # layers, width, pixels; patch 16, heads of 64

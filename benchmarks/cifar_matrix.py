@@ -17,9 +17,9 @@ from typing import Any
 
 from gallery import subset
 
-from lape.compare import compare, paired_t
 from lape.recipe import Recipe
-from lape.report import mean_std
+from lape.study.compare import compare
+from lape.study.numbers import mean_std, paired_t
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

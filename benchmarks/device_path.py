@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lape.data import load_data, processors, train_loader
+from lape.data.loaders import processors, train_loader
+from lape.data.open import load_data
 from lape.recipe import Recipe
-from lape.report import environment
+from lape.train.machine import environment
 
 RESULTS = Path(__file__).parent / "results"
 DEIT = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "repeated_aug": False}

@@ -18,17 +18,17 @@ from pathlib import Path
 
 import torch
 
-from lape.distributed import World
-from lape.logs import describe_start
 from lape.recipe import Recipe
-from lape.state import CHECKPOINT
-from lape.train import train
+from lape.train.distributed import World
+from lape.train.loop import train
+from lape.train.machine import describe_start
+from lape.train.state import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 PROCESSES = (1, 2, 3, 4)
 WORKER = """
 import dataclasses, json, os, sys
-from lape.evaluate import evaluate_checkpoint
+from lape.train.evaluate import evaluate_checkpoint
 from lape.recipe import Recipe
 recipe = Recipe(resume=sys.argv[1], eval=True, ema=sys.argv[3] == "ema", dist_eval=True, device="cpu", threads=1)
 metrics = evaluate_checkpoint(recipe, say=lambda text: None)

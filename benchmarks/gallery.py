@@ -15,12 +15,14 @@ from pathlib import Path
 from PIL import Image
 
 import lape
-from lape.compare import Comparison, cell_folder, compare, table
-from lape.correlation import cosine, raw_table, token_map
-from lape.measures import measure_all
-from lape.plot import COSINE, Strip, curves, overview, places
+from lape.look.figures import COSINE, Strip, curves, overview, places
+from lape.look.measures import measure_all
+from lape.look.similarity import cosine, raw_table, token_map
 from lape.recipe import Recipe
-from lape.report import markdown_table
+from lape.study.compare import Comparison, compare
+from lape.study.numbers import table
+from lape.study.report import markdown_table
+from lape.study.write import cell_folder
 
 JOINS = ("basic", "share", "LaPE-sharing", "LaPE")
 PES = ("learnable", "2D_sin")

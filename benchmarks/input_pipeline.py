@@ -37,12 +37,14 @@ from torch.utils.data import default_collate
 from torchvision.datasets import ImageFolder
 
 import lape
-from lape.augment import eval_transform, train_transform
-from lape.data import Data, Samples, _collate, eval_loader, load_data, load_image
-from lape.evaluate import evaluate
-from lape.pixels import read_levels
+from lape.data.augment import eval_transform, train_transform
+from lape.data.fast import read_levels
+from lape.data.images import load_image
+from lape.data.loaders import Samples, _collate, eval_loader
+from lape.data.open import Data, load_data
 from lape.recipe import Recipe
-from lape.train import train
+from lape.train.evaluate import evaluate
+from lape.train.loop import train
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")

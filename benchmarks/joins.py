@@ -3,8 +3,9 @@
     python benchmarks/joins.py [--model deit_tiny_patch16_224] [--batch-size 16] [--rounds 30] [--device cpu]
 
 Aims: a training step of LaPE at most 1.01 of basic, its memory at most 1.005; folded LaPE 1.00 of basic within the
-noise in all three. `--only eager` leaves out compilation (minutes) and export. All by `lape.benchmark`, in interleaved
-rounds; onnxruntime runs the files that `lape export` writes. Result: benchmarks/results/joins_<device>_<model>.json
+noise in all three. `--only eager` leaves out compilation (minutes) and export. All by `lape.study.benchmark`, in
+interleaved rounds; onnxruntime runs the files that `lape export` writes. Result:
+benchmarks/results/joins_<device>_<model>.json
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 
 import lape
-from lape.benchmark import benchmark, compare, table, time_rounds
-from lape.export import export
+from lape.files.export import export
+from lape.study.benchmark import benchmark, compare, table, time_rounds
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("eager", "compiled", "onnxruntime")

@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lape.checkpoint import read_checkpoint
-from lape.distributed import World
 from lape.errors import CheckpointError
-from lape.logs import describe_start
-from lape.state import BEST, CHECKPOINT, LOG, PREVIOUS
+from lape.files.read import read_checkpoint
+from lape.train.distributed import World
+from lape.train.machine import describe_start
+from lape.train.state import BEST, CHECKPOINT, LOG, PREVIOUS
 
 ROOT = Path(__file__).parents[1]
 TIMES = {"seconds", "data_seconds", "images_per_second", "peak_memory_mib"}

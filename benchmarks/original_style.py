@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from written_out import largest_difference, written_out
 
 import lape
-from lape.benchmark import Variant, compare, describe_machine, machine, time_rounds, training_run
-from lape.distributed import join_world
+from lape.study.benchmark import Variant, compare, describe_machine, machine, time_rounds, training_run
+from lape.train.distributed import join_world
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-5

@@ -30,9 +30,10 @@ from pathlib import Path
 
 import torch
 
-from lape.distributed import World
-from lape.logs import RUN, describe_start
-from lape.state import LOG
+from lape.train.distributed import World
+from lape.train.logs import RUN
+from lape.train.machine import describe_start
+from lape.train.state import LOG
 
 ROOT = Path(__file__).parents[1]
 HOSTS = {"lape-a": "10.77.0.1", "lape-b": "10.77.0.2"}

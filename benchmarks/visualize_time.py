@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import lape
-from lape.report import environment
+from lape.train.machine import environment
 
 LIMIT = 20.0
 REPEATS = 3

@@ -24,13 +24,15 @@ from typing import Any
 import torch
 from gallery import cifar_recipe, subset
 
-from lape.build import build_model
-from lape.data import eval_loader, load_data
-from lape.evaluate import evaluate
+from lape.data.loaders import eval_loader
+from lape.data.open import load_data
 from lape.recipe import Recipe
-from lape.report import environment, mean_std
-from lape.state import CHECKPOINT
-from lape.train import train
+from lape.study.numbers import mean_std
+from lape.train.evaluate import evaluate
+from lape.train.loop import train
+from lape.train.machine import environment
+from lape.train.start import build_model
+from lape.train.state import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 WAYS: dict[str, dict[str, Any]] = {

@@ -29,7 +29,8 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 import lape
 from lape.errors import LapeError
-from lape.report import environment, mean_std
+from lape.study.numbers import mean_std
+from lape.train.machine import environment
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

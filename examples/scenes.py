@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lape.data import digits
+from lape.data.sets import digits
 
 CLASSES = ("background", *map(str, range(10)))
 INK = 0.3  # of the darkest: what counts as the digit

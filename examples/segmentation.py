@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import lape
 from lape.errors import LapeError
-from lape.report import environment, mean_std
+from lape.study.numbers import mean_std
+from lape.train.machine import environment
 
 WEIGHTS = torch.tensor([0.2] + [1.0] * 10)  # of the classes in the loss: most pixels are background
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from lape.augment import EvalTransform, eval_transform, is_augmented, operations, to_mode, train_transform
+from lape.data.augment import EvalTransform, eval_transform, is_augmented, operations, train_transform
+from lape.data.images import to_mode
 from lape.errors import DataError, LapeError
 from lape.recipe import Recipe
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from lape import batched
+from lape.data import batched
 
 SIZES = [(33, 37), (8, 8), (2, 5)]
 FILL = {1: (115,), 3: (124, 116, 104)}

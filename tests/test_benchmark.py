@@ -11,8 +11,8 @@ from conftest import TINY
 from torch import nn
 
 import lape
-from lape import cli
-from lape.benchmark import benchmark, compare, macs, peak_memory, table, time_rounds
+from lape.cli import app as cli
+from lape.study.benchmark import benchmark, compare, macs, peak_memory, table, time_rounds
 
 WORDS = [f"{key}={value}" for key, value in TINY.items() if key != "img_size"]
 COMMAND = ["bench", "--model", "vit_tiny_patch16_224", "--image-size", "16", "--batch-size", "2", "--rounds", "3"]
@@ -134,7 +134,7 @@ def test_peak_memory_counts_every_byte():
 def test_every_round_times_each_once_in_an_order_of_its_own():
     calls: list[str] = []
     runs: dict[str, Any] = {name: lambda name=name: calls.append(name) for name in "abcd"}
-    import lape.benchmark as module
+    import lape.study.benchmark as module
 
     shortest, module.SHORTEST = module.SHORTEST, 0.0  # one call a round
     try:

@@ -12,13 +12,14 @@ import torch
 from training import ALONE, KWARGS, quiet, read, tiny
 
 import lape
-from lape.augment import EvalTransform
-from lape.build import build_model, load_teacher
-from lape.data import BatchPlan, batch_plan, load_data, train_loader
+from lape.data.augment import EvalTransform
+from lape.data.loaders import BatchPlan, batch_plan, train_loader
+from lape.data.open import load_data
 from lape.errors import CheckpointError, LapeError
-from lape.evaluate import evaluate_checkpoint
-from lape.state import BEST, CHECKPOINT, peak_lr, start
-from lape.train import train
+from lape.train.evaluate import evaluate_checkpoint
+from lape.train.loop import train
+from lape.train.start import build_model, load_teacher
+from lape.train.state import BEST, CHECKPOINT, peak_lr, start
 
 ROOT = Path(__file__).parents[1]
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "smoothing": 0.0, "repeated_aug": False, "model_ema": False}
@@ -83,7 +84,7 @@ def gradient(monkeypatch, **settings) -> dict[str, torch.Tensor]:
         raise Enough
 
     with monkeypatch.context() as patch:
-        patch.setattr("lape.train._gradient_norm", look)
+        patch.setattr("lape.train.loop._gradient_norm", look)
         with pytest.raises(Enough):
             train(tiny(**{**PLAIN, **settings}), say=quiet)
     return found
@@ -147,7 +148,7 @@ def test_the_compiled_step_is_what_trains(monkeypatch):
         compiled.append(model)
         return torch._dynamo.optimize("eager", nopython=True)(model)
 
-    monkeypatch.setattr("lape.train.torch.compile", compile_eagerly)
+    monkeypatch.setattr("lape.train.loop.torch.compile", compile_eagerly)
     found = train(tiny(**PLAIN, compile=True), say=quiet)
     monkeypatch.undo()
     wanted = train(tiny(**PLAIN), say=quiet)

@@ -12,10 +12,10 @@ from training import tiny
 
 import lape
 import lape.models
-from lape.evaluate import evaluate_checkpoint
 from lape.models.ceit import LeFF
 from lape.recipe import Recipe
-from lape.train import train
+from lape.train.evaluate import evaluate_checkpoint
+from lape.train.loop import train
 
 NAME = "ceit_tiny_patch16_224"
 SMALL = {"img_size": (32, 48), "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lape.check_data import check_data
-from lape.cli import USER_ERROR, app, run
-from lape.data import load_data
+from lape.cli.app import USER_ERROR, app, run
+from lape.data.check import check_data
+from lape.data.open import load_data
 from lape.errors import DataError, LapeError
 from lape.recipe import Recipe
 

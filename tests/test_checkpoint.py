@@ -12,7 +12,9 @@ import torch
 from conftest import TINY
 
 import lape
-from lape.checkpoint import model_from_checkpoint, read_checkpoint, write_atomically
+from lape.files.atomic import write_atomically
+from lape.files.read import read_checkpoint
+from lape.files.restore import model_from_checkpoint
 
 NAME = "deit_tiny_patch16_224"
 SMALL = {key: TINY[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")}

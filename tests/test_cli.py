@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from lape import cli
+from lape.cli import app as cli
+from lape.cli import commands
 from lape.errors import LapeError
-from lape.evaluate import STORED
+from lape.files.restore import STORED
 from lape.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -137,21 +138,21 @@ LINES = [tuple(line.split(" | ")) for line in SPELLINGS.strip().splitlines()]
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
-    """What `lape.train.train` was called with; nothing is trained."""
-    import lape.train
+    """What `lape.train.loop.train` was called with; nothing is trained."""
+    import lape.train.loop
 
     recipes: list[Recipe] = []
-    monkeypatch.setattr(lape.train, "train", recipes.append)
+    monkeypatch.setattr(lape.train.loop, "train", recipes.append)
     return recipes
 
 
 @pytest.fixture
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
-    """What `lape.evaluate.evaluate_checkpoint` was called with; nothing is evaluated."""
-    import lape.evaluate
+    """What `lape.train.evaluate.evaluate_checkpoint` was called with; nothing is evaluated."""
+    import lape.train.evaluate
 
     recipes: list[Recipe] = []
-    monkeypatch.setattr(lape.evaluate, "evaluate_checkpoint", recipes.append)
+    monkeypatch.setattr(lape.train.evaluate, "evaluate_checkpoint", recipes.append)
     return recipes
 
 
@@ -195,7 +196,7 @@ def test_commands_are_frozen() -> None:
 
 
 def test_eval_takes_from_the_checkpoint_what_it_says() -> None:
-    assert set(cli.STORED) == set(STORED)
+    assert set(commands.STORED) == set(STORED)
 
 
 def test_defaults_are_the_recipes() -> None:
@@ -336,9 +337,9 @@ def test_a_flag_that_cannot_do_what_it_does_there_is_refused(
 def test_only_the_first_process_prints(
     monkeypatch: pytest.MonkeyPatch, evaluated: list[Recipe], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import lape.evaluate
+    import lape.train.evaluate
 
-    monkeypatch.setattr(lape.evaluate, "evaluate_checkpoint", lambda recipe: print("* Acc@1"))
+    monkeypatch.setattr(lape.train.evaluate, "evaluate_checkpoint", lambda recipe: print("* Acc@1"))
     for rank, shown in (("0", "* Acc@1\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         assert cli.run(cli.app, ["eval", "c.pth"]) == 0
@@ -399,7 +400,7 @@ def test_a_mistake_is_one_line(tokens: list[str], parts: list[str], capsys: pyte
 def test_errors_of_the_work_are_one_line_and_bugs_are_not_hidden(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import lape.train
+    import lape.train.loop
 
     def fail(error: BaseException) -> Any:
         def run(recipe: Recipe) -> None:
@@ -407,12 +408,12 @@ def test_errors_of_the_work_are_one_line_and_bugs_are_not_hidden(
 
         return run
 
-    monkeypatch.setattr(lape.train, "train", fail(LapeError("no data in 'd':\n give another")))
+    monkeypatch.setattr(lape.train.loop, "train", fail(LapeError("no data in 'd':\n give another")))
     assert refusal(capsys, "train") == "error: no data in 'd': give another\n"
-    monkeypatch.setattr(lape.train, "train", fail(KeyboardInterrupt()))
+    monkeypatch.setattr(lape.train.loop, "train", fail(KeyboardInterrupt()))
     assert cli.run(cli.app, ["train"]) == cli.INTERRUPTED
     assert capsys.readouterr().err == "interrupted\n"
-    monkeypatch.setattr(lape.train, "train", fail(ValueError("a bug")))
+    monkeypatch.setattr(lape.train.loop, "train", fail(ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
         cli.run(cli.app, ["train"])
 
@@ -422,17 +423,17 @@ def test_errors_of_the_work_are_one_line_and_bugs_are_not_hidden(
 
 @pytest.fixture
 def predictions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    import lape.evaluate
+    import lape.train.evaluate
 
     calls: list[Any] = []
 
-    def classify(checkpoint: str, images: Any, *, top_k: int, device: str) -> list[lape.evaluate.Prediction]:
+    def classify(checkpoint: str, images: Any, *, top_k: int, device: str) -> list[lape.train.evaluate.Prediction]:
         inspect.signature(real).bind(checkpoint, images, top_k=top_k, device=device)
         calls.append((checkpoint, list(images), top_k, device))
-        return [lape.evaluate.Prediction(path, ["cat, tabby", "dog"], [0.75, 0.25]) for path in images]
+        return [lape.train.evaluate.Prediction(path, ["cat, tabby", "dog"], [0.75, 0.25]) for path in images]
 
-    real = lape.evaluate.predictions
-    monkeypatch.setattr(lape.evaluate, "predictions", classify)
+    real = lape.train.evaluate.predictions
+    monkeypatch.setattr(lape.train.evaluate, "predictions", classify)
     return calls
 
 
@@ -461,16 +462,16 @@ def test_predict_names_a_file_that_cannot_be_written(
 
 
 def test_visualize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import lape.plot
+    import lape.look.figures
 
     calls: list[dict[str, Any]] = []
-    real = inspect.signature(lape.plot.visualize)
+    real = inspect.signature(lape.look.figures.visualize)
 
     def draw(*args: Any, **kwargs: Any) -> list[Path]:
         calls.append(dict(real.bind(*args, **kwargs).arguments))
         return [Path("d/m/PE_token_sim.jpg"), Path("d/m/overview.png")]
 
-    monkeypatch.setattr(lape.plot, "visualize", draw)
+    monkeypatch.setattr(lape.look.figures, "visualize", draw)
     assert cli.run(cli.app, ["visualize", "c.pth", "--save-dir", "d", "--token", "5", "--size", "64"]) == 0
     assert cli.run(cli.app, ["visualize", "c.pth", "--save_dir", "d", "--size", "64", "32", "--ema"]) == 0
     assert [(c["source"], c["save_dir"], c["token"], c["size"], c["ema"]) for c in calls] == [
@@ -481,12 +482,12 @@ def test_visualize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lape.demo
+    import lape.study.demo
 
-    real = inspect.signature(lape.demo.run_demo)
+    real = inspect.signature(lape.study.demo.run_demo)
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        lape.demo, "run_demo", lambda *args, **kwargs: calls.append(real.bind(*args, **kwargs).arguments)
+        lape.study.demo, "run_demo", lambda *args, **kwargs: calls.append(real.bind(*args, **kwargs).arguments)
     )
     assert cli.run(cli.app, ["demo"]) == 0
     assert cli.run(cli.app, ["demo", "--output_dir", "o", "--seeds", "2", "--epochs", "3", "--long-seeds", "0"]) == 0
@@ -511,7 +512,7 @@ def test_hosts_lists_every_host(capsys: pytest.CaptureFixture[str]) -> None:
 HELP_WITHOUT_TORCH = """
 import sys, time
 start = time.perf_counter()
-from lape.cli import app, run
+from lape.cli.app import app, run
 code = run(app, sys.argv[1:])
 heavy = sorted({"torch", "timm", "torchvision", "matplotlib", "numpy", "PIL"} & set(sys.modules))
 print(f"{code} {heavy} {time.perf_counter() - start}", file=sys.stderr)

@@ -11,25 +11,16 @@ import pytest
 import torch
 
 import lape
-from lape import cli
-from lape.checkpoint import read_checkpoint
-from lape.compare import (
-    Cell,
-    Comparison,
-    cell_folder,
-    combinations,
-    compare,
-    paired_t,
-    sentences,
-    summarise,
-    train_cell,
-    two_sided_p,
-)
+from lape.cli import app as cli
 from lape.errors import LapeError
+from lape.files.read import read_checkpoint
+from lape.look.colours import COLOURS
 from lape.names import JOIN_NAMES
 from lape.recipe import Recipe
-from lape.report import COLOURS, Run
-from lape.train import train
+from lape.study.compare import Comparison, combinations, compare, train_cell
+from lape.study.numbers import Cell, Run, paired_t, sentences, summarise, two_sided_p
+from lape.study.write import cell_folder
+from lape.train.loop import train
 
 TINY = Recipe.from_yaml(
     "digits", epochs=1, batch_size=256, model_kwargs={"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -90,14 +81,14 @@ def test_what_is_done_is_skipped_and_what_is_missing_is_trained(
 ) -> None:
     import shutil
 
-    import lape.train
+    import lape.train.loop
 
     shutil.copytree(comparison.folder, tmp_path / "copy")
     lost = next((tmp_path / "copy" / "cells").glob("*learnable.LaPE.seed0"))
     (lost / "result.json").unlink()
     trained: list[Recipe] = []
     monkeypatch.setattr(
-        lape.train, "train", lambda recipe, **kwargs: (trained.append(recipe), train(recipe, **kwargs))[1]
+        lape.train.loop, "train", lambda recipe, **kwargs: (trained.append(recipe), train(recipe, **kwargs))[1]
     )
     again = compare(TINY, tmp_path / "copy", joins=("basic", "LaPE"), seeds=(0, 1), workers=1)
     assert [(r.join_type, r.seed) for r in trained] == [("LaPE", 0)]
@@ -145,7 +136,7 @@ def test_data_on_the_device_side_by_side(tmp_path: Path) -> None:
 
 
 def test_trainings_are_dealt_out_to_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lape import workers
+    from lape.study import workers
 
     monkeypatch.setenv("LOCAL_RANK", "0")
     for gpus, expected in ((0, "000"), (1, "000"), (2, "010")):
@@ -159,14 +150,14 @@ def test_trainings_are_dealt_out_to_the_gpus(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_was_trained_on_a_gpu_is_measured_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids and distances are made there; a CUDA model is stood in for by one that only its `cpu` makes whole."""
-    moved, positions = [], lape.look.positions
+    moved, positions = [], lape.layers.positions
 
     def checked(model: torch.nn.Module, **kwargs: Any) -> torch.Tensor:
         assert moved == [model]
         return positions(model, **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "cpu", lambda model: (moved.append(model), model)[1])
-    monkeypatch.setattr("lape.look.positions", checked)
+    monkeypatch.setattr("lape.layers.positions", checked)
     compare(TINY, tmp_path, joins=("LaPE",), seeds=(0,), workers=1)
     assert len(moved) == 1
 
@@ -279,10 +270,10 @@ def test_a_join_that_a_model_cannot_have_is_left_out_with_the_reason() -> None:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import lape.compare
+    import lape.study.compare
 
     calls: list[tuple[Recipe, dict[str, Any]]] = []
-    monkeypatch.setattr(lape.compare, "compare", lambda recipe, folder, **kw: calls.append((recipe, kw)))
+    monkeypatch.setattr(lape.study.compare, "compare", lambda recipe, folder, **kw: calls.append((recipe, kw)))
     flags = "compare --output-dir d --joins basic share --seeds 3 4 --epochs 7 --pes 2D_sin learnable --runs r/a"
     assert cli.run(cli.app, flags.split()) == 0
     recipe, options = calls[0]

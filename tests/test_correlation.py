@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lape
-from lape.correlation import (
+from lape.look.similarity import (
     center_token,
     check_token,
     correlation,

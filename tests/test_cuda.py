@@ -16,6 +16,10 @@ from test_convert import make as make_host
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lape
+from lape.data.loaders import train_loader
+from lape.data.open import load_data
+from lape.recipe import Recipe
+from lape.train.loop import train
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
@@ -92,9 +96,6 @@ def test_one_process_over_nccl_trains_and_resumes(tmp_path):
 
 
 def test_the_data_path_on_the_gpu_trains():
-    from lape.recipe import Recipe
-    from lape.train import train
-
     recipe = Recipe.from_yaml("digits", epochs=2, data_on_device=True, device="cuda", join_type="LaPE")
     assert train(recipe, say=lambda _text: None).accuracy > 15
 
@@ -159,9 +160,6 @@ def write_images(root, count: int, side: int = 32):
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "original", "none"])
 def test_images_are_augmented_on_the_gpu_as_on_the_cpu(aa, tmp_path):
     """The draws are the same; float32 sums of other order move a few pixels by one of 255 levels."""
-    from lape.data import load_data, train_loader
-    from lape.recipe import Recipe
-
     recipe = Recipe(
         data_path=str(write_images(tmp_path, 128)), input_size=32, batch_size=64, aa=aa, data_on_device=True,
         repeated_aug=False, num_workers=0, scale=(0.3, 1.0), remode="const", color_jitter=0.3,
@@ -181,17 +179,11 @@ def test_images_are_augmented_on_the_gpu_as_on_the_cpu(aa, tmp_path):
 
 @pytest.mark.parametrize("flags", [{"compile": True, "amp": "bf16"}, {"grad_checkpointing": True, "amp": "fp16"}])
 def test_training_with_less_time_or_memory(flags):
-    from lape.recipe import Recipe
-    from lape.train import train
-
     recipe = Recipe.from_yaml("digits", epochs=2, device="cuda", join_type="LaPE", data_on_device=True, **flags)
     assert train(recipe, say=lambda _text: None).accuracy > 15
 
 
 def test_too_little_memory_is_one_line(tmp_path):
-    from lape.recipe import Recipe
-    from lape.train import train
-
     recipe = Recipe.from_yaml("digits", epochs=1, device="cuda", join_type="LaPE", batch_size=1024)
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(5e-4)

@@ -19,19 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from lape import data as module
-from lape.data import (
-    InMemory,
-    Samples,
-    TrainBatches,
-    check_batch,
-    digits,
-    eval_loader,
-    load_data,
-    load_image,
-    steps_per_epoch,
-    train_loader,
-)
+from lape.data import sets as module
+from lape.data.images import load_image
+from lape.data.loaders import Samples, TrainBatches, check_batch, eval_loader, steps_per_epoch, train_loader
+from lape.data.open import load_data
+from lape.data.sets import InMemory, digits
 from lape.errors import DataError, LapeError
 from lape.recipe import Recipe
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lape.demo import FILES, Agenda, Demo, claim, run_demo, stages
 from lape.errors import LapeError
 from lape.recipe import Recipe
-from lape.report import Run, markdown_table, mean_std, rows, sentences, summarise
+from lape.study.demo import FILES, Agenda, Demo, claim, run_demo, stages
+from lape.study.numbers import Run, mean_std
+from lape.study.report import markdown_table, rows, sentences, summarise
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
-    code = f"from lape.demo import run_demo\nif __name__ == '__main__': run_demo({str(tmp_path)!r}, epochs=500)"
+    code = f"from lape.study.demo import run_demo\nif __name__ == '__main__': run_demo({str(tmp_path)!r}, epochs=500)"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     children: list[int] = []

@@ -16,15 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training import log_without_times, quiet, read, same, tiny
 
-from lape import batched
-from lape.augment import train_transform
-from lape.data import eval_loader, load_data, train_loader
-from lape.device_data import ARGUMENTS, MATRICES, PIXELS, OnDevice, Stream, ToBytes, room_for, split_transform
+from lape.data import batched
+from lape.data.augment import train_transform
+from lape.data.device import ARGUMENTS, MATRICES, PIXELS, OnDevice, Stream, ToBytes, room_for, split_transform
+from lape.data.loaders import eval_loader, train_loader
+from lape.data.open import load_data
 from lape.errors import DataError, LapeError
-from lape.evaluate import evaluate_checkpoint
 from lape.recipe import Recipe
-from lape.state import BEST, CHECKPOINT
-from lape.train import train
+from lape.train.evaluate import evaluate_checkpoint
+from lape.train.loop import train
+from lape.train.state import BEST, CHECKPOINT
 
 CPU = torch.device("cpu")
 DRAWS = 4000
@@ -181,7 +182,7 @@ def test_arguments_are_timms(name, monkeypatch):
 
 
 def test_colour_jitter(monkeypatch):
-    from lape import device_data
+    from lape.data import device as device_data
 
     seen: list[tuple[str, float]] = []
 
@@ -394,7 +395,7 @@ def test_an_unreadable_image_is_named(tmp_path):
 
 
 def test_too_many_images_are_refused(monkeypatch):
-    monkeypatch.setattr("lape.device_data._free_bytes", lambda device: 2**30)
+    monkeypatch.setattr("lape.data.device._free_bytes", lambda device: 2**30)
     assert room_for(2**19, (1, 32, 32), CPU).numel() == 2**29
     message = (
         r"524289 images of 1x32x32 bytes need 0.50 GiB on cpu, more than half of the 1.00 GiB that are free: leave"

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lape.distributed import join_world, on_main, rank_and_size, sum_over_ranks
 from lape.errors import LapeError
+from lape.train.distributed import join_world, on_main, rank_and_size, sum_over_ranks
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 DRIVER = """
 import json, sys
 import torch
-from lape.distributed import join_world, on_main, sum_over_ranks
+from lape.train.distributed import join_world, on_main, sum_over_ranks
 from lape.errors import LapeError
 
 with join_world("cpu") as world:

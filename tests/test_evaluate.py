@@ -14,10 +14,12 @@ from PIL import Image
 from torch import nn
 
 import lape
-from lape.data import eval_loader, eval_transform, load_data
+from lape.data.augment import eval_transform
+from lape.data.loaders import eval_loader
+from lape.data.open import load_data
 from lape.errors import CheckpointError, DataError, LapeError
-from lape.evaluate import autocast, evaluate, evaluate_checkpoint, predict
 from lape.recipe import Recipe
+from lape.train.evaluate import autocast, evaluate, evaluate_checkpoint, predict
 
 KWARGS = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
 CPU = torch.device("cpu")
@@ -97,7 +99,7 @@ def test_an_image_that_is_missed_is_noticed():
 DRIVER = """
 import dataclasses, json, os, sys
 import torch
-from lape.evaluate import evaluate_checkpoint
+from lape.train.evaluate import evaluate_checkpoint
 from lape.recipe import Recipe
 import lape.data, timm
 

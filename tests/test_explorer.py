@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import lape
-from lape.explorer import explore, rows
-from lape.probe import attention
+from lape.look.explorer.explorer import explore, rows
+from lape.look.probe import attention
 
 CHROMIUM = Path("/usr/bin/chromium")
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 4}
@@ -79,7 +79,7 @@ def test_biases_and_attention_are_the_models(tmp_path: Path, photo: Path) -> Non
     weights = card["attention"][0]
     levels = unpack(weights["data"], np.uint8).reshape(bias.shape) / 255
     peaks = unpack(weights["peaks"], np.float32).reshape(*bias.shape[:-1], 1)
-    from lape.explorer import _photo
+    from lape.look.explorer.explorer import _photo
 
     expected = attention(model, _photo(model, photo, None).pixels)[:, 0, :, 1:, 1:].numpy()
     assert np.abs(levels * peaks - expected).max() < 1e-2 * expected.max()
@@ -165,7 +165,7 @@ def test_checkpoints_and_folders_side_by_side(tmp_path: Path) -> None:
 def test_the_command_draws_and_explores_several(
     tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lape import cli
+    from lape.cli import app as cli
 
     saved = [str(lape.save(model_with(join, "2D_sin", depth=1), tmp_path / join)) for join in ("basic", "LaPE")]
     page = tmp_path / "e.html"

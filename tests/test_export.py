@@ -8,7 +8,7 @@ from conftest import TINY
 from test_convert import make, shake_position
 
 import lape
-from lape.export import export
+from lape.files.export import export
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -65,7 +65,7 @@ def make_basic() -> torch.nn.Module:
 def test_a_difference_above_the_tolerance_fails_and_keeps_what_was_there(images, tmp_path, monkeypatch):
     export(converted(), tmp_path, images, formats=["torch"])
     before = (tmp_path / "model.pt2").read_bytes()
-    monkeypatch.setattr("lape.export.fold_", lambda model: torch.nn.init.constant_(model.head.bias, 3.0))
+    monkeypatch.setattr("lape.files.export.fold_", lambda model: torch.nn.init.constant_(model.head.bias, 3.0))
     with pytest.raises(lape.LapeError, match=r"torch: outputs differ .* more than the tolerance"):
         export(converted(), tmp_path, images, formats=["torch"])
     assert (tmp_path / "model.pt2").read_bytes() == before
@@ -85,7 +85,7 @@ def test_wrong_input_is_one_line(images, tmp_path):
 
 
 def test_the_command_checks_on_real_images(tmp_path, capsys):
-    from lape.cli import app, run
+    from lape.cli.app import app, run
 
     checkpoint = lape.save(converted(), tmp_path / "model")
     code = run(app, ["export", str(checkpoint), "--output-dir", str(tmp_path / "out"), "--formats", "torch", "folder"])

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from training import KWARGS, quiet, read, run_until, tiny
 
-from lape.cli import USER_ERROR, app, run
+from lape.cli.app import USER_ERROR, app, run
 from lape.errors import DataError, LapeError
-from lape.state import BEST, CHECKPOINT, LOG, PREVIOUS
-from lape.train import train
+from lape.train.loop import train
+from lape.train.state import BEST, CHECKPOINT, LOG, PREVIOUS
 
 ROOT = Path(__file__).parents[1]
 FLAGS = "--model vit_tiny_patch16_224 --join-type LaPE --input-size 16 --batch-size 256 --device cpu --aa none"
@@ -62,7 +62,7 @@ def test_out_of_memory_names_the_knobs(run_folder, monkeypatch, capsys, error):
             return torch.empty(2**58)
         raise error
 
-    monkeypatch.setattr("lape.train.training_loss", fail)
+    monkeypatch.setattr("lape.train.loop.training_loss", fail)
     before = contents(run_folder)
     code = run(app, command("--output-dir", str(run_folder), "--resume", "auto", "--epochs", "3"))
     shown = capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_other_errors_are_not_called_memory(run_folder, monkeypatch):
     def fail(*_args):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lape.train.training_loss", fail)
+    monkeypatch.setattr("lape.train.loop.training_loss", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         train(tiny(epochs=3, output_dir=str(run_folder), resume="auto"), say=quiet)
 
@@ -86,7 +86,7 @@ def test_other_errors_are_not_called_memory(run_folder, monkeypatch):
 
 FULL_DISK = """
 import resource, sys
-from lape.cli import app, run
+from lape.cli.app import app, run
 room = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 sys.exit(run(app, sys.argv[2:]))
@@ -235,8 +235,8 @@ def test_a_service_gets_one_point_an_epoch_under_one_name(tmp_path, name, monkey
         log = staticmethod(lambda values, step: calls.append(("log", step, values["test/acc1"])))
         finish = staticmethod(lambda: calls.append(("finish",)))
 
-    monkeypatch.setattr("lape.logs.importlib.util.find_spec", lambda _name: True)
-    monkeypatch.setattr("lape.logs.importlib.import_module", lambda _name: Service)
+    monkeypatch.setattr("lape.train.logs.importlib.util.find_spec", lambda _name: True)
+    monkeypatch.setattr("lape.train.logs.importlib.import_module", lambda _name: Service)
     recipe = tiny(epochs=2, batch_size=512, output_dir=str(tmp_path), log_to=(name,), resume="auto")
     run_until(1, recipe)
     train(recipe, say=quiet)
@@ -250,11 +250,11 @@ def test_a_service_gets_one_point_an_epoch_under_one_name(tmp_path, name, monkey
 def test_a_loader_that_starves_the_model_is_noticed(monkeypatch):
     from training import ALONE
 
-    from lape.data import BatchPlan
-    from lape.progress import Progress
+    from lape.data.loaders import BatchPlan
+    from lape.train.progress import Progress
 
     clock = itertools.count(step=4.0)
-    monkeypatch.setattr("lape.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("lape.train.progress.time.perf_counter", lambda: next(clock))
     said: list[str] = []
     progress = Progress("Epoch: [0]", 0, 3, BatchPlan(8, 1, 8), ALONE, 1, said.append)
     for _ in progress.over([1, 2, 3]):  # four seconds a look at the clock: one for the image, two for the step

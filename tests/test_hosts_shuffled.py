@@ -10,8 +10,8 @@ from test_hosts import SMALL, capture, received
 
 import lape
 from lape.joins import JOINS
+from lape.look.probe import attention_distance
 from lape.position import KINDS
-from lape.probe import attention_distance
 
 transformers = pytest.importorskip("transformers")
 DECODER = {

@@ -251,7 +251,7 @@ def test_one_stage_or_one_clear_line():
         lape.positions(lape.apply_(timm.create_model("vit_tiny_patch16_224", depth=1)), stage=0)
     with pytest.raises(lape.LapeError, match="name a stage"):
         lape.correlation(model)
-    from lape.probe import attention_distance
+    from lape.look.probe import attention_distance
 
     with pytest.raises(lape.LapeError, match="in windows"):
         attention_distance(model, image("timm"))

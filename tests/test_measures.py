@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import lape
-from lape.correlation import cosine
-from lape.measures import (
+from lape.look.measures import (
     MEASURES,
     anisotropy,
     asymmetry,
@@ -16,6 +15,7 @@ from lape.measures import (
     layer_change,
     measure_all,
 )
+from lape.look.similarity import cosine
 from lape.position import Layout, sin_1d, sin_2d
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 4}

@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 
 import lape
 import lape.models
-from lape.export import BATCH
+from lape.files.export import BATCH
 from lape.joins import JOINS
 from lape.models.compact import MODELS, SIZES, CompactTransformer, SequencePool
 from lape.position import KINDS

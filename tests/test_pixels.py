@@ -12,14 +12,16 @@ from test_data import damage
 from torchvision.transforms.v2.functional import pil_to_tensor
 from training import quiet, read, run_until, same, tiny
 
-from lape import pixels
-from lape.augment import EvalTransform, eval_transform, train_transform
-from lape.data import Samples, eval_loader, load_data, load_image, train_loader
+from lape.data import fast as pixels
+from lape.data.augment import EvalTransform, eval_transform, train_transform
+from lape.data.fast import LEVELS, FastEval, fast_train, read_levels
+from lape.data.images import load_image
+from lape.data.loaders import Samples, eval_loader, train_loader
+from lape.data.open import load_data
 from lape.errors import DataError, LapeError
-from lape.pixels import LEVELS, FastEval, fast_train, read_levels
 from lape.recipe import Recipe
-from lape.state import CHECKPOINT
-from lape.train import train
+from lape.train.loop import train
+from lape.train.state import CHECKPOINT
 
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 STILL = {"aa": "none", "color_jitter": 0, "reprob": 0}

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 import lape
-from lape.plot import COLOURS, COSINE, Strip, compare, curves, deit_named, original_main, overview, places, visualize
+from lape.cli.original import visualize_main
+from lape.files.restore import deit_named
+from lape.look.figures import COLOURS, COSINE, Strip, compare, curves, overview, places, visualize
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -175,7 +177,7 @@ def test_curves_are_the_numbers() -> None:
 def test_drawing_leaves_pyplot_and_a_display_alone(tmp_path: Path) -> None:
     code = f"""
 import sys, lape
-from lape.plot import visualize
+from lape.look.figures import visualize
 model = lape.create_model("deit_tiny_patch16_224", "LaPE", img_size=32, patch_size=16, embed_dim=12, depth=1)
 visualize(model, {str(tmp_path)!r})
 assert "matplotlib.pyplot" not in sys.modules
@@ -241,7 +243,7 @@ def test_the_original_command_draws_bare_weights(tmp_path: Path, pe: str, capsys
     args = {} if pe != "2D_RPE" else {"input_size": 32}
     path = checkpoint(tmp_path / "weights.pth", model, **args)
     flags = ["--ckpt_path", str(path), "--save_dir", str(tmp_path), "--model_name", "deit_t_LaPE"]
-    assert original_main([*flags, "--pe", pe, "--join-type", "LaPE"]) == 0
+    assert visualize_main([*flags, "--pe", pe, "--join-type", "LaPE"]) == 0
     assert "Visualization done!" in capsys.readouterr().out
     with np.load(tmp_path / "deit_t_LaPE" / "positions.npz") as numbers:
         if pe == "2D_RPE":
@@ -255,18 +257,18 @@ def test_a_flag_that_contradicts_the_file_names_both(tmp_path: Path, capsys: pyt
     path = checkpoint(tmp_path / "c.pth", model_with("basic"), **said)
     flags = ["--ckpt_path", str(path), "--save_dir", str(tmp_path / "out"), "--model_name", "deit_t_LaPE"]
     for wrong, words in ((["--join-type", "LaPE"], ("LaPE", "basic")), (["--pe", "2D_sin"], ("2D_sin", "learnable"))):
-        assert original_main([*flags, *wrong]) == 2
+        assert visualize_main([*flags, *wrong]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert all(word in error for word in words)
     assert not (tmp_path / "out").exists()
-    assert original_main(flags) == 0
+    assert visualize_main(flags) == 0
     assert (tmp_path / "out" / "deit_t_LaPE" / "basic_layer1_sim_overall.jpg").exists()
 
 
 @pytest.mark.parametrize("flags", [["--ckpt_path", "nowhere.pth"], ["--no-such-flag", "1"], ["--token", "x"]])
 def test_wrong_flags_exit_with_2_and_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert original_main(flags) == 2
+    assert visualize_main(flags) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -9,7 +9,7 @@ from conftest import TINY
 from test_convert import TOLERANCE, assert_same_structure, image, shake_position, written_out
 
 import lape
-from lape.probe import token_and_position
+from lape.look.probe import token_and_position
 
 POOLED = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 CASES = [

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lape
-from lape.probe import attention, attention_distance, last_norm, rollout, token_and_position, where_am_i
+from lape.look.probe import attention, attention_distance, last_norm, rollout, token_and_position, where_am_i
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 4}
 

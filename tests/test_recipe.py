@@ -347,7 +347,7 @@ def test_recipes_load_and_say_what_was_measured(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
 def test_the_model_of_every_recipe_builds(path: Path) -> None:
-    from lape.build import build_model
+    from lape.train.start import build_model
 
     recipe = Recipe.from_yaml(path)
     with torch.device("meta"):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from training import KWARGS, Stop, log_without_times, quiet, read, run_until, same, stop_after, tiny
 
-from lape.cli import USER_ERROR, app, run
+from lape.cli.app import USER_ERROR, app, run
 from lape.errors import CheckpointError, LapeError
-from lape.state import BEST, CHECKPOINT, LOCK, LOG, PREVIOUS
-from lape.train import train
+from lape.train.loop import train
+from lape.train.state import BEST, CHECKPOINT, LOCK, LOG, PREVIOUS
 
 ROOT = Path(__file__).parents[1]
 FULL = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "drop": 0.1, "epochs": 2, "warmup_epochs": 1, "batch_size": 128}
@@ -252,16 +252,18 @@ def test_a_dead_process_ends_the_run_with_a_reason_and_keeps_the_checkpoint(tmp_
 
 
 def test_processes_that_see_different_files_are_refused(tmp_path):
-    from lape.checkpoint import Checkpoint
-    from lape.distributed import World
-    from lape.state import agree
+    from lape.files.read import Checkpoint
+    from lape.train.distributed import World
+    from lape.train.state import agree
 
     agree(None, World(0, 1, torch.device("cpu")))
     torch.manual_seed(0)
     checkpoint = Checkpoint(tmp_path / "c.pth", "pth", {}, raw={"epoch": 3, "step": 2})
     agree(checkpoint, World(0, 1, torch.device("cpu")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lape.state.sum_over_ranks", lambda mine: mine.double() + torch.tensor([3.0, 5.0, 9.0, 25.0]))
+        patch.setattr(
+            "lape.train.state.sum_over_ranks", lambda mine: mine.double() + torch.tensor([3.0, 5.0, 9.0, 25.0])
+        )
         with pytest.raises(LapeError, match="all machines share"):
             agree(checkpoint, World(0, 2, torch.device("cpu")))
 

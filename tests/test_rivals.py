@@ -22,12 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from training import tiny
 
 import lape
-from lape import cli
-from lape.compare import compare
+from lape.cli import app as cli
 from lape.conditional import PositionGenerator
-from lape.evaluate import evaluate_checkpoint
 from lape.recipe import Recipe
-from lape.train import train
+from lape.study.compare import compare
+from lape.train.evaluate import evaluate_checkpoint
+from lape.train.loop import train
 
 ROPE = "vit_small_patch16_rope_mixed_224"
 
@@ -308,10 +308,10 @@ def test_wrong_rivals_are_one_line_before_anything_is_made(rivals, message, tmp_
 
 
 def test_the_command_has_rivals(monkeypatch):
-    import lape.compare
+    import lape.study.compare
 
     calls = []
-    monkeypatch.setattr(lape.compare, "compare", lambda recipe, folder, **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(lape.study.compare, "compare", lambda recipe, folder, **kwargs: calls.append(kwargs))
     flags = f"compare --output-dir d --pes none PEG learnable --rivals {ROPE} vit_small_patch16_rope_224"
     flags += " --rival-kwargs init_values=1e-5 depth=2"
     assert cli.run(cli.app, flags.split()) == 0

@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 
 import lape
-from lape import cli
-from lape.augment import EvalTransform
-from lape.data import eval_loader, load_data
+from lape.cli import app as cli
+from lape.cli import commands
+from lape.data.augment import EvalTransform
+from lape.data.loaders import eval_loader
+from lape.data.open import load_data
 from lape.errors import CheckpointError, DataError
-from lape.evaluate import PREDICT_BATCH, evaluate, evaluate_checkpoint, predict
 from lape.recipe import Recipe
+from lape.train.evaluate import PREDICT_BATCH, evaluate, evaluate_checkpoint, predict
 
 CPU = torch.device("cpu")
 TIMM = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -86,12 +88,12 @@ def channels(model) -> int:
 
 
 def test_evaluation_needs_nothing_but_the_folder(saved, monkeypatch):
-    import lape.data
+    import lape.data.sets
 
     model, folder = saved
     height = lape.grid(model)[0] * lape.record.conversion_of(model).anatomy.patch_size[0]
-    few = lape.data.digits
-    monkeypatch.setattr(lape.data, "digits", lambda split: tuple(part[:24] for part in few(split)))
+    few = lape.data.sets.digits
+    monkeypatch.setattr(lape.data.sets, "digits", lambda split: tuple(part[:24] for part in few(split)))
     recipe = Recipe(resume=str(folder), device="cpu", num_workers=0)
     found = evaluate_checkpoint(recipe, say=str)
     own = recipe.replace(input_size=height, in_chans=channels(model), resume="")
@@ -162,7 +164,7 @@ def test_what_a_folder_cannot_be_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"10 classes.*4 outputs"):
         evaluate_checkpoint(Recipe(resume=str(few), device="cpu"), say=str)
     with pytest.raises(lape.LapeError, match="--finetune"):
-        cli.train(resume=str(foreign), device="cpu")
+        commands.train(resume=str(foreign), device="cpu")
 
 
 def test_images_that_are_not_square_are_for_predict(tmp_path):
@@ -178,16 +180,18 @@ def test_images_that_are_not_square_are_for_predict(tmp_path):
 
 def test_many_images_are_decoded_in_batches(tmp_path, monkeypatch, capsys):
     """The first result is there before the last image is decoded, and equal to that of the image alone."""
-    import lape.data
-    from lape.evaluate import predictions
+    import lape.data.images
+    from lape.train.evaluate import predictions
 
     folder = lape.save(of_timm(), tmp_path / "saved")
     paths = [tmp_path / f"{i}.png" for i in range(PREDICT_BATCH + 3)]
     for i, path in enumerate(paths):
         Image.new("RGB", (16, 16), (7 * i % 255, 50, 200)).save(path)
     alone = [predict(folder, [path], device="cpu", top_k=2)[0] for path in (paths[1], paths[-1])]
-    decoded, load_image = [], lape.data.load_image
-    monkeypatch.setattr(lape.data, "load_image", lambda path, chans: decoded.append(path) or load_image(path, chans))
+    decoded, load_image = [], lape.data.images.load_image
+    monkeypatch.setattr(
+        lape.data.images, "load_image", lambda path, chans: decoded.append(path) or load_image(path, chans)
+    )
     found = predictions(folder, paths, device="cpu", top_k=2)
     first = next(found)
     assert decoded == paths[:PREDICT_BATCH]
@@ -203,11 +207,11 @@ def test_many_images_are_decoded_in_batches(tmp_path, monkeypatch, capsys):
 
 
 def test_a_missing_image_costs_no_work_and_neither_does_a_missing_folder(tmp_path, monkeypatch, capsys):
-    import lape.data
+    import lape.data.images
 
     folder = lape.save(of_timm(), tmp_path / "saved")
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    monkeypatch.setattr(lape.data, "load_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(lape.data.images, "load_image", lambda *_: pytest.fail("decoded"))
     for tokens in ([str(tmp_path / "missing.png")], ["--json", str(tmp_path / "none" / "p.json")]):
         command = ["predict", str(tmp_path / "a.png"), *tokens, "--checkpoint", str(folder)]
         assert cli.run(cli.app, command) == cli.USER_ERROR

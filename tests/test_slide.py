@@ -9,7 +9,7 @@ from PIL import Image
 from test_augment import photo
 from timm.data.auto_augment import NAME_TO_OP
 
-from lape.slide import SLIDES, slide
+from lape.data.fast import SLIDES, slide
 
 NUMBERS = {"Shear": (-0.3, 0.011, 0.3, 1.2), "Translate": (-0.45, -0.1, 0.017, 0.3, 1.5)}
 

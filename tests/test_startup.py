@@ -7,15 +7,15 @@ import pytest
 import torch
 from training import quiet, tiny
 
-from lape.state import CHECKPOINT
-from lape.train import train
+from lape.train.loop import train
+from lape.train.state import CHECKPOINT
 
 PICTURES = ("matplotlib", "plotly")
 SERVICES = ("tensorboard", "torch.utils.tensorboard", "wandb", "trackio")
 OTHERS = ("transformers", "pandas", "scipy", "sklearn", "onnx", "onnxscript", "onnxruntime", "IPython", "torchcodec")
 CODE = """
 import sys
-from lape.cli import app, run
+from lape.cli.app import app, run
 try:
     code = run(app, sys.argv[2:])
 except SystemExit as stop:
@@ -46,12 +46,21 @@ def test_help_and_mistakes_need_no_torch(command):
 
 
 def test_evaluation_loads_no_training_and_no_pictures(checkpoint):
-    names = ("lape.train", "lape.plot", "lape.pixels", "timm.optim", "timm.scheduler", *PICTURES, *SERVICES, *OTHERS)
+    names = (
+        "lape.train.loop",
+        "lape.look.figures",
+        "lape.data.fast",
+        "timm.optim",
+        "timm.scheduler",
+        *PICTURES,
+        *SERVICES,
+        *OTHERS,
+    )
     assert loaded(names, "eval", checkpoint, "--device", "cpu") == "code 0 loaded []"
 
 
 def test_training_without_files_loads_no_board():
     arguments = ["train", "--recipe", "digits", "--epochs", "1", "--device", "cpu", "--batch-size", "512"]
     arguments += ["--model-kwargs", "depth=1", "embed_dim=16", "patch_size=4", "num_heads=2"]
-    names = ("lape.plot", "lape.evaluate", *PICTURES, *SERVICES, *OTHERS)
-    assert loaded(names, *arguments) == "code 0 loaded ['lape.evaluate']"  # the last: that the list can be hit
+    names = ("lape.look.figures", "lape.train.evaluate", *PICTURES, *SERVICES, *OTHERS)
+    assert loaded(names, *arguments) == "code 0 loaded ['lape.train.evaluate']"  # the last: that the list can be hit

@@ -12,7 +12,7 @@ from test_convert import MEANINGFUL, TOLERANCE, assert_same_structure, shake_pos
 
 import lape
 import lape.models
-from lape.export import BATCH
+from lape.files.export import BATCH
 from lape.models.t2t import TokenPerformer, TokensToToken
 from lape.position import Layout, sin_1d
 

@@ -16,16 +16,17 @@ from timm.data import Mixup
 from training import ALONE, KWARGS, Stop, log_without_times, quiet, read, run_until, same, stop_after, tiny
 
 import lape
-from lape.build import build_model
-from lape.data import batch_plan, load_data, steps_per_epoch
+from lape.data.loaders import batch_plan, steps_per_epoch
+from lape.data.open import load_data
 from lape.errors import CheckpointError, LapeError
-from lape.evaluate import evaluate_checkpoint
-from lape.logs import BOARD, RUN
-from lape.losses import classification_loss, distillation_loss
 from lape.position import resample
 from lape.recipe import Recipe
-from lape.state import BEST, CHECKPOINT, LOCK, LOG, PREVIOUS, TABLE, peak_lr, resume, start
-from lape.train import train, training_loss
+from lape.train.evaluate import evaluate_checkpoint
+from lape.train.logs import BOARD, RUN
+from lape.train.loop import train, training_loss
+from lape.train.losses import classification_loss, distillation_loss
+from lape.train.start import build_model
+from lape.train.state import BEST, CHECKPOINT, LOCK, LOG, PREVIOUS, TABLE, peak_lr, resume, start
 
 ROOT = Path(__file__).parents[1]
 
@@ -367,7 +368,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_changes_nothing(tmp_pa
         calls.append(training_loss(*args))
         return calls[-1] * float("nan") if len(calls) == 3 else calls[-1]
 
-    monkeypatch.setattr("lape.train.training_loss", broken)
+    monkeypatch.setattr("lape.train.loop.training_loss", broken)
     said: list[str] = []
     result = train(tiny(save_steps=1, output_dir=str(tmp_path)), say=said.append)
     assert any(re.search(r"Step skipped.*loss nan, gradient norm nan.*epoch 0, step 2 \(1 in a row\)", s) for s in said)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import lape
-from lape.checkpoint import read_checkpoint
-from lape.data import digits
+from lape.data.sets import digits
 from lape.errors import CheckpointError
-from lape.evaluate import evaluate_checkpoint, predict
+from lape.files.read import read_checkpoint
 from lape.recipe import Recipe
+from lape.train.evaluate import evaluate_checkpoint, predict
 
 transformers = pytest.importorskip("transformers")
 
@@ -129,7 +129,7 @@ def test_the_command_line_reads_it(tmp_path):
 
 @pytest.mark.parametrize("grey", [False, True])
 def test_the_image_processor_beside_it_is_the_transform(tmp_path, grey):
-    from lape.evaluate import transform_of
+    from lape.files.restore import transform_of
 
     model = moved(lape.apply_(made(image_size=24, num_channels=1 if grey else 3), "LaPE"))
     model.save_pretrained(tmp_path / "saved")

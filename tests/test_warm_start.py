@@ -5,12 +5,12 @@ import torch
 from training import KWARGS, quiet, read, run_until, same, tiny
 
 import lape
-from lape.build import build_model
 from lape.errors import CheckpointError, LapeError
-from lape.evaluate import evaluate_checkpoint
 from lape.recipe import Recipe
-from lape.state import CHECKPOINT
-from lape.train import train
+from lape.train.evaluate import evaluate_checkpoint
+from lape.train.loop import train
+from lape.train.start import build_model
+from lape.train.state import CHECKPOINT
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lape.distributed import World
 from lape.recipe import Recipe
-from lape.state import LOG
-from lape.train import train
+from lape.train.distributed import World
+from lape.train.loop import train
+from lape.train.state import LOG
 
 KWARGS = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
 TIMES = ("seconds", "data_seconds", "images_per_second", "peak_memory_mib")

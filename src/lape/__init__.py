@@ -14,26 +14,28 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lape.checkpoint import load, push_to_hub, read_checkpoint, save
     from lape.convert import apply_, create_model, fold_, remove_
-    from lape.correlation import correlation
     from lape.errors import CheckpointError, DataError, LapeError, UnsupportedModelError
-    from lape.explorer import explore
+    from lape.files.folder import load, push_to_hub, save
+    from lape.files.read import read_checkpoint
     from lape.hosts import Anatomy, Host, hosts, register_host
-    from lape.look import Description, describe, grid, last_position, num_prefix_tokens, position_bias, positions
+    from lape.layers import Description, describe, grid, last_position, num_prefix_tokens, position_bias, positions
+    from lape.look.explorer.explorer import explore
+    from lape.look.similarity import correlation
     from lape.position import Layout
     from lape.reference import load_reference_state_dict, to_reference_state_dict
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "checkpoint": ("load", "push_to_hub", "read_checkpoint", "save"),
     "convert": ("apply_", "create_model", "fold_", "remove_"),
-    "correlation": ("correlation",),
-    "explorer": ("explore",),
     "errors": ("CheckpointError", "DataError", "LapeError", "UnsupportedModelError"),
     "hosts": ("Anatomy", "Host", "hosts", "register_host"),
-    "look": ("Description", "describe", "grid", "last_position", "num_prefix_tokens", "position_bias", "positions"),
+    "layers": ("Description", "describe", "grid", "last_position", "num_prefix_tokens", "position_bias", "positions"),
+    "files.folder": ("load", "push_to_hub", "save"),
+    "files.read": ("read_checkpoint",),
+    "look.explorer.explorer": ("explore",),
+    "look.similarity": ("correlation",),
     "position": ("Layout",),
     "reference": ("load_reference_state_dict", "to_reference_state_dict"),
 }
@@ -43,7 +45,7 @@ __all__ = sorted(_MODULE_OF)
 
 
 class _Package(ModuleType):
-    """Functions that share their name with a submodule (hosts, correlation) stay functions when that is imported."""
+    """Functions that share their name with a submodule (hosts) stay functions when that is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):

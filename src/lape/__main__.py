@@ -1,6 +1,6 @@
 """`python -m lape` is `lape`."""
 
-from lape.cli import main
+from lape.cli.app import main
 
 if __name__ == "__main__":
     main()

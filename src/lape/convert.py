@@ -18,7 +18,7 @@ from lape.grids import GridWatch, Places, ShuffleWatch
 from lape.hosts import Anatomy, class_name, find_host, host_of_library
 from lape.joined import FoldedNorm, FoldedPicked
 from lape.joins import JOINS, Join, check_combination, join_named
-from lape.look import Size, at_sites, describe, grid_for
+from lape.layers import Size, at_sites, describe, grid_for
 from lape.norm import PositionalNorm
 from lape.overrides import GroupMatcher, NoWeightDecay, SavePretrained, SetInputSize
 from lape.plan import Site, build_parts, check_host, check_pooling, own_bias_norms, own_kind

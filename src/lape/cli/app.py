@@ -1,0 +1,225 @@
+"""What every command line here shares: flags from `lape.recipe.Recipe`, exit codes, and errors of one line.
+
+The flags of training and evaluation are generated from `Recipe`, so there is one set of defaults. Only the flags that
+were given reach it: a YAML recipe keeps the others, and an evaluation takes them from the checkpoint.
+"""
+
+import ast
+import contextlib
+import inspect
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, NoReturn
+
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.exceptions import (
+    CoercionError,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
+
+from lape.errors import LapeError, LostError
+from lape.recipe import Recipe, spelling_of, topic_of, topics
+
+USER_ERROR = 2
+INTERRUPTED = 130
+CLOSED_PIPE = 128 + 13  # as if by SIGPIPE
+
+Command = Callable[..., None]
+GROUPS = {topic: Group(topic, sort_key=place) for place, topic in enumerate(("Recipe", *topics()))}
+UNLESS_GIVEN = Group("From the checkpoint, unless given", sort_key=1)
+
+
+def takes(names: Iterable[str], stored: Iterable[str] = ()) -> Callable[[Command], Command]:
+    """Give a command one flag for each of these fields of `Recipe`; it receives those that the user gave.
+
+    The help lists the `stored` ones apart and without a default, which the checkpoint has for them.
+    """
+    chosen, stored = set(names), set(stored)
+    flags = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_flag(name, name in stored)
+        )
+        for name, field in Recipe.model_fields.items()
+        if name in chosen
+    ]
+
+    def extend(command: Command) -> Command:
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+
+        def call(*args: Any, **given: Any) -> None:
+            command(*args, **given)
+
+        call.__name__, call.__doc__, call.__module__ = command.__name__, command.__doc__, command.__module__
+        call.__annotations__ = {p.name: p.annotation for p in (*own, *flags)}
+        call.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
+        return call
+
+    return extend
+
+
+def _flag(name: str, stored: bool) -> Any:
+    field = Recipe.model_fields[name]
+    settings: dict[str, Any] = {
+        "help": field.description,
+        "group": UNLESS_GIVEN if stored else GROUPS[topic_of(name)],
+        "alias": spelling_of(name),
+    }
+    if stored or field.default in (None, "", {}):
+        settings["show_default"] = False
+    if name == "model_kwargs":
+        return Annotated[
+            dict[str, Any], Parameter(**settings, converter=_keywords, accepts_keys=False, n_tokens=-1, json_dict=False)
+        ]
+    return Annotated[field.annotation, Parameter(**settings)]
+
+
+def _keywords(_type: Any, tokens: Sequence[Any]) -> dict[str, Any]:
+    """Read KEY=VALUE pairs (a VALUE is a Python or JSON literal, else a string) and JSON objects."""
+    found: dict[str, Any] = {}
+    for text in (token.value for token in tokens):
+        key, equals, value = text.partition("=")
+        if text.lstrip().startswith("{"):
+            try:
+                found |= json.loads(text)
+            except ValueError as error:
+                raise LapeError(f"{text!r} is not JSON ({error}); KEY=VALUE pairs do as well") from None
+        elif equals and key.replace("-", "_").isidentifier():
+            found[key.replace("-", "_")] = _literal(value)
+        else:
+            raise LapeError(f"{text!r} is neither KEY=VALUE nor a JSON object, e.g. embed_dim=64 depth=6")
+    return found
+
+
+def _literal(text: str) -> Any:
+    for parse in (ast.literal_eval, json.loads):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return parse(text)
+    return text
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("lape")
+    except metadata.PackageNotFoundError:
+        return "from a checkout, not installed"
+
+
+def _app(name: str, text: str) -> App:
+    return App(
+        name=name,
+        help=text,
+        version=_version,
+        default_parameter=Parameter(negative_iterable=(), consume_multiple=True, allow_repeating=True),
+        result_action="return_value",
+        help_format="plaintext",
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+    )
+
+
+app = _app("lape", "Layer-adaptive position embedding for Vision Transformers: convert, train, evaluate, look.")
+original = _app("main.py", "The original's command line: train, or evaluate with --eval.")
+
+
+def main() -> NoReturn:
+    """Run `lape`: exit with 0, with 2 after a user's error (one line), with 130 after Ctrl-C."""
+    sys.exit(run(app, sys.argv[1:]))
+
+
+def run(command: App, tokens: Sequence[str]) -> int:
+    """Run a command line and return its exit code; nothing but the first process of a launch prints to stdout."""
+    try:
+        with _quiet_unless_first():
+            command(_dashes(tokens))
+            sys.stdout.flush()
+    except BrokenPipeError:  # `lape hosts | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes nowhere
+        return CLOSED_PIPE
+    except (LapeError, CycloptsError) as error:
+        _report(_one_line(error), isinstance(error, LostError))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _dashes(tokens: Sequence[str]) -> list[str]:
+    """Spell every flag with dashes: --output_dir=a_b becomes --output-dir=a_b."""
+    spelled: list[str] = []
+    for place, token in enumerate(tokens):
+        if token == "--":
+            return [*spelled, *tokens[place:]]
+        name, equals, value = token.partition("=")
+        spelled.append(name.replace("_", "-") + equals + value if name.startswith("--") else token)
+    return spelled
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def _quiet_unless_first() -> Iterator[None]:
+    if _rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _report(message: str, lost: bool = False) -> None:
+    """Print one line to stderr. A later process waits: the launcher ends it first if the error is everyone's.
+
+    One that has lost another waits as well, or the launcher would end that one before it can say why.
+    """
+    if lost:
+        _wait_for_launcher(5)
+    elif _rank() > 0:
+        time.sleep(3)
+    if _rank() > 0:
+        message = f"[rank {_rank()}] {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _wait_for_launcher(seconds: float) -> None:
+    """Until it ends this process, too, which then still has something to say."""
+    asked = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda _number, _frame: asked.set())
+    asked.wait(seconds)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, UnusedCliTokensError):
+        return f"unexpected argument(s) {' '.join(error.unused_tokens or ())}: see --help"
+    text = " ".join(str(error).split())
+    argument = getattr(error, "argument", None)
+    if isinstance(error, MissingArgumentError | CoercionError) and argument is not None:
+        return f"{text.rstrip('.')}; give {_usage(argument)}"
+    if isinstance(error, UnknownOptionError | UnknownCommandError) and "Did you mean" not in text:
+        text += " See --help."
+    return text
+
+
+def _usage(argument: Any) -> str:
+    """A flag with a value of its kind, and what it is for."""
+    name, default = argument.name, argument.field_info.default
+    if argument.hint is bool:
+        return f"{name} or --no-{name.removeprefix('--')}, without a value"
+    plain = isinstance(default, int | float | str) and default != ""
+    value = default if plain else name.removeprefix("--").replace("-", "_").upper()
+    return f"{name} {value} ({argument.parameter.help})"

@@ -1,0 +1,123 @@
+"""The data of a recipe, opened and checked: sets, transforms and the device's copy put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lape.data.augment import Transform, eval_transform, train_transform
+from lape.data.device import OnDevice, Step, ToBytes, room_for, split_transform
+from lape.data.images import load_image
+from lape.data.loaders import CPU, EvalBatches, Samples, _loader, check_batch, steps_per_epoch
+from lape.data.sets import Images, _cifar, _digits, _reader, _sized
+from lape.errors import DataError, LapeError
+
+if TYPE_CHECKING:
+    from lape.data.fast import FastImages
+    from lape.recipe import Recipe
+
+READ_AT_ONCE = 256  # images of a loader's batch while they are put on the device
+
+
+@dataclass
+class Data:
+    """A training and a validation set of (float32 image (in_chans, size, size), class index) items.
+
+    A set that was not asked for is None. `name` is what the output calls the data.
+    """
+
+    train: Any
+    val: Any
+    classes: list[str]
+    name: str
+
+
+def load_data(
+    recipe: Recipe, *, train: bool = True, val: bool = True, world_size: int = 1, device: torch.device | str = "cpu"
+) -> Data:
+    """Open and check the data of a recipe; nothing is written.
+
+    Args:
+        recipe: `data_path` (empty: the packaged digits), `data_set`, and what the transforms need.
+        train: open the training set, and check that `world_size` batches fit into it. Without it train/ need not exist.
+        val: open the validation set. With `decode` "fast" it is read that way where no training set is opened beside.
+        world_size: number of training processes.
+        device: where the images are put with `data_on_device`.
+
+    Raises:
+        DataError: a layout that cannot be trusted, or fewer images than one batch of all processes; with
+            `data_on_device` an unreadable image, images of several sizes, or more of them than fit.
+        LapeError: a batch or an augmentation that cannot work.
+    """
+    if train:
+        check_batch(recipe)
+    read, root = _reader(recipe)
+    build: dict[str, Callable[[], Transform]] = {
+        "train": partial(train_transform, recipe, whole=read is _digits),
+        "val": eval_transform(recipe).build,
+    }
+    wanted = [split for split, asked in (("train", train), ("val", val)) if asked]
+    fast = recipe.decode == "fast"
+    if fast and read in (_digits, _cifar):
+        raise LapeError("decode='fast' reads image files, these images are in memory already: use --decode exact")
+    if fast and recipe.data_on_device:
+        raise LapeError("decode='fast' with data_on_device=True: images are read once and kept; use --decode exact")
+    made = {split: build[split]() for split in wanted}
+    steps: dict[str, list[Step]] = {}
+    if recipe.data_on_device:
+        made, steps = _for_device(recipe, made, torch.device(device))
+    sets, classes, name = read(recipe, root, made)
+    if fast and train:  # the images that a training is measured on stay exact
+        sets["train"] = _fast(sets["train"], recipe, train=True)
+    elif fast and val:
+        sets["val"] = _fast(sets["val"], recipe, train=False)
+    if train:
+        if len(classes) < 2:
+            raise DataError(
+                f"{root} has one class, {classes[0]!r}: nothing can be learned; is it the right folder level?"
+            )
+        steps_per_epoch(len(_sized(sets["train"])), recipe, world_size)
+    for split in steps:
+        sets[split] = _put_on_device(sets[split], steps[split], recipe, torch.device(device))
+    return Data(sets.get("train"), sets.get("val"), classes, name)
+
+
+def _for_device(
+    recipe: Recipe, made: dict[str, Any], device: torch.device
+) -> tuple[dict[str, Any], dict[str, list[Step]]]:
+    """Return, by split, the transform that runs once and the batched steps. Raises LapeError."""
+    if recipe.skip_corrupt:
+        raise LapeError(
+            "skip_corrupt=True leaves images out by the epoch, data_on_device reads each once: use one of them"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise LapeError(f"data_on_device needs float64 and was made for cuda and cpu, not {device.type}: leave it out")
+    parts = {split: split_transform(transform) for split, transform in made.items()}
+    once = {split: ToBytes(first) for split, (first, _) in parts.items()}
+    return once, {split: rest for split, (_, rest) in parts.items()}
+
+
+def _put_on_device(dataset: Any, steps: list[Step], recipe: Recipe, device: torch.device) -> OnDevice:
+    """Read every image once. Raises DataError."""
+    n = len(_sized(dataset))
+    images, targets = room_for(n, dataset[0][0].shape, device), torch.empty(n, dtype=torch.long, device=device)
+    first = 0
+    for some, numbers in _loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe, CPU):
+        images[first : first + len(some)], targets[first : first + len(some)] = some, numbers
+        first += len(some)
+    return OnDevice(images, targets, steps)
+
+
+def _fast(plain: Any, recipe: Recipe, *, train: bool) -> FastImages:
+    """The same files and classes, read by `lape.data.fast`."""
+    from lape.data.fast import FastEval, FastImages, fast_train, read_levels
+
+    paths = plain.sources if isinstance(plain, Images) else [path for path, _ in plain.samples]
+    read = partial(read_levels, in_chans=recipe.in_chans, plain=partial(load_image, in_chans=recipe.in_chans))
+    shown = eval_transform(recipe)
+    transform = fast_train(recipe, plain.transform) if train else FastEval(shown)
+    return FastImages(paths, plain.targets, read, transform, shown.mean, shown.std)

@@ -1,0 +1,1 @@
+"""What position became: similarity, measures, probes, figures and the explorer."""

@@ -1,0 +1,1 @@
+"""The explorer: one HTML file for the browser."""

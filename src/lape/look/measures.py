@@ -1,0 +1,150 @@
+"""More measures of positions over depth; those of locality are in `lape.look.similarity`.
+
+All take what `lape.positions` or `lape.correlation` gave; nothing is normalised here. Shape suffixes: L layers,
+n patches (prefix tokens left out), D width, K patches in one direction.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lape.look.similarity import half_distance, locality_radius, monotonicity, spearman
+from lape.position import Grid
+
+DIRECTIONS = 60  # bins of the circle, as many as LOOPE (arXiv 2504.14386) takes
+
+
+def effective_rank(positions_LnD: Tensor) -> Tensor:
+    """(L,) exp of the entropy of the singular values, of the positions with their mean over the patches taken off.
+
+        r_l = exp(-sum_k p_k log p_k),   p_k = sigma_k / sum sigma
+
+    The number of directions in which the patches differ, 0 when they do not. Source: Roy and Vetterli, "The effective
+    rank", EUSIPCO 2007; the mean is taken off because what all patches share tells no patch where it is.
+    """
+    centred = positions_LnD.detach().double().cpu()
+    centred = centred - centred.mean(-2, keepdim=True)
+    sigma = torch.linalg.svdvals(centred)
+    sigma = sigma.where(sigma > 1e-9 * sigma.amax(-1, keepdim=True).clamp(min=1e-30), 0.0)
+    share = sigma / sigma.sum(-1, keepdim=True).clamp(min=1e-30)
+    entropy = -(share * share.clamp(min=1e-30).log()).sum(-1)
+    return torch.where(sigma.sum(-1) > 0, entropy.exp(), 0.0)
+
+
+def layer_change(correlation_Lnn: Tensor) -> Tensor:
+    """(L,) root mean square over pairs i != j of s_ij(l) - s_ij(l - 1): how much a layer changes the map before it.
+
+    Between 0 (the same map) and 2. The first layer has none before it: NaN.
+    """
+    s, n = correlation_Lnn.double(), correlation_Lnn.shape[-1]
+    square = (s[1:] - s[:-1]).square()
+    pairs = square.sum((-2, -1)) - square.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.cat([s.new_full((1,), math.nan), (pairs / max(n * (n - 1), 1)).sqrt()])
+
+
+def directed_monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
+    """(L,) mean over patches and directions of 1 - Spearman(distance, s_ij), the directions in 60 equal bins.
+
+    2: similarity falls with every step, whichever way one walks; 1: no order. Directions with fewer than two patches
+    are left out. After M_D of LOOPE (arXiv 2504.14386), whose bins and averages may differ in detail.
+    """
+    row, column = (axis.flatten().double() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    down, right = row - row[:, None], column - column[:, None]  # (n, n): from the patch of the row
+    turn = torch.atan2(down, right) / (2 * math.pi) % 1
+    bins = (turn * DIRECTIONS + 0.5).long() % DIRECTIONS
+    n = len(row)
+    group = (torch.arange(n)[:, None] * DIRECTIONS + bins).where(~torch.eye(n, dtype=torch.bool), -1).flatten()
+    pair_GK = _members(group)  # of the flattened (n, n)
+    if not len(pair_GK):
+        return torch.ones(len(correlation_Lnn), dtype=torch.float64)
+    there = pair_GK >= 0
+    distance = (down.square() + right.square()).sqrt().flatten()[pair_GK]
+    alike = correlation_Lnn.float().flatten(1)[:, pair_GK]  # float: what sums differ by is no order
+    return (1 - spearman(there, distance, alike)).mean(-1)
+
+
+def _members(group_m: Tensor) -> Tensor:
+    """(G, K) the indices in each group of two or more, padded with -1; a group number below 0 is no group."""
+    order = group_m.argsort(stable=True)
+    order = order[group_m[order] >= 0]
+    _, which, count = group_m[order].unique_consecutive(return_inverse=True, return_counts=True)
+    place = torch.arange(len(order)) - (count.cumsum(0) - count)[which]
+    members = torch.full((len(count), int(count.max()) if len(count) else 0), -1)
+    members[which, place] = order
+    return members[count > 1]
+
+
+def asymmetry(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
+    """(L,) mean of |s(i, i + o) - s(i, i - o)| over patches i and offsets o for which both stay on the grid.
+
+    0: a patch's map is the same on both sides, as for sinusoidal tables, whose similarity depends on the offset alone.
+    """
+    rows, columns = grid
+    total, count = correlation_Lnn.new_zeros(len(correlation_Lnn), dtype=torch.float64), 0
+    maps = correlation_Lnn.double().unflatten(-1, grid)
+    for row in range(rows):
+        for column in range(columns):
+            high, wide = min(row, rows - 1 - row), min(column, columns - 1 - column)
+            window = maps[:, row * columns + column, row - high : row + high + 1, column - wide : column + wide + 1]
+            total += (window - window.flip(-2, -1)).abs().sum((-2, -1))
+            count += window.shape[-2] * window.shape[-1] - 1
+    return total / max(count, 1)
+
+
+def anisotropy(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
+    """(L,) mean similarity to the next patch in the row minus that to the next patch in the column; NaN without either.
+
+    0: rows and columns count alike. Positive: a row is smoother than a column, as for `1D_sin`, which counts along
+    the rows.
+    """
+    rows, columns = grid
+    patch = torch.arange(rows * columns).view(grid)
+    s = correlation_Lnn.double()
+    along = s[:, patch[:, :-1].flatten(), patch[:, 1:].flatten()].mean(-1)
+    across = s[:, patch[:-1].flatten(), patch[1:].flatten()].mean(-1)
+    return along - across
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number a layer: how it is computed from correlations (L, n, n), positions (L, n, D) and grid, how it reads."""
+
+    label: str
+    hint: str
+    of: Callable[[Tensor, Tensor, Grid], Tensor]
+
+
+MEASURES: dict[str, Measure] = {
+    "locality_radius": Measure(
+        "locality radius", "0: like its neighbours only; 1: near and far alike", lambda s, p, g: locality_radius(s, g)
+    ),
+    "half_distance": Measure(
+        "half distance, patches",
+        "where half of the similarity is lost",
+        lambda s, p, g: half_distance(s, g),
+    ),
+    "monotonicity": Measure(
+        "monotonicity", "2: falls with every step away; 1: no order", lambda s, p, g: monotonicity(s, g)
+    ),
+    "directed_monotonicity": Measure(
+        "directed monotonicity", "the same along each direction", lambda s, p, g: directed_monotonicity(s, g)
+    ),
+    "asymmetry": Measure("asymmetry", "0: the same on both sides of a patch", lambda s, p, g: asymmetry(s, g)),
+    "anisotropy": Measure(
+        "row - column similarity", "0: rows and columns count alike", lambda s, p, g: anisotropy(s, g)
+    ),
+    "effective_rank": Measure(
+        "effective rank", "directions in which the patches differ", lambda s, p, g: effective_rank(p)
+    ),
+    "layer_change": Measure(
+        "change from layer to layer", "0: the map of the layer before", lambda s, p, g: layer_change(s)
+    ),
+}
+
+
+def measure_all(correlation_Lnn: Tensor, positions_LnD: Tensor, grid: Grid) -> dict[str, Tensor]:
+    """Every measure of `MEASURES`, by name, (L,) each; positions without prefix tokens."""
+    return {name: measure.of(correlation_Lnn, positions_LnD, grid) for name, measure in MEASURES.items()}

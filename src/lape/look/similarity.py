@@ -1,0 +1,191 @@
+"""Positions as numbers: cosine similarity between patches, and measures of how local it is.
+
+    s_ij = <w_i, w_j> / (|w_i| |w_j|)                      position correlation (LaPE, ICCV 2023, Eq. 12)
+
+w_i is what a block has of the position of patch i. It comes from `lape.positions`, the one place where positions are
+computed: nothing is normalised here. Shape suffixes: L layers, N tokens, n patches (prefix tokens left out), D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lape.errors import LapeError
+from lape.joins import JOINS
+from lape.layers import Size, View, num_prefix_tokens, positions
+from lape.layers import grid as own_grid
+from lape.position import Grid, PositionTable
+from lape.record import TABLES, conversion_of
+
+
+def correlation(model: nn.Module, size: Size | None = None, view: View = "seen", *, stage: int | None = None) -> Tensor:
+    """Cosine similarity between the positions of all patches, layer by layer.
+
+    `model` is a converted model; `size` the image size in pixels (None: the model's own); `view` and
+    `stage` as in `lape.positions`. Returns (L, n, n) in [-1, 1], float32 on the CPU. Raises what `lape.positions` does.
+    """
+    return cosine(positions(model, size, view, stage=stage)[:, num_prefix_tokens(model) :])
+
+
+def cosine(positions_LnD: Tensor) -> Tensor:
+    """Cosine similarity of the rows, (..., n, D) -> (..., n, n), float32 on the CPU.
+
+    Summed in float64, so the diagonal is exactly 1. A row of zeros has no direction: its similarity to every row,
+    itself included, is 0.
+    """
+    rows = positions_LnD.detach().to("cpu", torch.float64)
+    length = rows.norm(dim=-1, keepdim=True)
+    direction = torch.where(length > 0, rows / length.where(length > 0, 1.0), 0.0)
+    return (direction @ direction.mT).clamp(-1, 1).float()
+
+
+def grid_at(model: nn.Module, size: Size | None = None) -> Grid:
+    """(rows, columns) of patches of an image of `size` pixels that `lape.positions` accepts; None: the model's."""
+    conversion, own = conversion_of(model), own_grid(model)
+    if size is None:
+        return own
+    height, width = (size, size) if isinstance(size, int) else size
+    return height // conversion.anatomy.patch_size[0], width // conversion.anatomy.patch_size[1]
+
+
+def raw_table(model: nn.Module, size: Size | None = None) -> Tensor | None:
+    """P (N, D), before any layer's norm, prefix tokens first; None where no single table is left (unshare, folded)."""
+    conversion = conversion_of(model)
+    join = JOINS[conversion.join]
+    if join.table_per_block or (join.normalised and conversion.folded):
+        return None
+    if not join.normalised:
+        return positions(model, size)[0].detach()
+    table = conversion.anatomy.root.get_submodule(f"{TABLES}.0")
+    assert isinstance(table, PositionTable)
+    return conversion.layout.spread(table.position(grid_at(model, size)))[0].detach()
+
+
+def center_token(grid: Grid) -> int:
+    """The patch in the middle; up and left of it where a side is even. 90 on 14 x 14, as in the LaPE authors' plots."""
+    rows, columns = grid
+    return (rows - 1) // 2 * columns + (columns - 1) // 2
+
+
+def check_token(grid: Grid, token: int | None) -> int:
+    """The patch's index, the centre for None. Raises LapeError outside the grid."""
+    rows, columns = grid
+    if token is None:
+        return center_token(grid)
+    if not 0 <= token < rows * columns:
+        raise LapeError(
+            f"token {token} is outside the {rows} x {columns} grid of patches: "
+            f"choose 0 to {rows * columns - 1} (row x {columns} + column)"
+        )
+    return token
+
+
+def token_map(correlation_Lnn: Tensor, grid: Grid, token: int | None = None) -> Tensor:
+    """Row `token` of each (n, n) map laid out on the grid, (..., n, n) -> (..., rows, columns); None is the centre."""
+    token = check_token(grid, token)
+    return correlation_Lnn[..., token, :].unflatten(-1, grid)
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+def squared_distances(grid: Grid) -> Tensor:
+    """(n, n) squared Euclidean distance between patches, in patches: whole numbers, so equal ones compare equal."""
+    row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    place = torch.stack([row.flatten(), column.flatten()], dim=-1)
+    return (place[:, None] - place[None, :]).square().sum(-1)
+
+
+def similarity_by_distance(correlation_Lnn: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Mean similarity against distance: c_l(d) = mean of s_ij over all pairs with |i - j| = d.
+
+    Returns the distances that occur on the grid, in patches, ascending from 0, (K,), and the means (L, K).
+    """
+    return _mean_by_radius(correlation_Lnn.double().flatten(-2), squared_distances(grid).flatten())
+
+
+def _mean_by_radius(values_Lm: Tensor, squared_m: Tensor) -> tuple[Tensor, Tensor]:
+    squared, group = squared_m.unique(return_inverse=True)
+    sums = values_Lm.new_zeros(*values_Lm.shape[:-1], len(squared)).index_add_(-1, group, values_Lm)
+    return squared.double().sqrt(), sums / group.bincount()
+
+
+def half_distance(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
+    """(L,) distance, in patches, at which the mean similarity c_l(d) has lost half of what there is to lose.
+
+    The smallest d with c_l(d) <= (c_l(0) + m_l) / 2, m_l being the mean of s_ij over all pairs i != j; linear between
+    the distances that occur. inf where c_l never falls. (A level common to all pairs, as the bias of a LayerNorm adds
+    one, does not hide the fall.)
+    """
+    distance, curve = similarity_by_distance(correlation_Lnn, grid)
+    start = curve[..., :1]
+    fallen = curve <= (level := (start + _mean_of_pairs(correlation_Lnn)[..., None]) / 2)
+    after = fallen.int().argmax(-1, keepdim=True)
+    before = (after - 1).clamp(min=0)
+    high, low = curve.gather(-1, before), curve.gather(-1, after)
+    share = (high - level) / (high - low).where(high > low, 1.0)
+    crossing = distance[before] + share * (distance[after] - distance[before])
+    return torch.where(fallen.any(-1, keepdim=True) & (level < start), crossing, torch.inf).squeeze(-1)
+
+
+def locality_radius(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
+    """(L,) mean distance to the patches that a patch resembles more than most, as a share of that to all patches.
+
+        r_l = sum_ij e_ij d_ij / sum_ij e_ij  /  mean_ij d_ij,      e_ij = max(s_ij - m_l, 0)
+
+    m_l is the mean of s_ij over all pairs i != j. Near 0: a patch resembles itself and its neighbours. 1: near and far
+    patches alike (also where all similarities are equal).
+    """
+    distance = squared_distances(grid).double().sqrt()
+    excess = (correlation_Lnn.double() - _mean_of_pairs(correlation_Lnn)[..., None, None]).clamp(min=0)
+    total = excess.sum((-2, -1))
+    radius = (excess * distance).sum((-2, -1)) / total.where(total > 0, 1.0)
+    return torch.where(total > 0, radius / distance.mean().clamp(min=1e-12), 1.0)
+
+
+def _mean_of_pairs(correlation_Lnn: Tensor) -> Tensor:
+    """(L,) mean over i != j."""
+    s, n = correlation_Lnn.double(), correlation_Lnn.shape[-1]
+    return (s.sum((-2, -1)) - s.diagonal(dim1=-2, dim2=-1).sum(-1)) / max(n * (n - 1), 1)
+
+
+def monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
+    """(L,) undirected monotonicity: mean over patches i of 1 - Spearman(r, mean of s_ij over |i - j| = r).
+
+    2: similarity falls with every step away from a patch; 1: no order; 0: it rises. Where all similarities are equal
+    the rank correlation counts as 0. Source: M_U of LOOPE (arXiv 2504.14386).
+    """
+    distance, ring_nn = squared_distances(grid).double().sqrt().unique(return_inverse=True)
+    shape = (len(ring_nn), len(distance))  # (n, K)
+    count_nK = torch.zeros(shape, dtype=torch.float64).scatter_add_(1, ring_nn, torch.ones_like(ring_nn).double())
+    s_Lnn = correlation_Lnn.double()
+    sum_LnK = s_Lnn.new_zeros(*s_Lnn.shape[:-2], *shape).scatter_add_(-1, ring_nn.expand_as(s_Lnn), s_Lnn)
+    mean_LnK = (sum_LnK / count_nK.clamp(min=1)).float()  # float: what sums differ by is no order
+    return (1 - spearman(count_nK > 0, distance.expand(shape), mean_LnK)).mean(-1)
+
+
+def spearman(there_GK: Tensor, a_GK: Tensor, b_LGK: Tensor) -> Tensor:
+    """(L, G) rank correlation along the last axis over the entries that are there; 0 without spread. Ties share ranks.
+
+    Layer by layer, which keeps what is sorted at a time small.
+    """
+    a = _centred_ranks(there_GK, a_GK)
+    found = [_cosine_or_zero(a, _centred_ranks(there_GK, b_GK)) for b_GK in b_LGK]
+    return torch.stack(found)
+
+
+def _centred_ranks(there_GK: Tensor, values_GK: Tensor) -> Tensor:
+    """Ranks less their mean, 0 where nothing is there."""
+    rank = _ranks(values_GK.where(there_GK, torch.inf)).where(there_GK, 0.0)
+    return (rank - rank.sum(-1, keepdim=True) / there_GK.sum(-1, keepdim=True).clamp(min=1)).where(there_GK, 0.0)
+
+
+def _cosine_or_zero(a: Tensor, b: Tensor) -> Tensor:
+    scale = a.norm(dim=-1) * b.norm(dim=-1)
+    return torch.where(scale > 0, (a * b).sum(-1) / scale.where(scale > 0, 1.0), 0.0)
+
+
+def _ranks(values_GK: Tensor) -> Tensor:
+    """Ranks along the last axis, ties share their mean rank."""
+    values = values_GK.contiguous()
+    ordered = values.sort(-1).values
+    return (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double() / 2

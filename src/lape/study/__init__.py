@@ -1,0 +1,1 @@
+"""Runs compared: numbers, words, reports and benchmarks."""

@@ -1,0 +1,253 @@
+"""Exact evaluation: every image counts once, whatever the number of processes; and prediction for single images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lape.data.augment import eval_transform
+from lape.data.device import DeviceLoader
+from lape.errors import CheckpointError, DataError, LapeError
+from lape.files.read import read_checkpoint
+from lape.files.restore import (
+    averaged,
+    check_classes,
+    check_classifier,
+    check_outputs,
+    labels_of,
+    logits_of,
+    restore_model,
+    settings_of,
+    stored_size,
+    transform_of,
+)
+from lape.layers import describe
+from lape.recipe import Recipe
+from lape.train.distributed import all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
+
+PREDICT_BATCH = 32  # images that `predict` decodes and classifies at a time
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What an evaluation found: accuracies in percent, cross entropies, number of images.
+
+    `loss` is the mean over images. `batch_loss` is what the original prints: the mean over batches of their means, in
+    which a short last batch weighs as much as a full one. `str()` is the original's line.
+    """
+
+    acc1: float
+    acc5: float
+    loss: float
+    batch_loss: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.batch_loss:.3f}"
+
+    def log(self, prefix: str) -> dict[str, float]:
+        """Entries of log.txt: DeiT's keys with DeiT's meaning, and the exact loss."""
+        values = {"loss": self.batch_loss, "acc1": self.acc1, "acc5": self.acc5, "exact_loss": self.loss}
+        return {f"{prefix}_{name}": value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, best first."""
+
+    path: str
+    classes: list[str]
+    probabilities: list[float]
+
+
+def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context that computes in mixed precision.
+
+    Args:
+        amp: `off`, `bf16`, `fp16`, or `auto`: fp16 on CUDA as in DeiT, else off.
+
+    Raises:
+        LapeError: fp16 without CUDA, where its small range has no gradient scaler to help.
+    """
+    if amp == "fp16" and device.type != "cuda":
+        raise LapeError(f"amp='fp16' needs CUDA, the device is {device.type!r}: use --amp bf16 or --amp off")
+    if amp == "auto":
+        amp = "fp16" if device.type == "cuda" else "off"
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: DataLoader | DeviceLoader, device: torch.device, *, amp: str = "off", shared: bool = True
+) -> Metrics:
+    """Top-1, top-5 and cross entropy of a model, which is left in eval mode.
+
+    Nothing is padded: each image's outcome is put into its place, and the places are added up over the processes. So
+    any number of processes gives the same result, and every image is seen to count once.
+    With fewer than five classes, top-5 is over all of them.
+
+    Args:
+        loader: batches of (images (B, C, H, W), class numbers (B,)), from `lape.data.loaders.eval_loader`.
+        shared: the processes' loaders split the data set (image i to process i modulo their number); False when each
+            has the whole of it.
+
+    Raises:
+        DataError: an image cannot be read. Where the data is shared every process raises, once all are done.
+    """
+    model.eval()
+    rank, size = rank_and_size() if shared else (0, 1)
+    place = rank
+    outcome = torch.zeros(4, len(loader.dataset), dtype=torch.float64)  # type: ignore[arg-type]
+    unread: list[DataError] = []
+    with autocast(amp, device):
+        for images, targets in _until_unread(loader, unread) if shared else loader:
+            targets = targets.to(device, non_blocking=True)
+            logits = logits_of(model(images.to(device, non_blocking=True))).float()
+            hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+            loss = F.cross_entropy(logits, targets, reduction="none")
+            places = torch.arange(place, place + size * len(targets), size)
+            outcome[:, places] += torch.stack([torch.ones_like(loss), hit[:, 0], hit.any(dim=1), loss]).cpu()
+            place = int(places[-1]) + size
+    if shared:
+        _fail_together(unread)
+        outcome = sum_over_ranks(outcome)
+    seen, hit1, hit5, losses = outcome
+    assert bool((seen == 1).all()), f"{int((seen != 1).sum())} of {len(seen)} images did not count once"
+    batches = losses.split(loader.batch_sampler.batch_size)  # type: ignore[union-attr]
+    return Metrics(
+        acc1=100 * hit1.mean().item(),
+        acc5=100 * hit5.mean().item(),
+        loss=losses.mean().item(),
+        batch_loss=torch.stack([batch.mean() for batch in batches]).mean().item(),
+        count=len(seen),
+    )
+
+
+def _until_unread(loader: DataLoader | DeviceLoader, unread: list[DataError]) -> Iterator[Any]:
+    """The batches up to one that cannot be read: its error is kept, as the other processes wait for this one."""
+    try:
+        yield from loader
+    except DataError as error:
+        unread.append(error)
+        wait_for_others()
+
+
+def _fail_together(unread: list[DataError]) -> None:
+    said = all_of("; ".join(map(str, unread)))  # every process names it: the launcher ends the others with the first
+    if any(said):
+        raise DataError("; ".join(filter(None, said)))
+
+
+def evaluate_checkpoint(recipe: Recipe, *, say: Callable[[str], None] = print) -> Metrics:
+    """Evaluate `recipe.resume` on the validation images of `recipe`, as the original's `--eval --resume` does.
+
+    What the user gave no flag for (model, join, position embedding, image size, transform) the file decides; the
+    number of classes is that of the file's head, which may have more outputs than the data has classes.
+
+    Raises:
+        CheckpointError: no such file, or a flag contradicts it.
+        DataError: the data has other classes than the model.
+    """
+    from lape.data.loaders import eval_loader
+    from lape.data.open import load_data
+
+    if not recipe.resume:
+        raise CheckpointError("evaluation needs a checkpoint: give --resume CHECKPOINT")
+    with join_world(recipe.device) as world:
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        tell = say if world.is_main else _silence
+        checkpoint = read_checkpoint(recipe.resume)
+        if not recipe.data_path and checkpoint.args.get("data_path"):
+            raise CheckpointError(
+                f"no --data-path was given, and {recipe.resume} was not trained on the packaged digits: "
+                "give the folder that holds val/"
+            )
+        pixels = stored_size(checkpoint)
+        if pixels is not None and pixels[0] != pixels[1] and "input_size" not in recipe.model_fields_set:
+            raise CheckpointError(
+                f"{recipe.resume} is for images of {pixels[0]} x {pixels[1]} pixels and evaluation takes square ones: "
+                "give --input-size SIDE, or classify images with lape predict"
+            )
+        recipe = settings_of(checkpoint, recipe)
+        if recipe.ema:
+            checkpoint = averaged(checkpoint)
+        autocast(recipe.amp, world.device)
+        data = load_data(recipe, train=False, device=world.device)
+        check_classes(checkpoint, data.classes)
+        model = restore_model(checkpoint, recipe, recipe.input_size).to(world.device)
+        outputs = check_classifier(checkpoint, model, recipe.input_size, recipe.in_chans)
+        check_outputs(checkpoint, data.classes, outputs)
+        tell(f"Data: {data.name}")
+        weights = "averaged (EMA) weights of " if recipe.ema else ""
+        tell(f"Model: {recipe.model} from {weights}{recipe.resume}")
+        tell(f"{describe(model)}\nTransform: {eval_transform(recipe)}")
+        if recipe.decode == "fast":
+            tell("Decode: fast, resized pixels may differ by 2 of 255 levels; published numbers use --decode exact")
+        rank, size = (world.rank, world.size) if recipe.dist_eval else (0, 1)
+        loader = eval_loader(data.val, recipe, rank=rank, world_size=size, device=world.device)
+        metrics = evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval)
+        tell(str(metrics))
+        tell(f"Accuracy of the network on the {metrics.count} test images: {metrics.acc1:.1f}%")
+        tell(f"Loss over all images: {metrics.loss:.4f} (the line above averages the means of batches)")
+        return metrics
+
+
+def predict(
+    checkpoint_path: str | Path, image_paths: Sequence[str | Path], *, top_k: int = 5, device: str = "auto"
+) -> list[Prediction]:
+    """Classify images with the transform and the class names that the checkpoint stores.
+
+    A file that stores no names (DeiT's, the LaPE authors') gives class numbers.
+
+    Args:
+        top_k: how many classes to return, at most all.
+
+    Raises:
+        DataError: a file is missing or no image; the message names it.
+        CheckpointError: the checkpoint cannot be read, or its model is no classifier.
+    """
+    return list(predictions(checkpoint_path, image_paths, top_k=top_k, device=device))
+
+
+def predictions(
+    checkpoint_path: str | Path, image_paths: Sequence[str | Path], *, top_k: int = 5, device: str = "auto"
+) -> Iterator[Prediction]:
+    """As `predict`, one after the other: images are decoded and classified in batches of `PREDICT_BATCH`.
+
+    Before the first one is classified, every file is opened and its header read, so that a missing file or one that is
+    no image costs no work. A file that is cut off shows in its batch only.
+    """
+    from lape.data.images import check_header, load_image
+
+    checkpoint = read_checkpoint(checkpoint_path)
+    transform = transform_of(checkpoint)
+    prepare = transform.build()
+    for path in image_paths:
+        check_header(path)
+    with join_world(device) as world:
+        model = restore_model(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size).to(world.device)
+        outputs = check_classifier(checkpoint, model, transform.input_size, transform.in_chans)
+        names = checkpoint.classes or labels_of(model) or []
+        names = [*names, *(str(number) for number in range(len(names), outputs))]
+        for first in range(0, len(image_paths), PREDICT_BATCH):
+            paths = image_paths[first : first + PREDICT_BATCH]
+            pixels_BCHW = torch.stack([prepare(load_image(path, transform.in_chans)) for path in paths])
+            with torch.no_grad():
+                probabilities_BK = logits_of(model(pixels_BCHW.to(world.device))).float().softmax(dim=1)
+            best = probabilities_BK.topk(min(top_k, outputs))
+            for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
+                yield Prediction(str(path), [names[index] for index in indices], values)
+
+
+def _silence(_text: str) -> None:
+    pass

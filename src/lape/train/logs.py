@@ -1,0 +1,113 @@
+"""Where a run is written down: what it was (`run.json`), its curves (TensorBoard; wandb and trackio when asked).
+
+Curves have one point an epoch. TensorBoard's file is written anew from the run's history at every start, so a run that
+goes on shows one curve, whatever was lost or repeated in between.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from lape.errors import LapeError
+from lape.files.atomic import write_atomically
+from lape.recipe import Recipe
+from lape.train.distributed import World
+from lape.train.machine import describe_start
+
+RUN, BOARD = "run.json", "tensorboard"
+
+
+def check_services(recipe: Recipe) -> None:
+    """Refuse a service whose package is missing. Raises LapeError."""
+    for name in recipe.log_to:
+        if importlib.util.find_spec(name) is None:
+            raise LapeError(f"--log-to {name} needs its package: pip install {name}, or leave the flag out")
+        if not recipe.output_dir:
+            raise LapeError(f"--log-to {name} needs a folder that keeps the run's name: add --output-dir")
+
+
+class Curves:
+    """The curves of a run in `recipe.output_dir`.
+
+    Args:
+        history: the lines of log.txt so far.
+        run_id: the same for every start of the run.
+    """
+
+    def __init__(self, recipe: Recipe, history: list[dict[str, Any]], run_id: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(recipe.output_dir) / BOARD
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self.board = SummaryWriter(str(folder))
+        for line in history:
+            self._draw(line)
+        self.board.flush()
+        self.services = [self._open(name, recipe, run_id) for name in recipe.log_to]
+
+    @staticmethod
+    def _open(name: str, recipe: Recipe, run_id: str) -> Any:
+        service = importlib.import_module(name)
+        settings: dict[str, Any] = {"project": "lape", "config": recipe.model_dump(mode="json"), "resume": "allow"}
+        label = f"{Path(recipe.output_dir).resolve().name}-{run_id[:8]}"
+        settings |= {"id": run_id, "dir": recipe.output_dir} if name == "wandb" else {}
+        service.init(name=label, **settings)
+        return service
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Draw an epoch."""
+        self._draw(line)
+        self.board.flush()
+        for service in self.services:
+            service.log(_points(line), step=line["epoch"])
+
+    def _draw(self, line: dict[str, Any]) -> None:
+        for tag, value in _points(line).items():
+            self.board.add_scalar(tag, value, line["epoch"])
+
+    def close(self) -> None:
+        self.board.close()
+        for service in self.services:
+            service.finish()
+
+
+def _points(line: dict[str, Any]) -> dict[str, float]:
+    """`test_ema_acc1` of a log line becomes the curve `test_ema/acc1`."""
+    points = {}
+    for name, value in line.items():
+        if name == "epoch" or not isinstance(value, int | float):
+            continue
+        topic = next((topic for topic in ("test_ema", "test", "train") if name.startswith(topic + "_")), "run")
+        points[f"{topic}/{name.removeprefix(topic + '_')}"] = value
+    return points
+
+
+def record_run(recipe: Recipe, world: World, place: tuple[int, int]) -> str:
+    """Write `run.json`: the configuration, and for each start the command, commit, versions and hardware.
+
+    Args:
+        place: (epoch, step) that this start begins with.
+
+    Returns:
+        The identity of the run, the same for all its starts.
+    """
+    path = Path(recipe.output_dir) / RUN
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        known = {}
+    run_id, starts = known.get("id") or uuid.uuid4().hex, known.get("starts") or []
+    content = {
+        "id": run_id,
+        "recipe": recipe.model_dump(mode="json"),
+        "starts": [*starts, {"epoch": place[0], "step": place[1], **describe_start(world), "seed": recipe.seed}],
+    }
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return run_id

@@ -1,0 +1,110 @@
+"""How an epoch is shown while it runs: a bar on a terminal, a line every few steps elsewhere; and where time went."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+from lape.data.loaders import BatchPlan
+from lape.train.distributed import World
+from lape.train.faults import peak_memory
+
+STARVED = 0.3  # part of an epoch spent on waiting for images from which on the output gives advice
+MATTERS = 10.0  # seconds; a shorter epoch is dominated by starting the loader
+
+
+class Progress:
+    """The steps of one epoch.
+
+    Args:
+        title: what a line starts with.
+        first: the step it begins with; not 0 where a run goes on within an epoch.
+        steps: how many the epoch has.
+        plan: the images of a step.
+        world: whose device's memory is watched.
+        every: steps between two lines.
+        say: where lines go. A bar is drawn only where it is print and stdout a terminal.
+    """
+
+    def __init__(
+        self, title: str, first: int, steps: int, plan: BatchPlan, world: World, every: int, say: Callable[[str], None]
+    ) -> None:
+        self.title, self.first, self.steps, self.every, self.say = title, first, steps, every, say
+        self.images, self.device = plan.total, world.device
+        self.done = 0  # by this call
+        self.loss_sum, self.counted = 0.0, 0  # of the steps with a finite loss
+        self.waited = self.seconds = 0.0
+        self._began = 0.0
+        self._bar: Any = None
+
+    def over(self, loader: Iterable[Any]) -> Generator[Any, None, None]:
+        """The batches of a loader, with the time that was spent on waiting for them."""
+        self._began = mark = time.perf_counter()
+        if self.say is print and sys.stdout.isatty():
+            self._bar = _open_bar(self.title, self.first, self.steps)
+        batches = iter(loader)
+        try:
+            for batch in batches:
+                self.waited += time.perf_counter() - mark
+                yield batch
+                mark = time.perf_counter()
+        finally:
+            del batches  # ends the loader's processes
+            if self._bar is not None:
+                self._bar.stop()
+        self.seconds = time.perf_counter() - self._began
+        if self.seconds > MATTERS and self.waited >= STARVED * self.seconds:
+            part = round(100 * self.waited / self.seconds)
+            self.say(
+                f"{part}% of the epoch was spent on waiting for images ({self.waited / self.done:.3f} s of "
+                f"{self.seconds / self.done:.3f} s a step): raise --num-workers, or use --decode fast or smaller files"
+            )
+
+    def report(self, *, loss: float, lr: float, grad_norm: float) -> None:
+        """Show a step that is done."""
+        self.done += 1
+        if math.isfinite(loss):
+            self.loss_sum, self.counted = self.loss_sum + loss, self.counted + 1
+        each = (time.perf_counter() - self._began) / self.done
+        data = self.waited / self.done
+        mean = self.loss_sum / max(self.counted, 1)
+        speed = f"{self.images / each:.0f} img/s  mem: {peak_memory(self.device):.0f} MiB"
+        values = f"lr: {lr:.6f}  loss: {loss:.4f} ({mean:.4f})  grad: {grad_norm:.3f}"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], advance=1, values=f"{values}  data: {data / each:.0%}  {speed}")
+            return
+        step = self.first + self.done - 1
+        if step % self.every == 0 or step == self.steps - 1:
+            eta = datetime.timedelta(seconds=int(each * (self.steps - 1 - step)))
+            place = f"[{step:{len(str(self.steps))}d}/{self.steps}]"
+            self.say(f"{self.title}  {place}  eta: {eta}  {values}  time: {each:.4f}  data: {data:.4f}  {speed}")
+
+    def timing(self) -> dict[str, float]:
+        """Seconds of training and of waiting for data in it; images a second of all processes; the most memory used."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "data_seconds": round(self.waited, 3),
+            "images_per_second": round(self.images * self.done / self.seconds, 1),
+            "peak_memory_mib": round(peak_memory(self.device), 1),
+        }
+
+
+def _open_bar(title: str, first: int, steps: int) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    bar = RichProgress(
+        TextColumn(title.replace("[", r"\[")),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}"),
+        transient=True,
+    )
+    bar.add_task(title, total=steps, completed=first, values="")
+    bar.start()
+    return bar

@@ -1,0 +1,270 @@
+"""What is trained: the model of a recipe, the weights it starts from, and the teacher beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from timm.layers import resample_patch_embed
+from torch import Tensor, nn
+
+import lape.models  # noqa: F401  a teacher may be one of them
+from lape.convert import create_model
+from lape.data.augment import eval_transform
+from lape.errors import CheckpointError, LapeError
+from lape.files.read import Checkpoint, read_checkpoint
+from lape.files.restore import source_grid
+from lape.names import nearest
+from lape.recipe import Recipe
+from lape.record import conversion_of
+from lape.reference import load_reference_state_dict, to_reference_state_dict
+
+Say = Callable[[str], None]
+PATCHES = "patch_embed.proj.weight"
+
+
+def check_warm_start(recipe: Recipe, resumed: Checkpoint | None) -> None:
+    """Raises LapeError where a warm start means nothing. `resumed`: the checkpoint that a run goes on from."""
+    if not recipe.warm_start:
+        return
+    if resumed is None and not (recipe.finetune or recipe.model_kwargs.get("pretrained")):
+        raise LapeError(
+            "warm_start=True keeps what a pretrained model computes, and none is named: add --finetune CHECKPOINT, or "
+            "leave --warm-start out"
+        )
+    if recipe.pe != "learnable":
+        raise LapeError(
+            f"warm_start=True with pe={recipe.pe!r}: it keeps the pretrained model's own table; leave --pe out"
+        )
+    if recipe.attn_only:
+        raise LapeError(
+            "warm_start=True with attn_only=True: the gates would stay closed, they do not learn there; leave one out"
+        )
+
+
+def build_model(recipe: Recipe, num_classes: int, say: Say = print) -> nn.Module:
+    """The model of a recipe, the same in every process; with the weights of `finetune` where it names a file."""
+    flags = {"num_classes": "the data says it", "img_size": "--input-size", "in_chans": "--in-chans"}
+    flags |= {"drop_rate": "--drop", "drop_path_rate": "--drop-path"}
+    for name in recipe.model_kwargs.keys() & flags.keys():
+        raise LapeError(f"model_kwargs {name}={recipe.model_kwargs[name]!r} has a place of its own: {flags[name]}")
+    torch.manual_seed(recipe.seed)
+    model = create_model(
+        recipe.model,
+        join=recipe.join_type,
+        pe=None if recipe.warm_start else recipe.pe,
+        warm_start=recipe.warm_start,
+        num_classes=num_classes,
+        img_size=recipe.input_size,
+        in_chans=recipe.in_chans,
+        drop_rate=recipe.drop,
+        drop_path_rate=recipe.drop_path,
+        **recipe.model_kwargs,
+    )
+    if recipe.finetune:
+        load_weights(model, read_checkpoint(recipe.finetune), say)
+    if recipe.attn_only:
+        _train_attention_only(model)
+    if recipe.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if recipe.distillation_type != "none":
+        if not hasattr(model, "set_distilled_training"):
+            raise LapeError(
+                f"model {recipe.model!r} has no distillation head: use a distilled one, such as "
+                "deit_tiny_distilled_patch16_224, or --distillation-type none"
+            )
+        model.set_distilled_training(True)  # type: ignore[operator]
+    return model
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> None:
+    """Start a model from another's weights, as far as they can be carried over.
+
+    A position table is resampled to the model's grid, a patch embedding to its patch size (pseudo-inverse resize,
+    FlexiViT: Beyer et al. 2023). The distillation token of the file, with its row of the table and its head, is left
+    out where the model has none. A head for another number of classes starts anew, and so do PE norms, gates and a
+    head that the file lacks. What is left out, resized or anew is said in one line, by reason.
+
+    Raises:
+        CheckpointError: any other difference between file and model; weights of another join for a warm start, whose
+            function it could not keep.
+    """
+    if checkpoint.package != "timm":
+        raise CheckpointError(
+            f"{checkpoint.path} holds a model of {checkpoint.package}, training builds those of timm: give weights of "
+            "a timm model, or train it in Python (lape.load, then its own trainer)"
+        )
+    if checkpoint.raw.get("folded"):
+        raise CheckpointError(
+            f"{checkpoint.path} is folded, its positions are constants that cannot learn: give the unfolded weights"
+        )
+    _check_kept_function(model, checkpoint)
+    ours, theirs = to_reference_state_dict(model), dict(checkpoint.model)
+    grid = source_grid(checkpoint, model)
+    left = _leave_distillation(ours, theirs)
+    resized = _resize_patches(ours, theirs)
+    reasons = {name: _why_anew(name, tensor, theirs.get(name)) for name, tensor in ours.items()}
+    fresh = {name: tensor for name, tensor in ours.items() if reasons[name]}
+    kept = {name: tensor for name, tensor in theirs.items() if name not in fresh}
+    try:
+        load_reference_state_dict(model, fresh | kept, source_grid=grid)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_advice(ours, theirs)}") from None
+    notes = [
+        *(
+            f"{reason} (start anew): {short([name for name in fresh if reasons[name] == reason])}"
+            for reason in dict.fromkeys(reasons[name] for name in fresh)
+        ),
+        f"left out: {short(left)}" if left else "",
+        resized,
+        f"position table resampled from a grid of {grid[0]} x {grid[1]}"
+        if grid is not None and grid != conversion_of(model).layout.grid and "pos_embed" in theirs
+        else "",
+    ]
+    say(f"Fine-tuning from {checkpoint.path}. {'; '.join(note for note in notes if note)}".rstrip(". ") + ".")
+
+
+def _why_anew(name: str, ours: Tensor, theirs: Tensor | None) -> str:
+    """Why a weight keeps its start, "" when it comes from the file or must."""
+    if name.startswith(("head.", "head_dist.")):
+        if theirs is None:
+            return "a head that the file lacks"
+        return "" if theirs.shape == ours.shape else "a head for another number of classes"
+    if theirs is None and ".pe_norm." in name:
+        return "the norms of position, which the file's join lacks"
+    if theirs is None and name.endswith(".pe_gate"):
+        return "the gates of the warm start, at zero"
+    if theirs is None and ".peg." in name:
+        return "the generator of position, which the file's model lacks"
+    return ""
+
+
+def _check_kept_function(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where a warm start would not begin with what the checkpoint computes."""
+    conversion = conversion_of(model)
+    said = checkpoint.args.get("join_type") or "basic"
+    if any(".pe_norm." in name for name in checkpoint.model) and said == "basic":
+        said = "LaPE"  # a file without flags
+    goes_on = bool(checkpoint.args.get("warm_start")) and said == conversion.join
+    if conversion.warm_start and said != "basic" and not goes_on:
+        raise CheckpointError(
+            f"warm_start=True starts from a model that adds its position to the input (join basic), {checkpoint.path} "
+            f"has join {said}: leave --warm-start out"
+        )
+
+
+def _advice(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
+    """What to do where the file's join shows in its names and is not the model's."""
+    for mark, fix in (
+        (".pe_gate", "it comes from a warm start: add --warm-start"),
+        (".pe_norm.", "it has norms of position: add --join-type LaPE"),
+    ):
+        if any(mark in name for name in theirs) and not any(mark in name for name in ours):
+            return f"; {fix}"
+    return ""
+
+
+def _leave_distillation(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    """Take a distilled model's second token out of `theirs` where ours has none: its row is the second of a table."""
+    left = [name for name in theirs if name.startswith(("head_dist.", "dist_token")) and name not in ours]
+    if "dist_token" in left:
+        for name, table in theirs.items():
+            if name.startswith("pos_embed"):
+                theirs[name] = torch.cat([table[..., :1, :], table[..., 2:, :]], dim=-2)
+                left.append(f"row 1 of {name}")
+    for name in left:
+        theirs.pop(name, None)
+    return left
+
+
+def _resize_patches(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
+    if PATCHES not in ours or PATCHES not in theirs:
+        return ""
+    new, old = ours[PATCHES].shape[-2:], theirs[PATCHES].shape[-2:]
+    if new == old:
+        return ""
+    theirs[PATCHES] = resample_patch_embed(theirs[PATCHES], list(new))
+    return f"patch embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} pixels"
+
+
+def short(names: Collection[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
+
+
+def trainable(model: nn.Module) -> int:
+    """How many parameters learn."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _train_attention_only(model: nn.Module) -> None:
+    """As DeiT does: attention, the position table and the heads learn, all else is frozen."""
+    heads = model.get_classifier()  # type: ignore[operator]
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    head_ids = {id(parameter) for head in heads for parameter in head.parameters()}
+    for name, parameter in model.named_parameters():
+        wanted = ".attn." in name or name.endswith("pos_embed") or id(parameter) in head_ids
+        parameter.requires_grad_(parameter.requires_grad and wanted)
+
+
+class Teacher(nn.Module):
+    """A frozen classifier that sees the student's images in its own normalisation: (B, C, H, W) -> logits (B, K)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, seen: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.same = seen == wanted
+        (mean, std), (own_mean, own_std) = (
+            (torch.tensor(m).view(1, -1, 1, 1), torch.tensor(s).view(1, -1, 1, 1)) for m, s in (seen, wanted)
+        )
+        self.register_buffer("scale", std / own_std)
+        self.register_buffer("shift", (mean - own_mean) / own_std)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images if self.same else images * self.scale + self.shift)
+
+
+def load_teacher(recipe: Recipe, num_classes: int, device: torch.device, say: Say = print) -> Teacher | None:
+    """The teacher of a recipe. Its normalisation is that of its checkpoint, else that of timm's configuration.
+
+    Raises:
+        LapeError: unknown name, or a model that cannot see images of this size.
+        CheckpointError: the file is not of that model and these classes.
+    """
+    if recipe.distillation_type == "none":
+        return None
+    import timm
+
+    name = recipe.teacher_model
+    if not timm.is_model(name.split(".")[0]):
+        guess = nearest(name, timm.list_models())
+        raise LapeError(f"unknown teacher_model {name!r}{f'; did you mean {guess!r}?' if guess else ''}")
+    model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=recipe.in_chans)
+    checkpoint = read_checkpoint(recipe.teacher_path)
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{recipe.teacher_path} is not a {name} with {num_classes} classes ({' '.join(str(error).split())[:300]}): "
+            "give the teacher's --teacher-model, trained on the same classes"
+        ) from None
+    student = eval_transform(recipe)
+    seen = (tuple(student.mean), tuple(student.std))
+    source, own = ("its checkpoint", checkpoint.transform) if checkpoint.transform else ("timm", model.pretrained_cfg)
+    assert isinstance(own, dict)
+    wanted = (tuple(own["mean"]), tuple(own["std"]))
+    if len(wanted[0]) != recipe.in_chans:
+        source, wanted = "the student: its own has other channels", seen
+    teacher = Teacher(model, seen, wanted).to(device)
+    try:
+        teacher(torch.zeros(1, recipe.in_chans, recipe.input_size, recipe.input_size, device=device))
+    except (AssertionError, RuntimeError) as error:
+        raise LapeError(f"teacher_model {name!r} cannot see images of {recipe.input_size} pixels: {error}") from None
+    say(f"Teacher: {name} from {recipe.teacher_path}; normalisation of {source}: mean {wanted[0]}, std {wanted[1]}")
+    return teacher

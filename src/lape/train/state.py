@@ -1,0 +1,380 @@
+"""What a run carries from step to step, how it is written, and how a run goes on from a file.
+
+**Exact resume.** All of `State` is in `checkpoint.pth`, and nothing random is: each step's randomness is a function of
+(seed, epoch, step, process). So a run that goes on from a file ends with the same bits as one that was never stopped.
+
+**Never without a whole file.** A checkpoint is written beside the old one, synced and renamed; the one before it stays
+as `previous_checkpoint.pth`. `--resume auto` takes the newest whole one of them and names those that are torn.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from lape.data.augment import eval_transform
+from lape.data.loaders import BatchPlan, batch_plan
+from lape.data.open import Data
+from lape.errors import CheckpointError, LapeError
+from lape.files.atomic import write_atomically
+from lape.files.read import Checkpoint, read_checkpoint
+from lape.names import nearest
+from lape.recipe import Recipe
+from lape.reference import load_reference_state_dict, reference_names, to_reference_state_dict
+from lape.train.distributed import World, sum_over_ranks
+from lape.train.start import short
+
+CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "previous_checkpoint.pth", "best_checkpoint.pth"
+LOG, TABLE, LOCK = "log.txt", "log.csv", ".lock"
+Say = Callable[[str], None]
+
+
+@dataclass
+class State:
+    """What a run carries from step to step; all of it is in `checkpoint.pth`."""
+
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any  # timm's, a function of the epoch; None keeps the learning rate
+    scaler: torch.amp.GradScaler
+    next_epoch: int
+    next_step: int = 0  # of that epoch; not 0 only when a run was stopped within it
+    loss_sum: float = 0.0  # over the steps of that epoch so far that were not skipped
+    skipped_steps: int = 0  # of that epoch: their loss or gradient was not finite
+    skipped_images: int = 0  # of that epoch: they could not be read
+    bad_in_row: int = 0  # skipped steps since the last good one
+    best_accuracy: float = -1.0  # so that the first epoch is the best until a better one comes
+    best_epoch: int | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Forget what was counted for the epoch that has ended."""
+        self.next_epoch, self.next_step = epoch, 0
+        self.loss_sum, self.skipped_steps, self.skipped_images = 0.0, 0, 0
+
+
+# ------------------------------------------------------------------------------------------------ start
+
+
+def peak_lr(recipe: Recipe, world_size: int) -> float:
+    """The learning rate after warm-up: `lr` for 512 images a step, scaled linearly by the total batch (DeiT)."""
+    return recipe.lr if recipe.unscale_lr else recipe.lr * batch_plan(recipe, world_size).total / 512
+
+
+def start(recipe: Recipe, model: nn.Module, world: World) -> State:
+    """Optimizer, schedule, EMA and gradient scaler for a model, at the first epoch."""
+    known = [str(name) for name in list_optimizers()]
+    if recipe.opt.lower().split("_")[-1] not in known:
+        guess = nearest(recipe.opt, known)
+        raise LapeError(f"unknown opt {recipe.opt!r}{f'; did you mean {guess!r}?' if guess else ''}: a name of timm")
+    optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(recipe), "lr": peak_lr(recipe, world.size)})
+    # timm's function of the epoch stays at min_lr behind the end of its own epochs.
+    scheduler, _ = create_scheduler(recipe.replace(epochs=recipe.schedule_epochs or recipe.epochs), optimizer)
+    if scheduler is not None:
+        scheduler.step(recipe.start_epoch)
+    ema = None
+    if recipe.model_ema:
+        device = torch.device("cpu") if recipe.model_ema_force_cpu else None
+        ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup, device=device)
+    half = recipe.amp in ("fp16", "auto") and world.device.type == "cuda"
+    return State(model, ema, optimizer, scheduler, torch.amp.GradScaler("cuda", enabled=half), recipe.start_epoch)
+
+
+# ------------------------------------------------------------------------------------------------ write
+
+
+def check_output(recipe: Recipe, resumed: Checkpoint | None, at_end: ExitStack) -> None:
+    """Make the output folder and hold it until `at_end`.
+
+    Raises:
+        LapeError: it cannot be written, holds another run, or another process is training there.
+    """
+    if not recipe.output_dir:
+        return
+    folder = Path(recipe.output_dir)
+    found = [name for name in (CHECKPOINT, PREVIOUS, BEST) if (folder / name).exists()]
+    if found and (resumed is None or resumed.path.resolve().parent != folder.resolve()):
+        raise LapeError(
+            f"output_dir {folder} holds a run already ({', '.join(found)}): go on with --resume {folder / found[0]}, "
+            "or choose another folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise LapeError(f"output_dir {folder} cannot be written ({error.strerror}): choose another folder") from None
+    _hold(folder, at_end)
+    for stale in folder.glob(".*.tmp"):  # what a run that was killed while writing has left
+        if stale.name.startswith(tuple(f".{name}." for name in (CHECKPOINT, BEST, LOG, TABLE, "run.json"))):
+            stale.unlink(missing_ok=True)
+
+
+def _hold(folder: Path, at_end: ExitStack) -> None:
+    """Let no two processes write there, such as one whose launcher was killed and the one that goes on for it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    file = at_end.enter_context((folder / LOCK).open("w"))
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not handed on to the loader's processes
+    except (BlockingIOError, PermissionError):
+        raise LapeError(
+            f"another process is training in output_dir {folder}: wait, end it, or choose another"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def save(state: State, data: Data, recipe: Recipe, plan: BatchPlan, *, better: bool = False) -> None:
+    """Write the checkpoint (and the best one), then the log, whose lines the checkpoint holds, so none can be lost."""
+    folder = Path(recipe.output_dir)
+    content = {
+        "model": to_reference_state_dict(state.model),
+        "optimizer": state.optimizer.state_dict(),
+        "optimizer_names": _optimizer_names(state),
+        "lr_scheduler": state.scheduler.state_dict() if state.scheduler is not None else {},
+        "epoch": state.next_epoch - 1,  # the last whole one
+        "step": state.next_step,
+        "loss_sum": state.loss_sum,
+        "skipped_steps": state.skipped_steps,
+        "skipped_images": state.skipped_images,
+        "bad_in_row": state.bad_in_row,
+        "images_per_step": plan.total,
+        "model_ema": to_reference_state_dict(state.ema.module) if state.ema is not None else None,
+        "scaler": state.scaler.state_dict(),
+        "args": recipe.model_dump(mode="json"),
+        "classes": data.classes,
+        "transform": eval_transform(recipe).to_dict(),
+        "model_kwargs": recipe.model_kwargs,
+        "max_accuracy": state.best_accuracy,
+        "best": {"weights": recipe.best_by, "epoch": state.best_epoch, "acc1": state.best_accuracy},
+        "history": state.history,
+    }
+    if better:
+        write_atomically(folder / BEST, lambda file: torch.save(content, file))
+    write_atomically(folder / CHECKPOINT, lambda file: torch.save(content, file), previous=folder / PREVIOUS)
+    write_log(state.history, folder)
+
+
+def write_log(history: list[dict[str, Any]], folder: Path) -> None:
+    """log.txt (one JSON line an epoch) and log.csv (one row an epoch), whole."""
+    names = list(dict.fromkeys(name for line in history for name in line))
+    rows = [names, *([_cell(line.get(name)) for name in names] for line in history)]
+    log, table = "".join(json.dumps(line) + "\n" for line in history), "".join(",".join(row) + "\n" for row in rows)
+    write_atomically(folder / LOG, lambda file: file.write(log.encode()))
+    write_atomically(folder / TABLE, lambda file: file.write(table.encode()))
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value)  # names and numbers: nothing to quote
+
+
+# ------------------------------------------------------------------------------------------------ go on
+
+
+def find_resumed(recipe: Recipe, say: Say = print) -> Checkpoint | None:
+    """The checkpoint to go on from; `auto` is the newest whole one in `output_dir`, or none in a new folder.
+
+    Raises:
+        CheckpointError: the file is not whole; with `auto`, none of those that are there is.
+    """
+    if recipe.resume != "auto":
+        if not recipe.resume:
+            return None
+        resumed = read_checkpoint(recipe.resume)
+        _check_resumable(resumed)  # before a model is built from what the file says
+        return resumed
+    if not recipe.output_dir:
+        raise LapeError("--resume auto looks into the output folder: add --output-dir")
+    newest, refused = None, []
+    for path in (Path(recipe.output_dir) / name for name in (CHECKPOINT, PREVIOUS, BEST)):
+        if not path.exists():
+            continue
+        try:
+            found = read_checkpoint(path)
+            _check_resumable(found)
+        except CheckpointError as error:
+            refused.append(str(error))
+            say(f"{error}; skipped")
+            continue
+        if newest is None or _place(found) > _place(newest):
+            newest = found
+    if refused and newest is None:
+        raise CheckpointError(
+            f"--resume auto found no whole checkpoint in {recipe.output_dir} ({'; '.join(refused)}): nothing was "
+            "touched; move the files away to start anew"
+        )
+    return newest
+
+
+def _place(checkpoint: Checkpoint) -> tuple[int, int]:
+    return checkpoint.raw.get("epoch", -1), checkpoint.raw.get("step", 0)
+
+
+def _check_resumable(checkpoint: Checkpoint) -> None:
+    missing = [key for key in ("optimizer", "epoch") if key not in checkpoint.raw]
+    if missing:
+        raise CheckpointError(f"{checkpoint.path} has no {' and no '.join(missing)}: start from it with --finetune")
+
+
+def agree(checkpoint: Checkpoint | None, world: World) -> None:
+    """Make sure that every process goes on from the same place. Raises LapeError."""
+    place = _place(checkpoint) if checkpoint is not None else (-2, 0)
+    mine = torch.tensor([float(n) for n in (*place, place[0] ** 2, place[1] ** 2)])
+    mean = sum_over_ranks(mine) / world.size
+    if (mean[:2] ** 2 != mean[2:]).any():
+        raise LapeError(
+            f"the processes see different checkpoints (this one, {world.rank}: "
+            f"{checkpoint.path if checkpoint else 'none'}): --output-dir and --resume must name a folder that all "
+            "machines share"
+        )
+
+
+def has_finished(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    """Whether nothing is left to train."""
+    return checkpoint.raw.get("epoch", -1) + 1 >= recipe.epochs
+
+
+def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan, say: Say = print) -> None:
+    """Put a run back to where a checkpoint was written: by this project, by DeiT or by the LaPE authors.
+
+    State comes from the file. Settings (learning rate, schedule, weight decay, ...) are those of `recipe`; when they
+    differ from the file's, one line says so.
+
+    Raises:
+        CheckpointError: the file holds weights only, or does not fit the model.
+        LapeError: its run has finished, or was stopped within an epoch of steps of another size.
+    """
+    raw = checkpoint.raw
+    _check_resumable(checkpoint)
+    if has_finished(checkpoint, recipe) and recipe.resume != "auto":
+        raise LapeError(
+            f"{checkpoint.path} has finished epoch {raw['epoch'] + 1} of {recipe.epochs}: raise --epochs, or use --eval"
+        )
+    step, total = raw.get("step", 0), raw.get("images_per_step", plan.total)
+    if step and total != plan.total:
+        raise LapeError(
+            f"{checkpoint.path} was stopped at step {step} of an epoch of {total} images a step, this run has "
+            f"{plan.total}: add --global-batch {total}"
+        )
+    load_reference_state_dict(state.model, checkpoint.model)
+    if state.ema is not None:
+        load_reference_state_dict(state.ema.module, checkpoint.model_ema or checkpoint.model)
+    _resume_optimizer(state, checkpoint)
+    if state.scaler.is_enabled() and raw.get("scaler"):
+        state.scaler.load_state_dict(raw["scaler"])
+    state.begin_epoch(raw["epoch"] + 1)
+    state.next_step, state.loss_sum = step, raw.get("loss_sum", 0.0)
+    for name in ("skipped_steps", "skipped_images", "bad_in_row"):
+        setattr(state, name, raw.get(name, 0))
+    if state.scheduler is not None:
+        state.scheduler.step(state.next_epoch)
+    state.best_accuracy = raw.get("max_accuracy", state.best_accuracy)
+    state.best_epoch = (raw.get("best") or {}).get("epoch")
+    state.history = raw["history"] if "history" in raw else _earlier_log(recipe, state.next_epoch)
+    within = f" and step {step} of the next" if step else ""
+    say(f"Resuming from {checkpoint.path}, after epoch {raw['epoch']}{within}")
+    changed = _changed_settings(checkpoint, recipe) if "history" in raw else ""
+    if changed:
+        say(f"Other settings than that run had, from now on: {changed}")
+
+
+# Where and how fast a run goes on changes no number.
+_INDIFFERENT = {
+    *("resume", "output_dir", "data_path", "start_epoch", "eval", "dist_eval", "num_workers", "pin_mem", "threads"),
+    *("device", "log_every", "world_size", "dist_url", "dist_timeout", "model_ema_force_cpu", "save_steps"),
+    *("save_minutes", "log_to", "max_skipped"),
+}
+
+
+def _changed_settings(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    now = recipe.model_dump(mode="json")
+    changes = {name: (was, now[name]) for name, was in checkpoint.args.items() if name in now and was != now[name]}
+    return ", ".join(f"{name} {was} -> {new}" for name, (was, new) in changes.items() if name not in _INDIFFERENT)
+
+
+def _earlier_log(recipe: Recipe, next_epoch: int) -> list[dict[str, Any]]:
+    """The lines of an existing log.txt, when the checkpoint (the authors') does not hold them."""
+    path = Path(recipe.output_dir) / LOG
+    if not recipe.output_dir or not path.is_file():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except ValueError:
+        raise LapeError(f"{path} is not a log of JSON lines: move it away, it would be overwritten") from None
+    return [line for line in lines if line.get("epoch", -1) < next_epoch]
+
+
+def _optimizer_names(state: State) -> list[str]:
+    """The authors' names of the optimizer's parameters, in its order."""
+    names = reference_names(state.model)
+    known = {id(parameter): names[name] for name, parameter in state.model.named_parameters()}
+    return [known[id(parameter)] for group in state.optimizer.param_groups for parameter in group["params"]]
+
+
+def _resume_optimizer(state: State, checkpoint: Checkpoint) -> None:
+    """Give each parameter its state by name: DeiT and this project order and group parameters differently."""
+    theirs, ours = checkpoint.raw["optimizer"], state.optimizer.state_dict()
+    their_names = checkpoint.raw.get("optimizer_names") or _deit_order(checkpoint)
+    their_numbers = [number for group in theirs["param_groups"] for number in group["params"]]
+    our_names = _optimizer_names(state)
+    our_numbers = [number for group in ours["param_groups"] for number in group["params"]]
+    if len(their_names) != len(their_numbers) or set(their_names) != set(our_names):
+        odd = sorted(set(their_names) ^ set(our_names))
+        raise CheckpointError(
+            f"the optimizer of {checkpoint.path} has {len(their_numbers)} parameters, this run trains {len(our_names)}"
+            f"{f' (differing: {short(odd)})' if odd else ''}: use its flags, or start from it with --finetune"
+        )
+    number_of = dict(zip(their_names, their_numbers, strict=True))
+    moved = {
+        our_number: theirs["state"][number_of[name]]
+        for our_number, name in zip(our_numbers, our_names, strict=True)
+        if number_of[name] in theirs["state"]
+    }
+    groups = ours["param_groups"]
+    if len(groups) == len(theirs["param_groups"]):  # some optimizers keep state in the group
+        groups = [
+            {**new, **was, **{name: new[name] for name in _GROUP_SETTINGS if name in new}}
+            for was, new in zip(theirs["param_groups"], groups, strict=True)
+        ]
+    shapes = {name: tensor.shape for name, tensor in checkpoint.model.items()}
+    for name in our_names:
+        average = theirs["state"].get(number_of[name], {}).get("exp_avg")
+        if average is not None and average.shape != shapes[name]:
+            raise CheckpointError(f"the optimizer of {checkpoint.path} does not fit its model at {name}")
+    state.optimizer.load_state_dict({**ours, "state": moved, "param_groups": groups})
+
+
+def _deit_order(checkpoint: Checkpoint) -> list[str]:
+    """The order in which DeiT's optimizer numbers the parameters: those without weight decay, then the others."""
+    frozen = checkpoint.args.get("pe") in ("1D_sin", "2D_sin")
+    names = [
+        name
+        for name, tensor in checkpoint.model.items()
+        if tensor.is_floating_point() and not (frozen and name == "pos_embed")
+    ]
+    if not checkpoint.args.get("weight_decay", 0.05):
+        return names
+    decayed = [
+        name
+        for name in names
+        if checkpoint.model[name].ndim > 1 and not name.endswith(".bias") and name not in _UNDECAYED
+    ]
+    return [name for name in names if name not in set(decayed)] + decayed
+
+
+_UNDECAYED = {"pos_embed", "cls_token", "dist_token"}
+_GROUP_SETTINGS = ("params", "lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
