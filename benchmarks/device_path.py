@@ -4,7 +4,8 @@
 
 Data: the packaged digits, and folders of JPEG files with waves and noise that the script writes for itself. Each round
 takes one epoch's batches of every row by both paths, in turn, to where a training step would find them. CPU time is
-that of this process and of its loader processes. Written: benchmarks/results/device_path_<device>.json
+that of this process and of its loader processes. `--folder` takes a folder of images of one size (CIFAR-10, say) in
+place of the written ones of 32 x 32. Written: benchmarks/results/device_path_<device>.json
 """
 
 from __future__ import annotations
@@ -86,11 +87,14 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, default=2048, help="of a folder's training set")
+    parser.add_argument("--images", type=int, default=2048, help="of a written folder's training set")
+    parser.add_argument("--folder", type=Path, help="32 x 32 images as train/<class>/* and val/<class>/*, all are used")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which data and recipes")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--num-workers", type=int, default=processors(), help="loader processes of the PIL path")
     parser.add_argument("--threads", type=int, default=processors(), help="torch's, for the device path on a CPU")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -99,10 +103,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folders = {
             side: write_folder(Path(scratch) / str(side), side, arguments.images)
-            for side in {side for side, _ in ROWS.values() if side}
+            for side in {ROWS[name][0] for name in arguments.rows}
+            if side and not (side == 32 and arguments.folder)
         }
+        folders |= {32: arguments.folder} if arguments.folder else {}
         loading = {}
-        for name, (side, fields) in ROWS.items():
+        for name in arguments.rows:
+            side, fields = ROWS[name]
             settings = {**common, **fields, "data_path": str(folders[side]) if side else ""}
             for way in ("pil", "device"):
                 recipe = Recipe(**settings, data_on_device=way == "device")
@@ -116,7 +123,7 @@ def main() -> None:
             for key, run in paths.items():
                 times[key].append(run(epoch))
     rows = {}
-    for name in ROWS:
+    for name in arguments.rows:
         row = {way: summary(times[name, way]) | {"open_seconds": loading[name, way]} for way in ("pil", "device")}
         ratios = [a / b for a, b in zip(row["device"]["each"], row["pil"]["each"], strict=True)]
         rows[name] = {**row, "ratio_median": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
@@ -128,7 +135,8 @@ def main() -> None:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     result = {
         "rows": rows,
-        "config": vars(arguments),
+        "config": {name: value for name, value in vars(arguments).items() if name not in ("folder", "output")},
+        "images_of": "folder" if arguments.folder else "this script",
         "gpu": hardware,
         "load_before": load_before,
         "date": datetime.now(UTC).date().isoformat(),
@@ -136,7 +144,7 @@ def main() -> None:
     }
     short = re.sub(r"\W+", "-", hardware).lower() if hardware else f"cpu{os.cpu_count()}"
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"device_path_{short}.json"
+    path = arguments.output or RESULTS / f"device_path_{short}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {path.name}")
 

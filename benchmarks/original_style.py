@@ -2,11 +2,10 @@
 
     python benchmarks/original_style.py [--model deit_tiny_patch16_224] [--batch-size 16] [--rounds 12] [--device cpu]
 
-The baseline computes Eq. 8-11 of Yu et al. (ICCV 2023) step by step: LN_l(x) and LN'_l(P_l) as separate norms, their
-sum as an addition of its own, attention as matrix product, softmax, matrix product. It gets the weights of the
-converted timm model, and its logits must be equal first (`TOLERANCE`, relative to the largest logit). Then all train in
-interleaved rounds: the baseline in float32, `lape` in float32 and with bf16 autocast, and the baseline with bf16
-autocast as well, so that precision and implementation can be told apart. Speed-ups are baseline / lape within a round.
+The baseline (`written_out.py`) gets the weights of the converted timm model, and its logits must be equal first
+(`TOLERANCE`, relative to the largest logit). Then all train in interleaved rounds: the baseline in float32, `lape` in
+float32 and with bf16 autocast, and the baseline with bf16 autocast as well, so that precision and implementation can be
+told apart. Speed-ups are baseline / lape within a round.
 
 Also written: which share of the machine's matrix-product rate (torch.matmul of 2048 x 2048, measured in the same run,
 in that precision) each step reaches. Result: benchmarks/results/original_style_<device>_<model>.json
@@ -23,80 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from written_out import largest_difference, written_out
 
 import lape
-from lape.convert.converted import conversion_of
 from lape.study.benchmark import Variant, describe_machine, machine, relative_times, time_rounds, training_run
 from lape.train.distributed import join_world
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-5
-
-
-class WrittenOutBlock(nn.Module):
-    """x + MSA(LN(x) + P'), then + MLP(LN(x)); P' = LN'(P) goes to the next block."""
-
-    def __init__(self, width: int, heads: int, hidden: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.pe_norm, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def attend(self, x_BND: Tensor) -> Tensor:
-        q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        logits_BHNN = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-        return self.proj((logits_BHNN.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
-
-    def forward(self, x_BND: Tensor, p_1ND: Tensor) -> tuple[Tensor, Tensor]:
-        p_1ND = self.pe_norm(p_1ND)
-        x_BND = x_BND + self.attend(self.norm1(x_BND) + p_1ND)
-        hidden = nn.functional.gelu(self.fc1(self.norm2(x_BND)))
-        return x_BND + self.fc2(hidden), p_1ND
-
-
-class WrittenOut(nn.Module):
-    """A ViT with a class token and LaPE; patches by a convolution, logits from the class token."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        anatomy = conversion_of(model).anatomy
-        width, patch = anatomy.width, anatomy.patch_size
-        rows, hidden = anatomy.layout.num_rows, model.blocks[0].mlp.fc1.out_features
-        self.patches = nn.Conv2d(model.patch_embed.proj.in_channels, width, patch, patch)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, rows, width))
-        self.blocks = nn.ModuleList(WrittenOutBlock(width, anatomy.num_heads, hidden) for _ in anatomy.blocks)
-        self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, model.num_classes)
-
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        x_BND = self.patches(pixels_BCHW).flatten(2).transpose(1, 2)
-        x_BND = torch.cat([self.cls_token.expand(len(x_BND), -1, -1), x_BND], dim=1)
-        p_1ND = self.pos_embed
-        for block in self.blocks:
-            x_BND, p_1ND = block(x_BND, p_1ND)
-        return self.head(self.norm(x_BND)[:, 0])
-
-
-def written_out(model: nn.Module) -> WrittenOut:
-    """The baseline with the weights of a converted model."""
-    baseline = WrittenOut(model)
-    ours = {"patches": "patch_embed.proj", "qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-    weights = lape.to_reference_state_dict(model)
-
-    def name_there(name: str) -> str:
-        *above, module, kind = name.split(".") if "." in name else ("", name)
-        return ".".join([*above, ours.get(module, module), kind]).lstrip(".")
-
-    baseline.load_state_dict({name: weights.pop(name_there(name)) for name in baseline.state_dict()})
-    assert not weights, f"the baseline has no place for {', '.join(weights)}"
-    return baseline
-
-
-def largest_difference(model: nn.Module, baseline: nn.Module, x: Tensor) -> float:
-    with torch.no_grad():
-        expected, got = baseline.eval()(x), model.eval()(x)
-    return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
 def training_flops(model: nn.Module, x: Tensor) -> int:

@@ -166,7 +166,9 @@ def script(name: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:  # scripts import each other
+        patch.syspath_prepend(SCRIPTS)
+        spec.loader.exec_module(module)
     return module
 
 

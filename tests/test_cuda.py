@@ -1,4 +1,5 @@
-"""On an NVIDIA GPU: the formula in bf16 and fp16, fused attention, torch.compile, one NCCL process, and folding.
+"""On an NVIDIA GPU: the formula in bf16 and fp16, fused attention, torch.compile, one NCCL process, folding, the hosts
+of the core tests, the data path there, and what happens when its memory does not suffice.
 
 Skipped without one. `benchmarks/on_gpu.py` runs this file first.
 """
@@ -11,11 +12,19 @@ import torch
 import torch.nn.functional as F
 from formula import MEANINGFUL, shake_position, written_out
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from zoo import TINY
+from zoo import HOSTS, TINY
+from zoo import make as make_host
 
 import lape
+from lape.data.loaders import train_loader
+from lape.data.open import load_data
+from lape.recipe import Recipe
+from lape.train.loop import train
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # torch.compile's advice
+]
 
 
 def host() -> torch.nn.Module:
@@ -80,19 +89,110 @@ def test_one_process_over_nccl_trains_and_resumes(tmp_path):
     import subprocess
     import sys
 
-    flags = f"--output-dir {tmp_path} --device cuda --join-type LaPE --num-workers 0 --batch-size 256 --warmup-epochs 0"
+    flags = f"--recipe digits --output-dir {tmp_path} --device cuda --join-type LaPE --num-workers 0 --warmup-epochs 0"
     for epochs in ("1", "2"):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "-m", "lape", "train"]
         command += [*flags.split(), "--epochs", epochs, "--resume", "auto", "--amp", "bf16"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
 
 
 def test_the_data_path_on_the_gpu_trains():
-    from lape.recipe import Recipe
-    from lape.train.loop import train
-
     recipe = Recipe.from_yaml("digits", epochs=2, data_on_device=True, device="cuda", join_type="LaPE")
     assert train(recipe, say=lambda _text: None).accuracy > 15
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_host_gives_on_the_gpu_what_it_gives_on_the_cpu(host):
+    model = lape.apply_(make_host(host), "LaPE")
+    x = torch.randn(2, 3, *model.patch_embed.img_size)
+    with torch.no_grad():
+        expected = model(x)
+        got = model.cuda()(x.cuda()).cpu()
+        assert (got - expected).abs().max() <= 2e-3 * expected.abs().max()
+        removed, original = lape.remove_(model)(x.cuda()).cpu(), make_host(host)(x)
+        assert (removed - original).abs().max() <= 2e-3 * original.abs().max()
+
+
+@pytest.mark.parametrize("name", ["vit_lite_4_4_32", "cvt_4_4_32", "cct_4_3x2_32"])
+@pytest.mark.parametrize("join", ["LaPE", "share", "PVG"])
+def test_small_models_learn_on_the_gpu_as_on_the_cpu(name, join):
+    if join == "PVG" and name.startswith("vit"):
+        pytest.skip("PVG is for models that pool their patches")
+    torch.manual_seed(0)
+    model = lape.create_model(name, join, num_classes=5)
+    shake_position(model)
+    there = copy.deepcopy(model).cuda()
+    x, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    F.cross_entropy(model.eval()(x), target).backward()
+    F.cross_entropy(there.eval()(x.cuda()), target.cuda()).backward()
+    for (key, ours), theirs in zip(there.named_parameters(), model.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert (ours.grad.cpu() - theirs.grad).abs().max() <= 1e-2 * theirs.grad.abs().max() + 1e-6, key
+
+
+def test_what_reads_a_model_reads_it_on_the_gpu(tmp_path):
+    model = make()
+    expected = lape.positions(model), lape.correlation(model), str(lape.describe(model))
+    model = model.cuda()
+    found = lape.positions(model), lape.correlation(model), str(lape.describe(model))
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-3)
+    assert found[2] == expected[2]
+    model = lape.create_model("vit_tiny_patch16_224", "LaPE", **TINY).cuda().eval()
+    x = torch.randn(2, 3, 16, 16)
+    lape.save(model, tmp_path / "kept")
+    with torch.no_grad():
+        assert (lape.load(tmp_path / "kept").eval()(x) - model(x.cuda()).cpu()).abs().max() <= 2e-3
+
+
+def write_images(root, count: int, side: int = 32):
+    import numpy as np
+    from PIL import Image
+
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (side // 4, side // 4, 3)).astype(np.uint8)
+        for split in ("train", "val"):
+            folder = root / split / str(number % 2)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "original", "none"])
+def test_images_are_augmented_on_the_gpu_as_on_the_cpu(aa, tmp_path):
+    """The draws are the same; float32 sums of other order move a few pixels by one of 255 levels."""
+    recipe = Recipe(
+        data_path=str(write_images(tmp_path, 128)), input_size=32, batch_size=64, aa=aa, data_on_device=True,
+        repeated_aug=False, num_workers=0, scale=(0.3, 1.0), remode="const", color_jitter=0.3,
+    )  # fmt: skip
+    for epoch in range(3):
+        batches = []
+        for device in ("cpu", "cuda"):
+            data = load_data(recipe, device=device)
+            batches.append([(x.cpu(), y.cpu()) for x, y in train_loader(data.train, recipe, epoch=epoch)])
+        for (ours, labels), (theirs, expected) in zip(*batches, strict=True):
+            assert labels.equal(expected)
+            levels = ((ours - theirs) * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255).abs()
+            # a step behind (equalize, posterize, a blend) may make more of one level
+            assert (levels > 1.5).float().mean() < 2e-3
+            assert (levels > 0.5).float().mean() < 2e-2
+
+
+@pytest.mark.parametrize("flags", [{"compile": True, "amp": "bf16"}, {"grad_checkpointing": True, "amp": "fp16"}])
+def test_training_with_less_time_or_memory(flags):
+    recipe = Recipe.from_yaml("digits", epochs=2, device="cuda", join_type="LaPE", data_on_device=True, **flags)
+    assert train(recipe, say=lambda _text: None).accuracy > 15
+
+
+def test_too_little_memory_is_one_line(tmp_path):
+    recipe = Recipe.from_yaml("digits", epochs=1, device="cuda", join_type="LaPE", batch_size=1024)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(5e-4)
+    try:
+        with pytest.raises(lape.LapeError, match=r"out of memory .* a smaller --batch-size"):
+            train(recipe, say=lambda _text: None)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
