@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from gallery import cifar_recipe, subset
 
+import lape
 from lape.data.loaders import eval_loader
 from lape.data.open import load_data
 from lape.recipe import Recipe
@@ -100,7 +101,9 @@ def one_seed(job: tuple[Recipe, dict[str, Any], Path]) -> dict[str, Any]:
         before = accuracy(tuned)
         result = train(tuned, say=quiet)
         found[way] = {"before": before, "after": [line["test_acc1"] for line in result.history]}
-        found[way]["gates"] = [p.item() for n, p in result.model.named_parameters() if n.endswith("pe_gate")]
+        found[way]["gates"] = [
+            p.item() for n, p in lape.to_reference_state_dict(result.model).items() if n.endswith("pe_gate")
+        ]
         print(f"seed {recipe.seed}: {way}: {before:.1f} -> {result.accuracy:.1f} %", flush=True)
     return found
 

@@ -162,14 +162,14 @@ def test_refused_with_the_true_reason():
 def test_a_table_for_a_model_whose_slot_is_a_plain_none():
     transformers = pytest.importorskip("transformers")
     model, x = transformers.BeitModel(transformers.BeitConfig(**SMALL)).eval(), torch.randn(1, 3, 16, 16)
-    plain, attributes = output(model, x), set(vars(model.embeddings))
+    before, attributes = output(model, x), set(vars(model.embeddings))
     lape.apply_(model, "basic", "learnable")
     shake_position(model)
     with torch.no_grad():
         model.lape.table_0.add_(torch.randn(1, 17, 32))
-    assert not torch.allclose(output(model, x), plain)
+    assert not torch.allclose(output(model, x), before)
     assert set(vars(lape.remove_(model).embeddings)) == attributes
-    assert torch.equal(output(model, x), plain)
+    assert torch.equal(output(model, x), before)
 
 
 # --------------------------------------------------------------------- a model of one's own

@@ -159,13 +159,13 @@ def checkpointed(model):
 
 def test_recomputed_activations_have_the_places_of_their_own_forward(images):
     x, noise = images
-    plain, model = (shaken(lape.apply_(make(), "LaPE", "learnable")) for _ in range(2))
-    logits(plain, x, noise).square().sum().backward()
+    whole, model = (shaken(lape.apply_(make(), "LaPE", "learnable")) for _ in range(2))
+    logits(whole, x, noise).square().sum().backward()
     checkpointed(model)
     logits(model, x, 1 - noise)  # its graph is gone when the next one begins
     logits(model, x, noise).square().sum().backward()
     logits(model, x, noise).square().sum().backward()
-    for (name, p), (_, q) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+    for (name, p), (_, q) in zip(whole.named_parameters(), model.named_parameters(), strict=True):
         if p.grad is not None:
             assert (2 * p.grad - q.grad).abs().max() <= 1e-5 * q.grad.abs().max().clamp(min=1e-6), name
     for between in (torch.enable_grad, torch.no_grad):
