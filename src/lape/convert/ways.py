@@ -9,7 +9,7 @@ Shape legend: B batch, N tokens, R rows of the position table, D width, L layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -242,9 +242,9 @@ class BehindStem(WithTable):
 
     def forward(
         self, table: Tensor | None, anatomy: Anatomy, entered: Entered, grid: Grid | None, upto: int | None
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, ...]:
         """P, (1, N, D)."""
-        return [anatomy.layout.spread(self.source(table, grid, anatomy))]
+        return (anatomy.layout.spread(self.source(table, grid, anatomy)),)
 
 
 class AtBlocks(WithTable):
@@ -280,7 +280,7 @@ class AtBlocks(WithTable):
 
     def forward(
         self, table: Tensor | None, anatomy: Anatomy, entered: Entered, grid: Grid | None, upto: int | None
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, ...]:
         """W_l, or P as it reaches block l, (1, N, D)."""
         if not self.per_block:
             made = raw_positions(anatomy, entered, self.source(table, grid, anatomy))
@@ -290,7 +290,7 @@ class AtBlocks(WithTable):
                 p if grid is None else resample(p, anatomy.at(layer)[0], grid)
                 for layer, p in enumerate([*own, *self.tables.values()])
             )
-        return [anatomy.layout.spread(p) for p, _ in zip(made, range(_number(upto, anatomy)), strict=False)]
+        return tuple(anatomy.layout.spread(p) for p, _ in zip(made, range(_number(upto, anatomy)), strict=False))
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         slot = anatomy.table_slot or "pos_embed"
@@ -345,7 +345,7 @@ class BesideNorms(WithTable):
 
     def forward(
         self, table: Tensor | None, anatomy: Anatomy, entered: Entered, grid: Grid | None, upto: int | None
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, ...]:
         """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). The only place where a LayerNorm meets a position."""
         p_1RD = self.source(table, grid, anatomy)
         if grid is not None and anatomy.stages:
@@ -357,7 +357,7 @@ class BesideNorms(WithTable):
             made.append(self.norms["last"](raw))
         if self.warm_start:
             made = [getattr(self, f"gate_{key}") * p for key, p in zip(self.norms, made, strict=False)]
-        return [anatomy.layout.spread(p) for p in made]
+        return tuple(anatomy.layout.spread(p) for p in made)
 
     def bias(self, place: int) -> Tensor | None:
         key = list(self.norms)[place]
@@ -402,9 +402,9 @@ class NewBias(Way):
 
     def forward(
         self, table: Tensor | None, anatomy: Anatomy, entered: Entered, grid: Grid | None, upto: int | None
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, ...]:
         """The bias of each block, (1, H, N, N)."""
-        return [bias(grid) for bias in self.biases[: _number(upto, anatomy)]]
+        return tuple(bias(grid) for bias in self.biases[: _number(upto, anatomy)])
 
     def fold(self, link: Link) -> Way:
         return Folded(self, link, link.compute(link.root, None), "folded_bias")
@@ -531,7 +531,7 @@ WAYS = (BehindStem, AtInput, AtBlocks, BesideNorms, HostBias, NewBias, Generated
 class Folded(Way):
     """What another way computed from parameters alone, as one constant a place, for one grid."""
 
-    def __init__(self, way: Way, link: Link, constants: list[Tensor], name: str):
+    def __init__(self, way: Way, link: Link, constants: Sequence[Tensor], name: str):
         nn.Module.__init__(self)
         for attribute in ("join", "pe", "warm_start", "factory", "new", "hides_table", "uses_table", "joins_host_bias"):
             setattr(self, attribute, getattr(way, attribute))
@@ -556,7 +556,7 @@ class Folded(Way):
             raise LapeError(
                 f"the model is folded for the grid {own}, these images have {grid}: give images of its size"
             )
-        return list(self._buffers.values())
+        return tuple(self._buffers.values())
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         return {f"lape.constant_{i}": f"{home}.{self.name}" for i, home in enumerate(self._homes)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lape.core.constants import constant
 from lape.core.joined import Joined
-from lape.core.position import Grid, Layout
+from lape.core.position import Grid, Layout, same_grid
 from lape.errors import LapeError
 
 
@@ -61,7 +61,7 @@ class PositionBias(nn.Module):
         bias_Hnn = table[constant(offset_index, table.device, grid, self.axes)].permute(2, 0, 1)
         if self.pe_norm is None:
             return bias_Hnn
-        if grid == self.layout.grid:
+        if same_grid(grid, self.layout.grid):
             normed: Tensor = self.pe_norm(bias_Hnn)
             return normed
         weight_n, bias_n = (_resample_rows(affine_n, self.layout.grid, grid) for affine_n in self.pe_norm.parameters())
@@ -98,7 +98,7 @@ def _offsets(grid: Grid, axes: int) -> Grid:
 
 def _resample_rows(rows: Tensor, old: Grid, new: Grid) -> Tensor:
     """(old cells, ...) -> (new cells, ...) over a grid of cells, in float32; an equal grid is a no-op."""
-    if old == new:
+    if same_grid(old, new):
         return rows
     image = rows.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
     if old[0] == new[0] == 1:

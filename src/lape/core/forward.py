@@ -26,7 +26,7 @@ from lape.core.anatomy import Anatomy, place_of
 from lape.core.constants import constant
 from lape.core.grids import Recall, pick, rows_of_kept, wrong_number
 from lape.core.joined import Joined
-from lape.core.position import Grid, rows_of
+from lape.core.position import Grid, rows_of, same_grid
 
 
 class Forward:
@@ -39,7 +39,7 @@ class Forward:
         self.root = root  # a replica of the link's own under nn.DataParallel
         self.grid: Grid | None = None  # None: the model's own
         self.table: Tensor | None = None  # the host's, as its own code has read it
-        self.received: list[Tensor] | None = None  # by place, when there is something to compute beforehand
+        self.received: tuple[Tensor, ...] | None = None  # by place, when there is something to compute beforehand
         self.learns = False  # whether `received` carries gradients
         self.late = False  # whether it is computed when first asked for, as the table is away until it is read
 
@@ -106,11 +106,11 @@ class Link:
 
     def compute(
         self, root: nn.Module, grid: Grid | None, upto: int | None = None, table: Tensor | None = None
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, ...]:
         """What each joined place receives, or those up to one, (1, N, D); the one place that does."""
         table = self.table(root) if table is None else table
         entered = partial(self.anatomy.entered, root)
-        received: list[Tensor] = root.lape(table, self.anatomy, entered, grid, upto)  # type: ignore[operator]
+        received: tuple[Tensor, ...] = root.lape(table, self.anatomy, entered, grid, upto)  # type: ignore[operator]
         return received
 
     @property
@@ -146,7 +146,7 @@ class Link:
         if type(grid[0]) is int and type(grid[1]) is int and not torch.compiler.is_compiling():
             self.recall.note(grid)
         if (here := HERE.forward) is not None and here.link is self:
-            here.begin(None if grid == self.anatomy.layout.grid else grid)
+            here.begin(None if same_grid(grid, self.anatomy.layout.grid) else grid)
 
     def tell_kept(self, kept_Bk: Tensor, tokens_BkD: Tensor) -> None:
         """The forward of this thread goes on with these patches, numbered on the grid row by row, as these tokens."""
@@ -154,7 +154,7 @@ class Link:
         here = HERE.forward
         if here is not None and here.link is self and here.received is not None:
             rows_BK = rows_of_kept(self.anatomy.layout, kept_Bk)
-            here.received = [pick(p, rows_BK) for p in here.received]
+            here.received = tuple(pick(p, rows_BK) for p in here.received)
 
     def shown(self, own: Any) -> Any:
         """What the host's code sees in its slot while it adds: zeros, or a table that it lacks."""

@@ -55,12 +55,17 @@ class Layout:
         return torch.cat([p_1RD[:, : self.prefix_rows], zeros, p_1RD[:, self.prefix_rows :]], dim=1)
 
 
+def same_grid(one: Grid, other: Grid) -> bool:
+    """Whether two grids are equal. One whose sides a graph leaves open is no other: asking would fix them."""
+    return all(type(side) is int for side in (*one, *other)) and one == other
+
+
 def resample(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
     """The table of `layout.grid` for another grid: bicubic with antialiasing in float32, prefix rows untouched.
 
     An equal grid returns the very same tensor. (Equal token counts do not: (8, 32) -> (16, 16) is resampled.)
     """
-    if grid == layout.grid:
+    if same_grid(grid, layout.grid):
         return p_1RD
     prefix_1PD, patches_1nD = p_1RD[:, : layout.prefix_rows], p_1RD[:, layout.prefix_rows :]
     image = patches_1nD.float().unflatten(1, layout.grid).permute(0, 3, 1, 2)
