@@ -22,6 +22,7 @@ from lape.convert.converted import conversion_of
 
 pytestmark = [  # what torch, peft and the hosts say of themselves
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.trace"),
     pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
@@ -333,8 +334,7 @@ def test_graphs_of_torch(join, pe, x):
 
     model = converted("timm", join, pe)
     expected, seen = model(x), []
-    with pytest.warns(FutureWarning, match="torch.jit.trace"):
-        traced = torch.jit.trace(model, x)
+    traced = torch.jit.trace(model, x)
     assert far(traced(x), expected) <= TOLERANCE * expected.abs().max()
     assert far(torch.export.export(model, (x,)).module()(x), expected) <= TOLERANCE * expected.abs().max()
     extractor = create_feature_extractor(copy.deepcopy(model), ["blocks.2"])
