@@ -136,9 +136,9 @@ class Link:
         grid = self.grid_of(x, place)
         with _saved_as_it_is():
             p = self.compute(self.running, grid, place)[place]
-        if anatomy.shuffle is not None:
-            kept_Bk = self.recall.kept(anatomy.layout, x.device, x.shape[1])
-            p = pick(p, rows_of_kept(anatomy.layout, kept_Bk))
+            if anatomy.shuffle is not None:
+                kept_Bk = self.recall.kept(anatomy.layout, x.device, x.shape[1])
+                p = pick(p, rows_of_kept(anatomy.layout, kept_Bk))
         return p
 
     def tell(self, grid: Grid) -> None:

@@ -135,11 +135,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind(
-            "learnable",
-            learnable,
-            note="free table, truncated normal, std 0.02 or the host's own",
-        ),
+        Kind("learnable", learnable, note="free table, truncated normal, std 0.02 or the host's own"),
         Kind("1D_sin", sin_1d, frozen=True, note="fixed sine and cosine of the token number"),
         Kind("2D_sin", sin_2d, frozen=True, note="fixed sine and cosine of column and row"),
         Kind("1D_RPE", bias_axes=1, note="learned bias on attention logits by offset in raster order"),

@@ -86,7 +86,8 @@ def _factory(model: nn.Module, conversion: Conversion, name: str | None, argumen
 
 def _twin(conversion: Conversion, factory: dict[str, Any]) -> nn.Module:
     """The model that the arguments make, without values."""
-    pe = None if conversion.warm_start or not conversion.way.new else conversion.pe
+    keeps = conversion.warm_start or not (conversion.way.new or conversion.pe == "own")
+    pe = None if keeps else conversion.pe
     arguments = (factory["library"], factory["name"], factory["kwargs"], conversion.join, pe)
     try:
         with torch.device("meta"):

@@ -115,7 +115,8 @@ def load_reference_state_dict(
             f"the checkpoint does not fit the model (join={conversion.join}, pe={conversion.pe}): "
             f"{'; '.join(problems)}. Check model name, join, PE kind, input size and number of classes"
         )
-    model.load_state_dict({**own, **new}, strict=True)
+    lying = {key: state_dict[key] for key in idle if key in state_dict and state_dict[key].shape == own[key].shape}
+    model.load_state_dict({**own, **lying, **new}, strict=True)
     return model
 
 

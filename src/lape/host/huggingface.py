@@ -252,10 +252,7 @@ TRANSFORMERS = Host(
 
 # SAM: maps (B, rows, columns, D), global and windowed attention, one size
 
-_SAM = (
-    "transformers.models.sam.modeling_sam.SamVision",
-    "transformers.models.sam_hq.modeling_sam_hq.SamHQVision",
-)
+_SAM = ("transformers.models.sam.modeling_sam.SamVision", "transformers.models.sam_hq.modeling_sam_hq.SamHQVision")
 
 
 def examine_sam(root: nn.Module) -> Anatomy:

@@ -20,17 +20,7 @@ from lape.core.position import Layout
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host.base import RELATIVE, SHARED, Host, class_name, find_host
-from lape.host.timm_parts import (
-    PARALLEL,
-    POST_NORM,
-    ROTARY,
-    anatomy,
-    children,
-    layout_of,
-    measure,
-    own_biases,
-    pooling,
-)
+from lape.host.timm_parts import PARALLEL, POST_NORM, ROTARY, anatomy, children, layout_of, measure, own_biases, pooling
 from lape.names import nearest
 
 _VIT = "timm.models.vision_transformer"
@@ -161,12 +151,7 @@ def _explained(name: str, kwargs: dict[str, Any], error: Exception) -> LapeError
     return LapeError(f"model {name!r} takes no argument {wrong[1]!r}{hint}")
 
 
-_TIMM: dict[str, Any] = {
-    "package": "timm",
-    "blueprint": blueprint,
-    "current": current,
-    "tested": ("timm 1.0.31",),
-}
+_TIMM: dict[str, Any] = {"package": "timm", "blueprint": blueprint, "current": current, "tested": ("timm 1.0.31",)}
 
 VISION_TRANSFORMER = Host(
     name="timm VisionTransformer",
