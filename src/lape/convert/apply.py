@@ -15,7 +15,7 @@ from lape.convert.converted import conversion_of
 from lape.convert.plan import check_fresh, plan
 from lape.convert.positions import Size, grid_for
 from lape.convert.tended import Saved, Tended, tended
-from lape.convert.ways import Untouched, put_back
+from lape.convert.ways import Wish, put_back, way_for
 from lape.core.anatomy import Anatomy
 from lape.core.forward import Link
 from lape.core.joined import LINK, Joined, join_module, leave_module, subclass
@@ -73,7 +73,7 @@ def _leave(model: nn.Module) -> nn.Module:
     except UnsupportedModelError:
         name, root = class_name(type(model)), model
         anatomy = Anatomy(root, (), "", "", None, None, Layout((0, 0), 0), (1, 1), width=0, num_heads=0)
-    way = Untouched(join_named("basic"), KINDS["own"], anatomy, new=False, warm_start=False)
+    way = way_for(Wish(anatomy, join_named("basic"), KINDS["own"]))
     root.__dict__[LINK] = link = Link(root, name, anatomy, listed=False)
     way.enter(link)
     return model

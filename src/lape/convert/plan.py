@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lape.convert.converted import conversions
-from lape.convert.ways import WAYS, Way
+from lape.convert.ways import Way, Wish, way_for
 from lape.core.anatomy import Anatomy
 from lape.core.joins import Join, check_combination
 from lape.core.position import KINDS, Kind
@@ -28,10 +28,9 @@ def plan(host: Host, anatomy: Anatomy, join: Join, named: Kind | None, *, warm_s
         raise UnsupportedModelError(
             f"attention of {host.name} takes no mask per head: pe={kind.name!r} cannot be added"
         )
-    way = next(way for way in WAYS if way.covers(anatomy, join, kind))
-    planned = way(join, kind, anatomy, new=named is not None, warm_start=warm_start)
-    check_places(anatomy, planned)
-    return planned
+    way = way_for(Wish(anatomy, join, kind, new=named is not None, warm_start=warm_start))
+    check_places(anatomy, way)
+    return way
 
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")

@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,22 @@ from lape.core.constants import constant
 from lape.core.grids import Recall, pick, rows_of_kept, wrong_number
 from lape.core.joined import Joined
 from lape.core.position import Grid, rows_of, same_grid
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `model.lape` is asked for: the positions of a grid."""
+
+    table: Tensor | None  # P (1, R, D) of the model's own grid, where the host has one
+    anatomy: Anatomy
+    entered: Callable[[int, Tensor], Tensor]  # (layer, position) -> the position as that block gets it
+    grid: Grid | None = None  # None: the model's own
+    upto: int | None = None  # the last place that is needed; None: all
+
+    @property
+    def number(self) -> int | None:
+        """How many places are needed, None for all."""
+        return None if self.upto is None else self.upto + 1
 
 
 class Forward:
@@ -109,8 +126,8 @@ class Link:
     ) -> tuple[Tensor, ...]:
         """What each joined place receives, or those up to one, (1, N, D); the one place that does."""
         table = self.table(root) if table is None else table
-        entered = partial(self.anatomy.entered, root)
-        received: tuple[Tensor, ...] = root.lape(table, self.anatomy, entered, grid, upto)  # type: ignore[operator]
+        asked = Asked(table, self.anatomy, partial(self.anatomy.entered, root), grid, upto)
+        received: tuple[Tensor, ...] = root.lape(asked)  # type: ignore[operator]
         return received
 
     @property
