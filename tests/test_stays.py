@@ -323,6 +323,12 @@ def test_a_forward_that_was_replaced_before_is_refused():
         lape.apply_(model)
     assert list(model.state_dict()) == list(state)
     assert [type(m) for m in model.modules()] == classes
+    accelerate = pytest.importorskip("accelerate")
+    for join in ("share", "LaPE"):
+        offloaded = make_foreign("ViT")
+        accelerate.cpu_offload(offloaded, execution_device="cpu")
+        with pytest.raises(lape.UnsupportedModelError, match="forward was replaced"):
+            lape.apply_(offloaded, join)
 
 
 # ------------------------------------------------------------------------------------------------- graphs

@@ -151,7 +151,7 @@ def test_position_prefix_and_norms_have_no_weight_decay(join):
     covered = {id(p) for g in state.optimizer.param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
         assert id(parameter) in covered
-        free = any(part in name for part in ("pos_embed", "cls_token", "norm", "bias"))
+        free = any(part in name for part in ("pos_embed", "lape.", "cls_token", "norm", "bias"))
         assert (id(parameter) in decayed) != free, name
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lape.convert.converted import conversions
-from lape.convert.ways import Way, Wish, way_for
-from lape.core.anatomy import Anatomy
+from lape.convert.ways import Way, Wish, spanned, way_for
+from lape.core.anatomy import Anatomy, place_of
 from lape.core.joins import Join, check_combination
 from lape.core.position import KINDS, Kind
 from lape.errors import LapeError, UnsupportedModelError
@@ -29,7 +29,7 @@ def plan(host: Host, anatomy: Anatomy, join: Join, named: Kind | None, *, warm_s
             f"attention of {host.name} takes no mask per head: pe={kind.name!r} cannot be added"
         )
     way = way_for(Wish(anatomy, join, kind, new=named is not None, warm_start=warm_start))
-    check_places(anatomy, way)
+    check_forwards(anatomy, way)
     return way
 
 
@@ -50,14 +50,17 @@ def check_fresh(model: nn.Module) -> None:
             )
 
 
-def check_places(anatomy: Anatomy, way: Way) -> None:
-    """Raises UnsupportedModelError when a module cannot be joined, since somebody has replaced its forward."""
-    for path in way.places(anatomy):
-        module = anatomy.root.get_submodule(path)
+def check_forwards(anatomy: Anatomy, way: Way) -> None:
+    """Raises UnsupportedModelError when somebody has replaced a forward that has to take part."""
+    scopes = [place_of(anatomy.root, scope) for scope in anatomy.adds or spanned(anatomy.root)]
+    adders = [module for module, method in scopes if method == "forward"] if way.hides_table else []
+    paths = [*way.places(anatomy), *([anatomy.patch_embed] if anatomy.patch_embed else [])]
+    for module in [*adders, *map(anatomy.root.get_submodule, paths)]:
         if "forward" in module.__dict__:
+            path = next(path for path, other in anatomy.root.named_modules() if other is module)
             raise UnsupportedModelError(
-                f"{path}.forward was replaced on the module (as accelerate's hooks do), so that the position would not "
-                "be seen: call lape.apply_ before that"
+                f"{path + '.' if path else ''}forward was replaced on the module (as accelerate's hooks do), so that "
+                "the position would not be seen: call lape.apply_ before that"
             )
 
 
