@@ -114,3 +114,18 @@ def test_nodes_of_an_exported_graph(depth):
     for name in ("to", "_assert_tensor_metadata"):  # to the dtype of the tokens, which it has: nothing to do
         converted[name] = basic[name]
     assert more(converted, basic) == {"layer_norm": depth, "add_": depth, **zeros}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_compiled_graph_has_one_norm_a_layer(depth):
+    counts = []
+
+    def count(graph: torch.fx.GraphModule, _inputs):
+        counts.append(sum("layer_norm" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    for name in ("basic", "LaPE"):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(model(name, depth), backend=count, fullgraph=True)(torch.randn(2, 3, 16, 16))
+    assert counts == [2 * depth + 1, 3 * depth + 1]
