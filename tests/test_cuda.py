@@ -127,7 +127,8 @@ def test_small_models_learn_on_the_gpu_as_on_the_cpu(name, join):
     there = copy.deepcopy(model).cuda()
     x, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     F.cross_entropy(model.eval()(x), target).backward()
-    F.cross_entropy(there.eval()(x.cuda()), target.cuda()).backward()
+    with torch.backends.cudnn.flags(allow_tf32=False):  # CCT's max-pool picks other pixels of sums that are rounded
+        F.cross_entropy(there.eval()(x.cuda()), target.cuda()).backward()
     for (key, ours), theirs in zip(there.named_parameters(), model.parameters(), strict=True):
         if theirs.grad is not None:
             assert (ours.grad.cpu() - theirs.grad).abs().max() <= 1e-2 * theirs.grad.abs().max() + 1e-6, key
