@@ -9,6 +9,7 @@ Shape legend: B batch, N tokens, R rows of the position table, D width, L layers
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +66,7 @@ class Way(nn.Module):
     """One way of joining. What is here is that of a way without a position; a subclass overrides what differs."""
 
     listed: ClassVar[bool] = False  # whether it computes a list: by place, what is added there
+    one_by_one: ClassVar[bool] = True  # whether `each` gives that list, too
     site: ClassVar[str] = "blocks"  # the places that it joins, in words
     mixin: ClassVar[type[Joined] | None] = None  # what the modules there become
     uses_table: ClassVar[bool] = False  # whether the host's table is the position, or lies idle
@@ -76,6 +78,14 @@ class Way(nn.Module):
         self.new, self.warm_start, self.folded = wish.new, wish.warm_start, False
         self.factory: dict[str, Any] = {}  # name and arguments of the model, when made by create_model
         self.hides_table = True  # whether the host's own addition of a table is switched off
+
+    def each(self, asked: Asked) -> Iterator[Tensor]:
+        """What each place receives, in their order."""
+        raise NotImplementedError
+
+    def forward(self, asked: Any) -> Any:
+        """What each place receives."""
+        return tuple(self.each(asked))
 
     def adds_at_input(self, anatomy: Anatomy) -> bool:
         """Whether a table is added to the patch tokens."""
@@ -206,7 +216,7 @@ class WithTable(Way):
 class AtInput(WithTable):
     """The table is added to the patch tokens once (join `basic`), by the host's own code where it adds one."""
 
-    def forward(self) -> Tensor:
+    def forward(self) -> Tensor:  # type: ignore[override]
         """The table that the host lacks, for its code to add."""
         return self.get_parameter("table_0")
 
@@ -219,9 +229,9 @@ class BehindStem(WithTable):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return [str(anatomy.input)]
 
-    def forward(self, asked: Asked) -> tuple[Tensor, ...]:
+    def each(self, asked: Asked) -> Iterator[Tensor]:
         """P, (1, N, D)."""
-        return (asked.anatomy.layout.spread(self.source(asked)),)
+        yield asked.anatomy.layout.spread(self.source(asked))
 
 
 class AtBlocks(WithTable):
@@ -247,7 +257,7 @@ class AtBlocks(WithTable):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return list(anatomy.blocks)
 
-    def forward(self, asked: Asked) -> tuple[Tensor, ...]:
+    def each(self, asked: Asked) -> Iterator[Tensor]:
         """W_l, or P as it reaches block l, (1, N, D)."""
         anatomy, grid = asked.anatomy, asked.grid
         if self.per_block:
@@ -255,7 +265,7 @@ class AtBlocks(WithTable):
             made = iter([p if grid is None else resample(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
         else:
             made = raw_positions(anatomy, asked.entered, self.source(asked))
-        return tuple(anatomy.layout.spread(p) for p, _ in zip(made, anatomy.blocks[: asked.number], strict=False))
+        yield from (anatomy.layout.spread(p) for p, _ in zip(made, anatomy.blocks[: asked.number], strict=False))
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         slot = anatomy.table_slot or "pos_embed"
@@ -293,19 +303,18 @@ class BesideNorms(WithTable):
     def places(self, anatomy: Anatomy) -> list[str]:
         return [f"{home}.{anatomy.norm}" if home in anatomy.blocks else home for home in self.homes(anatomy)]
 
-    def forward(self, asked: Asked) -> tuple[Tensor, ...]:
+    def each(self, asked: Asked) -> Iterator[Tensor]:
         """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). The only place where a LayerNorm meets a position."""
         anatomy, p_1RD = asked.anatomy, self.source(asked)
         if asked.grid is not None and anatomy.stages:
             raise LapeError(f"a model of stages has one image size: a map of {asked.grid} is another one's")
         norms = [(int(key), norm) for key, norm in self.norms.items() if key != "last"]
-        made = list((chain if self.chained else beside)(p_1RD, norms[: asked.number], asked.entered))
+        made = (chain if self.chained else beside)(p_1RD, norms[: asked.number], asked.entered)
         if self.at_last and asked.upto in (None, len(norms)):
             *_, raw = raw_positions(anatomy, asked.entered, p_1RD)
-            made.append(self.norms["last"](raw))
-        if self.warm_start:
-            made = [getattr(self, f"gate_{key}") * p for key, p in zip(self.norms, made, strict=False)]
-        return tuple(anatomy.layout.spread(p) for p in made)
+            made = itertools.chain(made, map(self.norms["last"], [raw]))
+        for key, p in zip(self.norms, made, strict=False):
+            yield anatomy.layout.spread(getattr(self, f"gate_{key}") * p if self.warm_start else p)
 
     def bias(self, place: int) -> Tensor | None:
         key = list(self.norms)[place]
@@ -339,9 +348,9 @@ class NewBias(Way):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
 
-    def forward(self, asked: Asked) -> tuple[Tensor, ...]:
+    def each(self, asked: Asked) -> Iterator[Tensor]:
         """The bias of each block, (1, H, N, N)."""
-        return tuple(bias(asked.grid) for bias in self.biases[: asked.number])
+        yield from (bias(asked.grid) for bias in self.biases[: asked.number])
 
     def fold(self, link: Link) -> Way:
         return Folded(self, link, link.compute(link.root, None), "folded_bias")
@@ -378,7 +387,7 @@ class HostBias(Way):
             join_module(link.root, Spanning, link, *spanned(link.root))
         super().enter(link)
 
-    def forward(self, place: int, host_bias: Callable[[], Tensor]) -> Tensor:
+    def forward(self, place: int, host_bias: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
         """The host's bias of one block, its rows normalised."""
         own = self.own[place]
         return normalise(host_bias(), self.norms[place], own.num_prefix, own.keys)
@@ -409,7 +418,7 @@ class Generated(Way):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return [anatomy.blocks[0]]
 
-    def forward(self, x: Tensor, link: Link) -> Tensor:
+    def forward(self, x: Tensor, link: Link) -> Tensor:  # type: ignore[override]
         """x with the position of its patches."""
         layout = link.anatomy.layout
         if link.anatomy.maps:
@@ -422,6 +431,8 @@ class Generated(Way):
 
 class Folded(Way):
     """What another way computed from parameters alone, as one constant a place, for one grid."""
+
+    one_by_one = False
 
     def __init__(self, way: Way, link: Link, constants: Sequence[Tensor], name: str):
         nn.Module.__init__(self)
@@ -440,7 +451,7 @@ class Folded(Way):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return self._homes
 
-    def forward(self, asked: Asked | int, _host_bias: Any = None) -> Any:
+    def forward(self, asked: Any, _host_bias: Any = None) -> Any:
         """All constants; or, of a host's own bias, that of one place."""
         if isinstance(asked, int):
             return self._buffers[f"constant_{asked}"]

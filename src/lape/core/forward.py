@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -49,14 +49,15 @@ class Asked:
 class Forward:
     """What is known of a forward while it runs."""
 
-    __slots__ = ("grid", "late", "learns", "link", "received", "root", "table")
+    __slots__ = ("grid", "late", "learns", "link", "received", "root", "rows_BK", "table")
 
     def __init__(self, link: Link, root: nn.Module):
         self.link = link
         self.root = root  # a replica of the link's own under nn.DataParallel
         self.grid: Grid | None = None  # None: the model's own
         self.table: Tensor | None = None  # the host's, as its own code has read it
-        self.received: tuple[Tensor, ...] | None = None  # by place, when there is something to compute beforehand
+        self.received: tuple[Tensor, ...] | _OneByOne | None = None  # by place, where there is something to compute
+        self.rows_BK: Tensor | None = None  # which of them each image picks, where patches are shuffled
         self.learns = False  # whether `received` carries gradients
         self.late = False  # whether it is computed when first asked for, as the table is away until it is read
 
@@ -68,8 +69,39 @@ class Forward:
             self.compute()
 
     def compute(self) -> None:
-        self.received = self.link.compute(self.root, self.grid, table=self.table)
         self.learns = torch.is_grad_enabled()
+        asked = self.link.asked(self.root, self.grid, table=self.table)
+        lape: Any = self.root.lape
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self.learns or traced or not _is_bare(lape):
+            self.received = lape(asked)
+        else:
+            self.received = _OneByOne(lape.each(asked))
+
+
+def _is_bare(module: Any) -> bool:
+    """Whether nothing is around a module that must see it called: hooks, a wrapper, another forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return getattr(type(module), "one_by_one", False) and not hooks and "forward" not in module.__dict__
+
+
+class _OneByOne:
+    """Positions of a forward without gradients, each computed when its layer asks; only the last is kept.
+
+    At batch 1 on a CPU, memory that is new costs more than the norms.
+    """
+
+    def __init__(self, made: Iterator[Tensor]):
+        self.made = made
+        self.place = -1
+        self.last: Tensor | None = None
+
+    def __getitem__(self, place: int) -> Tensor | None:
+        """None for a place that has been passed."""
+        while self.place < place:
+            self.last = next(self.made)
+            self.place += 1
+        return self.last if self.place == place else None
 
 
 class _Here(threading.local):
@@ -121,13 +153,15 @@ class Link:
         table = self.table(root)
         return table is not None and table.is_meta
 
-    def compute(
-        self, root: nn.Module, grid: Grid | None, upto: int | None = None, table: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """What each joined place receives, or those up to one, (1, N, D); the one place that does."""
+    def asked(
+        self, root: nn.Module, grid: Grid | None, upto: int | None = None, *, table: Tensor | None = None
+    ) -> Asked:
         table = self.table(root) if table is None else table
-        asked = Asked(table, self.anatomy, partial(self.anatomy.entered, root), grid, upto)
-        received: tuple[Tensor, ...] = root.lape(asked)  # type: ignore[operator]
+        return Asked(table, self.anatomy, partial(self.anatomy.entered, root), grid, upto)
+
+    def compute(self, root: nn.Module, grid: Grid | None, upto: int | None = None) -> tuple[Tensor, ...]:
+        """What each joined place receives, or those up to one, (1, N, D); the one place that does."""
+        received: tuple[Tensor, ...] = root.lape(self.asked(root, grid, upto))  # type: ignore[operator]
         return received
 
     @property
@@ -168,10 +202,12 @@ class Link:
     def tell_kept(self, kept_Bk: Tensor, tokens_BkD: Tensor) -> None:
         """The forward of this thread goes on with these patches, numbered on the grid row by row, as these tokens."""
         self.recall.note_kept(kept_Bk, tokens_BkD)
-        here = HERE.forward
-        if here is not None and here.link is self and here.received is not None:
+        if (here := HERE.forward) is not None and here.link is self:
             rows_BK = rows_of_kept(self.anatomy.layout, kept_Bk)
-            here.received = tuple(pick(p, rows_BK) for p in here.received)
+            if isinstance(here.received, tuple):  # now, before a block can be checkpointed
+                here.received = tuple(pick(p, rows_BK) for p in here.received)
+            else:
+                here.rows_BK = rows_BK
 
     def shown(self, own: Any) -> Any:
         """What the host's code sees in its slot while it adds: zeros, or a table that it lacks."""
@@ -205,15 +241,14 @@ def received(module: Any, x: Tensor) -> Tensor:
         here.late = False
         with _saved_as_it_is():
             here.compute()
-    if (
-        here is not None
-        and here.link is link
-        and here.received is not None
-        and (here.learns or not torch.is_grad_enabled())
-        and (not link.anatomy.maps or link.grid_of(x, module._lape_place) is None)
-    ):
-        p = here.received[module._lape_place]
-    else:
+    p = None
+    if here is not None and here.link is link and here.received is not None:
+        its_grid = not link.anatomy.maps or link.grid_of(x, module._lape_place) is None
+        if its_grid and (here.learns or not torch.is_grad_enabled()):
+            p = here.received[module._lape_place]
+            if p is not None and here.rows_BK is not None:
+                p = pick(p, here.rows_BK)
+    if p is None:
         p = link.alone(module._lape_place, x)
     if link.anatomy.maps:
         p = p.unflatten(1, x.shape[1:3])
