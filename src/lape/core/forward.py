@@ -243,8 +243,9 @@ def received(module: Any, x: Tensor) -> Tensor:
             here.compute()
     p = None
     if here is not None and here.link is link and here.received is not None:
-        its_grid = not link.anatomy.maps or link.grid_of(x, module._lape_place) is None
-        if its_grid and (here.learns or not torch.is_grad_enabled()):
+        usable = not link.anatomy.maps or link.grid_of(x, module._lape_place) is None
+        usable = usable and not (isinstance(here.received, _OneByOne) and torch.compiler.is_compiling())
+        if usable and (here.learns or not torch.is_grad_enabled()):
             p = here.received[module._lape_place]
             if p is not None and here.rows_BK is not None:
                 p = pick(p, here.rows_BK)
