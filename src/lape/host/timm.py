@@ -1,13 +1,11 @@
-"""timm's Vision Transformers, and the models of `lape.models`, which are built like them.
-
-Plain ones first; then other models of tokens (B, N, D), models on maps (B, rows, columns, D), and models of stages.
-"""
+"""timm's Vision Transformers, and the models of `lape.models`, which are built like them: one row for each family."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,59 +14,16 @@ from torch import nn
 from lape.core.anatomy import Anatomy
 from lape.core.bias import OwnBias
 from lape.core.grids import grid_beside, grid_of_map
-from lape.core.position import Layout
+from lape.core.position import Grid, Layout
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
-from lape.host.base import RELATIVE, SHARED, Host, class_name, find_host
-from lape.host.timm_parts import PARALLEL, POST_NORM, ROTARY, anatomy, children, layout_of, measure, own_biases, pooling
+from lape.host.base import Blueprint, Host, class_name, find_host
+from lape.host.parts import POST_NORM, RELATIVE, SHARED, check_blocks, children
+from lape.host.timm_parts import ROTARY, anatomy, bare_prefix, layout_of, measure, own_biases, patches_only, pooling
 from lape.names import nearest
 
-_VIT = "timm.models.vision_transformer"
-_BLOCKS = (f"{_VIT}.Block",)
-_REFUSED = {
-    f"{_VIT}.ResPostBlock": POST_NORM,
-    f"{_VIT}.ParallelScalingBlock": PARALLEL,
-    f"{_VIT}.DiffParallelScalingBlock": PARALLEL,
-    f"{_VIT}.ParallelThingsBlock": "it runs several attentions side by side, each with a norm of its own",
-    # Models that hold blocks like the above in another arrangement.
-    "timm.models.crossvit.MultiScaleBlock": (
-        "two branches with a position table each exchange their class tokens, so there is no one position to hand on"
-    ),
-    "timm.models.mobilevit.MobileVitBlock": (
-        "it has no position embedding, and attends between the pixels of one place in all patches"
-    ),
-    "timm.models.mobilevit.MobileVitV2Block": (
-        "it has no position embedding, and attends between the pixels of one place in all patches"
-    ),
-    "timm.models.pit.PoolingVisionTransformer": (
-        "a convolution pools tokens and widens them between its stages, so that the position of a stage is not "
-        "that of the next"
-    ),
-    "timm.models.qwen3_vit.Qwen3VitEncoder": (
-        "it resamples its position table for every image in a way of its own, beside rotary position embedding"
-    ),
-}
 
-
-def examine(root: nn.Module) -> Anatomy:
-    """Where a timm VisionTransformer keeps its blocks, its table and its grid. Raises UnsupportedModelError."""
-    grid, patch_size = measure(root)
-    return anatomy(
-        root,
-        children(root, "blocks"),
-        _BLOCKS,
-        _REFUSED,
-        layout_of(root, grid),
-        patch_size,
-        patch_embed="patch_embed" if getattr(root, "dynamic_img_size", False) else None,
-        grid_from=grid_of_map,
-        adds=("_pos_embed",),
-        **pooling(root),
-        own_kind=getattr(root, "own_pe", "learnable"),
-    )
-
-
-def blueprint(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+def blueprint(model: nn.Module) -> Blueprint | None:
     """The name under which timm made a model; `current` has its arguments. None for a model around one."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture") if hasattr(config, "get") else None
@@ -151,347 +106,309 @@ def _explained(name: str, kwargs: dict[str, Any], error: Exception) -> LapeError
     return LapeError(f"model {name!r} takes no argument {wrong[1]!r}{hint}")
 
 
-_TIMM: dict[str, Any] = {"package": "timm", "blueprint": blueprint, "current": current, "tested": ("timm 1.0.31",)}
-
-VISION_TRANSFORMER = Host(
-    name="timm VisionTransformer",
-    root_classes=(f"{_VIT}.VisionTransformer",),
-    block_classes=_BLOCKS,
-    examine=examine,
-    build=build,
-    **_TIMM,
-    measure=measure,
-    note="plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled, behind a CNN (hybrid)",
-    refused=_REFUSED,
-)
+Fields = dict[str, Any]
+"""Fields of `Anatomy` by name."""
 
 
-_BEIT_BLOCK = "timm.models.beit.Block"
-_CAIT_BLOCK = "timm.models.cait.LayerScaleBlock"
+def _host(
+    name: str,
+    root_class: str,
+    block_classes: tuple[str, ...],
+    note: str,
+    read: Callable[[Any, list[str], Layout], Fields] | None = None,
+    *,
+    blocks: Callable[[nn.Module], list[str]] = lambda root: children(root, "blocks"),
+    layout: Callable[[Any, Grid], Layout] = layout_of,
+    measure: Callable[[nn.Module], tuple[Grid, tuple[int, int]]] = measure,
+    refused: dict[str, str] | None = None,
+    **fields: Any,
+) -> Host:
+    """One family: `fields` hold for all its models, `read(root, blocks, layout)` gives those that differ."""
+    reasons = refused or {}
+
+    def examine(root: nn.Module) -> Anatomy:
+        grid, patch_size = measure(root)
+        paths, place = blocks(root), layout(root, grid)
+        check_blocks("timm", root, paths, block_classes, reasons)
+        own = {} if read is None else read(root, paths, place)
+        return anatomy(root, paths, place, patch_size=patch_size, **{**fields, **own})
+
+    return Host(
+        name,
+        (root_class,),
+        block_classes,
+        examine,
+        measure,
+        note,
+        package="timm",
+        blueprint=blueprint,
+        build=build,
+        current=current,
+        tested=("timm 1.0.31",),
+        refused=reasons,
+    )
+
+
+_PARALLEL = "one norm feeds attention and MLP at once, and the MLP must get no position"
+_PIXELS = "it has no position embedding, and attends between the pixels of one place in all patches"
+_VIT = "timm.models.vision_transformer"
+_BLOCK = f"{_VIT}.Block"
 _EVA_BLOCK = "timm.models.eva.EvaBlock"
 _RELPOS = "timm.models.vision_transformer_relpos"
-_EVA_REFUSED = {"timm.models.eva.EvaBlockPostNorm": POST_NORM}
-_RELPOS_REFUSED = {f"{_RELPOS}.ResPostRelPosBlock": POST_NORM}
+_SWIN = "timm.models.swin_transformer"
+_REFUSED = {
+    f"{_VIT}.ResPostBlock": POST_NORM,
+    f"{_VIT}.ParallelScalingBlock": _PARALLEL,
+    f"{_VIT}.DiffParallelScalingBlock": _PARALLEL,
+    f"{_VIT}.ParallelThingsBlock": "it runs several attentions side by side, each with a norm of its own",
+    # Models that hold blocks like the above in another arrangement.
+    "timm.models.crossvit.MultiScaleBlock": (
+        "two branches with a position table each exchange their class tokens, so there is no one position to hand on"
+    ),
+    "timm.models.mobilevit.MobileVitBlock": _PIXELS,
+    "timm.models.mobilevit.MobileVitV2Block": _PIXELS,
+    "timm.models.pit.PoolingVisionTransformer": (
+        "a convolution pools tokens and widens them between its stages, so that the position of a stage is not "
+        "that of the next"
+    ),
+    "timm.models.qwen3_vit.Qwen3VitEncoder": (
+        "it resamples its position table for every image in a way of its own, beside rotary position embedding"
+    ),
+}
+_SWIN_REFUSED = {
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": POST_NORM,
+    "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock": POST_NORM,
+    f"{_SWIN}.SwinTransformerBlock": (
+        "its model was taken apart by features_only=True: create it with feature_cls='getter', too"
+    ),
+}
 
 
-def examine_beit(root: nn.Module) -> Anatomy:
-    """BEiT: the class token owns a row; its relative bias, shared or each block's own, stays or is joined itself."""
-    grid, patch_size = measure(root)
-    blocks = children(root, "blocks")
+def _vit(root: Any, blocks: list[str], layout: Layout) -> Fields:
+    """ViT and EVA: images of any size by `dynamic_img_size`; EVA's rotation inside attention stays."""
+    return {
+        "patch_embed": "patch_embed" if getattr(root, "dynamic_img_size", False) else None,
+        "own_kind": getattr(root, "own_pe", "learnable"),
+        "beside": ROTARY if getattr(root, "rope", None) is not None else None,
+        **pooling(root),
+    }
+
+
+def _beit(root: Any, blocks: list[str], layout: Layout) -> Fields:
+    """Its relative bias, shared or each block's own, stays or is joined itself."""
     biased = [root.get_submodule(f"{path}.attn").relative_position_bias_table is not None for path in blocks]
-    own = OwnBias("_get_rel_pos_bias", grid[0] * grid[1], num_prefix=1)
-    return anatomy(
-        root,
-        blocks,
-        (_BEIT_BLOCK,),
-        {},
-        Layout(grid, prefix_rows=1),
-        patch_size,
-        beside=RELATIVE if any(biased) else SHARED if root.rel_pos_bias is not None else None,
-        own_bias=own_biases(own, [f"{path}.attn" for path in blocks]) if all(biased) else (),
+    return {
+        "beside": RELATIVE if any(biased) else SHARED if root.rel_pos_bias is not None else None,
+        "own_bias": own_biases([f"{path}.attn._get_rel_pos_bias" for path in blocks], layout) if all(biased) else (),
         **pooling(root),
-    )
+    }
 
 
-def examine_cait(root: nn.Module) -> Anatomy:
-    """CaiT: patches only; the class token enters behind them, through class attention, and has no position."""
-    grid, patch_size = measure(root)
-    return anatomy(root, children(root, "blocks"), (_CAIT_BLOCK,), {}, Layout(grid, prefix_rows=0), patch_size)
-
-
-def examine_eva(root: nn.Module) -> Anatomy:
-    """EVA: an absolute table, rotary embedding inside attention, or both; the table is joined, the rotation stays."""
-    grid, patch_size = measure(root)
-    return anatomy(
-        root,
-        children(root, "blocks"),
-        (_EVA_BLOCK,),
-        _EVA_REFUSED,
-        layout_of(root, grid),
-        patch_size,
-        patch_embed="patch_embed" if root.dynamic_img_size else None,
-        grid_from=grid_of_map,
-        adds=("_pos_embed",),
-        beside=ROTARY if root.rope is not None else None,
-        **pooling(root),
-    )
-
-
-def examine_relpos(root: nn.Module) -> Anatomy:
-    """Relative-position ViT: it has no table and adds none; its bias is joined, or a new table beside it."""
-    grid, patch_size = measure(root)
-    layout = layout_of(root, grid)
-    blocks = children(root, "blocks")
-    own = OwnBias("get_bias", layout.num_patches, num_prefix=layout.num_prefix)
+def _relpos(root: Any, blocks: list[str], layout: Layout) -> Fields:
+    """It has no table and adds none; its bias is joined, or a new table beside it."""
     shared = root.shared_rel_pos is not None
-    return anatomy(
-        root,
-        blocks,
-        (f"{_RELPOS}.RelPosBlock",),
-        _RELPOS_REFUSED,
-        layout,
-        patch_size,
-        slot=None,
-        beside=SHARED if shared else RELATIVE,
-        own_bias=() if shared else own_biases(own, [f"{path}.attn.rel_pos" for path in blocks]),
+    return {
+        "beside": SHARED if shared else RELATIVE,
+        "own_bias": () if shared else own_biases([f"{path}.attn.rel_pos.get_bias" for path in blocks], layout),
         **pooling(root),
-    )
+    }
 
 
-def examine_naflex(root: nn.Module) -> Anatomy:
-    """NaFlexViT on images (B, C, height, width): prefix tokens own no rows, the grid follows the image."""
-    embeds: Any = root.get_submodule("embeds")
-    kind, grid = embeds.pos_embed_type, embeds.pos_embed_grid_size
-    if kind == "factorized":
+def _measure_naflex(root: Any) -> tuple[Grid, tuple[int, int]]:
+    embeds = root.embeds
+    if embeds.pos_embed_type == "factorized":
         raise UnsupportedModelError(
             "its position is the sum of a table of rows and one of columns: use pos_embed='learned'"
         )
-    if grid is None:
+    if embeds.pos_embed_grid_size is None:
         raise UnsupportedModelError(
             "the model does not know a grid: create it with pos_embed_grid_size=(rows, columns)"
         )
-    if kind == "learned":
-        _check_resampling(embeds)
-    return anatomy(
-        root,
-        children(root, "blocks"),
-        (_BLOCKS[0], _EVA_BLOCK),
-        {},
-        Layout(tuple(grid), 0, root.num_prefix_tokens),  # type: ignore[arg-type]
-        embeds.patch_size,
-        slot="embeds.pos_embed" if kind == "learned" else None,
-        **pooling(root),
-        patch_embed="embeds",
-        grid_from=grid_beside,
-        adds=("embeds.forward",),
-        beside=ROTARY if root.rope is not None else None,
-    )
+    return tuple(embeds.pos_embed_grid_size), embeds.patch_size
 
 
-def _check_resampling(embeds: nn.Module) -> None:
-    """The table is resampled for nearly every image here, so the way of it is part of the model."""
+def _naflex(root: Any, blocks: list[str], layout: Layout) -> Fields:
+    """On images (B, C, height, width). Its table is resampled for nearly every image: the way is part of the model."""
+    learned = root.embeds.pos_embed_type == "learned"
     usual = {"interp_mode": "bicubic", "antialias": True, "align_corners": False, "ar_preserving": False}
-    for name, value in usual.items():
-        own = getattr(embeds, f"pos_embed_{name}")
+    for name, value in usual.items() if learned else ():
+        own = getattr(root.embeds, f"pos_embed_{name}")
         if own != value:
             raise UnsupportedModelError(
                 f"its position table is resampled with {name}={own!r}, which the join would not keep: "
                 f"create the model with pos_embed_{name}={value!r}"
             )
+    return {
+        "slot": "embeds.pos_embed" if learned else None,
+        "beside": ROTARY if root.rope is not None else None,
+        **pooling(root),
+    }
 
 
-def _host(name: str, root: str, blocks: tuple[str, ...], examine: Any, note: str, **more: Any) -> Host:
-    return Host(f"timm {name}", (root,), blocks, examine, note=note, **_TIMM, **more)
+def _sam(root: Any, blocks: list[str], layout: Layout) -> Fields:
+    """`norm1` stands before the windows are cut, so a position joins the whole map."""
+    relative = root.get_submodule(f"{blocks[0]}.attn").use_rel_pos
+    return {
+        "slot": "pos_embed" if root.pos_embed is not None else None,
+        "beside": ROTARY if root.rope_global is not None else RELATIVE if relative else None,
+    }
 
 
-TOKEN_HOSTS = (
-    _host(
-        "BEiT",
-        "timm.models.beit.Beit",
-        (_BEIT_BLOCK,),
-        examine_beit,
-        "its table, or its relative bias",
-        measure=measure,
-    ),
-    _host(
-        "CaiT",
-        "timm.models.cait.Cait",
-        (_CAIT_BLOCK,),
-        examine_cait,
-        "the blocks between patches; class attention comes behind them and gets no position",
-    ),
-    _host(
-        "EVA",
-        "timm.models.eva.Eva",
-        (_EVA_BLOCK,),
-        examine_eva,
-        "the absolute table, also beside rotary position embedding",
-        measure=measure,
-        refused=_EVA_REFUSED,
-    ),
-    _host(
-        "relative-position ViT",
-        f"{_RELPOS}.VisionTransformerRelPos",
-        (f"{_RELPOS}.RelPosBlock",),
-        examine_relpos,
-        "on its relative bias, or a new table beside it, pe='learnable'",
-        measure=measure,
-        refused=_RELPOS_REFUSED,
-    ),
-    _host(
-        "NaFlexViT",
-        "timm.models.naflexvit.NaFlexVit",
-        (_BLOCKS[0], _EVA_BLOCK),
-        examine_naflex,
-        "images of one size a batch, any size; patches of mixed sizes are refused at run time",
-    ),
-)
-
-_SAM_BLOCK = "timm.models.vision_transformer_sam.Block"
-_VOLO_BLOCK = "timm.models.volo.Transformer"
-_VOLO_AT = 2  # VOLO adds its table before network[2], behind the outlookers and the downsampling
-_XCIT_BLOCK = "timm.models.xcit.XCABlock"
-
-
-def examine_sam(root: nn.Module) -> Anatomy:
-    """SAM's ViT: `norm1` stands before the windows are cut, so a position joins the whole map."""
-    grid, patch_size = measure(root)
-    first: Any = root.get_submodule("blocks.0")
-    rotary = root.rope_global is not None
-    return anatomy(
-        root,
-        children(root, "blocks"),
-        (_SAM_BLOCK,),
-        {},
-        Layout(grid, prefix_rows=0),
-        patch_size,
-        slot="pos_embed" if root.pos_embed is not None else None,
-        beside=ROTARY if rotary else RELATIVE if first.attn.use_rel_pos else None,
-        add_bias=None,
-        maps=True,
-    )
-
-
-def examine_volo(root: nn.Module) -> Anatomy:
-    """VOLO: the transformer blocks behind its table; outlookers come before it, class attention has no position."""
-    model: Any = root
-    stem, down = model.patch_embed, model.network[1]
+def _measure_volo(root: Any) -> tuple[Grid, tuple[int, int]]:
+    stem, down = root.patch_embed, root.network[1]
     if class_name(type(down)) != "timm.models.volo.Downsample":
         raise UnsupportedModelError(f"network.1 is a {class_name(type(down))}: its downsampling is expected there")
     stride = math.prod(layer.stride[0] for layer in (stem.conv[0], stem.proj, down.proj))
-    blocks = [path for i in range(_VOLO_AT, len(model.network)) for path in children(root, f"network.{i}")]
-    layout = Layout(tuple(model.pos_embed.shape[1:3]), prefix_rows=0)
-    return anatomy(root, blocks, (_VOLO_BLOCK,), {}, layout, (stride, stride), add_bias=None, maps=True)
+    return tuple(root.pos_embed.shape[1:3]), (stride, stride)
 
 
-def examine_xcit(root: nn.Module) -> Anatomy:
-    """XCiT: its position comes from a module, in whose place a table can be joined; attention is over channels."""
-    embed: Any = root.get_submodule("patch_embed")
-    rows, columns = (side // embed.patch_size for side in embed.img_size)
-    return anatomy(
-        root,
-        children(root, "blocks"),
-        (_XCIT_BLOCK,),
-        {},
-        Layout((rows, columns), prefix_rows=0),
-        (embed.patch_size, embed.patch_size),
-        slot=None,
-        patch_embed="patch_embed",
-        grid_from=grid_beside,
-        encoder="pos_embed" if root.pos_embed is not None else None,
-    )
+def _blocks_of_volo(root: nn.Module) -> list[str]:
+    """Those behind its table, which it adds before network[2]: outlookers and a downsampling come before it."""
+    return [path for stage in children(root, "network")[2:] for path in children(root, stage)]
 
 
-MAP_HOSTS = (
-    Host(
-        "timm SAM ViT",
-        ("timm.models.vision_transformer_sam.VisionTransformerSAM",),
-        (_SAM_BLOCK,),
-        examine_sam,
-        note="beside its relative bias, global and windowed attention",
-        **_TIMM,
-    ),
-    Host(
-        "timm VOLO",
-        ("timm.models.volo.VOLO",),
-        (_VOLO_BLOCK,),
-        examine_volo,
-        note="the transformer blocks behind its table; class attention gets no position",
-        **_TIMM,
-    ),
-    Host(
-        "timm XCiT",
-        ("timm.models.xcit.Xcit",),
-        (_XCIT_BLOCK,),
-        examine_xcit,
-        note="a table in place of its Fourier encoding, pe='learnable' or '2D_sin'; class attention gets no position",
-        **_TIMM,
-    ),
-)
-
-_SWIN = "timm.models.swin_transformer"
-_SWIN_BLOCKS = (f"{_SWIN}.SwinTransformerBlock",)
+def _measure_xcit(root: Any) -> tuple[Grid, tuple[int, int]]:
+    rows, columns = root.patch_embed.img_size
+    side = root.patch_embed.patch_size
+    return (rows // side, columns // side), (side, side)
 
 
-def examine_swin(root: nn.Module) -> Anatomy:
-    """Swin: `norm1` stands before the windows are cut and shifted, so a position joins the whole map of a stage.
+def _xcit(root: Any, blocks: list[str], layout: Layout) -> Fields:
+    """Its position comes from a module, in whose place a table can be joined; attention is over channels."""
+    return {"encoder": "pos_embed" if root.pos_embed is not None else None}
+
+
+def _blocks_of_swin(root: nn.Module) -> list[str]:
+    return [path for stage in children(root, "layers") for path in children(root, f"{stage}.blocks")]
+
+
+def _swin(root: Any, blocks: list[str], layout: Layout) -> Fields:
+    """`norm1` stands before the windows are cut and shifted, so a position joins the whole map of a stage.
 
     Its relative bias stays, or is joined itself; a table is new, over the grid of the first stage.
     """
-    grid, patch_size = measure(root)
-    blocks, stages, biases = [], [], []
-    for number, (name, stage) in enumerate(root.get_submodule("layers").named_children()):
-        paths = children(root, f"layers.{name}.blocks")
-        first: Any = root.get_submodule(paths[0])
-        merging: Any = stage.get_submodule("downsample")
-        if number and class_name(type(merging)) != f"{_SWIN}.PatchMerging":
-            raise UnsupportedModelError(
-                f"layers.{name}.downsample is a {class_name(type(merging))}, not a PatchMerging"
-            )
-        path = f"layers.{name}.downsample" if number else None
-        stages.append(Stage(len(paths), tuple(first.input_resolution), first.norm1.normalized_shape[0], path))
-        blocks += paths
-        for path in paths:
-            block: Any = root.get_submodule(path)
-            biases.append(OwnBias(f"{path}.attn._get_rel_pos_bias", block.attn.window_area))
-    return anatomy(
-        root,
-        blocks,
-        _SWIN_BLOCKS,
-        {},
-        Layout(grid, prefix_rows=0),
-        patch_size,
+    stages = []
+    for number, path in enumerate(children(root, "layers")):
+        merging = class_name(type(root.get_submodule(f"{path}.downsample")))
+        if number and merging != f"{_SWIN}.PatchMerging":
+            raise UnsupportedModelError(f"{path}.downsample is a {merging}, not a PatchMerging")
+        inside = children(root, f"{path}.blocks")
+        first = root.get_submodule(inside[0])
+        grid, width = tuple(first.input_resolution), first.norm1.normalized_shape[0]
+        stages.append(Stage(len(inside), grid, width, f"{path}.downsample" if number else None))
+    windows = [(f"{path}.attn._get_rel_pos_bias", root.get_submodule(f"{path}.attn").window_area) for path in blocks]
+    return {"stages": tuple(stages), "own_bias": tuple(OwnBias(method, area) for method, area in windows)}
+
+
+def _compact(root: Any, blocks: list[str], layout: Layout) -> Fields:
+    """A new learnable table starts as the models' own does; CVT and CCT pool a sequence, behind `norm`."""
+    return {"table_std": root.table_std, "pooled": root.num_prefix_tokens == 0, "last_norm": "norm"}
+
+
+VISION_TRANSFORMER = _host(
+    "timm VisionTransformer",
+    f"{_VIT}.VisionTransformer",
+    (_BLOCK,),
+    "plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled, behind a CNN (hybrid)",
+    _vit,
+    refused=_REFUSED,
+    grid_from=grid_of_map,
+    adds=("_pos_embed",),
+)
+
+HOSTS = (
+    VISION_TRANSFORMER,
+    _host("timm BEiT", "timm.models.beit.Beit", ("timm.models.beit.Block",), "its table, or its relative bias", _beit),
+    _host(
+        "timm CaiT",
+        "timm.models.cait.Cait",
+        ("timm.models.cait.LayerScaleBlock",),
+        "the blocks between patches; class attention comes behind them and gets no position",
+        layout=patches_only,
+    ),
+    _host(
+        "timm EVA",
+        "timm.models.eva.Eva",
+        (_EVA_BLOCK,),
+        "the absolute table, also beside rotary position embedding",
+        _vit,
+        refused={"timm.models.eva.EvaBlockPostNorm": POST_NORM},
+        grid_from=grid_of_map,
+        adds=("_pos_embed",),
+    ),
+    _host(
+        "timm relative-position ViT",
+        f"{_RELPOS}.VisionTransformerRelPos",
+        (f"{_RELPOS}.RelPosBlock",),
+        "on its relative bias, or a new table beside it, pe='learnable'",
+        _relpos,
+        refused={f"{_RELPOS}.ResPostRelPosBlock": POST_NORM},
         slot=None,
-        beside=RELATIVE,
-        own_bias=tuple(biases),
-        stages=tuple(stages),
-        input="patch_embed",
+    ),
+    _host(
+        "timm NaFlexViT",
+        "timm.models.naflexvit.NaFlexVit",
+        (_BLOCK, _EVA_BLOCK),
+        "images of one size a batch, any size; patches of mixed sizes are refused at run time",
+        _naflex,
+        layout=bare_prefix,
+        measure=_measure_naflex,
+        patch_embed="embeds",
+        grid_from=grid_beside,
+        adds=("embeds.forward",),
+    ),
+    _host(
+        "timm SAM ViT",
+        "timm.models.vision_transformer_sam.VisionTransformerSAM",
+        ("timm.models.vision_transformer_sam.Block",),
+        "beside its relative bias, global and windowed attention",
+        _sam,
+        layout=patches_only,
+        add_bias=None,
         maps=True,
-    )
-
-
-STAGE_HOSTS = (
-    Host(
+    ),
+    _host(
+        "timm VOLO",
+        "timm.models.volo.VOLO",
+        ("timm.models.volo.Transformer",),
+        "the transformer blocks behind its table; class attention gets no position",
+        blocks=_blocks_of_volo,
+        layout=patches_only,
+        measure=_measure_volo,
+        add_bias=None,
+        maps=True,
+    ),
+    _host(
+        "timm XCiT",
+        "timm.models.xcit.Xcit",
+        ("timm.models.xcit.XCABlock",),
+        "a table in place of its Fourier encoding, pe='learnable' or '2D_sin'; class attention gets no position",
+        _xcit,
+        layout=patches_only,
+        measure=_measure_xcit,
+        slot=None,
+        patch_embed="patch_embed",
+        grid_from=grid_beside,
+    ),
+    _host(
         "timm Swin",
-        (f"{_SWIN}.SwinTransformer",),
-        _SWIN_BLOCKS,
-        examine_swin,
-        note="on its relative bias, or a new table beside it, pe='learnable', merged from stage to stage; one size",
-        **_TIMM,
-        refused={
-            "timm.models.swin_transformer_v2.SwinTransformerV2Block": POST_NORM,
-            "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock": POST_NORM,
-            f"{_SWIN}.SwinTransformerBlock": (
-                "its model was taken apart by features_only=True: create it with feature_cls='getter', too"
-            ),
-        },
+        f"{_SWIN}.SwinTransformer",
+        (f"{_SWIN}.SwinTransformerBlock",),
+        "on its relative bias, or a new table beside it, pe='learnable', merged from stage to stage; one size",
+        _swin,
+        blocks=_blocks_of_swin,
+        layout=patches_only,
+        refused=_SWIN_REFUSED,
+        slot=None,
+        input="patch_embed",
+        beside=RELATIVE,
+        maps=True,
+    ),
+    _host(
+        "lape CompactTransformer",
+        "lape.models.compact.CompactTransformer",
+        ("lape.models.compact.CompactBlock",),
+        "ViT-Lite, CVT and CCT for small images, see lape.models",
+        _compact,
     ),
 )
-
-_COMPACT = "lape.models.compact"
-_COMPACT_BLOCKS = (f"{_COMPACT}.CompactBlock",)
-
-
-def examine_compact(root: nn.Module) -> Anatomy:
-    """Blocks like timm's up to attention; a new learnable table starts as the models' own does."""
-    grid, patch_size = measure(root)
-    blocks = children(root, "blocks")
-    std: float = root.table_std  # type: ignore[assignment]
-    pooled = root.num_prefix_tokens == 0  # CVT and CCT: sequence pooling, behind `norm`
-    layout = layout_of(root, grid)
-    return anatomy(
-        root, blocks, _COMPACT_BLOCKS, {}, layout, patch_size, table_std=std, pooled=pooled, last_norm="norm"
-    )
-
-
-_COMPACT_TRANSFORMER = Host(
-    name="lape CompactTransformer",
-    root_classes=(f"{_COMPACT}.CompactTransformer",),
-    block_classes=_COMPACT_BLOCKS,
-    examine=examine_compact,
-    measure=measure,
-    note="ViT-Lite, CVT and CCT for small images, see lape.models",
-    **_TIMM,
-)
-
-HOSTS = (VISION_TRANSFORMER, *TOKEN_HOSTS, *MAP_HOSTS, *STAGE_HOSTS, _COMPACT_TRANSFORMER)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,34 +12,17 @@ from lape.core.bias import AddBias, OwnBias, add_to_attn_mask, masked
 from lape.core.norm import NEW_OUTPUT
 from lape.core.position import Grid, Layout
 from lape.errors import UnsupportedModelError
-from lape.host.base import check_blocks, check_norm, class_name
+from lape.host import parts
+from lape.host.base import class_name
 
 NEW_OUTPUT.add("timm.layers.norm")
 
 ROTARY = "rotary position embedding in attention"
-
-# Reasons for classes of blocks, one wording for all modules.
-POST_NORM = "its norm stands behind attention (post-norm), so no norm feeds attention"
-PARALLEL = "one norm feeds attention and MLP at once, and the MLP must get no position"
-
 _NO_MASK = ("timm.layers.diff_attention.DiffAttention",)  # its two paths disagree on the heads of a mask
 
 
-def children(root: nn.Module, path: str) -> list[str]:
-    """Paths of the children of a block list, in the order of the forward."""
-    return [f"{path}.{name}" for name, _ in root.get_submodule(path).named_children()]
-
-
 def anatomy(
-    root: nn.Module,
-    blocks: list[str],
-    allowed: tuple[str, ...],
-    refused: dict[str, str],
-    layout: Layout,
-    patch_size: tuple[int, int],
-    *,
-    slot: str | None = "pos_embed",
-    **more: Any,
+    root: nn.Module, blocks: list[str], layout: Layout, *, slot: str | None = "pos_embed", **more: Any
 ) -> Anatomy:
     """The anatomy of a model whose blocks have `norm1` and `attn`; raises UnsupportedModelError with the reason.
 
@@ -48,52 +30,23 @@ def anatomy(
         slot: path of the table; the model may lack the table itself (None). A slot of None: its forward adds none.
         more: further fields of `Anatomy`.
     """
-    check_blocks("timm", root, blocks, allowed, refused)
     for path in blocks:
-        check_norm(f"{path}.norm1", root.get_submodule(f"{path}.norm1"))
+        parts.check_norm(f"{path}.norm1", root.get_submodule(f"{path}.norm1"))
     if getattr(getattr(root, "patch_drop", None), "prob", 0.0) > 0:
         raise UnsupportedModelError(
             "patch_drop_rate > 0 removes tokens at random, so a token's position is no longer known in the blocks: "
             "create the model with patch_drop_rate=0"
         )
-    table = None if slot is None else _table(root, slot, layout)
-    norm = root.get_submodule(f"{blocks[0]}.norm1")
-    attention = root.get_submodule(f"{blocks[0]}.attn")
-    return Anatomy(
-        root=root,
-        blocks=tuple(blocks),
-        norm="norm1",
-        attention="attn",
-        table=slot if table is not None else None,
-        table_slot=slot,
-        layout=layout,
-        patch_size=patch_size,
-        width=_width(norm),
-        num_heads=attention.num_heads,  # type: ignore[arg-type]
-        **{"add_bias": mask_of(attention), **more},
+    first: Any = root.get_submodule(blocks[0])
+    more = {"add_bias": mask_of(first.attn), "width": first.norm1.normalized_shape[-1], **more}
+    return parts.anatomy(
+        root, blocks, slot, layout, norm="norm1", attention="attn", num_heads=first.attn.num_heads, **more
     )
 
 
-def own_biases(like: OwnBias, owners: list[str]) -> tuple[OwnBias, ...]:
-    """The same method of each of these modules."""
-    return tuple(replace(like, method=f"{path}.{like.method}") for path in owners)
-
-
-def _table(root: nn.Module, slot: str, layout: Layout) -> Tensor | None:
-    owner, _, name = slot.rpartition(".")
-    table: Tensor | None = getattr(root.get_submodule(owner), name, None)
-    expected = ((1, layout.num_rows), (1, *layout.grid))
-    if table is not None and tuple(table.shape[:-1]) not in expected:
-        raise UnsupportedModelError(
-            f"{slot} has shape {tuple(table.shape)}, expected (1, {layout.num_rows}, width): "
-            f"grid {layout.grid[0]} x {layout.grid[1]} and {layout.prefix_rows} prefix rows"
-        )
-    return table
-
-
-def _width(norm: nn.Module) -> int:
-    shape: Any = norm.normalized_shape
-    return shape[-1]
+def own_biases(methods: list[str], layout: Layout) -> tuple[OwnBias, ...]:
+    """The bias of each block between all tokens, computed by these methods."""
+    return tuple(OwnBias(method, layout.num_patches, layout.num_prefix) for method in methods)
 
 
 def mask_of(attention: nn.Module) -> AddBias | None:
@@ -135,7 +88,16 @@ def pooling(root: nn.Module) -> dict[str, Any]:
     return {"pooled": pooled, "last_norm": None if norm is None or isinstance(norm, nn.Identity) else "norm"}
 
 
-def layout_of(root: nn.Module, grid: Grid) -> Layout:
+def patches_only(root: nn.Module, grid: Grid) -> Layout:
+    """The layout of a model whose blocks see no other tokens."""
+    return Layout(grid, prefix_rows=0)
+
+
+def bare_prefix(root: Any, grid: Grid) -> Layout:
+    """The layout of a model whose prefix tokens own no rows of the table."""
+    return Layout(grid, 0, root.num_prefix_tokens)
+
+
+def layout_of(root: Any, grid: Grid) -> Layout:
     """The layout of a model that tells `num_prefix_tokens` and perhaps `no_embed_class`."""
-    prefix: int = root.num_prefix_tokens  # type: ignore[assignment]
-    return Layout(grid, 0, prefix) if getattr(root, "no_embed_class", False) else Layout(grid, prefix)
+    return bare_prefix(root, grid) if getattr(root, "no_embed_class", False) else Layout(grid, root.num_prefix_tokens)

@@ -10,7 +10,8 @@ from lape.core.anatomy import Anatomy
 from lape.core.bias import masked
 from lape.core.position import Layout
 from lape.errors import LapeError
-from lape.host.base import Host, check_blocks, class_name
+from lape.host.base import Blueprint, Host, class_name
+from lape.host.parts import POST_NORM, anatomy, check_blocks, children
 
 _VIT = "torchvision.models.vision_transformer"
 _BLOCKS = (f"{_VIT}.EncoderBlock",)
@@ -28,17 +29,16 @@ def add_to_multihead_mask(
 def examine(root: nn.Module) -> Anatomy:
     """Where a torchvision VisionTransformer keeps its blocks, its table and its grid. Raises UnsupportedModelError."""
     vit: Any = root
-    paths = [f"encoder.layers.{name}" for name, _ in vit.encoder.layers.named_children()]
-    check_blocks("torchvision", root, paths, _BLOCKS, {})
+    blocks = children(root, "encoder.layers")
+    check_blocks("torchvision", root, blocks, _BLOCKS)
     side = vit.image_size // vit.patch_size
-    return Anatomy(
-        root=root,
-        blocks=tuple(paths),
+    return anatomy(
+        root,
+        blocks,
+        "encoder.pos_embedding",
+        Layout((side, side), prefix_rows=1),
         norm="ln_1",
         attention="self_attention",
-        table="encoder.pos_embedding",
-        table_slot="encoder.pos_embedding",
-        layout=Layout((side, side), prefix_rows=1),
         patch_size=(vit.patch_size, vit.patch_size),
         width=vit.hidden_dim,
         num_heads=vit.encoder.layers[0].num_heads,
@@ -48,12 +48,11 @@ def examine(root: nn.Module) -> Anatomy:
 
 
 _ARGUMENTS = (
-    *("image_size", "patch_size", "hidden_dim", "mlp_dim", "dropout", "attention_dropout", "num_classes"),
-    "representation_size",
+    "image_size patch_size hidden_dim mlp_dim dropout attention_dropout num_classes representation_size".split()
 )
 
 
-def blueprint(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+def blueprint(model: nn.Module) -> Blueprint | None:
     """The arguments of a plain VisionTransformer, read from its attributes; None for a model around one."""
     vit: Any = model
     if class_name(type(model)) != f"{_VIT}.VisionTransformer":
@@ -86,8 +85,6 @@ VISION_TRANSFORMER = Host(
         "torchvision.models.swin_transformer.SwinTransformerBlock": (
             "the model does not know the size of its images, over whose grid a position is laid; timm's Swin does"
         ),
-        "torchvision.models.swin_transformer.SwinTransformerBlockV2": (
-            "its norm stands behind attention (post-norm), so no norm feeds attention"
-        ),
+        "torchvision.models.swin_transformer.SwinTransformerBlockV2": POST_NORM,
     },
 )
