@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from lape.core.position import Grid, Layout
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host.base import Blueprint, Host, class_name
-from lape.host.parts import POST_NORM, RELATIVE, SHARED, anatomy, check_blocks, children, instances, table_in
+from lape.host.parts import POST_NORM, RELATIVE, SHARED, Call, anatomy, check_blocks, children, instances, table_in
 
 
 def _class(folder: str, name: str, file: str = "") -> str:
@@ -30,39 +30,64 @@ def _class(folder: str, name: str, file: str = "") -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of the library, as data."""
+    """One architecture of the library, as data; `read(root, blocks, layout)` gives fields of `Anatomy` beside it."""
 
-    embeddings: str  # "module.Class"
-    layer: str  # "module.Class"
+    owner: str  # "module.Class" of the encoder's embeddings, or of an encoder without
+    layer: str  # "module.Class" of the blocks, wherever they are, unless
+    layers: str | None = None  # their list is in one place
     norm: str = "layernorm_before"
     attention: str = "attention"
     table: str = "embeddings.position_embeddings"
-    patch_embed: str = "embeddings.patch_embeddings"
+    patch_embed: str | None = "embeddings.patch_embeddings"
     prefix_rows: int | str = 1  # or the name of the config's entry
     registers: bool = False  # whether config.num_register_tokens tokens stand between class token and patches
     shuffle: str | None = None  # a method that shuffles and drops patches
     frozen_kind: str = "learnable"  # what the family's own table is while it is frozen
+    read: Callable[[Any, list[str], Layout], dict[str, Any]] = lambda root, blocks, layout: {}
 
 
 def _family(folder: str, name: str, file: str = "", **more: Any) -> Family:
     return Family(_class(folder, f"{name}Embeddings", file), _class(folder, f"{name}Layer", file), **more)
 
 
-def _clip_like(
-    folder: str, name: str, layer: str = "EncoderLayer", table: str = "position_embedding.weight", prefix_rows: int = 1
-) -> Family:
-    return Family(
-        _class(folder, f"{name}VisionEmbeddings"),
-        _class(folder, f"{name}{layer}"),
-        norm="layer_norm1",
-        attention="self_attn",
-        table=f"embeddings.{table}",
-        patch_embed="embeddings.patch_embedding",
-        prefix_rows=prefix_rows,
-    )
+def _clip_like(folder: str, name: str, layer: str = "EncoderLayer", weight: str = ".weight", rows: int = 1) -> Family:
+    table, patches = f"embeddings.position_embedding{weight}", "embeddings.patch_embedding"
+    classes = _class(folder, f"{name}VisionEmbeddings"), _class(folder, f"{name}{layer}")
+    return Family(*classes, None, "layer_norm1", "self_attn", table, patches, rows)
 
 
-_FAMILIES = (
+def _sam(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    """On maps: `layer_norm1` stands before the windows are cut, so a position joins the whole map."""
+    slot = "pos_embed" if root.pos_embed is not None else None
+    beside = RELATIVE if root.config.use_rel_pos else None
+    return {"slot": slot, "add_bias": None, "adds": (), "beside": beside, "maps": True}
+
+
+def _swin(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    """On tokens whose grid halves from stage to stage; a table, where there is one, is over that of the first."""
+    prefix = class_name(type(root.embeddings)).removesuffix("Embeddings")
+    stages: list[Stage] = []
+    grid, merging = layout.grid, None
+    for path in instances(root, f"{prefix}Stage"):
+        inside = children(root, f"{path}.blocks")
+        width = root.get_submodule(f"{inside[0]}.layernorm_before").normalized_shape[0]
+        stages.append(Stage(len(inside), grid, width, merging, merges_map=False))
+        merging, grid = f"{path}.downsample", ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+    # Earlier versions and the copies compute the bias inline.
+    modules, paths = dict(root.named_modules()), [f"{path}.attention.relative_position_bias" for path in blocks]
+    own = all(hasattr(modules.get(path), "window_area") for path in paths)
+    return {
+        "width": root.config.embed_dim,
+        "num_heads": root.config.num_heads[0],
+        "add_bias": None,
+        "beside": RELATIVE,
+        "own_bias": tuple(OwnBias(f"{path}.forward", modules[path].window_area) for path in paths) if own else (),
+        "stages": tuple(stages),
+        "reason": f"the class adds it to {layout.num_patches} patches, which fails",
+    }
+
+
+_ENCODERS = (
     _family("vit", "ViT"),
     _family("deit", "DeiT", prefix_rows=2),
     _family("vit_msn", "ViTMSN"),
@@ -82,11 +107,22 @@ _FAMILIES = (
     _clip_like("clipseg", "CLIPSeg"),
     _clip_like("owlvit", "OwlViT"),
     _clip_like("owlv2", "Owlv2"),
-    _clip_like("blip", "Blip", table="position_embedding"),
-    _clip_like("blip_2", "Blip2", table="position_embedding"),
-    _clip_like("siglip", "Siglip", prefix_rows=0),
+    _clip_like("blip", "Blip", weight=""),
+    _clip_like("blip_2", "Blip2", weight=""),
+    _clip_like("siglip", "Siglip", rows=0),
 )
-FAMILIES = {family.embeddings: family for family in _FAMILIES}
+_SWIN: dict[str, Any] = {"patch_embed": None, "prefix_rows": 0, "read": _swin}
+_SWINS = (  # with its copies
+    _family("swin", "Swin", **_SWIN),
+    _family("donut", "DonutSwin", "donut_swin", **_SWIN),
+    _family("maskformer", "MaskFormerSwin", "maskformer_swin", **_SWIN),
+)
+_SAM = ("layers", "layer_norm1", "attn", "pos_embed", None, 0)
+_SAMS = (
+    Family(_class("sam", "SamVisionEncoder"), _class("sam", "SamVisionLayer"), *_SAM, read=_sam),
+    Family(_class("sam_hq", "SamHQVisionEncoder"), _class("sam_hq", "SamHQVisionLayer"), *_SAM, read=_sam),
+)
+FAMILIES = {family.owner: family for family in (*_ENCODERS, *_SWINS, *_SAMS)}
 
 _ROTARY = "it has rotary position embedding inside attention and no table to join"
 _WINDOWS = "it cuts an image into windows, which stand side by side in the batch before its layers"
@@ -116,11 +152,11 @@ _REFUSED = {
 
 def examine(root: nn.Module) -> Anatomy:
     """Where an encoder of the library keeps its layers, its table and its grid. Raises UnsupportedModelError."""
-    name = class_name(type(root.get_submodule("embeddings")))
+    name = class_name(type(root._modules.get("embeddings", root)))
     if name in _REFUSED:
         raise UnsupportedModelError(f"{class_name(type(root))} cannot be converted: {_REFUSED[name]}")
     family = FAMILIES[name]
-    blocks = instances(root, family.layer)
+    blocks = children(root, family.layers) if family.layers else instances(root, family.layer)
     check_blocks("Hugging Face", root, blocks, (family.layer,))
     first = root.get_submodule(blocks[0])
     norm, attention = getattr(first, family.norm), getattr(first, family.attention)
@@ -132,24 +168,20 @@ def examine(root: nn.Module) -> Anatomy:
     layout = Layout(grid, rows, config.num_register_tokens if family.registers else 0)
     table = table_in(root, family.table)
     shared = getattr(config, "use_shared_relative_position_bias", False)
-    return anatomy(
-        root,
-        blocks,
-        family.table,
-        layout,
-        norm=family.norm,
-        attention=family.attention,
-        patch_size=patch_size,
-        width=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        patch_embed=family.patch_embed,
-        add_bias=add_to_attention_mask if _takes_bias(attention) else None,
-        own_kind="learnable" if table is None or table.requires_grad else family.frozen_kind,
-        shuffle=family.shuffle,
-        adds=("embeddings.forward",),
-        beside=RELATIVE if getattr(config, "use_relative_position_bias", False) else SHARED if shared else None,
-        own_bias=_own_bias(root, blocks, layout),
-    )
+    fields: dict[str, Any] = {
+        "slot": family.table,
+        "width": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "patch_embed": family.patch_embed,
+        "add_bias": add_to_attention_mask if _takes_bias(attention) else None,
+        "own_kind": "learnable" if table is None or table.requires_grad else family.frozen_kind,
+        "shuffle": family.shuffle,
+        "adds": ("embeddings.forward",),
+        "beside": RELATIVE if getattr(config, "use_relative_position_bias", False) else SHARED if shared else None,
+        "own_bias": _own_bias(root, blocks, layout),
+        **family.read(root, blocks, layout),
+    }
+    return anatomy(root, blocks, layout, norm=family.norm, attention=family.attention, patch_size=patch_size, **fields)
 
 
 def _own_bias(root: nn.Module, blocks: list[str], layout: Layout) -> tuple[OwnBias, ...]:
@@ -170,9 +202,7 @@ def _takes_bias(attention: nn.Module) -> bool:
     return new and "attention_mask" in inspect.signature(attention.forward).parameters
 
 
-def add_to_attention_mask(
-    bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def add_to_attention_mask(bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """For attention(hidden_states, attention_mask=..., ...), an additive mask."""
     if len(args) > 1:
         x, mask, *rest = args
@@ -212,113 +242,42 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     return model
 
 
-_SAM = (_class("sam", "SamVision"), _class("sam_hq", "SamHQVision"))
+def _host(
+    name: str,
+    families: tuple[Family, ...],
+    note: str,
+    refused: dict[str, str],
+    tested: tuple[str, ...] = ("transformers 5.23.0",),
+    root_child: str | None = "embeddings",
+) -> Host:
+    """Refused embeddings are roots as well: `examine` says why."""
+    roots = [family.owner for family in families] + [name for name in refused if name.endswith("Embeddings")]
+    layers = tuple(family.layer for family in families)
+    host = Host(name, tuple(roots), layers, examine, measure, note, "transformers", blueprint, build)
+    return replace(host, root_child=root_child, tested=tested, refused=refused)
 
 
-def examine_sam(root: nn.Module) -> Anatomy:
-    """SAM, on maps: `layer_norm1` stands before the windows are cut, so a position joins the whole map."""
-    blocks = children(root, "layers")
-    check_blocks("Hugging Face", root, blocks, (class_name(type(root)).removesuffix("Encoder") + "Layer",))
-    config: Any = root.config
-    grid, patch_size = measure(root)
-    return anatomy(
-        root,
-        blocks,
-        "pos_embed" if root.pos_embed is not None else None,
-        Layout(grid, prefix_rows=0),
-        norm="layer_norm1",
-        attention="attn",
-        patch_size=patch_size,
-        width=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        add_bias=None,
-        beside=RELATIVE if config.use_rel_pos else None,
-        maps=True,
-    )
-
-
-_SWIN = (  # with its copies
-    _class("swin", "Swin"),
-    _class("donut", "DonutSwin", "donut_swin"),
-    _class("maskformer", "MaskFormerSwin", "maskformer_swin"),
+HOSTS = (
+    _host(
+        "Hugging Face vision encoder",
+        _ENCODERS,
+        "ViT, DeiT, DINOv2 (with registers), BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, DPT, TIPSv2, Pixio, the "
+        "vision encoders of CLIP, MetaCLIP 2, AltCLIP, ChineseCLIP, CLIPSeg, OWL-ViT, OWLv2, BLIP, BLIP-2, SigLIP; "
+        "what holds one",
+        _REFUSED,
+        ("transformers 4.49.0 (without relative bias)", "transformers 5.23.0"),
+    ),
+    _host(
+        "Hugging Face Swin",
+        _SWINS,
+        "Swin, also in Donut and MaskFormer: its table or a new one, merged from stage to stage; one size",
+        {_class("swinv2", "Swinv2Layer"): POST_NORM},
+    ),
+    _host(
+        "Hugging Face SAM",
+        _SAMS,
+        "SAM and SAM-HQ: the table of the image encoder, beside its relative bias; one size",
+        {},
+        root_child=None,
+    ),
 )
-
-
-def examine_swin(root: nn.Module) -> Anatomy:
-    """Swin, on tokens whose grid halves from stage to stage; its table, where it has one, is over that of the first."""
-    embeddings: Any = root.get_submodule("embeddings")
-    prefix = class_name(type(embeddings)).removesuffix("Embeddings")
-    blocks = instances(root, f"{prefix}Layer")
-    check_blocks("Hugging Face", root, blocks, (f"{prefix}Layer",))
-    config: Any = root.config
-    grid: Grid = tuple(embeddings.patch_embeddings.grid_size)
-    layout = Layout(grid, prefix_rows=0)
-    stages: list[Stage] = []
-    merging = None
-    for path in instances(root, f"{prefix}Stage"):
-        stage = root.get_submodule(path)
-        width: Any = stage.get_submodule("blocks.0.layernorm_before").normalized_shape
-        stages.append(Stage(len(children(stage, "blocks")), grid, width[0], merging, merges_map=False))
-        merging, grid = f"{path}.downsample", ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
-    return anatomy(
-        root,
-        blocks,
-        "embeddings.position_embeddings",
-        layout,
-        f"the class adds it to {layout.num_rows} patches, which fails",
-        norm="layernorm_before",
-        attention="attention",
-        patch_size=tuple(embeddings.patch_embeddings.patch_size),
-        width=config.embed_dim,
-        num_heads=config.num_heads[0],
-        add_bias=None,
-        adds=("embeddings.forward",),
-        beside=RELATIVE,
-        own_bias=_swin_bias(root, blocks),
-        stages=tuple(stages),
-    )
-
-
-def _swin_bias(root: nn.Module, blocks: list[str]) -> tuple[OwnBias, ...]:
-    """The module that computes the bias of each layer; earlier versions and the copies compute it inline."""
-    modules: dict[str, Any] = dict(root.named_modules())
-    paths = [f"{path}.attention.relative_position_bias" for path in blocks]
-    if not all(hasattr(modules.get(path), "window_area") for path in paths):
-        return ()
-    return tuple(OwnBias(f"{path}.forward", modules[path].window_area) for path in paths)
-
-
-_host = partial(Host, package="transformers", blueprint=blueprint)
-
-TRANSFORMERS = _host(
-    "Hugging Face vision encoder",
-    root_classes=(*FAMILIES, *_REFUSED),
-    root_child="embeddings",
-    block_classes=tuple(family.layer for family in _FAMILIES),
-    examine=examine,
-    build=build,
-    measure=measure,
-    note="ViT, DeiT, DINOv2 (with registers), BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, DPT, TIPSv2, Pixio, the vision "
-    "encoders of CLIP, MetaCLIP 2, AltCLIP, ChineseCLIP, CLIPSeg, OWL-ViT, OWLv2, BLIP, BLIP-2, SigLIP; what holds one",
-    tested=("transformers 4.49.0 (without relative bias)", "transformers 5.23.0"),
-    refused=_REFUSED,
-)
-SWIN = _host(
-    "Hugging Face Swin",
-    root_classes=tuple(f"{prefix}Embeddings" for prefix in _SWIN),
-    root_child="embeddings",
-    block_classes=tuple(f"{prefix}Layer" for prefix in _SWIN),
-    examine=examine_swin,
-    note="Swin, also in Donut and MaskFormer: its table or a new one, merged from stage to stage; one size",
-    tested=("transformers 5.23.0",),
-    refused={_class("swinv2", "Swinv2Layer"): POST_NORM},
-)
-SAM = _host(
-    "Hugging Face SAM",
-    root_classes=tuple(f"{prefix}Encoder" for prefix in _SAM),
-    block_classes=tuple(f"{prefix}Layer" for prefix in _SAM),
-    examine=examine_sam,
-    note="SAM and SAM-HQ: the table of the image encoder, beside its relative bias; one size",
-    tested=("transformers 5.23.0",),
-)
-HOSTS = (TRANSFORMERS, SWIN, SAM)

@@ -15,6 +15,9 @@ RELATIVE = "relative position bias in attention"
 SHARED = "relative position bias in attention (one for all blocks)"
 POST_NORM = "its norm stands behind attention (post-norm), so no norm feeds attention"
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a module is called with: args and kwargs."""
+
 
 def children(root: nn.Module, path: str) -> list[str]:
     """Paths of the children of a block list, in the order of the forward."""
@@ -27,7 +30,7 @@ def instances(root: nn.Module, name: str) -> list[str]:
 
 
 def anatomy(
-    root: nn.Module, blocks: list[str], slot: str | None, layout: Layout, reason: str = "", **more: Any
+    root: nn.Module, blocks: list[str], layout: Layout, *, slot: str | None, reason: str = "", **more: Any
 ) -> Anatomy:
     """The anatomy of a model whose table, if it has one, is in `slot`; `more` are further fields.
 

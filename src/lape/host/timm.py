@@ -6,21 +6,96 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy
-from lape.core.bias import OwnBias
+from lape.core.bias import AddBias, OwnBias, add_to_attn_mask, masked
 from lape.core.grids import grid_beside, grid_of_map
+from lape.core.norm import NEW_OUTPUT
 from lape.core.position import Grid, Layout
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
+from lape.host import parts
 from lape.host.base import Blueprint, Host, class_name, find_host
-from lape.host.parts import POST_NORM, RELATIVE, SHARED, check_blocks, children
-from lape.host.timm_parts import ROTARY, anatomy, bare_prefix, layout_of, measure, own_biases, patches_only, pooling
+from lape.host.parts import POST_NORM, RELATIVE, SHARED, Call, check_blocks, check_norm, children
 from lape.names import nearest
+
+NEW_OUTPUT.add("timm.layers.norm")
+
+ROTARY = "rotary position embedding in attention"
+_NO_MASK = ("timm.layers.diff_attention.DiffAttention",)  # its two paths disagree on the heads of a mask
+
+
+def anatomy(root: nn.Module, blocks: list[str], layout: Layout, **more: Any) -> Anatomy:
+    """The anatomy of a model whose blocks have `norm1` and `attn`; raises UnsupportedModelError with the reason.
+
+    `more` are further fields of `Anatomy`, and `slot`, the path of the table, which the model may lack; None: its
+    forward adds none.
+    """
+    for path in blocks:
+        check_norm(f"{path}.norm1", root.get_submodule(f"{path}.norm1"))
+    if getattr(getattr(root, "patch_drop", None), "prob", 0.0) > 0:
+        raise UnsupportedModelError(
+            "patch_drop_rate > 0 removes tokens at random, so a token's position is no longer known in the blocks: "
+            "create the model with patch_drop_rate=0"
+        )
+    first: Any = root.get_submodule(blocks[0])
+    more = {"slot": "pos_embed", "add_bias": mask_of(first.attn), **more}
+    width, heads = first.norm1.normalized_shape[-1], first.attn.num_heads
+    return parts.anatomy(root, blocks, layout, norm="norm1", attention="attn", width=width, num_heads=heads, **more)
+
+
+def own_biases(methods: list[str], layout: Layout) -> tuple[OwnBias, ...]:
+    """The bias of each block between all tokens, computed by these methods."""
+    return tuple(OwnBias(method, layout.num_patches, layout.num_prefix) for method in methods)
+
+
+def mask_of(attention: nn.Module) -> AddBias | None:
+    """How a bias gets into an attention of timm; None when it takes none."""
+    parameters = inspect.signature(attention.forward).parameters
+    if class_name(type(attention)) in _NO_MASK:
+        return None
+    if "attn_mask" in parameters:
+        return add_to_attn_mask
+    return add_to_shared_bias if "shared_rel_pos_bias" in parameters else None
+
+
+def add_to_shared_bias(bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """For BEiT's attention(x, shared_rel_pos_bias=...), an additive bias that broadcasts to (B, H, N, N)."""
+    return args, {**kwargs, "shared_rel_pos_bias": masked(bias_1HNN, kwargs.get("shared_rel_pos_bias"))}
+
+
+def measure(root: nn.Module) -> tuple[Grid, tuple[int, int]]:
+    """Grid of the present input size, and the pixels of the image for each patch."""
+    patch_embed: Any = root.get_submodule("patch_embed")
+    if getattr(patch_embed, "grid_size", None) is None or not hasattr(patch_embed, "feat_ratio"):
+        raise UnsupportedModelError(
+            f"patch_embed is a {class_name(type(patch_embed))}, which does not tell its grid: "
+            "use timm's PatchEmbed or HybridEmbed"
+        )
+    return tuple(patch_embed.grid_size), tuple(patch_embed.feat_ratio(as_scalar=False))
+
+
+def pooling(root: nn.Module) -> dict[str, Any]:
+    """`pooled` and `last_norm` of an anatomy, for models with `global_pool`, `norm` and perhaps `fc_norm` behind it.
+
+    Where `fc_norm` does the work, `norm` is an Identity: then no norm stands between the blocks and the pooling.
+    """
+    averages = getattr(root, "global_pool", "token") in ("avg", "avgmax", "max")
+    pooled = averages and not (getattr(root, "pool_include_prefix", False) and root.num_prefix_tokens)
+    norm = root._modules.get("norm")
+    return {"pooled": pooled, "last_norm": None if norm is None or isinstance(norm, nn.Identity) else "norm"}
+
+
+def layout_of(root: Any) -> Layout:
+    """The layout of a model that tells `num_prefix_tokens` and perhaps `no_embed_class`."""
+    grid, prefix = measure(root)[0], root.num_prefix_tokens
+    return Layout(grid, 0, prefix) if getattr(root, "no_embed_class", False) else Layout(grid, prefix)
 
 
 def blueprint(model: nn.Module) -> Blueprint | None:
@@ -30,35 +105,32 @@ def blueprint(model: nn.Module) -> Blueprint | None:
     return (name, {}) if name else None
 
 
+_SHOWN = (  # paths in a model that end in the names of arguments
+    "embed_dim global_pool no_embed_class dynamic_img_size pool_include_prefix patch_embed.img_size "
+    "patch_embed.patch_size patch_embed.dynamic_img_pad blocks.0.attn.num_heads blocks.0.ls1.init_values"
+).split()
+
+
+def _at(model: Any, path: str) -> Any:
+    return reduce(lambda part, name: getattr(part, name, None), path.split("."), model)
+
+
 def current(root: nn.Module) -> dict[str, Any]:
     """Arguments of timm's constructor, as far as the model shows them, those that it takes."""
-    model: Any = root
-    embed, blocks = getattr(model, "patch_embed", None), getattr(model, "blocks", None)
-    head, reg = getattr(model, "head", None), getattr(model, "reg_token", None)
-    shown: dict[str, Any] = {
-        "img_size": getattr(embed, "img_size", None),
-        "patch_size": getattr(embed, "patch_size", None),
-        "in_chans": getattr(getattr(embed, "proj", None), "in_channels", None),
-        "num_classes": head.out_features
-        if isinstance(head, nn.Linear)
-        else 0
-        if isinstance(head, nn.Identity)
-        else None,
+    head, reg, blocks = (_at(root, name) for name in ("head", "reg_token", "blocks"))
+    shown = {
+        **{path.rpartition(".")[2]: _at(root, path) for path in _SHOWN},
+        "in_chans": _at(root, "patch_embed.proj.in_channels"),
+        "num_classes": 0 if isinstance(head, nn.Identity) else _at(head, "out_features"),
         "reg_tokens": None if reg is None else reg.shape[1],
-        "class_token": getattr(model, "cls_token", None) is not None,
-        "embed_dim": getattr(model, "embed_dim", None),
+        "class_token": _at(root, "cls_token") is not None,
         "depth": len(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None,
-        "num_heads": getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks else None,
-        "fc_norm": isinstance(getattr(model, "fc_norm", None), nn.LayerNorm),
-        "pre_norm": not isinstance(getattr(model, "norm_pre", None), nn.Identity),
-        "init_values": getattr(getattr(blocks[0], "ls1", None), "init_values", None) if blocks else None,
+        "fc_norm": isinstance(_at(root, "fc_norm"), nn.LayerNorm),
+        "pre_norm": not isinstance(_at(root, "norm_pre"), nn.Identity),
     }
-    for name in ("global_pool", "no_embed_class", "dynamic_img_size", "pool_include_prefix"):
-        shown[name] = getattr(model, name, None)
-    shown["dynamic_img_pad"] = getattr(embed, "dynamic_img_pad", None)
     classes: Any = type(root).__mro__
-    taken = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
-    return {name: value for name, value in shown.items() if name in taken and value is not None}
+    arguments = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    return {name: value for name, value in shown.items() if name in arguments and value is not None}
 
 
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -110,305 +182,217 @@ Fields = dict[str, Any]
 """Fields of `Anatomy` by name."""
 
 
-def _host(
-    name: str,
-    root_class: str,
-    block_classes: tuple[str, ...],
-    note: str,
-    read: Callable[[Any, list[str], Layout], Fields] | None = None,
-    *,
-    blocks: Callable[[nn.Module], list[str]] = lambda root: children(root, "blocks"),
-    layout: Callable[[Any, Grid], Layout] = layout_of,
-    measure: Callable[[nn.Module], tuple[Grid, tuple[int, int]]] = measure,
-    refused: dict[str, str] | None = None,
-    **fields: Any,
-) -> Host:
-    """One family: `fields` hold for all its models, `read(root, blocks, layout)` gives those that differ."""
-    reasons = refused or {}
+def _host(name: str, module: str, root: str, blocks: str, read: Callable[[Any], Fields], resizes: bool = False) -> Host:
+    """One family: `read(root)` gives the fields in which it is not as the plain ones are, and `blocks` elsewhere.
+
+    Modules are those of `timm.models` or, as the name begins, `lape.models`. With `resizes` it has `set_input_size`.
+    """
+    models = f"{name.split()[0]}.models"
+    allowed = tuple(f"{models}.{block if '.' in block else f'{module}.{block}'}" for block in blocks.split())
+    refused = {f"{models}.{block}": reason for block, reason in _REFUSED.get(name, {}).items()}
 
     def examine(root: nn.Module) -> Anatomy:
-        grid, patch_size = measure(root)
-        paths, place = blocks(root), layout(root, grid)
-        check_blocks("timm", root, paths, block_classes, reasons)
-        own = {} if read is None else read(root, paths, place)
-        return anatomy(root, paths, place, patch_size=patch_size, **{**fields, **own})
+        fields = read(root)
+        paths = fields.pop("blocks") if "blocks" in fields else children(root, "blocks")
+        if "layout" not in fields:
+            fields |= {"layout": layout_of(root), "patch_size": measure(root)[1]}
+        check_blocks("timm", root, paths, allowed, refused)
+        return anatomy(root, paths, **fields)
 
-    return Host(
-        name,
-        (root_class,),
-        block_classes,
-        examine,
-        measure,
-        note,
-        package="timm",
-        blueprint=blueprint,
-        build=build,
-        current=current,
-        tested=("timm 1.0.31",),
-        refused=reasons,
-    )
+    size = measure if resizes else None
+    host = Host(name, (f"{models}.{module}.{root}",), allowed, examine, size, _NOTES[name], "timm", blueprint, build)
+    return replace(host, current=current, tested=("timm 1.0.31",), refused=refused)
 
 
+_RELPOS = "vision_transformer_relpos"
+_NOTES = {
+    "timm VisionTransformer": (
+        "plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled, behind a CNN (hybrid)"
+    ),
+    "timm BEiT": "its table, or its relative bias",
+    "timm CaiT": "the blocks between patches; class attention comes behind them and gets no position",
+    "timm EVA": "the absolute table, also beside rotary position embedding",
+    "timm relative-position ViT": "on its relative bias, or a new table beside it, pe='learnable'",
+    "timm NaFlexViT": "images of one size a batch, any size; patches of mixed sizes are refused at run time",
+    "timm SAM ViT": "beside its relative bias, global and windowed attention",
+    "timm VOLO": "the transformer blocks behind its table; class attention gets no position",
+    "timm XCiT": (
+        "a table in place of its Fourier encoding, pe='learnable' or '2D_sin'; class attention gets no position"
+    ),
+    "timm Swin": "on its relative bias, or a new table beside it, pe='learnable', merged from stage to stage; one size",
+    "lape CompactTransformer": "ViT-Lite, CVT and CCT for small images, see lape.models",
+}
 _PARALLEL = "one norm feeds attention and MLP at once, and the MLP must get no position"
+_SEVERAL = "it runs several attentions side by side, each with a norm of its own"
 _PIXELS = "it has no position embedding, and attends between the pixels of one place in all patches"
-_VIT = "timm.models.vision_transformer"
-_BLOCK = f"{_VIT}.Block"
-_EVA_BLOCK = "timm.models.eva.EvaBlock"
-_RELPOS = "timm.models.vision_transformer_relpos"
-_SWIN = "timm.models.swin_transformer"
-_REFUSED = {
-    f"{_VIT}.ResPostBlock": POST_NORM,
-    f"{_VIT}.ParallelScalingBlock": _PARALLEL,
-    f"{_VIT}.DiffParallelScalingBlock": _PARALLEL,
-    f"{_VIT}.ParallelThingsBlock": "it runs several attentions side by side, each with a norm of its own",
-    # Models that hold blocks like the above in another arrangement.
-    "timm.models.crossvit.MultiScaleBlock": (
-        "two branches with a position table each exchange their class tokens, so there is no one position to hand on"
-    ),
-    "timm.models.mobilevit.MobileVitBlock": _PIXELS,
-    "timm.models.mobilevit.MobileVitV2Block": _PIXELS,
-    "timm.models.pit.PoolingVisionTransformer": (
-        "a convolution pools tokens and widens them between its stages, so that the position of a stage is not "
-        "that of the next"
-    ),
-    "timm.models.qwen3_vit.Qwen3VitEncoder": (
-        "it resamples its position table for every image in a way of its own, beside rotary position embedding"
-    ),
-}
-_SWIN_REFUSED = {
-    "timm.models.swin_transformer_v2.SwinTransformerV2Block": POST_NORM,
-    "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock": POST_NORM,
-    f"{_SWIN}.SwinTransformerBlock": (
-        "its model was taken apart by features_only=True: create it with feature_cls='getter', too"
-    ),
+_REFUSED = {  # classes of timm.models
+    "timm VisionTransformer": {
+        "vision_transformer.ResPostBlock": POST_NORM,
+        "vision_transformer.ParallelScalingBlock": _PARALLEL,
+        "vision_transformer.DiffParallelScalingBlock": _PARALLEL,
+        "vision_transformer.ParallelThingsBlock": _SEVERAL,
+        # Models that hold blocks like the above in another arrangement.
+        "crossvit.MultiScaleBlock": (
+            "two branches with a position table each exchange their class tokens, so there is no one position to hand "
+            "on"
+        ),
+        "mobilevit.MobileVitBlock": _PIXELS,
+        "mobilevit.MobileVitV2Block": _PIXELS,
+        "pit.PoolingVisionTransformer": (
+            "a convolution pools tokens and widens them between its stages, so that the position of a stage is not "
+            "that of the next"
+        ),
+        "qwen3_vit.Qwen3VitEncoder": (
+            "it resamples its position table for every image in a way of its own, beside rotary position embedding"
+        ),
+    },
+    "timm EVA": {"eva.EvaBlockPostNorm": POST_NORM},
+    "timm relative-position ViT": {f"{_RELPOS}.ResPostRelPosBlock": POST_NORM},
+    "timm Swin": {
+        "swin_transformer_v2.SwinTransformerV2Block": POST_NORM,
+        "swin_transformer_v2_cr.SwinTransformerV2CrBlock": POST_NORM,
+        "swin_transformer.SwinTransformerBlock": (
+            "its model was taken apart by features_only=True: create it with feature_cls='getter', too"
+        ),
+    },
 }
 
 
-def _vit(root: Any, blocks: list[str], layout: Layout) -> Fields:
+def _plain(root: Any) -> Fields:
     """ViT and EVA: images of any size by `dynamic_img_size`; EVA's rotation inside attention stays."""
     return {
         "patch_embed": "patch_embed" if getattr(root, "dynamic_img_size", False) else None,
+        "grid_from": grid_of_map,
+        "adds": ("_pos_embed",),
         "own_kind": getattr(root, "own_pe", "learnable"),
         "beside": ROTARY if getattr(root, "rope", None) is not None else None,
         **pooling(root),
     }
 
 
-def _beit(root: Any, blocks: list[str], layout: Layout) -> Fields:
+def _beit(root: Any) -> Fields:
     """Its relative bias, shared or each block's own, stays or is joined itself."""
-    biased = [root.get_submodule(f"{path}.attn").relative_position_bias_table is not None for path in blocks]
-    return {
-        "beside": RELATIVE if any(biased) else SHARED if root.rel_pos_bias is not None else None,
-        "own_bias": own_biases([f"{path}.attn._get_rel_pos_bias" for path in blocks], layout) if all(biased) else (),
-        **pooling(root),
-    }
+    owners = [f"{path}.attn" for path in children(root, "blocks")]
+    biased = [_at(root, f"{path}.relative_position_bias_table") is not None for path in owners]
+    own = own_biases([f"{path}._get_rel_pos_bias" for path in owners], layout_of(root)) if all(biased) else ()
+    beside = RELATIVE if any(biased) else SHARED if root.rel_pos_bias is not None else None
+    return {"beside": beside, "own_bias": own, **pooling(root)}
 
 
-def _relpos(root: Any, blocks: list[str], layout: Layout) -> Fields:
+def _relpos(root: Any) -> Fields:
     """It has no table and adds none; its bias is joined, or a new table beside it."""
-    shared = root.shared_rel_pos is not None
-    return {
-        "beside": SHARED if shared else RELATIVE,
-        "own_bias": () if shared else own_biases([f"{path}.attn.rel_pos.get_bias" for path in blocks], layout),
-        **pooling(root),
-    }
+    if root.shared_rel_pos is not None:
+        return {"slot": None, "beside": SHARED, **pooling(root)}
+    methods = [f"{path}.attn.rel_pos.get_bias" for path in children(root, "blocks")]
+    return {"slot": None, "beside": RELATIVE, "own_bias": own_biases(methods, layout_of(root)), **pooling(root)}
 
 
-def _measure_naflex(root: Any) -> tuple[Grid, tuple[int, int]]:
-    embeds = root.embeds
-    if embeds.pos_embed_type == "factorized":
+def _patches(root: Any) -> Fields:
+    """CaiT, SAM and Swin: patches only; CaiT's class token enters behind its blocks and has no position."""
+    grid, patch_size = measure(root)
+    return {"layout": Layout(grid, prefix_rows=0), "patch_size": patch_size}
+
+
+def _naflex(root: Any) -> Fields:
+    """On images (B, C, height, width): prefix tokens own no rows, the grid follows the image."""
+    kind, grid = root.embeds.pos_embed_type, root.embeds.pos_embed_grid_size
+    if kind == "factorized":
         raise UnsupportedModelError(
             "its position is the sum of a table of rows and one of columns: use pos_embed='learned'"
         )
-    if embeds.pos_embed_grid_size is None:
+    if grid is None:
         raise UnsupportedModelError(
             "the model does not know a grid: create it with pos_embed_grid_size=(rows, columns)"
         )
-    return tuple(embeds.pos_embed_grid_size), embeds.patch_size
-
-
-def _naflex(root: Any, blocks: list[str], layout: Layout) -> Fields:
-    """On images (B, C, height, width). Its table is resampled for nearly every image: the way is part of the model."""
-    learned = root.embeds.pos_embed_type == "learned"
-    usual = {"interp_mode": "bicubic", "antialias": True, "align_corners": False, "ar_preserving": False}
-    for name, value in usual.items() if learned else ():
-        own = getattr(root.embeds, f"pos_embed_{name}")
-        if own != value:
-            raise UnsupportedModelError(
-                f"its position table is resampled with {name}={own!r}, which the join would not keep: "
-                f"create the model with pos_embed_{name}={value!r}"
-            )
+    if kind == "learned":
+        _check_resampling(root.embeds)
     return {
-        "slot": "embeds.pos_embed" if learned else None,
+        "layout": Layout(tuple(grid), 0, root.num_prefix_tokens),
+        "patch_size": root.embeds.patch_size,
+        "slot": "embeds.pos_embed" if kind == "learned" else None,
+        "patch_embed": "embeds",
+        "grid_from": grid_beside,
+        "adds": ("embeds.forward",),
         "beside": ROTARY if root.rope is not None else None,
         **pooling(root),
     }
 
 
-def _sam(root: Any, blocks: list[str], layout: Layout) -> Fields:
+def _check_resampling(embeds: nn.Module) -> None:
+    """The table is resampled for nearly every image here, so the way of it is part of the model."""
+    usual = {"interp_mode": "bicubic", "antialias": True, "align_corners": False, "ar_preserving": False}
+    for name, value in usual.items():
+        own = getattr(embeds, f"pos_embed_{name}")
+        if own != value:
+            raise UnsupportedModelError(
+                f"its position table is resampled with {name}={own!r}, which the join would not keep: "
+                f"create the model with pos_embed_{name}={value!r}"
+            )
+
+
+def _sam(root: Any) -> Fields:
     """`norm1` stands before the windows are cut, so a position joins the whole map."""
-    relative = root.get_submodule(f"{blocks[0]}.attn").use_rel_pos
-    return {
-        "slot": "pos_embed" if root.pos_embed is not None else None,
-        "beside": ROTARY if root.rope_global is not None else RELATIVE if relative else None,
-    }
+    relative = RELATIVE if _at(root, "blocks.0.attn.use_rel_pos") else None
+    slot = "pos_embed" if root.pos_embed is not None else None
+    beside = ROTARY if root.rope_global is not None else relative
+    return {**_patches(root), "slot": slot, "beside": beside, "add_bias": None, "maps": True}
 
 
-def _measure_volo(root: Any) -> tuple[Grid, tuple[int, int]]:
+def _volo(root: Any) -> Fields:
+    """The blocks behind its table, which it adds before network[2]: outlookers and a downsampling come first."""
     stem, down = root.patch_embed, root.network[1]
     if class_name(type(down)) != "timm.models.volo.Downsample":
         raise UnsupportedModelError(f"network.1 is a {class_name(type(down))}: its downsampling is expected there")
     stride = math.prod(layer.stride[0] for layer in (stem.conv[0], stem.proj, down.proj))
-    return tuple(root.pos_embed.shape[1:3]), (stride, stride)
+    blocks = [path for stage in children(root, "network")[2:] for path in children(root, stage)]
+    layout = Layout(tuple(root.pos_embed.shape[1:3]), prefix_rows=0)
+    return {"blocks": blocks, "layout": layout, "patch_size": (stride, stride), "add_bias": None, "maps": True}
 
 
-def _blocks_of_volo(root: nn.Module) -> list[str]:
-    """Those behind its table, which it adds before network[2]: outlookers and a downsampling come before it."""
-    return [path for stage in children(root, "network")[2:] for path in children(root, stage)]
-
-
-def _measure_xcit(root: Any) -> tuple[Grid, tuple[int, int]]:
-    rows, columns = root.patch_embed.img_size
-    side = root.patch_embed.patch_size
-    return (rows // side, columns // side), (side, side)
-
-
-def _xcit(root: Any, blocks: list[str], layout: Layout) -> Fields:
+def _xcit(root: Any) -> Fields:
     """Its position comes from a module, in whose place a table can be joined; attention is over channels."""
-    return {"encoder": "pos_embed" if root.pos_embed is not None else None}
+    side, (height, width) = root.patch_embed.patch_size, root.patch_embed.img_size
+    place = {"layout": Layout((height // side, width // side), prefix_rows=0), "patch_size": (side, side)}
+    encoder = "pos_embed" if root.pos_embed is not None else None
+    return {**place, "slot": None, "encoder": encoder, "patch_embed": "patch_embed", "grid_from": grid_beside}
 
 
-def _blocks_of_swin(root: nn.Module) -> list[str]:
-    return [path for stage in children(root, "layers") for path in children(root, f"{stage}.blocks")]
-
-
-def _swin(root: Any, blocks: list[str], layout: Layout) -> Fields:
+def _swin(root: Any) -> Fields:
     """`norm1` stands before the windows are cut and shifted, so a position joins the whole map of a stage.
 
     Its relative bias stays, or is joined itself; a table is new, over the grid of the first stage.
     """
-    stages = []
+    stages, blocks = [], []
     for number, path in enumerate(children(root, "layers")):
         merging = class_name(type(root.get_submodule(f"{path}.downsample")))
-        if number and merging != f"{_SWIN}.PatchMerging":
+        if number and merging != "timm.models.swin_transformer.PatchMerging":
             raise UnsupportedModelError(f"{path}.downsample is a {merging}, not a PatchMerging")
         inside = children(root, f"{path}.blocks")
         first = root.get_submodule(inside[0])
         grid, width = tuple(first.input_resolution), first.norm1.normalized_shape[0]
         stages.append(Stage(len(inside), grid, width, f"{path}.downsample" if number else None))
+        blocks += inside
     windows = [(f"{path}.attn._get_rel_pos_bias", root.get_submodule(f"{path}.attn").window_area) for path in blocks]
-    return {"stages": tuple(stages), "own_bias": tuple(OwnBias(method, area) for method, area in windows)}
+    own = tuple(OwnBias(method, area) for method, area in windows)
+    new = {"slot": None, "input": "patch_embed", "beside": RELATIVE, "own_bias": own, "maps": True}
+    return {**_patches(root), **new, "blocks": blocks, "stages": tuple(stages)}
 
 
-def _compact(root: Any, blocks: list[str], layout: Layout) -> Fields:
+def _compact(root: Any) -> Fields:
     """A new learnable table starts as the models' own does; CVT and CCT pool a sequence, behind `norm`."""
     return {"table_std": root.table_std, "pooled": root.num_prefix_tokens == 0, "last_norm": "norm"}
 
 
-VISION_TRANSFORMER = _host(
-    "timm VisionTransformer",
-    f"{_VIT}.VisionTransformer",
-    (_BLOCK,),
-    "plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled, behind a CNN (hybrid)",
-    _vit,
-    refused=_REFUSED,
-    grid_from=grid_of_map,
-    adds=("_pos_embed",),
-)
-
 HOSTS = (
-    VISION_TRANSFORMER,
-    _host("timm BEiT", "timm.models.beit.Beit", ("timm.models.beit.Block",), "its table, or its relative bias", _beit),
-    _host(
-        "timm CaiT",
-        "timm.models.cait.Cait",
-        ("timm.models.cait.LayerScaleBlock",),
-        "the blocks between patches; class attention comes behind them and gets no position",
-        layout=patches_only,
-    ),
-    _host(
-        "timm EVA",
-        "timm.models.eva.Eva",
-        (_EVA_BLOCK,),
-        "the absolute table, also beside rotary position embedding",
-        _vit,
-        refused={"timm.models.eva.EvaBlockPostNorm": POST_NORM},
-        grid_from=grid_of_map,
-        adds=("_pos_embed",),
-    ),
-    _host(
-        "timm relative-position ViT",
-        f"{_RELPOS}.VisionTransformerRelPos",
-        (f"{_RELPOS}.RelPosBlock",),
-        "on its relative bias, or a new table beside it, pe='learnable'",
-        _relpos,
-        refused={f"{_RELPOS}.ResPostRelPosBlock": POST_NORM},
-        slot=None,
-    ),
-    _host(
-        "timm NaFlexViT",
-        "timm.models.naflexvit.NaFlexVit",
-        (_BLOCK, _EVA_BLOCK),
-        "images of one size a batch, any size; patches of mixed sizes are refused at run time",
-        _naflex,
-        layout=bare_prefix,
-        measure=_measure_naflex,
-        patch_embed="embeds",
-        grid_from=grid_beside,
-        adds=("embeds.forward",),
-    ),
-    _host(
-        "timm SAM ViT",
-        "timm.models.vision_transformer_sam.VisionTransformerSAM",
-        ("timm.models.vision_transformer_sam.Block",),
-        "beside its relative bias, global and windowed attention",
-        _sam,
-        layout=patches_only,
-        add_bias=None,
-        maps=True,
-    ),
-    _host(
-        "timm VOLO",
-        "timm.models.volo.VOLO",
-        ("timm.models.volo.Transformer",),
-        "the transformer blocks behind its table; class attention gets no position",
-        blocks=_blocks_of_volo,
-        layout=patches_only,
-        measure=_measure_volo,
-        add_bias=None,
-        maps=True,
-    ),
-    _host(
-        "timm XCiT",
-        "timm.models.xcit.Xcit",
-        ("timm.models.xcit.XCABlock",),
-        "a table in place of its Fourier encoding, pe='learnable' or '2D_sin'; class attention gets no position",
-        _xcit,
-        layout=patches_only,
-        measure=_measure_xcit,
-        slot=None,
-        patch_embed="patch_embed",
-        grid_from=grid_beside,
-    ),
-    _host(
-        "timm Swin",
-        f"{_SWIN}.SwinTransformer",
-        (f"{_SWIN}.SwinTransformerBlock",),
-        "on its relative bias, or a new table beside it, pe='learnable', merged from stage to stage; one size",
-        _swin,
-        blocks=_blocks_of_swin,
-        layout=patches_only,
-        refused=_SWIN_REFUSED,
-        slot=None,
-        input="patch_embed",
-        beside=RELATIVE,
-        maps=True,
-    ),
-    _host(
-        "lape CompactTransformer",
-        "lape.models.compact.CompactTransformer",
-        ("lape.models.compact.CompactBlock",),
-        "ViT-Lite, CVT and CCT for small images, see lape.models",
-        _compact,
-    ),
+    _host("timm VisionTransformer", "vision_transformer", "VisionTransformer", "Block", _plain, resizes=True),
+    _host("timm BEiT", "beit", "Beit", "Block", _beit, resizes=True),
+    _host("timm CaiT", "cait", "Cait", "LayerScaleBlock", _patches),
+    _host("timm EVA", "eva", "Eva", "EvaBlock", _plain, resizes=True),
+    _host("timm relative-position ViT", _RELPOS, "VisionTransformerRelPos", "RelPosBlock", _relpos, resizes=True),
+    _host("timm NaFlexViT", "naflexvit", "NaFlexVit", "vision_transformer.Block eva.EvaBlock", _naflex),
+    _host("timm SAM ViT", "vision_transformer_sam", "VisionTransformerSAM", "Block", _sam),
+    _host("timm VOLO", "volo", "VOLO", "Transformer", _volo),
+    _host("timm XCiT", "xcit", "Xcit", "XCABlock", _xcit),
+    _host("timm Swin", "swin_transformer", "SwinTransformer", "SwinTransformerBlock", _swin),
+    _host("lape CompactTransformer", "compact", "CompactTransformer", "CompactBlock", _compact, resizes=True),
 )

@@ -11,15 +11,13 @@ from lape.core.bias import masked
 from lape.core.position import Layout
 from lape.errors import LapeError
 from lape.host.base import Blueprint, Host, class_name
-from lape.host.parts import POST_NORM, anatomy, check_blocks, children
+from lape.host.parts import POST_NORM, Call, anatomy, check_blocks, children
 
 _VIT = "torchvision.models.vision_transformer"
 _BLOCKS = (f"{_VIT}.EncoderBlock",)
 
 
-def add_to_multihead_mask(
-    bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def add_to_multihead_mask(bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """For nn.MultiheadAttention(query, key, value, attn_mask=...), whose additive mask is (B H, N, N)."""
     mask = masked(bias_1HNN, kwargs.get("attn_mask"))
     mask_bNN = mask.expand(args[0].shape[0], -1, -1, -1).flatten(0, 1)
@@ -35,8 +33,8 @@ def examine(root: nn.Module) -> Anatomy:
     return anatomy(
         root,
         blocks,
-        "encoder.pos_embedding",
         Layout((side, side), prefix_rows=1),
+        slot="encoder.pos_embedding",
         norm="ln_1",
         attention="self_attention",
         patch_size=(vit.patch_size, vit.patch_size),
