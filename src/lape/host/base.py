@@ -92,9 +92,8 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
     if len(roots) == 1:
         return roots[0]
     if roots:
-        raise UnsupportedModelError(
-            f"{name} holds {len(roots)} convertible models: pass the one you mean, not the whole"
-        )
+        advice = "pass the one you mean, not the whole"
+        raise UnsupportedModelError(f"{name} holds {len(roots)} convertible models: {advice}")
     reasons = {block: reason for host in _HOSTS.values() for block, reason in host.refused.items()}
     for path, module in model.named_modules():
         if (block := class_name(type(module))) in reasons:

@@ -242,19 +242,13 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _host(
-    name: str,
-    families: tuple[Family, ...],
-    note: str,
-    refused: dict[str, str],
-    tested: tuple[str, ...] = ("transformers 5.23.0",),
-    root_child: str | None = "embeddings",
-) -> Host:
-    """Refused embeddings are roots as well: `examine` says why."""
+def _host(name: str, families: tuple[Family, ...], note: str, refused: dict[str, str], *earlier: str) -> Host:
+    """One row of the table. Refused embeddings are roots as well: `examine` says why."""
     roots = [family.owner for family in families] + [name for name in refused if name.endswith("Embeddings")]
     layers = tuple(family.layer for family in families)
+    child = "embeddings" if roots[0].endswith("Embeddings") else None
     host = Host(name, tuple(roots), layers, examine, measure, note, "transformers", blueprint, build)
-    return replace(host, root_child=root_child, tested=tested, refused=refused)
+    return replace(host, root_child=child, tested=(*earlier, "transformers 5.23.0"), refused=refused)
 
 
 HOSTS = (
@@ -265,7 +259,7 @@ HOSTS = (
         "vision encoders of CLIP, MetaCLIP 2, AltCLIP, ChineseCLIP, CLIPSeg, OWL-ViT, OWLv2, BLIP, BLIP-2, SigLIP; "
         "what holds one",
         _REFUSED,
-        ("transformers 4.49.0 (without relative bias)", "transformers 5.23.0"),
+        "transformers 4.49.0 (without relative bias)",
     ),
     _host(
         "Hugging Face Swin",
@@ -278,6 +272,5 @@ HOSTS = (
         _SAMS,
         "SAM and SAM-HQ: the table of the image encoder, beside its relative bias; one size",
         {},
-        root_child=None,
     ),
 )

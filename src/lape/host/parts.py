@@ -52,20 +52,6 @@ def table_in(root: nn.Module, slot: str) -> Tensor | None:
     return table
 
 
-_TOKEN_NORMS = ("RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm")
-
-
-def check_norm(path: str, norm: nn.Module) -> None:
-    """Raises UnsupportedModelError unless a norm normalises each token over its width: LayerNorm, RMSNorm and alike.
-
-    The token norm stays the host's own. LN' is a LayerNorm beside any of them, as in Eq. 11, with the host's eps.
-    """
-    if not isinstance(norm, nn.LayerNorm) and type(norm).__name__ not in _TOKEN_NORMS:
-        raise UnsupportedModelError(
-            f"{path} is a {class_name(type(norm))}: the norm before attention must be a LayerNorm or an RMSNorm"
-        )
-
-
 def check_blocks(
     library: str, root: nn.Module, paths: list[str], allowed: tuple[str, ...], reasons: dict[str, str] | None = None
 ) -> None:

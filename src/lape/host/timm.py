@@ -22,11 +22,13 @@ from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host import parts
 from lape.host.base import Blueprint, Host, class_name, find_host
-from lape.host.parts import POST_NORM, RELATIVE, SHARED, Call, check_blocks, check_norm, children
+from lape.host.parts import POST_NORM, RELATIVE, SHARED, Call, check_blocks, children
 from lape.names import nearest
 
 NEW_OUTPUT.add("timm.layers.norm")
 
+# Norms over each token's width, which stay: LN' is a LayerNorm beside any of them, as in Eq. 11, with the host's eps.
+_TOKEN_NORMS = ("RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm")
 ROTARY = "rotary position embedding in attention"
 _NO_MASK = ("timm.layers.diff_attention.DiffAttention",)  # its two paths disagree on the heads of a mask
 
@@ -37,8 +39,11 @@ def anatomy(root: nn.Module, blocks: list[str], layout: Layout, **more: Any) -> 
     `more` are further fields of `Anatomy`, and `slot`, the path of the table, which the model may lack; None: its
     forward adds none.
     """
-    for path in blocks:
-        check_norm(f"{path}.norm1", root.get_submodule(f"{path}.norm1"))
+    for path in (f"{block}.norm1" for block in blocks):
+        norm = root.get_submodule(path)
+        if not isinstance(norm, nn.LayerNorm) and type(norm).__name__ not in _TOKEN_NORMS:
+            reason = "the norm before attention must be a LayerNorm or an RMSNorm"
+            raise UnsupportedModelError(f"{path} is a {class_name(type(norm))}: {reason}")
     if getattr(getattr(root, "patch_drop", None), "prob", 0.0) > 0:
         raise UnsupportedModelError(
             "patch_drop_rate > 0 removes tokens at random, so a token's position is no longer known in the blocks: "
@@ -296,14 +301,10 @@ def _patches(root: Any) -> Fields:
 def _naflex(root: Any) -> Fields:
     """On images (B, C, height, width): prefix tokens own no rows, the grid follows the image."""
     kind, grid = root.embeds.pos_embed_type, root.embeds.pos_embed_grid_size
-    if kind == "factorized":
-        raise UnsupportedModelError(
-            "its position is the sum of a table of rows and one of columns: use pos_embed='learned'"
-        )
-    if grid is None:
-        raise UnsupportedModelError(
-            "the model does not know a grid: create it with pos_embed_grid_size=(rows, columns)"
-        )
+    if kind == "factorized" or grid is None:
+        factorized = "its position is the sum of a table of rows and one of columns: use pos_embed='learned'"
+        no_grid = "the model does not know a grid: create it with pos_embed_grid_size=(rows, columns)"
+        raise UnsupportedModelError(factorized if kind == "factorized" else no_grid)
     if kind == "learned":
         _check_resampling(root.embeds)
     return {
@@ -322,8 +323,7 @@ def _check_resampling(embeds: nn.Module) -> None:
     """The table is resampled for nearly every image here, so the way of it is part of the model."""
     usual = {"interp_mode": "bicubic", "antialias": True, "align_corners": False, "ar_preserving": False}
     for name, value in usual.items():
-        own = getattr(embeds, f"pos_embed_{name}")
-        if own != value:
+        if (own := getattr(embeds, f"pos_embed_{name}")) != value:
             raise UnsupportedModelError(
                 f"its position table is resampled with {name}={own!r}, which the join would not keep: "
                 f"create the model with pos_embed_{name}={value!r}"

@@ -29,20 +29,12 @@ def examine(root: nn.Module) -> Anatomy:
     vit: Any = root
     blocks = children(root, "encoder.layers")
     check_blocks("torchvision", root, blocks, _BLOCKS)
-    side = vit.image_size // vit.patch_size
-    return anatomy(
-        root,
-        blocks,
-        Layout((side, side), prefix_rows=1),
-        slot="encoder.pos_embedding",
-        norm="ln_1",
-        attention="self_attention",
-        patch_size=(vit.patch_size, vit.patch_size),
-        width=vit.hidden_dim,
-        num_heads=vit.encoder.layers[0].num_heads,
-        add_bias=add_to_multihead_mask,
-        adds=("encoder.forward",),
-    )
+    patch, side = vit.patch_size, vit.image_size // vit.patch_size
+    paths: dict[str, Any] = {"slot": "encoder.pos_embedding", "norm": "ln_1", "attention": "self_attention"}
+    sizes = {"patch_size": (patch, patch), "width": vit.hidden_dim, "num_heads": vit.encoder.layers[0].num_heads}
+    layout = Layout((side, side), prefix_rows=1)
+    adds = ("encoder.forward",)
+    return anatomy(root, blocks, layout, add_bias=add_to_multihead_mask, adds=adds, **paths, **sizes)
 
 
 _ARGUMENTS = (
