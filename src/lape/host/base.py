@@ -16,9 +16,7 @@ from lape.core.anatomy import Anatomy
 from lape.core.position import Grid
 from lape.errors import LapeError, UnsupportedModelError
 
-RELATIVE = "relative position bias in attention"
-SHARED = "relative position bias in attention (one for all blocks)"
-
+ANOTHER = "another one is added by lape.register_host(lape.Host(...))"
 
 Blueprint = tuple[str, dict[str, Any]]
 """A name of the library and plain (JSON) arguments."""
@@ -58,9 +56,8 @@ def register_host(host: Host) -> Host:
     """Adds a host to the table, for models of your own. Raises LapeError when the name or a root class is taken."""
     for other in _HOSTS.values():
         if other.name == host.name or set(other.root_classes) & set(host.root_classes):
-            raise LapeError(
-                f"host {host.name!r} is registered already, as {other.name!r}: choose another name and classes"
-            )
+            twice = f"host {host.name!r} is registered already, as {other.name!r}"
+            raise LapeError(f"{twice}: choose another name and classes")
     _HOSTS[host.name] = host
     return host
 
@@ -72,11 +69,11 @@ def host_named(name: str) -> Host:
 
 def host_of_library(library: str) -> Host:
     """The host that builds models of this library. Raises LapeError when there is none."""
-    for host in _HOSTS.values():
-        if host.package == library and host.build is not None:
-            return host
-    known = ", ".join(sorted({host.package for host in _HOSTS.values() if host.build is not None}))
-    raise LapeError(f"no host builds models of the library {library!r}: known are {known}; see lape.register_host")
+    builders = {host.package: host for host in reversed(_HOSTS.values()) if host.build is not None}
+    if library not in builders:
+        names = ", ".join(sorted(builders))
+        raise LapeError(f"no host builds models of the library {library!r}: known are {names}; see lape.register_host")
+    return builders[library]
 
 
 def hosts() -> tuple[Host, ...]:
@@ -90,21 +87,21 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
     Raises UnsupportedModelError when there is none or more than one.
     """
     check_module(model)
-    found = [(host, module) for module in model.modules() for host in _HOSTS.values() if _is_root(module, host)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UnsupportedModelError(
-            f"{class_name(type(model))} holds {len(found)} convertible models: pass the one you mean, not the whole"
-        )
-    refused = {name: reason for host in _HOSTS.values() for name, reason in host.refused.items()}
+    name = class_name(type(model))
+    roots = [(host, module) for module in model.modules() for host in _HOSTS.values() if _is_root(module, host)]
+    if len(roots) == 1:
+        return roots[0]
+    if roots:
+        advice = "pass the one you mean, not the whole"
+        raise UnsupportedModelError(f"{name} holds {len(roots)} convertible models: {advice}")
+    reasons = {block: reason for host in _HOSTS.values() for block, reason in host.refused.items()}
     for path, module in model.named_modules():
-        if (name := class_name(type(module))) in refused:
-            where = f"{path} is a {name}: " if path else ""
-            raise UnsupportedModelError(f"{class_name(type(model))} is not a supported model: {where}{refused[name]}")
+        if (block := class_name(type(module))) in reasons:
+            where = f"{path} is a {block}: " if path else ""
+            raise UnsupportedModelError(f"{name} is not a supported model: {where}{reasons[block]}")
     raise UnsupportedModelError(
-        f"{class_name(type(model))} is not a supported model; supported are {', '.join(_HOSTS)} (`lape hosts` lists "
-        "their classes); another one is added by lape.register_host(lape.Host(...))"
+        f"{name} is not a supported model; supported are {', '.join(_HOSTS)} (`lape hosts` lists their classes); "
+        f"{ANOTHER}"
     )
 
 
@@ -116,35 +113,5 @@ def check_module(model: object) -> None:
 
 
 def _is_root(module: nn.Module, host: Host) -> bool:
-    told_by = module if host.root_child is None else module._modules.get(host.root_child)
-    return told_by is not None and not {class_name(cls) for cls in type(told_by).__mro__}.isdisjoint(host.root_classes)
-
-
-_TOKEN_NORMS = ("RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm")
-
-
-def check_norm(path: str, norm: nn.Module) -> None:
-    """Raises UnsupportedModelError unless a norm normalises each token over its width: LayerNorm, RMSNorm and alike.
-
-    The token norm stays the host's own. LN' is a LayerNorm beside any of them, as in Eq. 11, with the host's eps.
-    """
-    if not isinstance(norm, nn.LayerNorm) and type(norm).__name__ not in _TOKEN_NORMS:
-        raise UnsupportedModelError(
-            f"{path} is a {class_name(type(norm))}: the norm before attention must be a LayerNorm or an RMSNorm"
-        )
-
-
-def check_blocks(
-    host_name: str, root: nn.Module, paths: list[str], allowed: tuple[str, ...], why: dict[str, str]
-) -> None:
-    """Raises UnsupportedModelError, naming class and reason, unless every block is of an allowed class."""
-    if not paths:
-        raise UnsupportedModelError(f"{class_name(type(root))} has no blocks: nothing to convert")
-    for path in paths:
-        name = class_name(type(root.get_submodule(path)))
-        if name not in allowed:
-            reason = why.get(name, "the place of its attention norm is not known")
-            raise UnsupportedModelError(
-                f"{path} is a {name}: {reason}; {host_name} blocks that can be converted: {', '.join(allowed)}; "
-                "another one is added by lape.register_host(lape.Host(...))"
-            )
+    named = module if host.root_child is None else module._modules.get(host.root_child)
+    return named is not None and any(class_name(cls) in host.root_classes for cls in type(named).__mro__)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,179 +19,179 @@ from lape.core.bias import OwnBias, masked
 from lape.core.position import Grid, Layout
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
-from lape.host.base import RELATIVE, SHARED, Host, check_blocks, class_name
+from lape.host.base import Blueprint, Host, class_name
+from lape.host.parts import POST_NORM, RELATIVE, SHARED, Call, anatomy, check_blocks, children, instances, table_in
+
+
+def _class(folder: str, name: str, file: str = "") -> str:
+    """The full name of a class of the library, whose file is mostly named as its folder."""
+    return f"transformers.models.{folder}.modeling_{file or folder}.{name}"
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of the library, as data."""
+    """One architecture of the library, as data; `read(root, blocks, layout)` gives fields of `Anatomy` beside it."""
 
-    embeddings: str  # "module.Class"
-    layer: str  # "module.Class"
+    owner: str  # "module.Class" of the encoder's embeddings, or of an encoder without
+    layer: str  # "module.Class" of the blocks, wherever they are, unless
+    layers: str | None = None  # their list is in one place
     norm: str = "layernorm_before"
     attention: str = "attention"
     table: str = "embeddings.position_embeddings"
-    patch_embed: str = "embeddings.patch_embeddings"
+    patch_embed: str | None = "embeddings.patch_embeddings"
     prefix_rows: int | str = 1  # or the name of the config's entry
     registers: bool = False  # whether config.num_register_tokens tokens stand between class token and patches
     shuffle: str | None = None  # a method that shuffles and drops patches
     frozen_kind: str = "learnable"  # what the family's own table is while it is frozen
+    read: Callable[[Any, list[str], Layout], dict[str, Any]] = lambda root, blocks, layout: {}
 
 
-def _family(folder: str, name: str, **kwargs: Any) -> Family:
-    module = f"transformers.models.{folder}.modeling_{folder}"
-    return Family(f"{module}.{name}Embeddings", f"{module}.{name}Layer", **kwargs)
+def _family(folder: str, name: str, file: str = "", **more: Any) -> Family:
+    return Family(_class(folder, f"{name}Embeddings", file), _class(folder, f"{name}Layer", file), **more)
 
 
-def _clip_like(
-    folder: str, name: str, prefix_rows: int = 1, layer: str = "EncoderLayer", table: str = "position_embedding.weight"
-) -> Family:
-    module = f"transformers.models.{folder}.modeling_{folder}"
-    return Family(
-        f"{module}.{name}VisionEmbeddings",
-        f"{module}.{name}{layer}",
-        norm="layer_norm1",
-        attention="self_attn",
-        table=f"embeddings.{table}",
-        patch_embed="embeddings.patch_embedding",
-        prefix_rows=prefix_rows,
-    )
+def _clip_like(folder: str, name: str, layer: str = "EncoderLayer", weight: str = ".weight", rows: int = 1) -> Family:
+    table, patches = f"embeddings.position_embedding{weight}", "embeddings.patch_embedding"
+    classes = _class(folder, f"{name}VisionEmbeddings"), _class(folder, f"{name}{layer}")
+    return Family(*classes, None, "layer_norm1", "self_attn", table, patches, rows)
 
 
-def _data2vec_vision() -> Family:
-    module = "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVision"
-    return Family(f"{module}Embeddings", f"{module}Layer")
+def _sam(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    """On maps: `layer_norm1` stands before the windows are cut, so a position joins the whole map."""
+    slot = "pos_embed" if root.pos_embed is not None else None
+    beside = RELATIVE if root.config.use_rel_pos else None
+    return {"slot": slot, "add_bias": None, "adds": (), "beside": beside, "maps": True}
 
 
-FAMILIES = {
-    family.embeddings: family
-    for family in (
-        _family("vit", "ViT"),
-        _family("deit", "DeiT", prefix_rows=2),
-        _family("vit_msn", "ViTMSN"),
-        _family("vit_mae", "ViTMAE", shuffle="embeddings.random_masking", frozen_kind="2D_sin"),
-        _family("ijepa", "IJepa", prefix_rows=0),
-        _family("beit", "Beit"),
-        _data2vec_vision(),
-        _family("dinov2", "Dinov2", norm="norm1"),
-        _family("dinov2_with_registers", "Dinov2WithRegisters", norm="norm1", registers=True),
-        _family("dpt", "DPTViT"),
-        _family("tipsv2", "Tipsv2Vision", norm="norm1", registers=True),
-        _family("pixio", "Pixio", prefix_rows="n_cls_tokens"),
-        _clip_like("clip", "CLIP"),
-        _clip_like("metaclip_2", "MetaClip2"),
-        _clip_like("altclip", "AltCLIP"),
-        _clip_like("chinese_clip", "ChineseCLIP", layer="VisionLayer"),
-        _clip_like("clipseg", "CLIPSeg"),
-        _clip_like("owlvit", "OwlViT"),
-        _clip_like("owlv2", "Owlv2"),
-        _clip_like("blip", "Blip", table="position_embedding"),
-        _clip_like("blip_2", "Blip2", table="position_embedding"),
-        _clip_like("siglip", "Siglip", prefix_rows=0),
-    )
-}
+def _swin(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    """On tokens whose grid halves from stage to stage; a table, where there is one, is over that of the first."""
+    prefix = class_name(type(root.embeddings)).removesuffix("Embeddings")
+    stages: list[Stage] = []
+    grid, merging = layout.grid, None
+    for path in instances(root, f"{prefix}Stage"):
+        inside = children(root, f"{path}.blocks")
+        width = root.get_submodule(f"{inside[0]}.layernorm_before").normalized_shape[0]
+        stages.append(Stage(len(inside), grid, width, merging, merges_map=False))
+        merging, grid = f"{path}.downsample", ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+    # Earlier versions and the copies compute the bias inline.
+    modules, paths = dict(root.named_modules()), [f"{path}.attention.relative_position_bias" for path in blocks]
+    own = all(hasattr(modules.get(path), "window_area") for path in paths)
+    return {
+        "width": root.config.embed_dim,
+        "num_heads": root.config.num_heads[0],
+        "add_bias": None,
+        "beside": RELATIVE,
+        "own_bias": tuple(OwnBias(f"{path}.forward", modules[path].window_area) for path in paths) if own else (),
+        "stages": tuple(stages),
+        "reason": f"the class adds it to {layout.num_patches} patches, which fails",
+    }
+
+
+_ENCODERS = (
+    _family("vit", "ViT"),
+    _family("deit", "DeiT", prefix_rows=2),
+    _family("vit_msn", "ViTMSN"),
+    _family("vit_mae", "ViTMAE", shuffle="embeddings.random_masking", frozen_kind="2D_sin"),
+    _family("ijepa", "IJepa", prefix_rows=0),
+    _family("beit", "Beit"),
+    _family("data2vec", "Data2VecVision", "data2vec_vision"),
+    _family("dinov2", "Dinov2", norm="norm1"),
+    _family("dinov2_with_registers", "Dinov2WithRegisters", norm="norm1", registers=True),
+    _family("dpt", "DPTViT"),
+    _family("tipsv2", "Tipsv2Vision", norm="norm1", registers=True),
+    _family("pixio", "Pixio", prefix_rows="n_cls_tokens"),
+    _clip_like("clip", "CLIP"),
+    _clip_like("metaclip_2", "MetaClip2"),
+    _clip_like("altclip", "AltCLIP"),
+    _clip_like("chinese_clip", "ChineseCLIP", layer="VisionLayer"),
+    _clip_like("clipseg", "CLIPSeg"),
+    _clip_like("owlvit", "OwlViT"),
+    _clip_like("owlv2", "Owlv2"),
+    _clip_like("blip", "Blip", weight=""),
+    _clip_like("blip_2", "Blip2", weight=""),
+    _clip_like("siglip", "Siglip", rows=0),
+)
+_SWIN: dict[str, Any] = {"patch_embed": None, "prefix_rows": 0, "read": _swin}
+_SWINS = (  # with its copies
+    _family("swin", "Swin", **_SWIN),
+    _family("donut", "DonutSwin", "donut_swin", **_SWIN),
+    _family("maskformer", "MaskFormerSwin", "maskformer_swin", **_SWIN),
+)
+_SAM = ("layers", "layer_norm1", "attn", "pos_embed", None, 0)
+_SAMS = (
+    Family(_class("sam", "SamVisionEncoder"), _class("sam", "SamVisionLayer"), *_SAM, read=_sam),
+    Family(_class("sam_hq", "SamHQVisionEncoder"), _class("sam_hq", "SamHQVisionLayer"), *_SAM, read=_sam),
+)
+FAMILIES = {family.owner: family for family in (*_ENCODERS, *_SWINS, *_SAMS)}
 
 _ROTARY = "it has rotary position embedding inside attention and no table to join"
 _WINDOWS = "it cuts an image into windows, which stand side by side in the batch before its layers"
 _VIDEO = "its tokens are those of a video: a grid has rows and columns only"
-_REFUSED_EMBEDDINGS = {
-    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings": (
+_REFUSED = {
+    _class("siglip2", "Siglip2VisionEmbeddings"): (
         "it packs images of different grids into one batch, so that the position differs from image to image"
     ),
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTEmbeddings": _ROTARY,
-    "transformers.models.yolos.modeling_yolos.YolosEmbeddings": (
+    _class("dinov3_vit", "DINOv3ViTEmbeddings"): _ROTARY,
+    _class("yolos", "YolosEmbeddings"): (
         "its position table covers detection tokens behind the patches, and it resamples for every image size"
     ),
-    "transformers.models.vitdet.modeling_vitdet.VitDetEmbeddings": (
+    _class("vitdet", "VitDetEmbeddings"): (
         "its blocks take maps with channels first, and its table has the row of a class token that it does not have"
     ),
-    "transformers.models.vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneEmbeddings": (
-        "it adds the class row of its table to every patch"
-    ),
-    "transformers.models.rf_detr.modeling_rf_detr.RfDetrDinov2Embeddings": _WINDOWS,
-    "transformers.models.lw_detr.modeling_lw_detr.LwDetrViTEmbeddings": _WINDOWS,
-    "transformers.models.mlcd.modeling_mlcd.MLCDVisionEmbeddings": _ROTARY,
-    "transformers.models.sapiens2.modeling_sapiens2.Sapiens2Embeddings": _ROTARY,
-    "transformers.models.aimv2.modeling_aimv2.Aimv2VisionEmbeddings": (
-        "its RMSNorm is the library's own; timm's AIMv2 can be converted"
-    ),
-    "transformers.models.videomae.modeling_videomae.VideoMAEEmbeddings": _VIDEO,
-    "transformers.models.vivit.modeling_vivit.VivitEmbeddings": _VIDEO,
-    "transformers.models.timesformer.modeling_timesformer.TimesformerEmbeddings": _VIDEO,
+    _class("vitpose_backbone", "VitPoseBackboneEmbeddings"): "it adds the class row of its table to every patch",
+    _class("rf_detr", "RfDetrDinov2Embeddings"): _WINDOWS,
+    _class("lw_detr", "LwDetrViTEmbeddings"): _WINDOWS,
+    _class("mlcd", "MLCDVisionEmbeddings"): _ROTARY,
+    _class("sapiens2", "Sapiens2Embeddings"): _ROTARY,
+    _class("aimv2", "Aimv2VisionEmbeddings"): "its RMSNorm is the library's own; timm's AIMv2 can be converted",
+    _class("videomae", "VideoMAEEmbeddings"): _VIDEO,
+    _class("vivit", "VivitEmbeddings"): _VIDEO,
+    _class("timesformer", "TimesformerEmbeddings"): _VIDEO,
 }
-
-
-def add_to_attention_mask(
-    bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """For attention(hidden_states, attention_mask=..., ...), an additive mask."""
-    args = list(args)  # type: ignore[assignment]
-    if len(args) > 1:
-        x, mask, *rest = args
-        return (x, masked(bias_1HNN, mask), *rest), kwargs
-    return tuple(args), {**kwargs, "attention_mask": masked(bias_1HNN, kwargs.get("attention_mask"))}
 
 
 def examine(root: nn.Module) -> Anatomy:
     """Where an encoder of the library keeps its layers, its table and its grid. Raises UnsupportedModelError."""
-    name = class_name(type(root.get_submodule("embeddings")))
-    if name in _REFUSED_EMBEDDINGS:
-        raise UnsupportedModelError(f"{class_name(type(root))} cannot be converted: {_REFUSED_EMBEDDINGS[name]}")
+    name = class_name(type(root._modules.get("embeddings", root)))
+    if name in _REFUSED:
+        raise UnsupportedModelError(f"{class_name(type(root))} cannot be converted: {_REFUSED[name]}")
     family = FAMILIES[name]
-    paths = [path for path, module in root.named_modules() if class_name(type(module)) == family.layer]
-    check_blocks("Hugging Face", root, paths, (family.layer,), {})
+    blocks = children(root, family.layers) if family.layers else instances(root, family.layer)
+    check_blocks("Hugging Face", root, blocks, (family.layer,))
+    first = root.get_submodule(blocks[0])
+    norm, attention = getattr(first, family.norm), getattr(first, family.attention)
+    if not isinstance(norm, nn.LayerNorm):
+        raise UnsupportedModelError(f"{blocks[0]}.{family.norm} is a {class_name(type(norm))}, not a LayerNorm")
     config: Any = root.config
     grid, patch_size = measure(root)
     rows = family.prefix_rows if isinstance(family.prefix_rows, int) else getattr(config, family.prefix_rows)
     layout = Layout(grid, rows, config.num_register_tokens if family.registers else 0)
-    owner, _, slot = family.table.rpartition(".")
-    table = getattr(root.get_submodule(owner), slot, None)
-    if table is not None and table.shape[-2] != layout.num_rows:
-        raise UnsupportedModelError(
-            f"{family.table} has shape {tuple(table.shape)}, expected {layout.num_rows} rows: "
-            f"grid {grid[0]} x {grid[1]} and {layout.prefix_rows} prefix rows"
-        )
-    first = root.get_submodule(paths[0])
-    norm, attention = getattr(first, family.norm), getattr(first, family.attention)
-    if not isinstance(norm, nn.LayerNorm):
-        raise UnsupportedModelError(f"{paths[0]}.{family.norm} is a {class_name(type(norm))}, not a LayerNorm")
-    return Anatomy(
-        root=root,
-        blocks=tuple(paths),
-        norm=family.norm,
-        attention=family.attention,
-        table=None if table is None else family.table,
-        table_slot=family.table,
-        layout=layout,
-        patch_size=patch_size,
-        width=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        patch_embed=family.patch_embed,
-        add_bias=add_to_attention_mask if _takes_bias(attention) else None,
-        own_kind="learnable" if table is None or table.requires_grad else family.frozen_kind,
-        shuffle=family.shuffle,
-        adds=("embeddings.forward",),
-        beside=_relative_position(config),
-        own_bias=_own_bias(root, paths, layout),
-    )
+    table = table_in(root, family.table)
+    shared = getattr(config, "use_shared_relative_position_bias", False)
+    fields: dict[str, Any] = {
+        "slot": family.table,
+        "width": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "patch_embed": family.patch_embed,
+        "add_bias": add_to_attention_mask if _takes_bias(attention) else None,
+        "own_kind": "learnable" if table is None or table.requires_grad else family.frozen_kind,
+        "shuffle": family.shuffle,
+        "adds": ("embeddings.forward",),
+        "beside": RELATIVE if getattr(config, "use_relative_position_bias", False) else SHARED if shared else None,
+        "own_bias": _own_bias(root, blocks, layout),
+        **family.read(root, blocks, layout),
+    }
+    return anatomy(root, blocks, layout, norm=family.norm, attention=family.attention, patch_size=patch_size, **fields)
 
 
-def _relative_position(config: Any) -> str | None:
-    """What BEiT and its kin have inside attention."""
-    if getattr(config, "use_relative_position_bias", False):
-        return RELATIVE
-    return SHARED if getattr(config, "use_shared_relative_position_bias", False) else None
-
-
-def _own_bias(root: nn.Module, paths: list[str], layout: Layout) -> tuple[OwnBias, ...]:
-    """The module in each layer that computes its relative position bias, by class; empty where layers have none."""
-    found = [
+def _own_bias(root: nn.Module, blocks: list[str], layout: Layout) -> tuple[OwnBias, ...]:
+    """The module in each layer of BEiT and its kin that computes its relative position bias, where layers have one."""
+    return tuple(
         OwnBias(f"{path}.{name}.forward", layout.num_patches, layout.num_prefix, (layout.grid,))
-        for path in paths
+        for path in blocks
         for name, module in root.get_submodule(path).named_modules()
         if type(module).__name__ in ("BeitRelativePositionBias", "Data2VecVisionRelativePositionBias")
-    ]
-    return tuple(found)
+    )
 
 
 def _takes_bias(attention: nn.Module) -> bool:
@@ -199,6 +200,14 @@ def _takes_bias(attention: nn.Module) -> bool:
 
     new = int(transformers.__version__.split(".")[0]) >= 5
     return new and "attention_mask" in inspect.signature(attention.forward).parameters
+
+
+def add_to_attention_mask(bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """For attention(hidden_states, attention_mask=..., ...), an additive mask."""
+    if len(args) > 1:
+        x, mask, *rest = args
+        return (x, masked(bias_1HNN, mask), *rest), kwargs
+    return args, {**kwargs, "attention_mask": masked(bias_1HNN, kwargs.get("attention_mask"))}
 
 
 def measure(root: nn.Module) -> tuple[Grid, tuple[int, int]]:
@@ -212,7 +221,7 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def blueprint(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+def blueprint(model: nn.Module) -> Blueprint | None:
     """Class name and configuration of one of the library's own models; None for a model around one."""
     cls: Any = type(model)
     if not cls.__module__.startswith("transformers.models.") or not hasattr(model, "config"):
@@ -233,140 +242,35 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     return model
 
 
-TRANSFORMERS = Host(
-    name="Hugging Face vision encoder",
-    root_classes=(*FAMILIES, *_REFUSED_EMBEDDINGS),
-    root_child="embeddings",
-    block_classes=tuple(family.layer for family in FAMILIES.values()),
-    examine=examine,
-    package="transformers",
-    blueprint=blueprint,
-    build=build,
-    measure=measure,
-    note="ViT, DeiT, DINOv2 (with registers), BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, DPT, TIPSv2, Pixio, the vision "
-    "encoders of CLIP, MetaCLIP 2, AltCLIP, ChineseCLIP, CLIPSeg, OWL-ViT, OWLv2, BLIP, BLIP-2, SigLIP; what holds one",
-    tested=("transformers 4.49.0 (without relative bias)", "transformers 5.23.0"),
-    refused=_REFUSED_EMBEDDINGS,
+def _host(name: str, families: tuple[Family, ...], note: str, refused: dict[str, str], *earlier: str) -> Host:
+    """One row of the table. Refused embeddings are roots as well: `examine` says why."""
+    roots = [family.owner for family in families] + [name for name in refused if name.endswith("Embeddings")]
+    layers = tuple(family.layer for family in families)
+    child = "embeddings" if roots[0].endswith("Embeddings") else None
+    host = Host(name, tuple(roots), layers, examine, measure, note, "transformers", blueprint, build)
+    return replace(host, root_child=child, tested=(*earlier, "transformers 5.23.0"), refused=refused)
+
+
+HOSTS = (
+    _host(
+        "Hugging Face vision encoder",
+        _ENCODERS,
+        "ViT, DeiT, DINOv2 (with registers), BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, DPT, TIPSv2, Pixio, the "
+        "vision encoders of CLIP, MetaCLIP 2, AltCLIP, ChineseCLIP, CLIPSeg, OWL-ViT, OWLv2, BLIP, BLIP-2, SigLIP; "
+        "what holds one",
+        _REFUSED,
+        "transformers 4.49.0 (without relative bias)",
+    ),
+    _host(
+        "Hugging Face Swin",
+        _SWINS,
+        "Swin, also in Donut and MaskFormer: its table or a new one, merged from stage to stage; one size",
+        {_class("swinv2", "Swinv2Layer"): POST_NORM},
+    ),
+    _host(
+        "Hugging Face SAM",
+        _SAMS,
+        "SAM and SAM-HQ: the table of the image encoder, beside its relative bias; one size",
+        {},
+    ),
 )
-
-
-# SAM: maps (B, rows, columns, D), global and windowed attention, one size
-
-_SAM = ("transformers.models.sam.modeling_sam.SamVision", "transformers.models.sam_hq.modeling_sam_hq.SamHQVision")
-
-
-def examine_sam(root: nn.Module) -> Anatomy:
-    """`layer_norm1` stands before the windows are cut, so a position joins the whole map."""
-    prefix = class_name(type(root)).removesuffix("Encoder")
-    paths = [f"layers.{name}" for name, _ in root.get_submodule("layers").named_children()]
-    check_blocks("Hugging Face", root, paths, (f"{prefix}Layer",), {})
-    config: Any = root.config
-    grid, patch_size = measure(root)
-    return Anatomy(
-        root=root,
-        blocks=tuple(paths),
-        norm="layer_norm1",
-        attention="attn",
-        table="pos_embed" if root.pos_embed is not None else None,
-        table_slot="pos_embed" if root.pos_embed is not None else None,
-        layout=Layout(grid, prefix_rows=0),
-        patch_size=patch_size,
-        width=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        add_bias=None,
-        beside=RELATIVE if config.use_rel_pos else None,
-        maps=True,
-    )
-
-
-SAM = Host(
-    name="Hugging Face SAM",
-    root_classes=tuple(f"{prefix}Encoder" for prefix in _SAM),
-    block_classes=tuple(f"{prefix}Layer" for prefix in _SAM),
-    examine=examine_sam,
-    package="transformers",
-    blueprint=blueprint,
-    note="SAM and SAM-HQ: the table of the image encoder, beside its relative bias; one size",
-    tested=("transformers 5.23.0",),
-)
-
-
-# Swin, and its copies in Donut and MaskFormer: tokens (B, N, D) whose grid halves from stage to stage
-
-_MODELS = "transformers.models"
-_SWIN = (
-    f"{_MODELS}.swin.modeling_swin.Swin",
-    f"{_MODELS}.donut.modeling_donut_swin.DonutSwin",
-    f"{_MODELS}.maskformer.modeling_maskformer_swin.MaskFormerSwin",
-)
-_SWIN_TABLE = "embeddings.position_embeddings"
-
-
-def examine_swin(root: nn.Module) -> Anatomy:
-    """Where a Swin of the library keeps its stages; its table, where it has one, is over the grid of the first."""
-    embeddings: Any = root.get_submodule("embeddings")
-    prefix = class_name(type(embeddings)).removesuffix("Embeddings")
-    paths = [path for path, module in root.named_modules() if class_name(type(module)) == f"{prefix}Layer"]
-    check_blocks("Hugging Face", root, paths, (f"{prefix}Layer",), {})
-    config: Any = root.config
-    grid, patch_size = tuple(embeddings.patch_embeddings.grid_size), tuple(embeddings.patch_embeddings.patch_size)
-    layout = Layout(grid, prefix_rows=0)
-    table: Tensor | None = embeddings.position_embeddings
-    if table is not None and table.shape[-2] != layout.num_rows:
-        raise UnsupportedModelError(
-            f"{_SWIN_TABLE} has shape {tuple(table.shape)}, expected {layout.num_rows} rows: the class adds it to "
-            f"{layout.num_rows} patches, which fails"
-        )
-    stages: list[Stage] = []
-    merging = None
-    for path, module in root.named_modules():
-        if class_name(type(module)) == f"{prefix}Stage":
-            width = module.get_submodule("blocks.0.layernorm_before").normalized_shape[0]
-            stages.append(Stage(len(module.get_submodule("blocks")), grid, width, merging, merges_map=False))
-            merging, grid = f"{path}.downsample", tuple((side + 1) // 2 for side in grid)
-    return Anatomy(
-        root=root,
-        blocks=tuple(paths),
-        norm="layernorm_before",
-        attention="attention",
-        table=None if table is None else _SWIN_TABLE,
-        table_slot=_SWIN_TABLE,
-        layout=layout,
-        patch_size=patch_size,
-        width=config.embed_dim,
-        num_heads=config.num_heads[0],
-        add_bias=None,
-        adds=("embeddings.forward",),
-        beside=RELATIVE,
-        own_bias=_swin_bias(root, paths),
-        stages=tuple(stages),
-    )
-
-
-def _swin_bias(root: nn.Module, paths: list[str]) -> tuple[OwnBias, ...]:
-    """The module that computes the bias of each layer; earlier versions and the copies compute it inline."""
-    own = [f"{path}.attention.relative_position_bias" for path in paths]
-    found: list[Any] = [dict(root.named_modules()).get(path) for path in own]
-    if not all(hasattr(module, "window_area") for module in found):
-        return ()
-    return tuple(OwnBias(f"{path}.forward", m.window_area) for path, m in zip(own, found, strict=True))
-
-
-SWIN = Host(
-    name="Hugging Face Swin",
-    root_classes=tuple(f"{prefix}Embeddings" for prefix in _SWIN),
-    root_child="embeddings",
-    block_classes=tuple(f"{prefix}Layer" for prefix in _SWIN),
-    examine=examine_swin,
-    package="transformers",
-    blueprint=blueprint,
-    note="Swin, also in Donut and MaskFormer: its table or a new one, merged from stage to stage; one size",
-    tested=("transformers 5.23.0",),
-    refused={
-        f"{_MODELS}.swinv2.modeling_swinv2.Swinv2Layer": (
-            "its norm stands behind attention (post-norm), so no norm feeds attention"
-        )
-    },
-)
-
-HOSTS = (TRANSFORMERS, SWIN, SAM)

@@ -1,109 +1,141 @@
-"""timm's Vision Transformers, and the models of `lape.models`, which are built like them.
-
-Plain ones first; then other models of tokens (B, N, D), models on maps (B, rows, columns, D), and models of stages.
-"""
+"""timm's Vision Transformers, and the models of `lape.models`, which are built like them: one row for each family."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy
-from lape.core.bias import OwnBias
+from lape.core.bias import AddBias, OwnBias, add_to_attn_mask, masked
 from lape.core.grids import grid_beside, grid_of_map
-from lape.core.position import Layout
+from lape.core.norm import NEW_OUTPUT
+from lape.core.position import Grid, Layout
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
-from lape.host.base import RELATIVE, SHARED, Host, class_name, find_host
-from lape.host.timm_parts import PARALLEL, POST_NORM, ROTARY, anatomy, children, layout_of, measure, own_biases, pooling
+from lape.host import parts
+from lape.host.base import Blueprint, Host, class_name, find_host
+from lape.host.parts import POST_NORM, RELATIVE, SHARED, Call, check_blocks, children
 from lape.names import nearest
 
-_VIT = "timm.models.vision_transformer"
-_BLOCKS = (f"{_VIT}.Block",)
-_REFUSED = {
-    f"{_VIT}.ResPostBlock": POST_NORM,
-    f"{_VIT}.ParallelScalingBlock": PARALLEL,
-    f"{_VIT}.DiffParallelScalingBlock": PARALLEL,
-    f"{_VIT}.ParallelThingsBlock": "it runs several attentions side by side, each with a norm of its own",
-    # Models that hold blocks like the above in another arrangement.
-    "timm.models.crossvit.MultiScaleBlock": (
-        "two branches with a position table each exchange their class tokens, so there is no one position to hand on"
-    ),
-    "timm.models.mobilevit.MobileVitBlock": (
-        "it has no position embedding, and attends between the pixels of one place in all patches"
-    ),
-    "timm.models.mobilevit.MobileVitV2Block": (
-        "it has no position embedding, and attends between the pixels of one place in all patches"
-    ),
-    "timm.models.pit.PoolingVisionTransformer": (
-        "a convolution pools tokens and widens them between its stages, so that the position of a stage is not "
-        "that of the next"
-    ),
-    "timm.models.qwen3_vit.Qwen3VitEncoder": (
-        "it resamples its position table for every image in a way of its own, beside rotary position embedding"
-    ),
-}
+NEW_OUTPUT.add("timm.layers.norm")
+
+# Norms over each token's width, which stay: LN' is a LayerNorm beside any of them, as in Eq. 11, with the host's eps.
+_TOKEN_NORMS = ("RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm")
+ROTARY = "rotary position embedding in attention"
+_NO_MASK = ("timm.layers.diff_attention.DiffAttention",)  # its two paths disagree on the heads of a mask
 
 
-def examine(root: nn.Module) -> Anatomy:
-    """Where a timm VisionTransformer keeps its blocks, its table and its grid. Raises UnsupportedModelError."""
-    grid, patch_size = measure(root)
-    return anatomy(
-        root,
-        children(root, "blocks"),
-        _BLOCKS,
-        _REFUSED,
-        layout_of(root, grid),
-        patch_size,
-        patch_embed="patch_embed" if getattr(root, "dynamic_img_size", False) else None,
-        grid_from=grid_of_map,
-        adds=("_pos_embed",),
-        **pooling(root),
-        own_kind=getattr(root, "own_pe", "learnable"),
-    )
+def anatomy(root: nn.Module, blocks: list[str], layout: Layout, **more: Any) -> Anatomy:
+    """The anatomy of a model whose blocks have `norm1` and `attn`; raises UnsupportedModelError with the reason.
+
+    `more` are further fields of `Anatomy`, and `slot`, the path of the table, which the model may lack; None: its
+    forward adds none.
+    """
+    for path in (f"{block}.norm1" for block in blocks):
+        norm = root.get_submodule(path)
+        if not isinstance(norm, nn.LayerNorm) and type(norm).__name__ not in _TOKEN_NORMS:
+            reason = "the norm before attention must be a LayerNorm or an RMSNorm"
+            raise UnsupportedModelError(f"{path} is a {class_name(type(norm))}: {reason}")
+    if getattr(getattr(root, "patch_drop", None), "prob", 0.0) > 0:
+        raise UnsupportedModelError(
+            "patch_drop_rate > 0 removes tokens at random, so a token's position is no longer known in the blocks: "
+            "create the model with patch_drop_rate=0"
+        )
+    first: Any = root.get_submodule(blocks[0])
+    more = {"slot": "pos_embed", "add_bias": mask_of(first.attn), **more}
+    width, heads = first.norm1.normalized_shape[-1], first.attn.num_heads
+    return parts.anatomy(root, blocks, layout, norm="norm1", attention="attn", width=width, num_heads=heads, **more)
 
 
-def blueprint(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+def own_biases(methods: list[str], layout: Layout) -> tuple[OwnBias, ...]:
+    """The bias of each block between all tokens, computed by these methods."""
+    return tuple(OwnBias(method, layout.num_patches, layout.num_prefix) for method in methods)
+
+
+def mask_of(attention: nn.Module) -> AddBias | None:
+    """How a bias gets into an attention of timm; None when it takes none."""
+    parameters = inspect.signature(attention.forward).parameters
+    if class_name(type(attention)) in _NO_MASK:
+        return None
+    if "attn_mask" in parameters:
+        return add_to_attn_mask
+    return add_to_shared_bias if "shared_rel_pos_bias" in parameters else None
+
+
+def add_to_shared_bias(bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """For BEiT's attention(x, shared_rel_pos_bias=...), an additive bias that broadcasts to (B, H, N, N)."""
+    return args, {**kwargs, "shared_rel_pos_bias": masked(bias_1HNN, kwargs.get("shared_rel_pos_bias"))}
+
+
+def measure(root: nn.Module) -> tuple[Grid, tuple[int, int]]:
+    """Grid of the present input size, and the pixels of the image for each patch."""
+    patch_embed: Any = root.get_submodule("patch_embed")
+    if getattr(patch_embed, "grid_size", None) is None or not hasattr(patch_embed, "feat_ratio"):
+        raise UnsupportedModelError(
+            f"patch_embed is a {class_name(type(patch_embed))}, which does not tell its grid: "
+            "use timm's PatchEmbed or HybridEmbed"
+        )
+    return tuple(patch_embed.grid_size), tuple(patch_embed.feat_ratio(as_scalar=False))
+
+
+def pooling(root: nn.Module) -> dict[str, Any]:
+    """`pooled` and `last_norm` of an anatomy, for models with `global_pool`, `norm` and perhaps `fc_norm` behind it.
+
+    Where `fc_norm` does the work, `norm` is an Identity: then no norm stands between the blocks and the pooling.
+    """
+    averages = getattr(root, "global_pool", "token") in ("avg", "avgmax", "max")
+    pooled = averages and not (getattr(root, "pool_include_prefix", False) and root.num_prefix_tokens)
+    norm = root._modules.get("norm")
+    return {"pooled": pooled, "last_norm": None if norm is None or isinstance(norm, nn.Identity) else "norm"}
+
+
+def layout_of(root: Any) -> Layout:
+    """The layout of a model that tells `num_prefix_tokens` and perhaps `no_embed_class`."""
+    grid, prefix = measure(root)[0], root.num_prefix_tokens
+    return Layout(grid, 0, prefix) if getattr(root, "no_embed_class", False) else Layout(grid, prefix)
+
+
+def blueprint(model: nn.Module) -> Blueprint | None:
     """The name under which timm made a model; `current` has its arguments. None for a model around one."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture") if hasattr(config, "get") else None
     return (name, {}) if name else None
 
 
+_SHOWN = (  # paths in a model that end in the names of arguments
+    "embed_dim global_pool no_embed_class dynamic_img_size pool_include_prefix patch_embed.img_size "
+    "patch_embed.patch_size patch_embed.dynamic_img_pad blocks.0.attn.num_heads blocks.0.ls1.init_values"
+).split()
+
+
+def _at(model: Any, path: str) -> Any:
+    return reduce(lambda part, name: getattr(part, name, None), path.split("."), model)
+
+
 def current(root: nn.Module) -> dict[str, Any]:
     """Arguments of timm's constructor, as far as the model shows them, those that it takes."""
-    model: Any = root
-    embed, blocks = getattr(model, "patch_embed", None), getattr(model, "blocks", None)
-    head, reg = getattr(model, "head", None), getattr(model, "reg_token", None)
-    shown: dict[str, Any] = {
-        "img_size": getattr(embed, "img_size", None),
-        "patch_size": getattr(embed, "patch_size", None),
-        "in_chans": getattr(getattr(embed, "proj", None), "in_channels", None),
-        "num_classes": head.out_features
-        if isinstance(head, nn.Linear)
-        else 0
-        if isinstance(head, nn.Identity)
-        else None,
+    head, reg, blocks = (_at(root, name) for name in ("head", "reg_token", "blocks"))
+    shown = {
+        **{path.rpartition(".")[2]: _at(root, path) for path in _SHOWN},
+        "in_chans": _at(root, "patch_embed.proj.in_channels"),
+        "num_classes": 0 if isinstance(head, nn.Identity) else _at(head, "out_features"),
         "reg_tokens": None if reg is None else reg.shape[1],
-        "class_token": getattr(model, "cls_token", None) is not None,
-        "embed_dim": getattr(model, "embed_dim", None),
+        "class_token": _at(root, "cls_token") is not None,
         "depth": len(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None,
-        "num_heads": getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks else None,
-        "fc_norm": isinstance(getattr(model, "fc_norm", None), nn.LayerNorm),
-        "pre_norm": not isinstance(getattr(model, "norm_pre", None), nn.Identity),
-        "init_values": getattr(getattr(blocks[0], "ls1", None), "init_values", None) if blocks else None,
+        "fc_norm": isinstance(_at(root, "fc_norm"), nn.LayerNorm),
+        "pre_norm": not isinstance(_at(root, "norm_pre"), nn.Identity),
     }
-    for name in ("global_pool", "no_embed_class", "dynamic_img_size", "pool_include_prefix"):
-        shown[name] = getattr(model, name, None)
-    shown["dynamic_img_pad"] = getattr(embed, "dynamic_img_pad", None)
     classes: Any = type(root).__mro__
-    taken = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
-    return {name: value for name, value in shown.items() if name in taken and value is not None}
+    arguments = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    return {name: value for name, value in shown.items() if name in arguments and value is not None}
 
 
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -151,347 +183,216 @@ def _explained(name: str, kwargs: dict[str, Any], error: Exception) -> LapeError
     return LapeError(f"model {name!r} takes no argument {wrong[1]!r}{hint}")
 
 
-_TIMM: dict[str, Any] = {"package": "timm", "blueprint": blueprint, "current": current, "tested": ("timm 1.0.31",)}
-
-VISION_TRANSFORMER = Host(
-    name="timm VisionTransformer",
-    root_classes=(f"{_VIT}.VisionTransformer",),
-    block_classes=_BLOCKS,
-    examine=examine,
-    build=build,
-    **_TIMM,
-    measure=measure,
-    note="plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled, behind a CNN (hybrid)",
-    refused=_REFUSED,
-)
+Fields = dict[str, Any]
+"""Fields of `Anatomy` by name."""
 
 
-_BEIT_BLOCK = "timm.models.beit.Block"
-_CAIT_BLOCK = "timm.models.cait.LayerScaleBlock"
-_EVA_BLOCK = "timm.models.eva.EvaBlock"
-_RELPOS = "timm.models.vision_transformer_relpos"
-_EVA_REFUSED = {"timm.models.eva.EvaBlockPostNorm": POST_NORM}
-_RELPOS_REFUSED = {f"{_RELPOS}.ResPostRelPosBlock": POST_NORM}
+def _host(name: str, module: str, root: str, blocks: str, read: Callable[[Any], Fields], resizes: bool = False) -> Host:
+    """One family: `read(root)` gives the fields in which it is not as the plain ones are, and `blocks` elsewhere.
+
+    Modules are those of `timm.models` or, as the name begins, `lape.models`. With `resizes` it has `set_input_size`.
+    """
+    models = f"{name.split()[0]}.models"
+    allowed = tuple(f"{models}.{block if '.' in block else f'{module}.{block}'}" for block in blocks.split())
+    refused = {f"{models}.{block}": reason for block, reason in _REFUSED.get(name, {}).items()}
+
+    def examine(root: nn.Module) -> Anatomy:
+        fields = read(root)
+        paths = fields.pop("blocks") if "blocks" in fields else children(root, "blocks")
+        if "layout" not in fields:
+            fields |= {"layout": layout_of(root), "patch_size": measure(root)[1]}
+        check_blocks("timm", root, paths, allowed, refused)
+        return anatomy(root, paths, **fields)
+
+    size = measure if resizes else None
+    host = Host(name, (f"{models}.{module}.{root}",), allowed, examine, size, _NOTES[name], "timm", blueprint, build)
+    return replace(host, current=current, tested=("timm 1.0.31",), refused=refused)
 
 
-def examine_beit(root: nn.Module) -> Anatomy:
-    """BEiT: the class token owns a row; its relative bias, shared or each block's own, stays or is joined itself."""
-    grid, patch_size = measure(root)
-    blocks = children(root, "blocks")
-    biased = [root.get_submodule(f"{path}.attn").relative_position_bias_table is not None for path in blocks]
-    own = OwnBias("_get_rel_pos_bias", grid[0] * grid[1], num_prefix=1)
-    return anatomy(
-        root,
-        blocks,
-        (_BEIT_BLOCK,),
-        {},
-        Layout(grid, prefix_rows=1),
-        patch_size,
-        beside=RELATIVE if any(biased) else SHARED if root.rel_pos_bias is not None else None,
-        own_bias=own_biases(own, [f"{path}.attn" for path in blocks]) if all(biased) else (),
+_RELPOS = "vision_transformer_relpos"
+_NOTES = {
+    "timm VisionTransformer": (
+        "plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled, behind a CNN (hybrid)"
+    ),
+    "timm BEiT": "its table, or its relative bias",
+    "timm CaiT": "the blocks between patches; class attention comes behind them and gets no position",
+    "timm EVA": "the absolute table, also beside rotary position embedding",
+    "timm relative-position ViT": "on its relative bias, or a new table beside it, pe='learnable'",
+    "timm NaFlexViT": "images of one size a batch, any size; patches of mixed sizes are refused at run time",
+    "timm SAM ViT": "beside its relative bias, global and windowed attention",
+    "timm VOLO": "the transformer blocks behind its table; class attention gets no position",
+    "timm XCiT": (
+        "a table in place of its Fourier encoding, pe='learnable' or '2D_sin'; class attention gets no position"
+    ),
+    "timm Swin": "on its relative bias, or a new table beside it, pe='learnable', merged from stage to stage; one size",
+    "lape CompactTransformer": "ViT-Lite, CVT and CCT for small images, see lape.models",
+}
+_PARALLEL = "one norm feeds attention and MLP at once, and the MLP must get no position"
+_SEVERAL = "it runs several attentions side by side, each with a norm of its own"
+_PIXELS = "it has no position embedding, and attends between the pixels of one place in all patches"
+_REFUSED = {  # classes of timm.models
+    "timm VisionTransformer": {
+        "vision_transformer.ResPostBlock": POST_NORM,
+        "vision_transformer.ParallelScalingBlock": _PARALLEL,
+        "vision_transformer.DiffParallelScalingBlock": _PARALLEL,
+        "vision_transformer.ParallelThingsBlock": _SEVERAL,
+        # Models that hold blocks like the above in another arrangement.
+        "crossvit.MultiScaleBlock": (
+            "two branches with a position table each exchange their class tokens, so there is no one position to hand "
+            "on"
+        ),
+        "mobilevit.MobileVitBlock": _PIXELS,
+        "mobilevit.MobileVitV2Block": _PIXELS,
+        "pit.PoolingVisionTransformer": (
+            "a convolution pools tokens and widens them between its stages, so that the position of a stage is not "
+            "that of the next"
+        ),
+        "qwen3_vit.Qwen3VitEncoder": (
+            "it resamples its position table for every image in a way of its own, beside rotary position embedding"
+        ),
+    },
+    "timm EVA": {"eva.EvaBlockPostNorm": POST_NORM},
+    "timm relative-position ViT": {f"{_RELPOS}.ResPostRelPosBlock": POST_NORM},
+    "timm Swin": {
+        "swin_transformer_v2.SwinTransformerV2Block": POST_NORM,
+        "swin_transformer_v2_cr.SwinTransformerV2CrBlock": POST_NORM,
+        "swin_transformer.SwinTransformerBlock": (
+            "its model was taken apart by features_only=True: create it with feature_cls='getter', too"
+        ),
+    },
+}
+
+
+def _plain(root: Any) -> Fields:
+    """ViT and EVA: images of any size by `dynamic_img_size`; EVA's rotation inside attention stays."""
+    return {
+        "patch_embed": "patch_embed" if getattr(root, "dynamic_img_size", False) else None,
+        "grid_from": grid_of_map,
+        "adds": ("_pos_embed",),
+        "own_kind": getattr(root, "own_pe", "learnable"),
+        "beside": ROTARY if getattr(root, "rope", None) is not None else None,
         **pooling(root),
-    )
+    }
 
 
-def examine_cait(root: nn.Module) -> Anatomy:
-    """CaiT: patches only; the class token enters behind them, through class attention, and has no position."""
+def _beit(root: Any) -> Fields:
+    """Its relative bias, shared or each block's own, stays or is joined itself."""
+    owners = [f"{path}.attn" for path in children(root, "blocks")]
+    biased = [_at(root, f"{path}.relative_position_bias_table") is not None for path in owners]
+    own = own_biases([f"{path}._get_rel_pos_bias" for path in owners], layout_of(root)) if all(biased) else ()
+    beside = RELATIVE if any(biased) else SHARED if root.rel_pos_bias is not None else None
+    return {"beside": beside, "own_bias": own, **pooling(root)}
+
+
+def _relpos(root: Any) -> Fields:
+    """It has no table and adds none; its bias is joined, or a new table beside it."""
+    if root.shared_rel_pos is not None:
+        return {"slot": None, "beside": SHARED, **pooling(root)}
+    methods = [f"{path}.attn.rel_pos.get_bias" for path in children(root, "blocks")]
+    return {"slot": None, "beside": RELATIVE, "own_bias": own_biases(methods, layout_of(root)), **pooling(root)}
+
+
+def _patches(root: Any) -> Fields:
+    """CaiT, SAM and Swin: patches only; CaiT's class token enters behind its blocks and has no position."""
     grid, patch_size = measure(root)
-    return anatomy(root, children(root, "blocks"), (_CAIT_BLOCK,), {}, Layout(grid, prefix_rows=0), patch_size)
+    return {"layout": Layout(grid, prefix_rows=0), "patch_size": patch_size}
 
 
-def examine_eva(root: nn.Module) -> Anatomy:
-    """EVA: an absolute table, rotary embedding inside attention, or both; the table is joined, the rotation stays."""
-    grid, patch_size = measure(root)
-    return anatomy(
-        root,
-        children(root, "blocks"),
-        (_EVA_BLOCK,),
-        _EVA_REFUSED,
-        layout_of(root, grid),
-        patch_size,
-        patch_embed="patch_embed" if root.dynamic_img_size else None,
-        grid_from=grid_of_map,
-        adds=("_pos_embed",),
-        beside=ROTARY if root.rope is not None else None,
-        **pooling(root),
-    )
-
-
-def examine_relpos(root: nn.Module) -> Anatomy:
-    """Relative-position ViT: it has no table and adds none; its bias is joined, or a new table beside it."""
-    grid, patch_size = measure(root)
-    layout = layout_of(root, grid)
-    blocks = children(root, "blocks")
-    own = OwnBias("get_bias", layout.num_patches, num_prefix=layout.num_prefix)
-    shared = root.shared_rel_pos is not None
-    return anatomy(
-        root,
-        blocks,
-        (f"{_RELPOS}.RelPosBlock",),
-        _RELPOS_REFUSED,
-        layout,
-        patch_size,
-        slot=None,
-        beside=SHARED if shared else RELATIVE,
-        own_bias=() if shared else own_biases(own, [f"{path}.attn.rel_pos" for path in blocks]),
-        **pooling(root),
-    )
-
-
-def examine_naflex(root: nn.Module) -> Anatomy:
-    """NaFlexViT on images (B, C, height, width): prefix tokens own no rows, the grid follows the image."""
-    embeds: Any = root.get_submodule("embeds")
-    kind, grid = embeds.pos_embed_type, embeds.pos_embed_grid_size
-    if kind == "factorized":
-        raise UnsupportedModelError(
-            "its position is the sum of a table of rows and one of columns: use pos_embed='learned'"
-        )
-    if grid is None:
-        raise UnsupportedModelError(
-            "the model does not know a grid: create it with pos_embed_grid_size=(rows, columns)"
-        )
+def _naflex(root: Any) -> Fields:
+    """On images (B, C, height, width): prefix tokens own no rows, the grid follows the image."""
+    kind, grid = root.embeds.pos_embed_type, root.embeds.pos_embed_grid_size
+    if kind == "factorized" or grid is None:
+        factorized = "its position is the sum of a table of rows and one of columns: use pos_embed='learned'"
+        no_grid = "the model does not know a grid: create it with pos_embed_grid_size=(rows, columns)"
+        raise UnsupportedModelError(factorized if kind == "factorized" else no_grid)
     if kind == "learned":
-        _check_resampling(embeds)
-    return anatomy(
-        root,
-        children(root, "blocks"),
-        (_BLOCKS[0], _EVA_BLOCK),
-        {},
-        Layout(tuple(grid), 0, root.num_prefix_tokens),  # type: ignore[arg-type]
-        embeds.patch_size,
-        slot="embeds.pos_embed" if kind == "learned" else None,
+        _check_resampling(root.embeds)
+    return {
+        "layout": Layout(tuple(grid), 0, root.num_prefix_tokens),
+        "patch_size": root.embeds.patch_size,
+        "slot": "embeds.pos_embed" if kind == "learned" else None,
+        "patch_embed": "embeds",
+        "grid_from": grid_beside,
+        "adds": ("embeds.forward",),
+        "beside": ROTARY if root.rope is not None else None,
         **pooling(root),
-        patch_embed="embeds",
-        grid_from=grid_beside,
-        adds=("embeds.forward",),
-        beside=ROTARY if root.rope is not None else None,
-    )
+    }
 
 
 def _check_resampling(embeds: nn.Module) -> None:
     """The table is resampled for nearly every image here, so the way of it is part of the model."""
     usual = {"interp_mode": "bicubic", "antialias": True, "align_corners": False, "ar_preserving": False}
     for name, value in usual.items():
-        own = getattr(embeds, f"pos_embed_{name}")
-        if own != value:
+        if (own := getattr(embeds, f"pos_embed_{name}")) != value:
             raise UnsupportedModelError(
                 f"its position table is resampled with {name}={own!r}, which the join would not keep: "
                 f"create the model with pos_embed_{name}={value!r}"
             )
 
 
-def _host(name: str, root: str, blocks: tuple[str, ...], examine: Any, note: str, **more: Any) -> Host:
-    return Host(f"timm {name}", (root,), blocks, examine, note=note, **_TIMM, **more)
+def _sam(root: Any) -> Fields:
+    """`norm1` stands before the windows are cut, so a position joins the whole map."""
+    relative = RELATIVE if _at(root, "blocks.0.attn.use_rel_pos") else None
+    slot = "pos_embed" if root.pos_embed is not None else None
+    beside = ROTARY if root.rope_global is not None else relative
+    return {**_patches(root), "slot": slot, "beside": beside, "add_bias": None, "maps": True}
 
 
-TOKEN_HOSTS = (
-    _host(
-        "BEiT",
-        "timm.models.beit.Beit",
-        (_BEIT_BLOCK,),
-        examine_beit,
-        "its table, or its relative bias",
-        measure=measure,
-    ),
-    _host(
-        "CaiT",
-        "timm.models.cait.Cait",
-        (_CAIT_BLOCK,),
-        examine_cait,
-        "the blocks between patches; class attention comes behind them and gets no position",
-    ),
-    _host(
-        "EVA",
-        "timm.models.eva.Eva",
-        (_EVA_BLOCK,),
-        examine_eva,
-        "the absolute table, also beside rotary position embedding",
-        measure=measure,
-        refused=_EVA_REFUSED,
-    ),
-    _host(
-        "relative-position ViT",
-        f"{_RELPOS}.VisionTransformerRelPos",
-        (f"{_RELPOS}.RelPosBlock",),
-        examine_relpos,
-        "on its relative bias, or a new table beside it, pe='learnable'",
-        measure=measure,
-        refused=_RELPOS_REFUSED,
-    ),
-    _host(
-        "NaFlexViT",
-        "timm.models.naflexvit.NaFlexVit",
-        (_BLOCKS[0], _EVA_BLOCK),
-        examine_naflex,
-        "images of one size a batch, any size; patches of mixed sizes are refused at run time",
-    ),
-)
-
-_SAM_BLOCK = "timm.models.vision_transformer_sam.Block"
-_VOLO_BLOCK = "timm.models.volo.Transformer"
-_VOLO_AT = 2  # VOLO adds its table before network[2], behind the outlookers and the downsampling
-_XCIT_BLOCK = "timm.models.xcit.XCABlock"
-
-
-def examine_sam(root: nn.Module) -> Anatomy:
-    """SAM's ViT: `norm1` stands before the windows are cut, so a position joins the whole map."""
-    grid, patch_size = measure(root)
-    first: Any = root.get_submodule("blocks.0")
-    rotary = root.rope_global is not None
-    return anatomy(
-        root,
-        children(root, "blocks"),
-        (_SAM_BLOCK,),
-        {},
-        Layout(grid, prefix_rows=0),
-        patch_size,
-        slot="pos_embed" if root.pos_embed is not None else None,
-        beside=ROTARY if rotary else RELATIVE if first.attn.use_rel_pos else None,
-        add_bias=None,
-        maps=True,
-    )
-
-
-def examine_volo(root: nn.Module) -> Anatomy:
-    """VOLO: the transformer blocks behind its table; outlookers come before it, class attention has no position."""
-    model: Any = root
-    stem, down = model.patch_embed, model.network[1]
+def _volo(root: Any) -> Fields:
+    """The blocks behind its table, which it adds before network[2]: outlookers and a downsampling come first."""
+    stem, down = root.patch_embed, root.network[1]
     if class_name(type(down)) != "timm.models.volo.Downsample":
         raise UnsupportedModelError(f"network.1 is a {class_name(type(down))}: its downsampling is expected there")
     stride = math.prod(layer.stride[0] for layer in (stem.conv[0], stem.proj, down.proj))
-    blocks = [path for i in range(_VOLO_AT, len(model.network)) for path in children(root, f"network.{i}")]
-    layout = Layout(tuple(model.pos_embed.shape[1:3]), prefix_rows=0)
-    return anatomy(root, blocks, (_VOLO_BLOCK,), {}, layout, (stride, stride), add_bias=None, maps=True)
+    blocks = [path for stage in children(root, "network")[2:] for path in children(root, stage)]
+    layout = Layout(tuple(root.pos_embed.shape[1:3]), prefix_rows=0)
+    return {"blocks": blocks, "layout": layout, "patch_size": (stride, stride), "add_bias": None, "maps": True}
 
 
-def examine_xcit(root: nn.Module) -> Anatomy:
-    """XCiT: its position comes from a module, in whose place a table can be joined; attention is over channels."""
-    embed: Any = root.get_submodule("patch_embed")
-    rows, columns = (side // embed.patch_size for side in embed.img_size)
-    return anatomy(
-        root,
-        children(root, "blocks"),
-        (_XCIT_BLOCK,),
-        {},
-        Layout((rows, columns), prefix_rows=0),
-        (embed.patch_size, embed.patch_size),
-        slot=None,
-        patch_embed="patch_embed",
-        grid_from=grid_beside,
-        encoder="pos_embed" if root.pos_embed is not None else None,
-    )
+def _xcit(root: Any) -> Fields:
+    """Its position comes from a module, in whose place a table can be joined; attention is over channels."""
+    side, (height, width) = root.patch_embed.patch_size, root.patch_embed.img_size
+    place = {"layout": Layout((height // side, width // side), prefix_rows=0), "patch_size": (side, side)}
+    encoder = "pos_embed" if root.pos_embed is not None else None
+    return {**place, "slot": None, "encoder": encoder, "patch_embed": "patch_embed", "grid_from": grid_beside}
 
 
-MAP_HOSTS = (
-    Host(
-        "timm SAM ViT",
-        ("timm.models.vision_transformer_sam.VisionTransformerSAM",),
-        (_SAM_BLOCK,),
-        examine_sam,
-        note="beside its relative bias, global and windowed attention",
-        **_TIMM,
-    ),
-    Host(
-        "timm VOLO",
-        ("timm.models.volo.VOLO",),
-        (_VOLO_BLOCK,),
-        examine_volo,
-        note="the transformer blocks behind its table; class attention gets no position",
-        **_TIMM,
-    ),
-    Host(
-        "timm XCiT",
-        ("timm.models.xcit.Xcit",),
-        (_XCIT_BLOCK,),
-        examine_xcit,
-        note="a table in place of its Fourier encoding, pe='learnable' or '2D_sin'; class attention gets no position",
-        **_TIMM,
-    ),
-)
-
-_SWIN = "timm.models.swin_transformer"
-_SWIN_BLOCKS = (f"{_SWIN}.SwinTransformerBlock",)
-
-
-def examine_swin(root: nn.Module) -> Anatomy:
-    """Swin: `norm1` stands before the windows are cut and shifted, so a position joins the whole map of a stage.
+def _swin(root: Any) -> Fields:
+    """`norm1` stands before the windows are cut and shifted, so a position joins the whole map of a stage.
 
     Its relative bias stays, or is joined itself; a table is new, over the grid of the first stage.
     """
-    grid, patch_size = measure(root)
-    blocks, stages, biases = [], [], []
-    for number, (name, stage) in enumerate(root.get_submodule("layers").named_children()):
-        paths = children(root, f"layers.{name}.blocks")
-        first: Any = root.get_submodule(paths[0])
-        merging: Any = stage.get_submodule("downsample")
-        if number and class_name(type(merging)) != f"{_SWIN}.PatchMerging":
-            raise UnsupportedModelError(
-                f"layers.{name}.downsample is a {class_name(type(merging))}, not a PatchMerging"
-            )
-        path = f"layers.{name}.downsample" if number else None
-        stages.append(Stage(len(paths), tuple(first.input_resolution), first.norm1.normalized_shape[0], path))
-        blocks += paths
-        for path in paths:
-            block: Any = root.get_submodule(path)
-            biases.append(OwnBias(f"{path}.attn._get_rel_pos_bias", block.attn.window_area))
-    return anatomy(
-        root,
-        blocks,
-        _SWIN_BLOCKS,
-        {},
-        Layout(grid, prefix_rows=0),
-        patch_size,
-        slot=None,
-        beside=RELATIVE,
-        own_bias=tuple(biases),
-        stages=tuple(stages),
-        input="patch_embed",
-        maps=True,
-    )
+    stages, blocks = [], []
+    for number, path in enumerate(children(root, "layers")):
+        merging = class_name(type(root.get_submodule(f"{path}.downsample")))
+        if number and merging != "timm.models.swin_transformer.PatchMerging":
+            raise UnsupportedModelError(f"{path}.downsample is a {merging}, not a PatchMerging")
+        inside = children(root, f"{path}.blocks")
+        first = root.get_submodule(inside[0])
+        grid, width = tuple(first.input_resolution), first.norm1.normalized_shape[0]
+        stages.append(Stage(len(inside), grid, width, f"{path}.downsample" if number else None))
+        blocks += inside
+    windows = [(f"{path}.attn._get_rel_pos_bias", root.get_submodule(f"{path}.attn").window_area) for path in blocks]
+    own = tuple(OwnBias(method, area) for method, area in windows)
+    new = {"slot": None, "input": "patch_embed", "beside": RELATIVE, "own_bias": own, "maps": True}
+    return {**_patches(root), **new, "blocks": blocks, "stages": tuple(stages)}
 
 
-STAGE_HOSTS = (
-    Host(
-        "timm Swin",
-        (f"{_SWIN}.SwinTransformer",),
-        _SWIN_BLOCKS,
-        examine_swin,
-        note="on its relative bias, or a new table beside it, pe='learnable', merged from stage to stage; one size",
-        **_TIMM,
-        refused={
-            "timm.models.swin_transformer_v2.SwinTransformerV2Block": POST_NORM,
-            "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock": POST_NORM,
-            f"{_SWIN}.SwinTransformerBlock": (
-                "its model was taken apart by features_only=True: create it with feature_cls='getter', too"
-            ),
-        },
-    ),
+def _compact(root: Any) -> Fields:
+    """A new learnable table starts as the models' own does; CVT and CCT pool a sequence, behind `norm`."""
+    return {"table_std": root.table_std, "pooled": root.num_prefix_tokens == 0, "last_norm": "norm"}
+
+
+HOSTS = (
+    _host("timm VisionTransformer", "vision_transformer", "VisionTransformer", "Block", _plain, resizes=True),
+    _host("timm BEiT", "beit", "Beit", "Block", _beit, resizes=True),
+    _host("timm CaiT", "cait", "Cait", "LayerScaleBlock", _patches),
+    _host("timm EVA", "eva", "Eva", "EvaBlock", _plain, resizes=True),
+    _host("timm relative-position ViT", _RELPOS, "VisionTransformerRelPos", "RelPosBlock", _relpos, resizes=True),
+    _host("timm NaFlexViT", "naflexvit", "NaFlexVit", "vision_transformer.Block eva.EvaBlock", _naflex),
+    _host("timm SAM ViT", "vision_transformer_sam", "VisionTransformerSAM", "Block", _sam),
+    _host("timm VOLO", "volo", "VOLO", "Transformer", _volo),
+    _host("timm XCiT", "xcit", "Xcit", "XCABlock", _xcit),
+    _host("timm Swin", "swin_transformer", "SwinTransformer", "SwinTransformerBlock", _swin),
+    _host("lape CompactTransformer", "compact", "CompactTransformer", "CompactBlock", _compact, resizes=True),
 )
-
-_COMPACT = "lape.models.compact"
-_COMPACT_BLOCKS = (f"{_COMPACT}.CompactBlock",)
-
-
-def examine_compact(root: nn.Module) -> Anatomy:
-    """Blocks like timm's up to attention; a new learnable table starts as the models' own does."""
-    grid, patch_size = measure(root)
-    blocks = children(root, "blocks")
-    std: float = root.table_std  # type: ignore[assignment]
-    pooled = root.num_prefix_tokens == 0  # CVT and CCT: sequence pooling, behind `norm`
-    layout = layout_of(root, grid)
-    return anatomy(
-        root, blocks, _COMPACT_BLOCKS, {}, layout, patch_size, table_std=std, pooled=pooled, last_norm="norm"
-    )
-
-
-_COMPACT_TRANSFORMER = Host(
-    name="lape CompactTransformer",
-    root_classes=(f"{_COMPACT}.CompactTransformer",),
-    block_classes=_COMPACT_BLOCKS,
-    examine=examine_compact,
-    measure=measure,
-    note="ViT-Lite, CVT and CCT for small images, see lape.models",
-    **_TIMM,
-)
-
-HOSTS = (VISION_TRANSFORMER, *TOKEN_HOSTS, *MAP_HOSTS, *STAGE_HOSTS, _COMPACT_TRANSFORMER)

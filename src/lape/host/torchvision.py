@@ -10,15 +10,14 @@ from lape.core.anatomy import Anatomy
 from lape.core.bias import masked
 from lape.core.position import Layout
 from lape.errors import LapeError
-from lape.host.base import Host, check_blocks, class_name
+from lape.host.base import Blueprint, Host, class_name
+from lape.host.parts import POST_NORM, Call, anatomy, check_blocks, children
 
 _VIT = "torchvision.models.vision_transformer"
 _BLOCKS = (f"{_VIT}.EncoderBlock",)
 
 
-def add_to_multihead_mask(
-    bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def add_to_multihead_mask(bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """For nn.MultiheadAttention(query, key, value, attn_mask=...), whose additive mask is (B H, N, N)."""
     mask = masked(bias_1HNN, kwargs.get("attn_mask"))
     mask_bNN = mask.expand(args[0].shape[0], -1, -1, -1).flatten(0, 1)
@@ -28,32 +27,22 @@ def add_to_multihead_mask(
 def examine(root: nn.Module) -> Anatomy:
     """Where a torchvision VisionTransformer keeps its blocks, its table and its grid. Raises UnsupportedModelError."""
     vit: Any = root
-    paths = [f"encoder.layers.{name}" for name, _ in vit.encoder.layers.named_children()]
-    check_blocks("torchvision", root, paths, _BLOCKS, {})
-    side = vit.image_size // vit.patch_size
-    return Anatomy(
-        root=root,
-        blocks=tuple(paths),
-        norm="ln_1",
-        attention="self_attention",
-        table="encoder.pos_embedding",
-        table_slot="encoder.pos_embedding",
-        layout=Layout((side, side), prefix_rows=1),
-        patch_size=(vit.patch_size, vit.patch_size),
-        width=vit.hidden_dim,
-        num_heads=vit.encoder.layers[0].num_heads,
-        add_bias=add_to_multihead_mask,
-        adds=("encoder.forward",),
-    )
+    blocks = children(root, "encoder.layers")
+    check_blocks("torchvision", root, blocks, _BLOCKS)
+    patch, side = vit.patch_size, vit.image_size // vit.patch_size
+    paths: dict[str, Any] = {"slot": "encoder.pos_embedding", "norm": "ln_1", "attention": "self_attention"}
+    sizes = {"patch_size": (patch, patch), "width": vit.hidden_dim, "num_heads": vit.encoder.layers[0].num_heads}
+    layout = Layout((side, side), prefix_rows=1)
+    adds = ("encoder.forward",)
+    return anatomy(root, blocks, layout, add_bias=add_to_multihead_mask, adds=adds, **paths, **sizes)
 
 
 _ARGUMENTS = (
-    *("image_size", "patch_size", "hidden_dim", "mlp_dim", "dropout", "attention_dropout", "num_classes"),
-    "representation_size",
+    "image_size patch_size hidden_dim mlp_dim dropout attention_dropout num_classes representation_size".split()
 )
 
 
-def blueprint(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+def blueprint(model: nn.Module) -> Blueprint | None:
     """The arguments of a plain VisionTransformer, read from its attributes; None for a model around one."""
     vit: Any = model
     if class_name(type(model)) != f"{_VIT}.VisionTransformer":
@@ -86,8 +75,6 @@ VISION_TRANSFORMER = Host(
         "torchvision.models.swin_transformer.SwinTransformerBlock": (
             "the model does not know the size of its images, over whose grid a position is laid; timm's Swin does"
         ),
-        "torchvision.models.swin_transformer.SwinTransformerBlockV2": (
-            "its norm stands behind attention (post-norm), so no norm feeds attention"
-        ),
+        "torchvision.models.swin_transformer.SwinTransformerBlockV2": POST_NORM,
     },
 )

@@ -1,0 +1,66 @@
+"""Where the parts of a model are, checked: what the hosts of all libraries share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lape.core.anatomy import Anatomy, place_of
+from lape.core.position import Layout
+from lape.errors import UnsupportedModelError
+from lape.host.base import ANOTHER, class_name
+
+RELATIVE = "relative position bias in attention"
+SHARED = "relative position bias in attention (one for all blocks)"
+POST_NORM = "its norm stands behind attention (post-norm), so no norm feeds attention"
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a module is called with: args and kwargs."""
+
+
+def children(root: nn.Module, path: str) -> list[str]:
+    """Paths of the children of a block list, in the order of the forward."""
+    return [f"{path}.{name}" for name, _ in root.get_submodule(path).named_children()]
+
+
+def instances(root: nn.Module, name: str) -> list[str]:
+    """Paths of the modules of this class, "module.Class", in the order of registration."""
+    return [path for path, module in root.named_modules() if class_name(type(module)) == name]
+
+
+def anatomy(
+    root: nn.Module, blocks: list[str], layout: Layout, *, slot: str | None, reason: str = "", **more: Any
+) -> Anatomy:
+    """The anatomy of a model whose table, if it has one, is in `slot`; `more` are further fields.
+
+    Raises UnsupportedModelError when the table is not one of this layout, with `reason` in place of the grid.
+    """
+    table = None if slot is None else table_in(root, slot)
+    rows = layout.num_rows
+    if table is not None and tuple(table.shape[:-1]) not in ((rows,), (1, rows), (1, *layout.grid)):
+        grid = f"grid {layout.grid[0]} x {layout.grid[1]} and {layout.prefix_rows} prefix rows"
+        raise UnsupportedModelError(f"{slot} has shape {tuple(table.shape)}, expected {rows} rows: {reason or grid}")
+    path = None if table is None else slot
+    return Anatomy(root=root, blocks=tuple(blocks), table=path, table_slot=slot, layout=layout, **more)
+
+
+def table_in(root: nn.Module, slot: str) -> Tensor | None:
+    """The position table in a slot, (1, R, D), (R, D) or a map (1, rows, columns, D); None when the model has none."""
+    owner, name = place_of(root, slot)
+    table: Tensor | None = getattr(owner, name, None)
+    return table
+
+
+def check_blocks(
+    library: str, root: nn.Module, paths: list[str], allowed: tuple[str, ...], reasons: dict[str, str] | None = None
+) -> None:
+    """Raises UnsupportedModelError, naming class and reason, unless every block is of an allowed class."""
+    if not paths:
+        raise UnsupportedModelError(f"{class_name(type(root))} has no blocks: nothing to convert")
+    for path in paths:
+        name = class_name(type(root.get_submodule(path)))
+        if name not in allowed:
+            reason = (reasons or {}).get(name, "the place of its attention norm is not known")
+            convertible = f"{library} blocks that can be converted: {', '.join(allowed)}"
+            raise UnsupportedModelError(f"{path} is a {name}: {reason}; {convertible}; {ANOTHER}")
