@@ -1,6 +1,6 @@
 """Files that version 0.1.0 wrote are read: same outputs, and a run goes on. `v0_1/` holds tiny models of that version.
 
-Its folders, two that transformers' `save_pretrained` wrote (with the names that the modules had in memory then), and the
+Its folders, two that transformers' `save_pretrained` wrote (with the names that the modules had in memory), and the
 checkpoint of one epoch on the digits; `outputs.safetensors` has an input and what each model gave for it.
 """
 

@@ -561,3 +561,188 @@ def test_a_part_copied_or_pickled_alone_keeps_its_position(x):
     torch.save(model, buffer)
     buffer.seek(0)
     assert far(torch.load(buffer, weights_only=False)(x), model(x)) == 0
+
+
+# ------------------------------------------------------------------------------------------------ what users found
+
+
+def test_a_copy_that_meets_a_block_before_the_model_is_of_the_copied_model(x):
+    class Watcher(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.blocks, self.model = model.blocks, model
+
+        def forward(self, t):
+            return self.model(t)
+
+    first = Watcher(converted())
+    twin = copy.deepcopy(first)
+    expected = twin(x)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(1.0)
+    assert far(twin(x), expected) == 0
+    twin(x).square().sum().backward()
+    assert twin.model.pos_embed.grad is not None
+    assert all(p.grad is None for p in first.parameters())
+
+
+class OwnAddition(timm.models.vision_transformer.VisionTransformer):
+    """As papers' code has it: a subclass that adds the table by itself."""
+
+    def forward_features(self, x, *args, **kwargs):
+        x = self.patch_embed(x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("join", ["LaPE", "share"])
+def test_a_subclass_that_adds_the_table_itself(join, x):
+    model, plain = OwnAddition(**TINY).eval(), make()
+    plain.load_state_dict(model.state_dict())
+    assert far(model(x), plain(x)) <= 1e-6
+    lape.apply_(model, join)
+    lape.apply_(plain, join)
+    assert far(model(x), plain(x)) <= 1e-6
+
+
+@pytest.mark.parametrize("method", ["_pos_embed", "forward_features"])
+def test_a_method_that_was_replaced_before_is_refused(method):
+    model = make()
+    setattr(model, method, getattr(model, method))
+    with pytest.raises(lape.UnsupportedModelError, match=rf"{method} was replaced"):
+        lape.apply_(model)
+
+
+def test_a_method_of_the_class_that_is_replaced_later_is_called(x, monkeypatch):
+    model, calls = converted(), []
+    cls = timm.models.vision_transformer.VisionTransformer
+    original = cls.forward_features
+    monkeypatch.setattr(cls, "forward_features", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    model(x)
+    assert calls == [1]
+
+
+def test_a_warm_start_needs_a_table():
+    model = timm.create_model("vit_relpos_small_patch16_224", **{**TINY, "depth": 1})
+    with pytest.raises(lape.LapeError, match="warm_start=True with join="):
+        lape.apply_(model, "LaPE", warm_start=True)
+
+
+@pytest.mark.parametrize(("join", "pe"), [("basic", "none"), ("LaPE", "2D_RPE"), ("LaPE", "2D_sin"), ("LaPE", None)])
+@pytest.mark.parametrize("assign", [False, True])
+def test_removing_after_the_meta_device_gives_the_host_or_refuses(join, pe, assign, x):
+    state = converted("timm", join, pe).state_dict()
+    with torch.device("meta"):
+        model = lape.apply_(make(), join, pe)
+    model = model if assign else model.to_empty(device="cpu")
+    model.load_state_dict(state, assign=assign)
+    if pe == "2D_sin":
+        keys = list(model.state_dict())
+        with pytest.raises(lape.LapeError, match="pos_embed never got values"):
+            lape.remove_(model)
+        assert list(model.state_dict()) == keys
+    else:
+        lape.remove_(model)
+        assert list(model.state_dict()) == list(make().state_dict())
+        assert isinstance(model.pos_embed, nn.Parameter)
+    assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize(("join", "pe"), [("LaPE", None), ("LaPE", "2D_RPE"), ("share", None)])
+def test_selective_checkpointing(join, pe, x):
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    model = converted("timm", join, pe).train()
+    model(x).square().sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    for saved in (
+        [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
+        [torch.ops.aten.native_layer_norm.default],
+    ):
+        twin = copy.deepcopy(model)
+        twin.zero_grad()
+        for block in twin.blocks:
+            forward = block.forward
+            contexts = partial(create_selective_checkpoint_contexts, saved)
+            block.forward = lambda h, *a, f=forward, c=contexts, **k: checkpoint(
+                f, h, *a, use_reentrant=False, context_fn=c, **k
+            )
+        twin(x).square().sum().backward()
+        for name, parameter in twin.named_parameters():
+            assert far(parameter.grad, expected[name]) <= 1e-5 * expected[name].abs().max().clamp(min=1e-4), name
+
+
+@pytest.mark.parametrize(("join", "pe"), [("basic", "none"), ("basic", "PEG"), ("LaPE", "2D_RPE")])
+def test_what_lies_idle_follows_the_dtype_of_the_living(join, pe, x):
+    model = converted("timm", join, pe)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_pruned_and_parametrized_tables(x):
+    from torch.nn.utils import parametrize, prune
+
+    model = converted()
+    prune.l1_unstructured(model, "pos_embed", 0.5)
+    pruned = model(x)
+    prune.remove(model, "pos_embed")
+    assert far(model(x), pruned) == 0
+    replaced = converted("timm", "LaPE", "learnable")
+    prune.l1_unstructured(replaced, "pos_embed", 0.5)
+    with pytest.raises(lape.LapeError, match="pos_embed became another kind of attribute"):
+        lape.remove_(replaced)
+    assert replaced(x).isfinite().all()
+    parametrized = converted()
+    parametrize.register_parametrization(parametrized, "pos_embed", nn.Identity())
+    with pytest.raises(lape.LapeError, match="pos_embed is parametrized"):
+        parametrized(x)
+
+
+def test_positions_that_are_batched_alone(x):
+    from torch.func import functional_call, vmap
+
+    model = converted()
+    tables = torch.randn(2, *model.pos_embed.shape)
+    both = vmap(lambda table: functional_call(model, {"pos_embed": table}, (x,)))(tables)
+    for table, got in zip(tables, both, strict=True):
+        with torch.no_grad():
+            model.pos_embed.copy_(table)
+        assert far(got, model(x)) <= 1e-5
+
+
+def test_shared_modules_are_refused():
+    tied, shared = make(), make()
+    tied.blocks[2] = tied.blocks[0]
+    shared.blocks[1].norm1 = shared.blocks[0].norm1
+    for model in (tied, shared):
+        classes = [type(m) for m in model.modules()]
+        with pytest.raises(lape.UnsupportedModelError, match="blocks share a module"):
+            lape.apply_(model)
+        assert [type(m) for m in model.modules()] == classes
+
+
+def test_a_model_converted_in_inference_mode_trains(x):
+    model = make().train()
+    with torch.inference_mode():
+        lape.apply_(model)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_forward_inside_a_hook_of_another(x):
+    model = converted(dynamic_img_size=True)
+    wide = torch.randn(1, 3, 8, 32)
+    expected, other, seen = model(x), model(wide), []
+
+    def look(_module, _args, _output):
+        if not seen:
+            seen.append(None)
+            seen[0] = model(wide)
+
+    model.blocks[0].register_forward_hook(look)
+    assert far(model(x), expected) == 0
+    assert far(seen[0], other) == 0

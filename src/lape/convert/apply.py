@@ -15,7 +15,7 @@ from lape.convert.converted import conversion_of
 from lape.convert.plan import check_fresh, plan
 from lape.convert.positions import Size, grid_for
 from lape.convert.tended import Saved, Tended, tended
-from lape.convert.ways import Wish, put_back, way_for
+from lape.convert.ways import Wish, check_put_back, put_back, way_for
 from lape.core.anatomy import Anatomy
 from lape.core.forward import Link
 from lape.core.joined import LINK, Joined, join_module, leave_module, subclass
@@ -95,6 +95,7 @@ def remove_(model: nn.Module) -> nn.Module:
     for path, module in joined.items():
         if type(module) is not subclass(module._host, *module._roles):
             raise LapeError(f"{path} became a {class_name(type(module))} after lape.apply_: undo that first")
+    check_put_back(link)
     put_back(link)
     for module in joined.values():
         leave_module(module)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from lape.convert.converted import conversions
-from lape.convert.ways import Way, Wish, spanned, way_for
-from lape.core.anatomy import Anatomy, place_of
+from lape.convert.ways import Way, Wish, scopes_of, spanned, way_for
+from lape.core.anatomy import Anatomy
 from lape.core.joins import Join, check_combination
 from lape.core.position import KINDS, Kind
 from lape.errors import LapeError, UnsupportedModelError
@@ -17,7 +18,7 @@ def plan(host: Host, anatomy: Anatomy, join: Join, named: Kind | None, *, warm_s
     """The way of joining, with all that it adds. Raises LapeError for what has no meaning in this model."""
     kind = named or host_kind(anatomy)
     check_combination(join, kind)
-    if warm_start and not (join.normalised and named is None):
+    if warm_start and (kind.is_bias or not (join.normalised and named is None)):
         raise LapeError(
             f"warm_start=True with join={join.name!r} and pe={named and named.name!r}: it keeps the model's own table "
             "and opens a gate behind each LN'; use join='LaPE' or 'LaPE-sharing' and pe=None"
@@ -28,7 +29,8 @@ def plan(host: Host, anatomy: Anatomy, join: Join, named: Kind | None, *, warm_s
         raise UnsupportedModelError(
             f"attention of {host.name} takes no mask per head: pe={kind.name!r} cannot be added"
         )
-    way = way_for(Wish(anatomy, join, kind, new=named is not None, warm_start=warm_start))
+    with torch.inference_mode(False):
+        way = way_for(Wish(anatomy, join, kind, new=named is not None, warm_start=warm_start))
     check_forwards(anatomy, way)
     return way
 
@@ -51,15 +53,18 @@ def check_fresh(model: nn.Module) -> None:
 
 
 def check_forwards(anatomy: Anatomy, way: Way) -> None:
-    """Raises UnsupportedModelError when somebody has replaced a forward that has to take part."""
-    scopes = [place_of(anatomy.root, scope) for scope in anatomy.adds or spanned(anatomy.root)]
-    adders = [module for module, method in scopes if method == "forward"] if way.hides_table else []
-    paths = [*way.places(anatomy), *([anatomy.patch_embed] if anatomy.patch_embed else [])]
-    for module in [*adders, *map(anatomy.root.get_submodule, paths)]:
-        if "forward" in module.__dict__:
-            path = next(path for path, other in anatomy.root.named_modules() if other is module)
+    """Raises UnsupportedModelError when a module has two places, or somebody has replaced a method that takes part."""
+    root, paths = anatomy.root, way.places(anatomy)
+    if len({id(root.get_submodule(path)) for path in paths}) < len(paths):
+        raise UnsupportedModelError("blocks share a module that would be joined: each place needs a module of its own")
+    methods = [(path, "forward") for path in [*paths, *([anatomy.patch_embed] if anatomy.patch_embed else [])]]
+    if way.hides_table and (anatomy.table or anatomy.encoder):
+        methods += [scope.rpartition(".")[::2] for scope in scopes_of(root, anatomy)]
+        methods += [("", name) for name in spanned(root) if name != "forward"]
+    for path, method in methods:
+        if method in root.get_submodule(path).__dict__:
             raise UnsupportedModelError(
-                f"{path + '.' if path else ''}forward was replaced on the module (as accelerate's hooks do), so that "
+                f"{path + '.' if path else ''}{method} was replaced on the module (as accelerate's hooks do), so that "
                 "the position would not be seen: call lape.apply_ before that"
             )
 

@@ -28,13 +28,22 @@ class Tended(Joined):
 
     @classmethod
     def takes_over(cls, host: type, name: str) -> Any:
-        host_method = getattr(host, name, None)
         tend = globals()[f"_{name}"]
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return tend(self, host_method, *args, **kwargs)
+            return tend(self, getattr(host, name, None), *args, **kwargs)
 
-        return functools.wraps(host_method)(method) if host_method else method
+        return functools.wraps(getattr(host, name))(method) if hasattr(host, name) else method
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied root is the root of all that was copied with it, also of what was copied before it."""
+        super().__setstate__(state)  # type: ignore[misc]
+        link, waiting = self.__dict__[LINK], [self]
+        while waiting and link.root is self:
+            part: Any = waiting.pop()
+            if LINK in part.__dict__:
+                part.__dict__[LINK] = link
+            waiting += [child for child in part.__dict__.get("_modules", {}).values() if child is not None]
 
 
 def tended(root: nn.Module) -> list[str]:

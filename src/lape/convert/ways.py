@@ -495,11 +495,22 @@ def spanned(root: nn.Module) -> list[str]:
     return [name for name in entries if callable(getattr(type(root), name, None))]
 
 
+def scopes_of(root: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Paths of the methods that may add the host's table: its library's, and what a user's subclass overrides."""
+    entries = spanned(root)
+    homes = [next(cls for cls in type(root).__mro__ if name in vars(cls)).__module__ for name in entries]
+    theirs = [n for n, home in zip(entries, homes, strict=True) if home.split(".")[0] not in _LIBRARIES]
+    return list(dict.fromkeys([*anatomy.adds, *theirs])) or entries
+
+
+_LIBRARIES = ("timm", "transformers", "torchvision", "lape")
+
+
 def hide(link: Link, path: str) -> None:
     """The host's code sees nothing under this path while it adds its position."""
     owner, name = place_of(link.root, path)
     join_module(owner, Slot, link, name)
-    scopes = [place_of(link.root, scope) for scope in link.anatomy.adds or spanned(link.root)]
+    scopes = [place_of(link.root, scope) for scope in scopes_of(link.root, link.anatomy)]
     for adder in dict.fromkeys(module for module, _ in scopes):
         join_module(adder, Adding, link, *(method for module, method in scopes if module is adder))
 
@@ -513,13 +524,27 @@ def set_aside(link: Link, path: str) -> None:
     owner.register_buffer(name, parameter.detach())
 
 
+def check_put_back(link: Link) -> None:
+    """Raises LapeError when what `put_back` needs is not there."""
+    device = next((p.device for p in link.root.parameters()), torch.device("meta"))
+    for path, parameter in link.replaced.items():
+        owner, name = place_of(link.root, path)
+        if name not in owner._parameters and name not in owner._buffers:
+            raise LapeError(f"{path} became another kind of attribute after lape.apply_ (pruning?): undo that first")
+        if name not in owner._buffers and parameter.is_meta and device.type != "meta":
+            raise LapeError(f"the host's own {path} never got values (meta device): it can't be put back")
+
+
 def put_back(link: Link) -> None:
     """Undoes what `set_aside` and a new table did to the host's parameters."""
     device = next((p.device for p in link.root.parameters()), None)
     for path, parameter in link.replaced.items():
         owner, name = place_of(link.root, path)
         idle = owner._buffers.pop(name, None)
-        parameter.data = idle.detach() if idle is not None else parameter.data.to(device)
+        values = idle.detach() if idle is not None else parameter.data.to(device)
+        if parameter.is_meta:  # it takes no values
+            parameter = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        parameter.data = values
         owner._parameters[name] = parameter
     for path, order in link.orders.items():
         parameters = link.root.get_submodule(path)._parameters

@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lape.core.anatomy import Anatomy, place_of
 from lape.core.constants import constant
-from lape.core.grids import Recall, pick, rows_of_kept, wrong_number
+from lape.core.grids import Recall, in_backward, pick, rows_of_kept, wrong_number
 from lape.core.joined import Joined
 from lape.core.position import Grid, rows_of, same_grid
+from lape.errors import LapeError
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ class Asked:
 class Forward:
     """What is known of a forward while it runs."""
 
-    __slots__ = ("grid", "late", "learns", "link", "received", "root", "rows_BK", "table")
+    __slots__ = ("entry", "grid", "late", "learns", "link", "received", "root", "rows_BK", "table")
 
-    def __init__(self, link: Link, root: nn.Module):
+    def __init__(self, link: Link, root: nn.Module, entry: str):
         self.link = link
+        self.entry = entry  # the method by which it began
         self.root = root  # a replica of the link's own under nn.DataParallel
         self.grid: Grid | None = None  # None: the model's own
         self.table: Tensor | None = None  # the host's, as its own code has read it
@@ -185,7 +188,7 @@ class Link:
         """What one joined place receives for tokens x, outside of a forward, or for a map of another grid."""
         anatomy = self.anatomy
         grid = self.grid_of(x, place)
-        with _saved_as_it_is():
+        with _saved_as_it_is(), _unseen_in_backward():
             p = self.compute(self.running, grid, place)[place]
             if anatomy.shuffle is not None:
                 kept_Bk = self.recall.kept(anatomy.layout, x.device, x.shape[1])
@@ -217,7 +220,9 @@ class Link:
             return None
         if (here := HERE.forward) is not None and here.link is self:
             here.table = rows_of(own)
-        return _zeros(own)
+        if isinstance(own, nn.Parameter):
+            return _zeros(own, own.dtype)
+        return _zeros(own, next((p.dtype for p in self.running.parameters()), own.dtype))  # idle: follow the living
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         root = memo.get(id(self.root))
@@ -269,6 +274,8 @@ def owned(owner: nn.Module, name: str) -> Any:
     for place in (owner._parameters, owner._buffers, owner._modules, owner.__dict__):
         if name in place:
             return place[name]
+    if name in owner._modules.get("parametrizations", ()):  # type: ignore[operator]
+        raise LapeError(f"{name} is parametrized, so that it can't be joined: remove the parametrization first")
     raise AttributeError(f"{type(owner).__name__} has no {name!r}")
 
 
@@ -277,9 +284,10 @@ class Spanning(Joined):
 
     def _around(self, host_method: Any, *args: Any, **kwargs: Any) -> Any:
         link, before = self._lape, HERE.forward  # type: ignore[attr-defined]
-        if before is not None and before.root is self:  # forward calls forward_features
+        entry = host_method.__name__
+        if before is not None and before.root is self and before.entry != entry:  # forward calls forward_features
             return host_method(self, *args, **kwargs)
-        HERE.forward = here = Forward(link, self)  # type: ignore[arg-type]
+        HERE.forward = here = Forward(link, self, entry)  # type: ignore[arg-type]
         try:
             if not link.many_grids:
                 here.begin(None)
@@ -312,19 +320,22 @@ class Slot(Joined):
         def write(self: Any, value: Any) -> None:
             self.__dict__[name] = value
 
-        return property(read, write)
+        def delete(self: Any) -> None:
+            del self.__dict__[name]
+
+        return property(read, write, delete)
 
 
 def _zero(dtype: torch.dtype) -> Tensor:
     return torch.zeros((), dtype=dtype)
 
 
-def _zeros(like: Tensor) -> Tensor:
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros in the form of a tensor: a view of one kept zero; in a graph, one node."""
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        return constant(_zero, like.device, like.dtype).expand(like.shape)
+        return constant(_zero, like.device, dtype).expand(like.shape)
     if HERE.traced_zeros is None or HERE.traced_zeros.shape != like.shape:
-        HERE.traced_zeros = torch.zeros_like(like)
+        HERE.traced_zeros = torch.zeros_like(like, dtype=dtype)
     return HERE.traced_zeros
 
 
@@ -336,3 +347,8 @@ def _saved_as_it_is() -> Any:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+
+
+def _unseen_in_backward() -> Any:
+    """Nor may selective checkpointing, which counts operations by a dispatch mode, find more of them than before."""
+    return _disable_current_modes() if in_backward() else contextlib.nullcontext()

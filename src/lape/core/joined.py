@@ -32,11 +32,11 @@ class Joined:
     @classmethod
     def takes_over(cls, host: type, name: str) -> Any:
         """What stands in the subclass under a name that the role gives: here, a method around the host's."""
-        host_method = getattr(host, name)
 
-        @functools.wraps(host_method)  # so that its signature can still be read
+        @functools.wraps(getattr(host, name))  # so that its signature can still be read
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return cls._around(self, host_method, *args, **kwargs)  # this role's, whatever other roles it has
+            # this role's `_around`, whatever other roles it has, and the host's method as it is now
+            return cls._around(self, getattr(host, name), *args, **kwargs)
 
         return method
 

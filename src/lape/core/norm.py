@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lape.core.forward import fits, received
@@ -48,11 +49,17 @@ class PositionalNorm(Joined):
         y_BND: Tensor = super().forward(x_BND)  # type: ignore[misc]
         p_1ND = received(self, y_BND)
         fits(self, y_BND, p_1ND)
-        return y_BND.add_(p_1ND) if self._lape_new else y_BND + p_1ND  # type: ignore[attr-defined]
+        in_place = self._lape_new and (torch.compiler.is_compiling() or not _is_watched())  # type: ignore[attr-defined]
+        return y_BND.add_(p_1ND) if in_place else y_BND + p_1ND
 
     def extra_repr(self) -> str:
         host: Any = super()
         return f"{host.extra_repr()}, position beside it"
+
+
+def _is_watched() -> bool:
+    """Whether a dispatch mode may keep each tensor, or a transform of torch.func may batch one of two."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None
 
 
 def makes_new(norm: nn.Module) -> bool:

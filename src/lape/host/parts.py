@@ -21,7 +21,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 def children(root: nn.Module, path: str) -> list[str]:
     """Paths of the children of a block list, in the order of the forward."""
-    return [f"{path}.{name}" for name, _ in root.get_submodule(path).named_children()]
+    return [f"{path}.{name}" for name in root.get_submodule(path)._modules]
 
 
 def instances(root: nn.Module, name: str) -> list[str]:
