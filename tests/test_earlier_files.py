@@ -1,7 +1,7 @@
 """Files that version 0.1.0 wrote are read: same outputs, and a run goes on. `v0_1/` holds tiny models of that version.
 
-Its folders, two that transformers' `save_pretrained` wrote (with the names that the modules had in memory then), and the
-checkpoint of one epoch on the digits; `outputs.safetensors` has an input and what each model gave for it.
+Its folders, two that transformers' `save_pretrained` wrote (with the names that the modules had in memory then),
+and one epoch's checkpoint on the digits; `outputs.safetensors` has an input and what each model gave for it.
 """
 
 from pathlib import Path
