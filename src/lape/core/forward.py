@@ -212,7 +212,7 @@ def received(module: Any, x: Tensor) -> Tensor:
         and (here.learns or not torch.is_grad_enabled())
         and (not link.anatomy.maps or link.grid_of(x, module._lape_place) is None)
     ):
-        p = here.received[module._lape_place]
+        p: Tensor = here.received[module._lape_place]
     else:
         p = link.alone(module._lape_place, x)
     if link.anatomy.maps:
@@ -241,7 +241,7 @@ class Spanning(Joined):
 
     def _around(self, host_method: Any, *args: Any, **kwargs: Any) -> Any:
         link, before = self._lape, HERE.forward  # type: ignore[attr-defined]
-        if before is not None and before.root is self:  # forward calls forward_features
+        if before is not None and before.root is self:  # type: ignore[comparison-overlap]  # forward calls forward_features
             return host_method(self, *args, **kwargs)
         HERE.forward = here = Forward(link, self)  # type: ignore[arg-type]
         try:
