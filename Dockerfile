@@ -2,6 +2,6 @@
 FROM python:3.12-slim
 WORKDIR /app
 COPY . .
-RUN pip install --no-cache-dir .
+RUN pip install --no-cache-dir '.[all]'
 ENTRYPOINT ["lape"]
 CMD ["--help"]

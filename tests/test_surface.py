@@ -3,11 +3,14 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from cyclopts import App
 
 import lape
+from lape.cli.app import app, original
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lape"
@@ -44,38 +47,75 @@ def test_no_forward_of_a_host_is_copied():
             assert not re.search(r"self\.(attn|mlp)\(", path.read_text()), path
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+PAGES = ["README.md", "CONTRIBUTING.md"]
+WRITTEN_BY_RUNS = {"report.md", "results.json", "run.json", "log.txt"}
+
+
+OF_OTHERS = {  # torchrun's, ruff's, and of similarity_visualize.py
+    *("--nproc-per-node", "--master-port", "--use-env", "--check", "--ckpt-path"),
+}
+
+
+def subcommands() -> list[App]:
+    return [app[name] for name in app if not name.startswith("-")]
+
+
+def flags_of(command: App) -> set[str]:
+    arguments = command.assemble_argument_collection(default_parameter=app.default_parameter)
+    return {name for argument in arguments for name in argument.names}
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_paths_named_in_pages_exist(page):
-    text = (ROOT / page).read_text()
-    named = set(
-        re.findall(r"`((?:src|tests|docs|recipes|benchmarks|\.ci)/[\w./-]+|[\w.-]+\.(?:py|md|toml|yaml|cff))`", text)
-    )
-    named |= set(re.findall(r"\]\(([^)#:]+)\)", text))
+    quoted = set(re.findall(r"`([^`\s]+)`", text_of(page)))
+    folders = r"(?:src|tests|docs|recipes|benchmarks|examples|\.ci|\.github)/[\w./-]*"
+    named = {path for path in quoted if re.fullmatch(rf"{folders}|[\w.-]+\.(?:py|md|toml|yaml|json|cff|txt)", path)}
+    named |= set(re.findall(r"\]\(([^)#:]+)\)", text_of(page)))
     assert named
-    written_by_runs = {"report.md"}
-    missing = [path for path in named - written_by_runs if not (ROOT / path).exists()]
+    missing = [path for path in named - WRITTEN_BY_RUNS if not (ROOT / path).exists()]
     assert not missing
 
 
-def test_pages_link_to_existing_files_only_in_their_images():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_named_in_pages_exist(page):
+    """Commands of `lape` with their flags, extras of the package, targets of make, and scripts."""
+    text = text_of(page)
+    targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([\w-]+)", text)) <= targets
+    extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    for names in re.findall(r"pip install (?:-e )?'[\w.]+\[([\w,]+)\]'", text):
+        assert set(names.split(",")) <= set(extras)
+    for script in re.findall(r"(?:python|torchrun|nproc_per_node=\d) ([\w./]+\.py)", text):
+        assert (ROOT / script).exists(), script
+    for words in re.findall(r"(?:`|bin/)lape ((?:[a-z-]+ \| )*[a-z-]+[^`\n]*)", text):
+        for name in words.replace("|", " ").split()[: words.count("|") + 1]:
+            assert name.startswith("--") or name in app, f"lape {name}"
+    named = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
+    assert not named - set().union(*map(flags_of, (original, *subcommands()))) - OF_OTHERS
 
 
-def test_nothing_of_this_machine_is_in_the_repository():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
-        pytest.skip("not a git checkout")
-    pattern = re.compile(r"(^|[^\w.-])/(work|farm|root)/")
-    for name in tracked.stdout.split():
-        path = ROOT / name
-        if (
-            path.suffix in {".py", ".md", ".yaml", ".toml", ".json", ".txt", ".cff"}
-            and path.exists()
-            and ".ci" not in name
-        ):
-            assert not pattern.search(path.read_text()), name
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_of_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:\s]+)\)", text_of(page)):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"\nversion: {lape.__version__}\n" in text_of("CITATION.cff")
+    assert re.search(r"^## (\S+)", text_of("CHANGELOG.md"), re.MULTILINE)[1] == lape.__version__
+    assert app.version == lape.__version__
+
+
+def test_constraints_name_every_direct_dependency_once():
+    project = tomllib.loads(text_of("pyproject.toml"))["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    direct = {line.split(">")[0] for line in lines if not line.startswith("lape[")}
+    pinned = [line.split("==")[0] for line in text_of("constraints.txt").splitlines() if not line.startswith("#")]
+    assert sorted(pinned) == sorted(direct)
 
 
 def test_tables_of_the_readme_equal_the_result_files():

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lape.look.explorer import explore
     from lape.look.similarity import correlation
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "convert.apply": ("apply_", "create_model", "fold_", "remove_"),

@@ -30,6 +30,20 @@ class LostError(LapeError):
 
 
 @contextmanager
+def needs(extra: str, otherwise: str = "") -> Iterator[None]:
+    """Imports in here may need one of the package's extras: what is missing is one line with the command.
+
+    Raises LapeError, which ends in `otherwise`, another way out.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("lape"):
+            raise
+        raise LapeError(f"{error.name} is not installed: pip install 'lape[{extra}]'{otherwise}") from error
+
+
+@contextmanager
 def arguments_as(**names: str) -> Iterator[None]:
     """Errors name an argument as `size`, in backticks; here they get the caller's word for it, such as --input-size."""
     try:

@@ -5,10 +5,11 @@ Neither torch nor timm is imported here, so that `lape --help` answers at once.
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from lape.errors import LapeError
+from lape.errors import LapeError, needs
 from lape.names import nearest
+
+with needs("train"):
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class Options(BaseModel):

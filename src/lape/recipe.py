@@ -16,11 +16,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
-
-from lape.errors import LapeError
+from lape.errors import LapeError, needs
 from lape.names import JOIN_NAMES, PE_NAMES, match_name
 from lape.options import Options
+
+with needs("train"):
+    from pydantic import Field, field_validator, model_validator
 
 DataSet = Literal["CIFAR", "IMNET", "INAT", "INAT19"]
 InatCategory = Literal["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]

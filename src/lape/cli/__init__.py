@@ -3,4 +3,13 @@
 Whoever imports any of it gets all commands: they put themselves into apps of `lape.cli.app`.
 """
 
-from lape.cli import commands as commands
+import sys
+
+from lape.errors import LapeError, needs
+
+try:
+    with needs("train"):
+        from lape.cli import commands as commands
+except LapeError as missing:  # nothing here can run, and whoever started it gets no traceback
+    print(f"error: {missing}", file=sys.stderr)
+    sys.exit(2)

@@ -26,6 +26,7 @@ from cyclopts.exceptions import (
 )
 from pydantic import ValidationError
 
+from lape import __version__
 from lape.errors import LapeError, LostError
 from lape.recipe import Recipe, spelling_of, topic_of, topics
 
@@ -107,20 +108,11 @@ def _literal(text: str) -> Any:
     return text
 
 
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("lape")
-    except metadata.PackageNotFoundError:
-        return "from a checkout, not installed"
-
-
 def _app(name: str, text: str) -> App:
     return App(
         name=name,
         help=text,
-        version=_version,
+        version=__version__,
         default_parameter=Parameter(negative_iterable=(), consume_multiple=True, allow_repeating=True),
         result_action="return_value",
         help_format="plaintext",

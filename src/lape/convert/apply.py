@@ -21,7 +21,7 @@ from lape.core.forward import Link
 from lape.core.joined import LINK, Joined, join_module, leave_module, subclass
 from lape.core.joins import check_combination, join_named
 from lape.core.position import KINDS, Layout, kind_named
-from lape.errors import LapeError, UnsupportedModelError
+from lape.errors import LapeError, UnsupportedModelError, needs
 from lape.host import class_name, find_host, host_of_library
 
 
@@ -162,7 +162,8 @@ def build(
     host = host_of_library(library)
     assert host.build is not None
     try:
-        made = host.build(name, kwargs)
+        with needs("huggingface" if library == "transformers" else "all"):
+            made = host.build(name, kwargs)
     except UnsupportedModelError as error:  # of a model that takes other arguments: here it need not be supported
         if pe is None or not kind_named(pe).untouched:
             raise

@@ -147,7 +147,9 @@ AddBias = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, .
 """(bias_1HNN, args, kwargs of the host's attention) -> the args and kwargs with the bias in its mask."""
 
 
-def add_to_attn_mask(bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+def add_to_attn_mask(
+    bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """For attention(x, attn_mask=...), an additive or boolean mask that broadcasts to (B, H, N, N): timm."""
     x, *rest = args
     mask = rest.pop(0) if rest else kwargs.pop("attn_mask", None)

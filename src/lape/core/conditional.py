@@ -28,7 +28,8 @@ class PEG(nn.Conv2d):
 
     def beside_map(self, x_BRCD: Tensor) -> Tensor:
         """A map (B, rows, columns, D) with the position of its patches."""
-        return x_BRCD + self(x_BRCD.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        position_BDRC: Tensor = self(x_BRCD.permute(0, 3, 1, 2))
+        return x_BRCD + position_BDRC.permute(0, 2, 3, 1)
 
     def beside(self, x: Tensor, grid: Grid, num_prefix: int) -> Tensor:
         """Tokens (B, N, D) with the position of their patches."""

@@ -283,11 +283,12 @@ class Spanning(Joined):
     """The root of a converted model: a `Forward` spans each of its forwards."""
 
     def _around(self, host_method: Any, *args: Any, **kwargs: Any) -> Any:
-        link, before = self._lape, HERE.forward  # type: ignore[attr-defined]
+        root: Any = self
+        link, before = root._lape, HERE.forward
         entry = host_method.__name__
-        if before is not None and before.root is self and before.entry != entry:  # forward calls forward_features
+        if before is not None and before.root is root and before.entry != entry:  # forward calls forward_features
             return host_method(self, *args, **kwargs)
-        HERE.forward = here = Forward(link, self, entry)  # type: ignore[arg-type]
+        HERE.forward = here = Forward(link, root, entry)
         try:
             if not link.many_grids:
                 here.begin(None)

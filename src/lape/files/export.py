@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lape.convert.apply import fold_
 from lape.convert.converted import conversion_of
 from lape.convert.positions import describe
-from lape.errors import LapeError
+from lape.errors import LapeError, needs
 from lape.files.atomic import write_atomically
 from lape.files.folder import load, save
 from lape.files.read import Checkpoint, read_checkpoint
@@ -200,14 +200,10 @@ def _write_torch(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: 
 
 
 def _write_onnx(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: Tensor, folder: Path) -> Written:
-    try:
+    with needs("export", ", or leave onnx out of `formats`"):
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401  (the exporter needs it)
-    except ImportError as error:
-        raise LapeError(
-            f"ONNX needs {error.name}: pip install 'lape[export]', or leave onnx out of `formats`"
-        ) from None
     path = folder / "model.onnx"
     with _quiet():
         torch.onnx.export(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lape.core.joins import join_named
 from lape.core.position import kind_named
-from lape.errors import CheckpointError, LapeError
+from lape.errors import CheckpointError, needs
 
 HEADS = ("head.weight", "head.fc.weight")  # of a classifier: in most models of timm, in those of stages
 CONFIG = "config.json"
@@ -255,8 +255,6 @@ def _download(repo_id: str) -> Path:
 
 
 def _hub() -> Any:
-    try:
+    with needs("huggingface"):
         import huggingface_hub
-    except ImportError:
-        raise LapeError("the Hugging Face Hub needs huggingface_hub: pip install huggingface_hub") from None
     return huggingface_hub

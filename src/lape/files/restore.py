@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from lape.data.augment import EvalTransform, eval_transform
 from lape.errors import CheckpointError, DataError, arguments_as
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
-from lape.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lape.recipe import Recipe
 
 SIZE_NAMES = ("img_size", "image_size")  # of timm; of torchvision and transformers
 
@@ -217,6 +219,8 @@ def transform_of(checkpoint: Checkpoint) -> EvalTransform:
     """The stored evaluation transform; else a recipe's, at the model's own size, (height, width) where not square."""
     if checkpoint.transform:
         return EvalTransform.from_dict(checkpoint.transform)
+    from lape.recipe import Recipe
+
     transform = eval_transform(settings_of(checkpoint, Recipe()))
     size = size_of(checkpoint)
     return transform if size is None or size[0] == size[1] else replace(transform, input_size=size)
@@ -259,6 +263,8 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     Raises:
         CheckpointError: a flag that was given names another model, join, position embedding or channel count.
     """
+    from lape.recipe import Recipe
+
     contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
     contents |= checkpoint.args
     stored = {name: contents[name] for name in STORED if contents.get(name) is not None}

@@ -16,18 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from lape.convert.positions import Description, View, describe, position_bias
 from lape.core.position import KINDS, Grid
-from lape.errors import LapeError
+from lape.errors import LapeError, needs
 from lape.files.atomic import write_atomically
 from lape.files.read import read_checkpoint
 from lape.files.restore import restore_to_draw
@@ -35,6 +28,15 @@ from lape.look.colours import COLOURS
 from lape.look.measures import MEASURES, measure_all
 from lape.look.options import DrawOptions
 from lape.look.similarity import Maps, center_token, check_token, similarity_by_distance, token_map
+
+with needs("plot"):
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
 
 COLOUR_MAP = "RdBu_r"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito

@@ -18,7 +18,7 @@ from lape.convert.positions import Size, View, num_prefix_tokens, positions, tab
 from lape.convert.positions import grid as default_grid
 from lape.core.joins import JOINS
 from lape.core.position import Grid
-from lape.errors import LapeError
+from lape.errors import LapeError, needs
 
 
 def correlation(model: nn.Module, size: Size | None = None, view: View = "seen", *, stage: int | None = None) -> Tensor:
@@ -207,7 +207,8 @@ def spearman(there_GK: Tensor, a_GK: Tensor, b_LGK: Tensor) -> Tensor:
 
 def _centred_ranks(there_GK: Tensor, values_GK: Tensor) -> Tensor:
     """Ranks less their mean, 0 where nothing is there."""
-    from scipy.stats import rankdata
+    with needs("plot"):
+        from scipy.stats import rankdata
 
     rank = torch.from_numpy(rankdata(values_GK.where(there_GK, torch.inf).numpy(), axis=-1)).where(there_GK, 0.0)
     return (rank - rank.sum(-1, keepdim=True) / there_GK.sum(-1, keepdim=True).clamp(min=1)).where(there_GK, 0.0)

@@ -75,7 +75,8 @@ class ImageToTokens(HybridEmbed):
                 f"images of {x_BCHW.shape[2]} x {x_BCHW.shape[3]} pixels were given, the model is for "
                 f"{self.img_size[0]} x {self.img_size[1]}: create it with that img_size, or call set_input_size"
             )
-        return super().forward(x_BCHW)
+        tokens_BND: Tensor = super().forward(x_BCHW)  # type: ignore[no-untyped-call]
+        return tokens_BND
 
 
 class LeFF(nn.Module):
@@ -162,7 +163,8 @@ class CeiT(VisionTransformer):
     def read_layers(self, tokens: list[Tensor]) -> Tensor:
         """The features (B, N, D) of the tokens that left each block: LCA's class token and the last patches, normed."""
         classes_BLD = torch.stack([x_BND[:, 0] for x_BND in tokens], dim=1) + self.pos_layer_embed[:, : len(tokens)]
-        return self.norm(torch.cat([self.lca(classes_BLD)[:, -1:], tokens[-1][:, 1:]], dim=1))
+        features_BND: Tensor = self.norm(torch.cat([self.lca(classes_BLD)[:, -1:], tokens[-1][:, 1:]], dim=1))
+        return features_BND
 
     def _layers(self, x_BCHW: Tensor, attn_mask: Tensor | None, is_causal: bool) -> list[Tensor]:
         """The tokens (B, N, D) that leave each block."""

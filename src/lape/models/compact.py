@@ -135,7 +135,7 @@ class SequencePool(nn.Module):
         self.score = nn.Linear(width, 1)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        weight_BN1 = self.score(x_BND).softmax(dim=1)
+        weight_BN1: Tensor = self.score(x_BND).softmax(dim=1)
         return (weight_BN1.mT @ x_BND).squeeze(1)
 
 
@@ -246,7 +246,7 @@ class CompactTransformer(nn.Module):
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
         """Tokens (B, N, D) behind the last norm, a class token first."""
-        x_BND = self.patch_embed(x_BCHW)
+        x_BND: Tensor = self.patch_embed(x_BCHW)
         if self.cls_token is not None:
             x_BND = torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         if self.pos_embed is not None:
@@ -261,7 +261,7 @@ class CompactTransformer(nn.Module):
 
     def forward_head(self, x_BND: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, K) of tokens; `pre_logits`: the pooled (B, D)."""
-        x_BD = x_BND[:, 0] if self.seq_pool is None else self.seq_pool(x_BND)
+        x_BD: Tensor = x_BND[:, 0] if self.seq_pool is None else self.seq_pool(x_BND)
         x_BD = self.head_drop(x_BD)
         return x_BD if pre_logits else self.head(x_BD)
 

@@ -88,11 +88,13 @@ class TokenPerformer(nn.Module):
             sums_BDm = v_BND.float().mT @ k_BNm
             weight_BN1 = q_BNm @ k_BNm.sum(1)[..., None]
             y_BND = q_BNm @ sums_BDm.mT / (weight_BN1 + 1e-8)
-        return v_BND + self.drop(self.proj(y_BND.to(v_BND.dtype)))
+        joined_BND: Tensor = v_BND + self.drop(self.proj(y_BND.to(v_BND.dtype)))
+        return joined_BND
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = self.attend(self.norm1(x_BND))
-        return x_BND + self.mlp(self.norm2(x_BND))
+        y_BND = self.attend(self.norm1(x_BND))
+        mixed_BND: Tensor = self.mlp(self.norm2(y_BND))
+        return y_BND + mixed_BND
 
 
 class TokensToToken(nn.Module):
@@ -162,7 +164,7 @@ class TokensToToken(nn.Module):
             )
         rows, columns = self.dynamic_feat_size(size)
         first, second, third = self.splits
-        x_BND = self.attention1(first(x_BCHW).mT)
+        x_BND: Tensor = self.attention1(first(x_BCHW).mT)
         x_BND = self.attention2(second(x_BND.mT.unflatten(2, (4 * rows, 4 * columns))).mT)
         x_BND = self.project(third(x_BND.mT.unflatten(2, (2 * rows, 2 * columns))).mT)
         return x_BND if self.flatten else x_BND.unflatten(1, (rows, columns))

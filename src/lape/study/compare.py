@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lape.errors import LapeError, UnsupportedModelError
+from lape.errors import LapeError, UnsupportedModelError, needs
 from lape.names import JOIN_NAMES, PE_NAMES, match_name
 from lape.recipe import Recipe
 from lape.study import report
@@ -59,6 +59,7 @@ def compare(recipe: Recipe, options: CompareOptions) -> Study:
     baseline = "basic" if "basic" in joins else joins[0]
     if options.baseline:
         baseline = match_name("baseline", options.baseline, joins)
+    _check_figures()
     variants, meaningless = combinations(recipe, options.models or (recipe.model,), pes, joins)
     recipes = dict.fromkeys(variants, recipe) | _rivals(recipe, options, variants)
     folder = _writable(Path(options.output_dir))
@@ -103,6 +104,12 @@ def compare(recipe: Recipe, options: CompareOptions) -> Study:
     table = report.plain_table(report.rows_of_variants(results))
     print("\n".join(["", *table, "", *results["sentences"], "", "Written:", *(f"  {file}" for file in files)]))
     return Study(folder, results, files)
+
+
+def _check_figures() -> None:
+    """What draws them is asked for before the trainings, not after hours."""
+    with needs("plot"):
+        import matplotlib  # noqa: F401
 
 
 def _check(**lists: Sequence[Any]) -> None:
@@ -320,6 +327,7 @@ def demo(options: DemoOptions) -> Study:
             raise LapeError(f"{name}={value} is not allowed: choose {allowed}")
     recipe = Recipe.from_yaml("digits", threads=1, num_workers=0, device="cpu")
     recipe = recipe if options.epochs is None else recipe.replace(epochs=options.epochs)
+    _check_figures()
     folder = claim(Path(options.output_dir))
     stages = demo_stages(recipe, options.seeds, recipe.epochs * options.long_factor, options.long_seeds)
     agenda = Agenda(stages, options.workers, options.time_limit)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lape.errors import needs
 from lape.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def paired_t(gaps: Sequence[float]) -> dict[str, float | None]:
 
     None for fewer than two pairs; for differences that are all equal t has no value, and p is 1 if they are 0, else 0.
     """
-    from scipy.stats import ttest_1samp
+    with needs("train"):
+        from scipy.stats import ttest_1samp
 
     if len(gaps) < 2:
         return {"t": None, "p": None}

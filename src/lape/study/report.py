@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from lape.errors import needs
 from lape.look.colours import COLOURS
 from lape.study.numbers import Run, mean_std
 
@@ -167,8 +168,9 @@ def _html_table(rows: Rows) -> str:
 
 def accuracy_curves(runs: Sequence[Run], title_of: Callable[[Run], str]) -> Figure:
     """Test accuracy by epoch, a panel a title and a line a join: mean of the seeds, band from lowest to highest."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needs("plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, list[list[dict[str, float]]]]] = {}
     for run in runs:

@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from lape.errors import LapeError
+from lape.errors import LapeError, needs
 from lape.files.atomic import write_atomically
 from lape.recipe import Recipe
 from lape.train.distributed import World
@@ -41,7 +41,8 @@ class Curves:
     """
 
     def __init__(self, recipe: Recipe, history: list[dict[str, Any]], run_id: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        with needs("train"):
+            from torch.utils.tensorboard import SummaryWriter
 
         folder = Path(recipe.output_dir) / BOARD
         for old in folder.glob("events.out.tfevents.*"):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lape.convert.converted import conversion_of
 from lape.convert.positions import Size, View, describe, position_bias
 from lape.core.position import KINDS, Grid
-from lape.errors import LapeError
+from lape.errors import LapeError, needs
 from lape.files.atomic import write_atomically
 from lape.files.read import read_checkpoint
 from lape.look.measures import MEASURES, measure_all
@@ -330,8 +330,9 @@ def series(joins: Sequence[str]) -> list[str]:
 
 def colours() -> list[str]:
     """The diverging map of all figures, from its lowest to its highest, 65 colours."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
+    with needs("plot"):
+        from matplotlib import colormaps
+        from matplotlib.colors import to_hex
 
     from lape.look.figures import COLOUR_MAP
 

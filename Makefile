@@ -1,0 +1,37 @@
+# What CI does, by hand. Needs nothing but Python and make; `make venv` installs the rest into .venv.
+PYTHON ?= python3
+BIN ?= .venv/bin
+OLDEST := 'torch==2.6.*' 'torchvision==0.21.*' 'timm==1.0.31' 'transformers==4.49.*' 'numpy==1.26.*'
+CORE := tests/test_convert.py tests/test_hosts.py tests/test_checkpoint.py tests/test_reference.py tests/test_correlation.py
+
+.PHONY: venv fast full lint docs oldest constraints
+
+venv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -e '.[test]'
+
+fast:  ## a test of everything
+	$(BIN)/pytest -m "not slow"
+
+full:  ## every test
+	$(BIN)/pytest
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs:  ## tables and pages that are written from files
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/scale_model.py
+	$(BIN)/python benchmarks/host_table.py
+
+oldest:  ## the core with the oldest versions that are supported, in a virtual environment of its own
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -e '.[test]' $(OLDEST)
+	.venv-oldest/bin/pytest $(CORE)
+
+constraints:  ## everything with the versions in constraints.txt, likewise
+	$(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/pip install -e '.[test]' -c constraints.txt
+	.venv-constraints/bin/pytest -m "not slow"
