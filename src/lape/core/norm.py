@@ -59,7 +59,7 @@ class PositionalNorm(Joined):
 
 def _is_watched() -> bool:
     """Whether a dispatch mode may keep each tensor, or a transform of torch.func may batch one of two."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def makes_new(norm: nn.Module) -> bool:
