@@ -1,5 +1,6 @@
 """Shared by all tests: tiny models on few threads, and where optional material lies."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,22 @@ torch.set_num_threads(1)  # tiny models: threads only cost
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Optional real images and checkpoints beside the checkout; a test that needs them skips without."""
+
+
+EACH = 7
+"""Of the cases of a matrix, every seventh is not slow: a prime, so that all rows and columns are met."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several processes and a browser are slow, and so are most cases of a matrix."""
+    places: Counter[str] = Counter()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        in_matrix = item.get_closest_marker("matrix") is not None
+        alone = item.get_closest_marker("distributed") or item.get_closest_marker("browser")
+        if alone or (in_matrix and places[name] % EACH):
+            item.add_marker("slow")
+        places[name] += in_matrix
 
 
 @pytest.fixture(autouse=True)

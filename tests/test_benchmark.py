@@ -24,6 +24,7 @@ def run(*extra: str) -> int:
     return cli.run(cli.app, [*COMMAND, *extra])
 
 
+@pytest.mark.slow
 def test_a_table_and_a_file_with_all_variants(tmp_path, capsys):
     path = tmp_path / "found.json"
     peers = ["timm", "torchvision", "transformers"]
@@ -191,6 +192,7 @@ def test_the_written_out_baseline_is_the_converted_model_in_outputs_and_gradient
     assert original_style.largest_difference(model, baseline, x) > original_style.TOLERANCE
 
 
+@pytest.mark.slow
 def test_tables_are_written_from_the_files_that_the_scripts_write(tmp_path, monkeypatch, capsys):
     import sys
 

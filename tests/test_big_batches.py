@@ -105,6 +105,7 @@ def test_recomputed_activations_give_the_same_gradient(monkeypatch):
         torch.testing.assert_close(again[name], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.distributed
 def test_two_processes_train_as_one_does(tmp_path):
     """DistributedDataParallel with parts, of which only the last exchanges gradients, against one process."""
     flags = "--model vit_tiny_patch16_224 --join-type LaPE --input-size 16 --epochs 1 --lr 0.01 --unscale-lr --opt sgd"
@@ -141,6 +142,7 @@ def test_two_processes_train_as_one_does(tmp_path):
 # ------------------------------------------------------------------------------------------------ compile, determinism
 
 
+@pytest.mark.slow
 def test_the_compiled_step_is_what_trains(monkeypatch):
     compiled = []
 

@@ -165,6 +165,7 @@ def test_images_of_another_size_are_refused():
         make().set_input_size(patch_size=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pe"), [(NAME, "learnable"), ("t2t_vit_7", "1D_sin")])
 def test_trained_by_a_recipe_and_evaluated_from_its_file(name, pe, tmp_path):
     kwargs = {"embed_dim": 16, "depth": 1, "num_heads": 1}

@@ -553,6 +553,7 @@ def test_python_dash_m_lape_exits_with_2_and_one_line() -> None:
     assert done.stderr == "error: Unknown option: --batch-sise. Did you mean --batch-size?\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_sees_no_traceback() -> None:
     command = f"{sys.executable} -m lape hosts | head -n 1"
     done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)

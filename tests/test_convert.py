@@ -28,6 +28,7 @@ from lape.core.position import KINDS
 RIGHT = {*MEANINGFUL, ("basic", "PEG"), ("basic", "own")}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
 def test_five_equalities(host, join, pe, tmp_path):
@@ -58,6 +59,7 @@ def test_five_equalities(host, join, pe, tmp_path):
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(("join", "pe"), [(j, None) for j in ANYWHERE] + MEANINGFUL)
 def test_removed_is_the_original_bit_for_bit(host, join, pe):
@@ -184,6 +186,7 @@ def test_copies_after_a_forward_are_whole_and_independent(join, pe):
         assert lape.positions(model).abs().max() == 0
 
 
+@pytest.mark.slow
 def test_a_pickle_works_in_another_process(tmp_path):
     model = lape.apply_(make())
     x = image(model)
@@ -223,6 +226,7 @@ def test_timm_grad_checkpointing_switch():
     got.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("join", "pe"), [("basic", None), ("share", None), ("LaPE", None), ("LaPE", "2D_RPE")])
 def test_compiles_to_one_graph(join, pe):
     model = lape.apply_(make("registers without rows"), join, pe)
@@ -235,6 +239,7 @@ def test_compiles_to_one_graph(join, pe):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
 def test_every_trainable_parameter_gets_a_gradient(host, join, pe):
@@ -455,6 +460,7 @@ def test_two_grids_of_one_count_cannot_be_told_apart_when_recomputing():
         loss.backward()
 
 
+@pytest.mark.slow
 def test_any_size_compiles_to_one_graph():
     model = lape.apply_(make(dynamic_img_size=True))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

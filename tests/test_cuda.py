@@ -22,6 +22,7 @@ from lape.recipe import Recipe
 from lape.train.loop import train
 
 pytestmark = [
+    pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # torch.compile's advice
 ]

@@ -35,11 +35,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Study:
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_files_are_written(demo: Study) -> None:
     assert {file.name for file in demo.folder.iterdir()} == set(DEMO_FILES) == {file.name for file in demo.files}
     assert all(file.stat().st_size > 500 for file in demo.files)
 
 
+@pytest.mark.slow
 def test_results_agree_with_the_runs(demo: Study) -> None:
     results = json.loads((demo.folder / "results.json").read_text())
     assert [budget["epochs"] for budget in results["budgets"]] == [1, 2]
@@ -63,6 +65,7 @@ def test_results_agree_with_the_runs(demo: Study) -> None:
     assert "join_type" not in results["recipe"]
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_results_say(demo: Study) -> None:
     report = (demo.folder / "report.md").read_text()
     for budget in demo.results["budgets"]:
@@ -74,6 +77,7 @@ def test_the_report_says_what_the_results_say(demo: Study) -> None:
         assert name in report
 
 
+@pytest.mark.slow
 def test_processes_side_by_side_find_the_same(demo: Study, tmp_path: Path) -> None:
     other = run_demo(DemoOptions(output_dir=str(tmp_path), seeds=1, epochs=1, long_seeds=0, workers=2))
     alone = [run for run in demo.results["runs"] if run["epochs"] == 1]
@@ -84,6 +88,7 @@ def test_processes_side_by_side_find_the_same(demo: Study, tmp_path: Path) -> No
         assert run == json.loads(json.dumps(expected))
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_is_given_back(demo: Study) -> None:
     assert torch.get_num_threads() == THREADS
 
@@ -243,6 +248,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_ends_a_worker_that_trains_while_another_starts(tmp_path: Path) -> None:
     """The first must not take the recipe that waits for the second."""
@@ -252,6 +258,7 @@ def test_ctrl_c_ends_a_worker_that_trains_while_another_starts(tmp_path: Path) -
     assert not (tmp_path / "training 1").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
     options = DemoOptions(output_dir=str(tmp_path), epochs=500)

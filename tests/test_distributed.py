@@ -64,6 +64,7 @@ def test_a_device_that_does_not_work_names_the_fix():
         pass
 
 
+@pytest.mark.distributed
 def test_two_processes_add_up_and_fail_together(tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)

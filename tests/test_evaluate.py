@@ -128,6 +128,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.distributed
 def test_one_two_and_three_processes_give_the_same_numbers(tmp_path):
     write_pth(tmp_path / "a.pth", tiny())
     settings = {"resume": str(tmp_path / "a.pth"), "dist_eval": True, "device": "cpu", "batch_size": 30}

@@ -40,6 +40,7 @@ def test_scenes_are_the_same_again_and_their_boxes_hold_their_masks(example):
         assert not scene.mask_HW[~inside].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "score"), [("segmentation", "miou"), ("detection", "ap50")])
 def test_an_example_runs_both_joins_and_writes_what_it_found(example, name, score, tmp_path):
     if name == "segmentation":

@@ -234,6 +234,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.nn.M
     return page, models
 
 
+@pytest.mark.browser
 def test_clicks_and_keys_choose_patch_and_layer(browser: Any, two: tuple[Path, list[torch.nn.Module]]) -> None:
     path, models = two
     expected = [lape.correlation(model).numpy() for model in models]
@@ -265,6 +266,7 @@ def test_clicks_and_keys_choose_patch_and_layer(browser: Any, two: tuple[Path, l
     visit.end()
 
 
+@pytest.mark.browser
 def test_pixels_have_the_colours_of_the_numbers(browser: Any, two: tuple[Path, list[torch.nn.Module]]) -> None:
     from matplotlib import colormaps
 
@@ -283,6 +285,7 @@ def test_pixels_have_the_colours_of_the_numbers(browser: Any, two: tuple[Path, l
     visit.end()
 
 
+@pytest.mark.browser
 def test_attention_hover_measures_and_theme(browser: Any, two: tuple[Path, list[torch.nn.Module]]) -> None:
     path, _ = two
     visit = Visit(browser, path, color_scheme="dark")
@@ -314,6 +317,7 @@ def test_attention_hover_measures_and_theme(browser: Any, two: tuple[Path, list[
     visit.end()
 
 
+@pytest.mark.browser
 def test_a_phone_window_and_a_resize(browser: Any, two: tuple[Path, list[torch.nn.Module]]) -> None:
     visit = Visit(browser, two[0], viewport={"width": 375, "height": 720}, has_touch=True, device_scale_factor=2)
     overflow = "document.documentElement.scrollWidth - innerWidth"
@@ -328,6 +332,7 @@ def test_a_phone_window_and_a_resize(browser: Any, two: tuple[Path, list[torch.n
     visit.end()
 
 
+@pytest.mark.browser
 def test_the_largest_react_at_once(browser: Any, tmp_path: Path) -> None:
     model = lape.create_model(
         "deit_tiny_patch16_224", "LaPE", img_size=384, embed_dim=64, num_heads=4, depth=12, num_classes=2

@@ -68,6 +68,7 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr
 
 
+@pytest.mark.slow
 def test_figures_need_plot_alone(tmp_path):
     """Of a model in memory, the explorer and the pictures."""
     code = """

@@ -189,6 +189,7 @@ def test_a_corrupt_validation_image_does_not_cost_the_epoch(images, tmp_path):
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.distributed
 def test_nor_does_it_where_processes_share_the_evaluation(images, tmp_path):
     """The image is in the share of the second process; the first has the checkpoint to write."""
     bad = images / "val" / "cat" / "01.png"

@@ -28,6 +28,7 @@ from lape.host import base
 HOSTS = [*LIBRARIES, "torchvision"]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
 def test_converted_is_the_formula_is_folded_is_loaded_and_removed_is_the_original(host, join, pe, tmp_path):

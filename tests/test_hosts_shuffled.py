@@ -52,6 +52,7 @@ def places(noise: torch.Tensor, mask_ratio: float) -> torch.Tensor:
     return torch.nn.functional.pad(noise.argsort(1)[:, :keep] + 1, (1, 0))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("mask_ratio", [0.7, 0.0])
 @pytest.mark.parametrize(("join", "pe"), CASES)
 def test_five_equalities(join, pe, mask_ratio, images, tmp_path):

@@ -113,6 +113,7 @@ def expected_positions(model: torch.nn.Module, host: str, join: str) -> list[tor
     return found
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("host", "join", "pe"), CASES)
 def test_five_equalities(host, join, pe, tmp_path):
     model, original, x = make(host), make(host), image(host)

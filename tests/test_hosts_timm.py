@@ -95,6 +95,7 @@ def test_attention_sees_token_norm_plus_position_and_nothing_else_does(family):
     assert torch.equal(model(x), bare_host(x))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("family", "join"), CASES)
 def test_folded_saved_and_removed(family, join, tmp_path):
     name, extra, pe, *_ = FAMILIES[family]
@@ -117,6 +118,7 @@ def test_folded_saved_and_removed(family, join, tmp_path):
     assert torch.equal(model(x), original(x))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("family", "join"), CASES)
 def test_removed_at_once_is_the_original_bit_for_bit(family, join):
     for pe in {FAMILIES[family][2], "2D_sin" if join != "unshare" else "learnable"}:

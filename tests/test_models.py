@@ -160,6 +160,7 @@ def test_forward_is_the_written_out_formula(family):
         assert close(model(x), written_out(model, x))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("join", "pe"), [*MEANINGFUL, *POOLED])
 def test_five_equalities(family, join, pe, tmp_path):
@@ -190,6 +191,7 @@ def test_five_equalities(family, join, pe, tmp_path):
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("join", "pe"), [(j, None) for j in JOINS] + MEANINGFUL + POOLED)
 def test_removed_is_the_original_bit_for_bit(family, join, pe):
@@ -328,12 +330,14 @@ def test_stochastic_depth_grows_linearly_and_dropout_is_the_published():
     assert set(SIZES) == {2, 4, 6, 7, 14}
 
 
+@pytest.mark.slow
 def test_export_compiles_without_a_break():
     model = lape.fold_(lape.apply_(make("CCT 3x1"), "LaPE"))
     x = image(model)
     assert close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["vit_lite_2_4_32", "cvt_2_4_32", "cct_2_3x2_32", "t2t_vit_7", "ceit_tiny_patch16_224"]
 )

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 ARMS = {"basic", "basic, table at std 1", "LaPE"}
 
@@ -14,6 +16,7 @@ def finite(text: str) -> float:
     raise AssertionError(f"{text} is no result")
 
 
+@pytest.mark.slow
 def test_every_part_writes_its_numbers(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "on_gpu.py"), "--out", str(tmp_path), "--commit", "abc"]
     command += ["--scale-down", "--device", "cpu", "--minutes", "4", "--only", "batch 4, bf16|batch 1, fp32"]

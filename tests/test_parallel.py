@@ -60,6 +60,7 @@ DRIVER = textwrap.dedent(
 )
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(("join", "pe"), [("LaPE", "own"), ("unshare", "own"), ("LaPE", "2D_RPE")])
 def test_two_processes_have_the_gradients_of_one(engine, join, pe, tmp_path: Path):

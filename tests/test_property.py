@@ -18,6 +18,8 @@ from lape.core.joins import JOINS, check_combination
 from lape.core.position import KINDS
 from lape.host import find_host
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5, torch.bfloat16: 0.1}
 TRANSFORMERS = {
     "ViT": ("ViTForImageClassification", "ViTConfig", {"num_labels": 3}),

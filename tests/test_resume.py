@@ -215,6 +215,7 @@ def run_whole(out: Path, processes: int, *more: str) -> None:
     assert process.returncode == 0, errors
 
 
+@pytest.mark.distributed
 def test_three_processes_killed_within_an_epoch_and_resumed(tmp_path):
     run_whole(tmp_path / "whole", 3, *THREE)
     process = launch(tmp_path / "out", 3, *THREE)
@@ -228,6 +229,7 @@ def test_three_processes_killed_within_an_epoch_and_resumed(tmp_path):
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.distributed
 def test_sigterm_to_the_launcher_saves_within_the_epoch(tmp_path):
     """As a scheduler sends it. torchrun hands it on to the loader's processes, too, which must not die first."""
     process = launch(tmp_path, 2, "--num-workers", "2")
@@ -238,6 +240,7 @@ def test_sigterm_to_the_launcher_saves_within_the_epoch(tmp_path):
     assert read(tmp_path / CHECKPOINT)["step"] > 0
 
 
+@pytest.mark.distributed
 def test_a_dead_process_ends_the_run_with_a_reason_and_keeps_the_checkpoint(tmp_path):
     process = launch(tmp_path, 2)
     wait_for(process, "Epoch: [0]  [ 4/11]")

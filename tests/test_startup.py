@@ -45,6 +45,7 @@ def test_help_and_mistakes_need_no_torch(command):
     assert found.endswith("loaded []"), found
 
 
+@pytest.mark.slow
 def test_evaluation_loads_no_training_and_no_pictures(checkpoint):
     names = (
         "lape.train.loop",
@@ -59,6 +60,7 @@ def test_evaluation_loads_no_training_and_no_pictures(checkpoint):
     assert loaded(names, "eval", checkpoint, "--device", "cpu") == "code 0 loaded []"
 
 
+@pytest.mark.slow
 def test_training_without_files_loads_no_board():
     arguments = ["train", "--recipe", "digits", "--epochs", "1", "--device", "cpu", "--batch-size", "512"]
     arguments += ["--model-kwargs", "depth=1", "embed_dim=16", "patch_size=4", "num_heads=2"]

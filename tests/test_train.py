@@ -487,6 +487,7 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------ several processes
 
 
+@pytest.mark.distributed
 def test_two_processes_train_write_and_evaluate_to_the_number_in_the_log(tmp_path):
     out = tmp_path / "out"
     flags = "--model vit_tiny_patch16_224 --join-type LaPE --input-size 16 --batch-size 64 --epochs 2 --lr 0.01"

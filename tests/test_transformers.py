@@ -171,6 +171,7 @@ def trainer(model, folder, steps: int):
     return transformers.Trainer(model=model, args=arguments, train_dataset=Digits(64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm_start", [False, True])
 def test_the_trainer_trains_stops_and_goes_on(warm_start, tmp_path):
     pytest.importorskip("accelerate")
