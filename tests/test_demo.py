@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,9 @@ if __name__ == "__main__":
 
 def press_ctrl_c(arguments: list[str], ready: Callable[[list[int]], bool]) -> None:
     """Interrupt a Python process once it is ready, and see it and its children end. The limits only end a hang."""
-    parent = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background would inherit deafness
+    parent = subprocess.Popen([sys.executable, *arguments], preexec_fn=heeds, **quiet)
     listing = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     children: list[int] = []
     try:
