@@ -39,7 +39,7 @@ class Tended(Joined):
         """A copied root is the root of all that was copied with it, also of what was copied before it."""
         super().__setstate__(state)  # type: ignore[misc]
         link, waiting = self.__dict__[LINK], [self]
-        while waiting and link.root is self:
+        while waiting and vars(link).get("root") is self:  # while unpickling it may not be there yet
             part: Any = waiting.pop()
             if LINK in part.__dict__:
                 part.__dict__[LINK] = link
