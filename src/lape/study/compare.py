@@ -44,10 +44,11 @@ class Study:
     files: list[Path]
 
 
-def compare(recipe: Recipe, options: CompareOptions) -> Study:
+def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = ()) -> Study:
     """Trains every meaningful combination by one recipe and writes a report into `options.output_dir`.
 
-    `recipe` is everything but model, pe, join and seed; the same budget for all. Raises LapeError before any training:
+    `recipe` is everything but model, pe, join and seed; the same budget for all. `rows`, where there are some, take
+    the place of the combinations that the options name. Raises LapeError before any training:
     unknown names, no combination with a meaning, a folder that cannot be written or holds a comparison by another
     recipe, a run that cannot be read.
     """
@@ -64,7 +65,7 @@ def compare(recipe: Recipe, options: CompareOptions) -> Study:
         baseline = match_name("baseline", options.baseline, joins)
     _check_figures()
     stds = options.pe_stds or (None,)
-    rows = rows_of(options.models or (recipe.model,), pes, joins, norms or (None,), stds)
+    rows = rows or rows_of(options.models or (recipe.model,), pes, joins, norms or (None,), stds)
     variants, meaningless = combinations(recipe, rows)
     recipes = dict.fromkeys(variants, recipe) | _rivals(recipe, options, variants)
     folder = _writable(Path(options.output_dir))
