@@ -1,12 +1,13 @@
-"""What is LaPE worth? Each study trains its rows with their controls and writes results/worth_<study>_<where>.json.
+"""What is LaPE worth? Each study trains its rows with their controls and writes results/worth_<study>.json.
 
     python benchmarks/worth.py digits                      # starts of P, and what stands in the place of LN' (Table 8)
     python benchmarks/worth.py sinusoids                   # frozen tables, where scale is no excuse
     python benchmarks/worth.py cifar --cifar FOLDER        # 5,000 images, 10 epochs: ViT-Lite, CVT and CCT of 4 layers
     python benchmarks/worth.py cifar-full --cifar FOLDER   # 50,000 images, 20 epochs: ViT-Lite of 4 layers
 
-FOLDER holds CIFAR-10 as train/<class>/* and val/<class>/*. A study that was killed goes on by the same command; `--workers` trainings run side by side, one thread each. With `--finished` it reports on the trainings that
-are there, without any new one.
+FOLDER holds CIFAR-10 as train/<class>/* and val/<class>/*. A study that was killed goes on by the same command;
+`--workers` trainings run side by side, one thread each. `--finished` trains nothing: it reports on the seeds of which
+all rows are there (of none, on the rows that are), wherever they were trained (`--trained-on` says where).
 """
 
 import argparse
@@ -93,18 +94,28 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--on-device", action="store_true", help="CIFAR-10 on the device: the same recipe, other draws")
     parser.add_argument("--finished", action="store_true", help="train nothing, report on what is done")
+    parser.add_argument("--trained-on", help="the machine of the trainings, where it is not this one")
+    parser.add_argument("--data", help="what the data are called in the results (default: their path and counts)")
     parser.add_argument("--commit", help="where this is no git checkout")
     parser.add_argument("--budgets", type=int, nargs="+", help="those epochs only")
     given = parser.parse_args()
 
     parts = [run(part, given) for part in parts_of(given.study, given) if not_left_out(part, given)]
     found = parts[0]["results"]
-    where = f"cuda_{found['gpus'][0]}".replace(" ", "-") if found["gpus"] else f"cpu{found['hardware']['cores']}"
-    about = {key: found[key] for key in ("data", "gpus", "versions", "hardware", "commit")}
-    about["commit"] = about["commit"] or given.commit
+    hardware = found["hardware"]
+    about = {
+        "data": given.data or found["data"],
+        "versions": found["versions"],
+        "commit": found["commit"] or given.commit,
+    }
+    about["trained_on"] = (
+        given.trained_on or ", ".join(found["gpus"]) or f"{hardware['processor']}, {hardware['cores']} cores"
+    )
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"worth_{given.study.replace('-', '_')}_{where}.json"
-    results = {"command": f"python benchmarks/worth.py {given.study}", "parts": [kept(part) for part in parts], **about}
+    path = RESULTS / f"worth_{given.study.replace('-', '_')}.json"
+    flags = " --cifar FOLDER" if "cifar" in given.study else ""
+    command = f"python benchmarks/worth.py {given.study}{flags}"
+    results = {"command": command, "parts": [kept(part) for part in parts], **about}
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(path)
 

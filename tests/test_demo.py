@@ -22,7 +22,7 @@ from lape.study.compare import demo as run_demo
 from lape.study.numbers import Run, Variant, differences, holm, mean_std, pairs_of, summarise
 from lape.study.options import DemoOptions
 from lape.study.report import markdown_table, rows_of_differences, rows_of_variants, sentences
-from lape.study.workers import Agenda
+from lape.study.workers import Agenda, Stage, run_all
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +156,9 @@ def test_each_difference_names_what_it_can_be_due_to() -> None:
     assert due == {
         (unit, "basic"): "the scale of P at the start",
         ("LaPE-sharing", "basic"): "the join and the scale of P",
-        ("LaPE-sharing", unit): "the join, not the scale of P alone",
+        ("LaPE-sharing", unit): "the join: P has unit scale in both at the start",
         ("LaPE", "basic"): "the join and the scale of P",
-        ("LaPE", unit): "the join, not the scale of P alone",
+        ("LaPE", unit): "the join: P has unit scale in both at the start",
         ("LaPE", "LaPE-sharing"): "the chain",
     }
     paired = [
@@ -183,7 +183,7 @@ def test_tables() -> None:
     assert rows_of_variants(results)[1] == ["vit", "learnable", "basic", "30", "2", "65.0 ± 7.1", "66.0 ± 7.1"]
     table = rows_of_differences(results)
     assert table[0] == ["join", "against", "due to", "seeds", "points", "95 % interval", "p"]
-    assert table[1][:5] == ["LaPE", "basic", "the join", "2", "+25.5 ± 6.4"]
+    assert table[1][:5] == ["LaPE", "basic", "the join and the scale of P", "2", "+25.5 ± 6.4"]
     low, high = (25.5 + sign * 12.706 * statistics.stdev([30, 21]) / 2**0.5 for sign in (-1, 1))
     assert table[1][5] == f"{low:+.1f} to {high:+.1f}"
     assert markdown_table(table).splitlines()[1] == "|" + "---|" * 7
@@ -215,10 +215,28 @@ def test_a_slow_machine_leaves_seeds_out(limit: float | None, taken: int) -> Non
         count += 1
         for recipe in recipes:  # one second an epoch; no time passes in this test
             run = runs(recipe.epochs, [50.0], [])[0]
-            agenda.finished(replace(run, seconds=float(recipe.epochs)))
+            named = {"model": recipe.model, "join": recipe.join_type, "pe_std": recipe.pe_std, "seed": recipe.seed}
+            agenda.finished(replace(run, **named, seconds=float(recipe.epochs)))
     assert count == taken
     assert len(agenda.left_out) == 6 - taken
     assert bool(late(agenda)) == (taken < 6)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_time_limit_stops_what_runs(workers: int) -> None:
+    """Also what is needed: what ended before is kept, and the rest is left out, in words."""
+    stages = [Stage((Recipe(seed=0, epochs=1), Recipe(seed=1, epochs=10**6)))]
+    agenda = Agenda(stages, workers, time_limit=2.0 if workers == 1 else 20.0)
+    assert [run.seed for run in run_all(agenda, endless, str)] == [0]
+    assert agenda.left_out == stages
+    assert "seed 0 of 1 epochs" in late(agenda)[0]
+
+
+def endless(recipe: Recipe, tick: Callable[[], None]) -> Run:
+    for _ in range(recipe.epochs):
+        time.sleep(0.01)
+        tick()
+    return Run(recipe.model, recipe.pe, recipe.join_type, recipe.epochs, recipe.seed, 1.0, 1.0, 0.5, 1.0, [], "digits")
 
 
 # --- wrong use --------------------------------------------------------------------------------------------------------

@@ -236,8 +236,9 @@ def _explorable(folder: Path, runs: Sequence[Run]) -> dict[str, Path]:
     for run in runs:
         name = f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else "")
         kind = KINDS[run.pe]
-        if run.drawable and (kind.is_table or kind.is_bias) and len(models) < 6:
-            models.setdefault(name, _cell_name(folder, run.variant, run.seed) / "model")
+        home = _cell_name(folder, run.variant, run.seed) / "model"  # may be removed, the results stay
+        if run.drawable and (kind.is_table or kind.is_bias) and len(models) < 6 and home.exists():
+            models.setdefault(name, home)
     return models
 
 
@@ -390,6 +391,8 @@ def demo(options: DemoOptions) -> Study:
     )
     with tempfile.TemporaryDirectory() as models:
         runs = run_all(agenda, partial(_train_for_demo, Path(models)), _demo_line)
+        if not runs:
+            raise LapeError(f"no training ended within time_limit={options.time_limit:g}: give more seconds, or none")
         runs.sort(key=lambda run: (run.epochs, run.seed, rows.index(run.variant)))
         figures = {"curves.png": _demo_curves(runs), "correlation.png": _maps(Path(models), runs)}
     gaps = differences(runs, BASELINE)

@@ -160,23 +160,32 @@ def difference(runs: Sequence[Run], variant: Variant, against: Variant, epochs: 
 
 
 def pairs_of(variants: Iterable[Variant], baseline: str) -> Iterator[tuple[Variant, Variant, str]]:
-    """What is worth comparing: a row, the row that is its control, and what alone the difference can be due to."""
+    """What is worth comparing: a row, the row that is its control, and what the difference can be due to.
+
+    A norm gives P unit scale at the start, whatever the table's, so its control is the baseline at unit scale.
+    """
+    from lape.core.joins import JOINS
+    from lape.core.pe_norms import PE_NORMS
+
     rows = list(variants)
     for row in rows:
         kin = [other for other in rows if (other.model, other.pe) == (row.model, row.pe)]
         bases = [other for other in kin if other.join == baseline]
         if row.join == baseline:
-            yield from ((row, bases[0], "the scale of P at the start") for _ in bases[:1] if row != bases[0])
+            yield from ((row, base, "the scale of P at the start") for base in bases[:1] if row != base)
             continue
-        scales = {other.pe_std for other in kin if (other.join, other.pe_norm) == (row.join, row.pe_norm)}
+        norm = PE_NORMS[row.pe_norm or JOINS[row.join].pe_norm or "none"]
         for base in bases:
             if base.pe_std == row.pe_std:
-                yield row, base, "the join and the scale of P" if len(bases) > 1 and len(scales) == 1 else "the join"
-            elif len(scales) == 1:
-                yield row, base, "the join, not the scale of P alone"
+                yield row, base, "the join and the scale of P" if norm.normalises and row.pe_std != 1 else "the join"
+            elif base.pe_std == 1 and norm.normalises:
+                yield row, base, "the join: P has unit scale in both at the start"
         sharing = row._replace(join="LaPE-sharing")
         if row.join == "LaPE" and sharing in kin:
             yield row, sharing, "the chain"
+        unit = row._replace(join="beside", pe_std=1.0)
+        if row.join == "LaPE-sharing" and row.pe_norm is None and unit in kin:
+            yield row, unit, "LN' itself: P has unit scale in both at the start"
 
 
 def differences(runs: Sequence[Run], baseline: str) -> list[dict[str, Any]]:
