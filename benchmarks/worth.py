@@ -4,6 +4,7 @@
     python benchmarks/worth.py sinusoids                   # frozen tables, where scale is no excuse
     python benchmarks/worth.py cifar --cifar FOLDER        # 5,000 images, 10 epochs: ViT-Lite, CVT and CCT of 4 layers
     python benchmarks/worth.py cifar-full --cifar FOLDER   # 50,000 images, 20 epochs: ViT-Lite of 4 layers
+    python benchmarks/worth.py cifar-paper --cifar FOLDER  # the paper's models, all images, 310 epochs: a GPU
 
 FOLDER holds CIFAR-10 as train/<class>/* and val/<class>/*. A study that was killed goes on by the same command;
 `--workers` trainings run side by side, one thread each. `--finished` trains nothing: it reports on the seeds of which
@@ -39,6 +40,8 @@ MAIN: tuple[Row, ...] = (
 TABLE_8: tuple[Row, ...] = tuple(
     ("LaPE", norm, std) for norm in PE_NORM_NAMES if norm not in ("none", "layernorm") for std in (None, 1.0)
 )  # "none" is `beside`
+MPVG: Row = ("MPVG", None, None)
+PAPER = ("vit_lite_7_4_32", "cvt_7_4_32", "cct_7_3x1_32")
 FROZEN: tuple[Row, ...] = (
     *MAIN,
     ("LaPE-sharing", "norm", None),
@@ -79,15 +82,18 @@ def parts_of(study: str, given: argparse.Namespace) -> list[Part]:
     if study == "cifar-full":
         rows = tuple(row for row in MAIN if row != ("beside", None, None))
         return [Part("20 epochs", cifar(given.cifar, 20, 3, given.on_device), rows, ("vit_lite_4_4_32",), 2)]
+    if study == "cifar-paper":
+        recipe = Recipe.from_yaml(ROOT / "recipes" / "vit_lite_cifar10.yaml", data_path=str(given.cifar))
+        return [Part("310 epochs", recipe.replace(data_on_device=given.on_device), (*MAIN, MPVG), PAPER, 5)]
     images = given.runs / "images"
     recipe = cifar(images if images.exists() else subset(given.cifar, images, 500, 200), 10, 2, given.on_device)
     models = ("vit_lite_4_4_32", "cvt_4_4_32", "cct_4_3x2_32")
-    return [Part("10 epochs", recipe, (*MAIN, ("share", None, None), ("MPVG", None, None)), models, 5)]
+    return [Part("10 epochs", recipe, (*MAIN, ("share", None, None), MPVG), models, 5)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("digits", "sinusoids", "cifar", "cifar-full"))
+    parser.add_argument("study", choices=("digits", "sinusoids", "cifar", "cifar-full", "cifar-paper"))
     parser.add_argument("--cifar", type=Path, help="folder of CIFAR-10 images")
     parser.add_argument("--runs", type=Path, default=Path("runs/worth"), help="where the trainings go")
     parser.add_argument("--workers", type=int, default=2)
