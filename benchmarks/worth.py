@@ -7,8 +7,8 @@
     python benchmarks/worth.py cifar-paper --cifar FOLDER  # the paper's models, all images, 310 epochs: a GPU
 
 FOLDER holds CIFAR-10 as train/<class>/* and val/<class>/*. A study that was killed goes on by the same command;
-`--workers` trainings run side by side, one thread each. `--finished` trains nothing: it reports on the seeds of which
-all rows are there (of none, on the rows that are), wherever they were trained (`--trained-on` says where).
+`--workers` trainings run side by side, one thread each. `--finished` trains nothing: it reports on the rows that
+the first seed has, and the seeds that have all of these, wherever they were trained (`--trained-on` says where).
 """
 
 import argparse
@@ -136,8 +136,9 @@ def run(part: Part, given: argparse.Namespace) -> dict[str, Any]:
     rows = [Variant(model, part.pe, join, norm, std) for model in part.models for join, norm, std in part.rows]
     seeds: Sequence[int] = range(part.seeds)
     if given.finished:
-        done = [seed for seed in seeds if all(is_done(folder, row.recipe(recipe).replace(seed=seed)) for row in rows)]
-        rows, seeds = (rows, done) if done else ([row for row in rows if is_done(folder, row.recipe(recipe))], [0])
+        done = {(row, seed): is_done(folder, row.recipe(recipe).replace(seed=seed)) for row in rows for seed in seeds}
+        rows = [row for row in rows if done[row, 0]]
+        seeds = [seed for seed in seeds if all(done[row, seed] for row in rows)]
     options = CompareOptions(output_dir=str(folder), seeds=tuple(seeds), workers=given.workers)
     return {"name": part.name, "results": compare(recipe, options, rows).results}
 
