@@ -1,5 +1,6 @@
 """Pictures: the files of the original's script, and the numbers beside them."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -233,6 +234,8 @@ def test_names_of_the_original() -> None:
     assert deit_named("deit_t_LaPE") == "deit_tiny_patch16_224"
     assert deit_named("deit_s_distill_basic") == "deit_small_distilled_patch16_224"
     assert deit_named("deit_b_share") == "deit_base_patch16_224"
+    assert deit_named("deit_b_LaPE", width=192) == "deit_tiny_patch16_224"
+    assert deit_named("deit_t_LaPE", width=12) == "deit_tiny_patch16_224"
     assert deit_named("vit_t") is None
     assert deit_named(None) is None
 
@@ -251,6 +254,40 @@ def test_the_original_command_draws_bare_weights(tmp_path: Path, pe: str, capsys
             assert np.array_equal(numbers["bias"], lape.position_bias(model).detach().numpy())
         else:
             assert np.array_equal(numbers["positions"], lape.positions(model).detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("join", "pe", "name"),
+    [("LaPE", pe, "deit_t_LaPE") for pe in ("learnable", "1D_sin", "2D_sin", "2D_RPE")]
+    + [
+        ("unshare", "learnable", "deit_t_LaPE"),
+        ("basic", "2D_sin", "deit_t_basic"),
+        ("share", "1D_sin", "deit_s_share"),
+    ],
+)
+def test_a_file_without_flags_is_read_by_its_weights(tmp_path: Path, join: str, pe: str, name: str) -> None:
+    path = checkpoint(tmp_path / "weights.pth", model_with(join, pe))
+    assert visualize_main(["--ckpt_path", str(path), "--save_dir", str(tmp_path), "--model_name", name]) == 0
+    with np.load(tmp_path / name / "positions.npz") as numbers:
+        assert (str(numbers["join"]), str(numbers["pe"])) == (join, pe)
+
+
+def test_weights_that_do_not_say_their_join_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint(tmp_path / "weights.pth", model_with("basic"))
+    assert visualize_main(["--ckpt_path", str(path), "--save_dir", str(tmp_path)]) == 2
+    assert "give --join-type" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_titles_name_the_model_not_the_folder(tmp_path: Path, bare: bool) -> None:
+    model = model_with("LaPE", embed_dim=192, depth=1)
+    args = {} if bare else {"model": "deit_tiny_patch16_224", "join_type": "LaPE", "pe": "learnable", "input_size": 32}
+    args |= {} if bare else {"model_kwargs": {"patch_size": 8, "depth": 1}}
+    path = checkpoint(tmp_path / "c.pth", model, **args)
+    visualize(path, tmp_path, DrawOptions(model_name="deit_b_LaPE"))
+    text = (tmp_path / "deit_b_LaPE" / "overview.svg").read_text()
+    assert "deit_b" not in text
+    assert re.search(r"deit_tiny_patch16_224 \((width 192, )?depth 1\): join LaPE, pe learnable", text)
 
 
 def test_a_flag_that_contradicts_the_file_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

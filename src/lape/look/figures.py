@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor, nn
 
+from lape.convert.converted import conversion_of
 from lape.convert.positions import Description, View, describe, position_bias
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError, needs
@@ -226,7 +227,7 @@ def visualize(
         return _draw_biases(pictures, model, about, check_token(about.grid, options.token))
     view = options.view or "seen"
     maps = Maps.of(model, options.sides, view)
-    return _draw_positions(pictures, maps, about, check_token(maps.grid, options.token), view)
+    return _draw_positions(pictures, model, maps, about, check_token(maps.grid, options.token), view)
 
 
 def left_over(written: Sequence[Path]) -> list[str]:
@@ -241,8 +242,10 @@ _DRAWN = re.compile(
 )
 
 
-def _draw_positions(pictures: Pictures, maps: Maps, about: Description, token: int, view: View) -> list[Path]:
-    what = _what(pictures.folder, about, maps.grid)
+def _draw_positions(
+    pictures: Pictures, model: nn.Module, maps: Maps, about: Description, token: int, view: View
+) -> list[Path]:
+    what = _what(model, about, maps.grid)
     layers = maps.columns
     table = layers.pop("table P", None)
     overall = Strip("all patches", list(layers.values()), maps.grid)
@@ -399,7 +402,7 @@ def _draw_biases(pictures: Pictures, model: nn.Module, about: Description, token
     limit = bias_LHnn.abs().max().item() or 1.0
     scale = Normalize(-limit, limit), "bias on attention logits"
     layers = [f"layer {layer}" for layer in range(len(bias_LHnn))]
-    what = _what(pictures.folder, about, about.grid)
+    what = _what(model, about, about.grid)
     strips = [Strip(f"head {head}", list(bias_Lnn), about.grid) for head, bias_Lnn in enumerate(bias_LHnn.unbind(1))]
     for head, strip in enumerate(strips):
         names = [f"{about.join}_layer{layer}_head{head}.jpg" for layer in range(len(layers))]
@@ -411,8 +414,13 @@ def _draw_biases(pictures: Pictures, model: nn.Module, about: Description, token
     return pictures.finish(numbers, about, grid=about.grid, token=token)
 
 
-def _what(folder: Path, about: Description, grid: Grid) -> str:
-    return f"{folder.name}: join {about.join}, pe {about.pe}, {grid[0]} x {grid[1]} patches"
+def _what(model: nn.Module, about: Description, grid: Grid) -> str:
+    """What is drawn, by the model's own name: that of the folder may be any."""
+    factory = conversion_of(model).factory
+    name, kwargs = factory.get("name") or type(model).__name__, factory.get("kwargs") or {}
+    sizes = [f"{word} {kwargs[key]}" for key, word in (("embed_dim", "width"), ("depth", "depth")) if key in kwargs]
+    size = f" ({', '.join(sizes)})" if sizes else ""
+    return f"{name}{size}: join {about.join}, pe {about.pe}, {grid[0]} x {grid[1]} patches"
 
 
 def _place(token: int, grid: Grid) -> str:
