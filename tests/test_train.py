@@ -144,7 +144,7 @@ def test_mixup_goes_off_at_its_epoch(off, monkeypatch):
 
 @pytest.mark.parametrize("join", ["basic", "LaPE", "unshare"])
 def test_position_prefix_and_norms_have_no_weight_decay(join):
-    recipe = tiny(join_type=join)
+    recipe = tiny(join_type=join, as_original=())
     model = build_model(recipe, 10)
     state = initial_state(recipe, model, ALONE)
     decayed = {id(p) for g in state.optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
