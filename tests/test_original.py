@@ -11,6 +11,7 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import nn
 from training import ALONE, KWARGS, quiet, tiny
@@ -18,7 +19,7 @@ from training import ALONE, KWARGS, quiet, tiny
 from lape.cli import app as cli
 from lape.data.augment import eval_transform
 from lape.data.loaders import eval_loader
-from lape.files.names import reference_names
+from lape.files.names import reference_names, to_reference_state_dict
 from lape.recipe import Habit, Recipe
 from lape.train.loop import train
 from lape.train.start import OTHER_THERE, build_model
@@ -83,6 +84,26 @@ def test_a_checkpoint_decides_what_its_class_token_starts_from(tmp_path):
     torch.save({"model": trained.state_dict(), "args": tiny().model_dump(mode="json")}, tmp_path / "c.pth")
     again = build_model(tiny(finetune=str(tmp_path / "c.pth")), 10, quiet)
     assert torch.equal(again.cls_token, trained.cls_token)
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("join", ["LaPE", "unshare"])
+def test_how_finetuning_resizes_the_table(tmp_path, join, original):
+    trained = build_model(tiny(join_type=join), 10)
+    content = {"model": to_reference_state_dict(trained), "args": tiny(join_type=join).model_dump(mode="json")}
+    torch.save(content, tmp_path / "c.pth")
+    habits = {} if original else {"as_original": ()}
+    said: list[str] = []
+    larger = tiny(join_type=join, input_size=24, finetune=str(tmp_path / "c.pth"), **habits)
+    tables = {
+        n: t for n, t in to_reference_state_dict(build_model(larger, 10, said.append)).items() if "pos_embed" in n
+    }
+    assert len(tables) == (2 if join == "unshare" else 1)
+    for name, table in tables.items():
+        old = content["model"][name]
+        image = old[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+        image = F.interpolate(image, size=(6, 6), mode="bicubic", antialias=not original)
+        assert torch.equal(table, torch.cat([old[:, :1], image.flatten(2).mT], dim=1)), name
 
 
 def test_the_rest_starts_as_the_original_does():

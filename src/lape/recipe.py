@@ -26,7 +26,7 @@ with needs("train"):
 DataSet = Literal["CIFAR", "IMNET", "INAT", "INAT19"]
 InatCategory = Literal["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
 Schedule = Literal["cosine", "tanh", "step", "plateau", "poly", "constant", "none"]
-Habit = Literal["init", "drop", "schedule", "decay", "heads", "none"]
+Habit = Literal["init", "resize", "drop", "schedule", "decay", "heads", "none"]
 Interpolation = Literal["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:\d+)?")
@@ -110,7 +110,7 @@ class Recipe(Options):
     )
     attn_only: bool = _training(False, "train only attention, position embedding and head")
     as_original: tuple[Habit, ...] = _training(
-        ("init", "drop", "schedule", "decay", "heads"),
+        ("init", "resize", "drop", "schedule", "decay", "heads"),
         "what follows the LaPE authors' code where timm does otherwise (docs/original.md); none: nothing",
     )
 

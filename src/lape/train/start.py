@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 import lape.models  # noqa: F401  a teacher may be one of them
 from lape.convert.apply import create_model
 from lape.convert.converted import conversion_of
+from lape.core.position import Grid, Layout, resample, rows_of
 from lape.data.augment import eval_transform
 from lape.errors import CheckpointError, LapeError
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
@@ -74,7 +77,7 @@ def build_model(recipe: Recipe, num_classes: int, say: Say = print) -> nn.Module
     if "init" in recipe.as_original and not recipe.model_kwargs.keys() & {"pretrained", "checkpoint_path"}:
         _start_as_original(model)
     if recipe.finetune:
-        load_weights(model, read_checkpoint(recipe.finetune), say)
+        load_weights(model, read_checkpoint(recipe.finetune), say, antialias="resize" not in recipe.as_original)
     if recipe.attn_only:
         _train_attention_only(model)
     if recipe.grad_checkpointing:
@@ -100,7 +103,7 @@ def _start_as_original(model: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> None:
+def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print, *, antialias: bool = True) -> None:
     """Start a model from another's weights, as far as they can be carried over.
 
     A position table is resampled to the model's grid, a patch embedding to its patch size (pseudo-inverse resize,
@@ -129,8 +132,11 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
     reasons = {name: _why_anew(name, tensor, theirs.get(name)) for name, tensor in ours.items()}
     fresh = {name: tensor for name, tensor in ours.items() if reasons[name]}
     rest = {name: tensor for name, tensor in theirs.items() if name not in fresh}
+    own_grid = conversion_of(model).layout.grid
+    plain = {} if antialias else _resized_plainly(conversion_of(model).layout, rest, grid)
+    rest |= plain
     try:
-        load_reference_state_dict(model, fresh | rest, source_grid=grid)
+        load_reference_state_dict(model, fresh | rest, source_grid=None if plain else grid)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_advice(ours, theirs)}") from None
     notes = [
@@ -141,10 +147,23 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
         f"left out: {short(foreign)}" if foreign else "",
         resized,
         f"position table resampled from a grid of {grid[0]} x {grid[1]}"
-        if grid is not None and grid != conversion_of(model).layout.grid and "pos_embed" in theirs
+        if grid not in (None, own_grid) and "pos_embed" in theirs
         else "",
     ]
     say(f"Fine-tuning from {checkpoint.path}. {'; '.join(note for note in notes if note)}".rstrip(". ") + ".")
+
+
+def _resized_plainly(layout: Layout, tensors: Mapping[str, Tensor], grid: Grid | None) -> dict[str, Tensor]:
+    """The tables of a file for `grid` at the model's, as DeiT resizes them: bicubic without antialiasing."""
+    if grid is None or grid == layout.grid:
+        return {}
+    source = replace(layout, grid=grid)
+    tables = {name: rows_of(table) for name, table in tensors.items() if re.fullmatch(r"pos_embed\d*", name)}
+    return {
+        name: resample(rows_1RD, source, layout.grid, antialias=False)
+        for name, rows_1RD in tables.items()
+        if rows_1RD.shape[1] == source.num_rows
+    }
 
 
 def _why_anew(name: str, ours: Tensor, theirs: Tensor | None) -> str:
