@@ -4,7 +4,7 @@ Field names are the flags of DeiT's `main.py` in snake_case with the defaults of
 (`lape.cli`) is generated from the fields, and a YAML recipe is nothing but these keys. Departures from the
 original's defaults are four, each because the original's would fail on a fresh machine: `data_path` (empty: the
 packaged digits), `device` (auto), `num_workers` (DeiT's 10, the fork has 16) and `amp` (fp16 on CUDA as in the
-original, off on a CPU).
+original, off on a CPU). docs/original.md lists these and every other difference.
 
 Neither torch nor timm is imported here, so that `lape --help` answers at once.
 """
@@ -26,6 +26,7 @@ with needs("train"):
 DataSet = Literal["CIFAR", "IMNET", "INAT", "INAT19"]
 InatCategory = Literal["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
 Schedule = Literal["cosine", "tanh", "step", "plateau", "poly", "constant", "none"]
+Habit = Literal["init", "resize", "drop", "schedule", "decay", "heads", "none"]
 Interpolation = Literal["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:\d+)?")
@@ -76,6 +77,9 @@ class Recipe(Options):
     model_ema_force_cpu: bool = _model(False, "keep the moving average in host memory")
     model_ema_warmup: bool = _model(False, "short runs: the average starts as a plain mean and slows to its decay")
     grad_checkpointing: bool = _model(False, "less memory: compute activations twice instead of keeping them")
+    attention: Literal["auto", "fused", "plain"] = _model(
+        "auto", "how attention is computed; auto: plain for bf16 on a CPU, where that is faster, else torch's fused one"
+    )
     compile: bool = _model(False, "compile the training step with torch.compile")
 
     # Data
@@ -110,6 +114,10 @@ class Recipe(Options):
         False, "with --finetune: begin as the pretrained model; LaPE's position enters through gates that start at zero"
     )
     attn_only: bool = _training(False, "train only attention, position embedding and head")
+    as_original: tuple[Habit, ...] = _training(
+        ("init", "resize", "drop", "schedule", "decay", "heads"),
+        "what follows the LaPE authors' code where timm does otherwise (docs/original.md); none: nothing",
+    )
 
     # Optimizer
     opt: str = _optimizer("adamw", "timm name of the optimizer", min_length=1)
@@ -219,6 +227,11 @@ class Recipe(Options):
     @classmethod
     def _aa(cls, value: Any) -> Any:
         return "" if value is None or value == "none" else value
+
+    @field_validator("as_original")
+    @classmethod
+    def _habits(cls, value: tuple[Habit, ...]) -> tuple[Habit, ...]:
+        return tuple(habit for habit in value if habit != "none")
 
     @field_validator("device")
     @classmethod

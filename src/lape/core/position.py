@@ -60,7 +60,7 @@ def same_grid(one: Grid, other: Grid) -> bool:
     return all(type(side) is int for side in (*one, *other)) and one == other
 
 
-def resample(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
+def resample(p_1RD: Tensor, layout: Layout, grid: Grid, *, antialias: bool = True) -> Tensor:
     """The table of `layout.grid` for another grid: bicubic with antialiasing in float32, prefix rows untouched.
 
     An equal grid returns the very same tensor. (Equal token counts do not: (8, 32) -> (16, 16) is resampled.)
@@ -69,7 +69,7 @@ def resample(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
         return p_1RD
     prefix_1PD, patches_1nD = p_1RD[:, : layout.prefix_rows], p_1RD[:, layout.prefix_rows :]
     image = patches_1nD.float().unflatten(1, layout.grid).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    image = F.interpolate(image, size=grid, mode="bicubic", antialias=antialias, align_corners=False)
     return torch.cat([prefix_1PD, image.flatten(2).transpose(1, 2).to(p_1RD.dtype)], dim=1)
 
 

@@ -263,7 +263,8 @@ def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Rec
         path = cell_folder(folder, recipe) / "result.json"
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
-            used = Recipe().model_dump(mode="json") | cell["recipe"]  # what an older recipe had not was the default
+            older = Recipe(as_original=()).model_dump(mode="json")  # what an older recipe had not
+            used = older | cell["recipe"]
             run = Run(**{"model": recipe.model, "pe": recipe.pe} | cell["run"])
         except FileNotFoundError:
             waiting.append(recipe)
