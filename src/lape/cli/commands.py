@@ -340,7 +340,7 @@ def _shown(items: Iterable[Any], total: int) -> Iterator[Any]:
 
 
 def _as_json(rows: Any) -> str:
-    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _as_csv(rows: list[dict[str, Any]]) -> str:

@@ -220,6 +220,8 @@ def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Rec
             cell = json.loads(path.read_text(encoding="utf-8"))
             used = Recipe().model_dump(mode="json") | cell["recipe"]  # what an older recipe had not was the default
             run = Run(**{"model": recipe.model, "pe": recipe.pe} | cell["run"])
+            if not (0 <= run.accuracy <= 100 and 0 <= run.best <= 100):
+                raise ValueError
         except FileNotFoundError:
             waiting.append(recipe)
             continue
@@ -245,7 +247,7 @@ def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Run:
 
     home = cell_folder(folder, recipe)
     run = _train(recipe.replace(output_dir=str(home / "training"), resume="auto"), home, tick)
-    text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1) + "\n"
+    text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1, allow_nan=False) + "\n"
     write_atomically(home / "result.json", report.text_writer(text))
     shutil.rmtree(home / "training")
     return run
@@ -283,6 +285,8 @@ def _other(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
             lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             accuracies = [float(line["test_acc1"]) for line in lines]
             final, best = accuracies[-1], max(accuracies)
+            if not all(0 <= accuracy <= 100 for accuracy in accuracies):
+                raise ValueError
         except (ValueError, KeyError, IndexError, TypeError):
             raise LapeError(
                 f"{log} is no log of a training: one JSON line an epoch with test_acc1 is expected"

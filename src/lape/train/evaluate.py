@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.device import DeviceLoader
-from lape.errors import CheckpointError, DataError, LapeError
+from lape.errors import CheckpointError, DataError, LapeError, NotFiniteError, check_finite
 from lape.files.read import read_checkpoint
 from lape.files.restore import (
     check_classes,
@@ -111,6 +111,7 @@ def evaluate(
 
     Raises:
         DataError: an image cannot be read. Where the data is shared every process raises, once all are done.
+        NotFiniteError: outputs are NaN or infinite; every process raises.
     """
     model.eval()
     rank, size = rank_and_size() if shared else (0, 1)
@@ -138,6 +139,10 @@ def evaluate(
         outcome = sum_over_ranks(outcome)
     seen, hit1, hit5, losses = outcome
     assert bool((seen == 1).all()), f"{int((seen != 1).sum())} of {len(seen)} images did not count once"
+    if lost := int((~losses.isfinite()).sum()):
+        raise NotFiniteError(
+            f"the outputs for {lost} of {len(losses)} images are NaN or infinite: they have no accuracy"
+        )
     batches = losses.split(loader.batch_sampler.batch_size)  # type: ignore[union-attr]
     return Metrics(
         acc1=100 * hit1.mean().item(),
@@ -168,6 +173,7 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
     Raises:
         CheckpointError: no such file, or a flag contradicts it.
         DataError: the data has other classes than the model.
+        NotFiniteError: the model's outputs are NaN or infinite.
     """
     from lape.data.open import load_data
 
@@ -221,6 +227,7 @@ def predict(checkpoint_path: str | Path, image_paths: Sequence[str | Path], **op
         LapeError: an option is not allowed.
         DataError: a file is missing or no image; the message names it.
         CheckpointError: the checkpoint cannot be read, or its model is no classifier.
+        NotFiniteError: probabilities are NaN or infinite; the message names the first image.
     """
     return list(predictions(image_paths, PredictOptions(checkpoint=str(checkpoint_path), **options)))
 
@@ -248,6 +255,8 @@ def predictions(image_paths: Sequence[str | Path], options: PredictOptions) -> I
             pixels_BCHW = torch.stack([prepare(load_image(path, transform.in_chans)) for path in paths])
             with torch.no_grad():
                 probabilities_BK = logits_of(model(pixels_BCHW.to(world.device))).float().softmax(dim=1)
+            for path, probabilities_K in zip(paths, probabilities_BK, strict=True):
+                check_finite(probabilities_K, f"the outputs of {options.checkpoint} for {path}")
             best = probabilities_BK.topk(min(options.top_k, outputs))
             for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
                 yield Prediction(str(path), [names[index] for index in indices], values)

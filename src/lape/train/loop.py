@@ -38,7 +38,7 @@ from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.loaders import BatchPlan, batch_plan, steps_per_epoch, train_loader
 from lape.data.open import Data, load_data
-from lape.errors import DataError, LapeError
+from lape.errors import DataError, LapeError, NotFiniteError
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classes, settings_of
@@ -461,11 +461,11 @@ def _evaluate_epoch(run: Training, epoch: int, lr: float) -> tuple[Metrics, Metr
     except DataError:  # in all processes
         run.save()
         raise
-    if not math.isfinite(raw.loss):
-        raise LapeError(
-            f"the validation loss is {raw.loss} after epoch {epoch} at learning rate {lr:.3g}: training stops, the "
-            "last checkpoint stands; lower --lr, add --clip-grad 1, or use --amp off or bf16"
-        )
+    except NotFiniteError as error:
+        raise NotFiniteError(
+            f"{error} (validation after epoch {epoch} at learning rate {lr:.3g}); training stops, the last checkpoint "
+            "stands; lower --lr, add --clip-grad 1, or use --amp off or bf16"
+        ) from None
     return raw, ema
 
 
