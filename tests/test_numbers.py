@@ -2,20 +2,26 @@
 
 import json
 import math
+import shutil
 
 import pytest
+import timm
 import torch
-from pictures import write_folder
+from pictures import write_folder, write_image
 from training import quiet, tiny
 
 import lape
 from lape.cli.app import USER_ERROR, app, run
 from lape.data.augment import EvalTransform
-from lape.errors import LapeError
+from lape.errors import CheckpointError, LapeError, NotFiniteError
 from lape.files.export import Exported, _judge
 from lape.look.probe import attention, last_norm, token_and_position, where_am_i
+from lape.recipe import Recipe
 from lape.study.compare import _other, _sort_out, cell_folder
-from lape.train.start import build_model
+from lape.train.evaluate import evaluate_checkpoint
+from lape.train.start import build_model, load_teacher
+
+CPU = torch.device("cpu")
 
 # -- not a number ------------------------------------------------------------------------------------------------------
 
@@ -99,3 +105,83 @@ def test_a_comparison_refuses_results_that_are_no_numbers(tmp_path):
     (tmp_path / "log.txt").write_text('{"test_acc1": NaN}\n')
     with pytest.raises(LapeError, match="no log of a training"):
         _other(tmp_path, recipe)
+
+
+# -- classes by their names --------------------------------------------------------------------------------------------
+
+NAMES = ["eel", "cat", "dog", "fox"]  # of a checkpoint, in no order
+
+
+def named(path, classes=NAMES, **changes) -> str:
+    """A checkpoint whose outputs have names."""
+    recipe = tiny(in_chans=3, **changes)
+    model = build_model(recipe, len(classes) or 4, quiet).eval()
+    content = {"model": lape.to_reference_state_dict(model), "args": recipe.model_dump(mode="json")}
+    torch.save(content | ({"classes": classes} if classes else {}), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("fields", [{}, {"data_on_device": True}, {"decode": "fast"}])
+@pytest.mark.parametrize("train", ["none", "all", "lacking"])
+def test_a_test_set_that_lacks_classes_is_evaluated_by_their_names(tmp_path, train, fields):
+    data, checkpoint = write_folder(tmp_path / "data", classes=("cat", "dog", "eel"), val=4), named(tmp_path / "a.pth")
+    fields = {"data_path": str(data), "device": "cpu", "num_workers": 0, "resume": checkpoint, **fields}
+    whole = evaluate_checkpoint(Recipe(**fields), say=quiet)
+    shutil.rmtree(data / "val/dog")
+    (data / "val/empty").mkdir()
+    if train == "none":
+        shutil.rmtree(data / "train")
+    elif train == "all":
+        write_image(data / "train/empty/0.png")
+    else:
+        (data / "val/empty").rmdir()
+    said: list[str] = []
+    part = evaluate_checkpoint(Recipe(**fields), say=said.append)
+    alone = write_folder(tmp_path / "alone", classes=("dog",), val=0)
+    for number in range(4):
+        write_image(alone / "val/dog" / f"{number}.png", seed=100 + number)
+    shutil.rmtree(alone / "train")
+    rest = evaluate_checkpoint(Recipe(**{**fields, "data_path": str(alone)}), say=quiet)
+    assert "2 of the 4 classes have no image here: dog, fox" in said
+    assert (part.count, rest.count, whole.count) == (8, 4, 12)
+    assert part.loss * 8 + rest.loss * 4 == pytest.approx(whole.loss * 12, rel=1e-5)
+    assert part.acc1 * 8 + rest.acc1 * 4 == pytest.approx(whole.acc1 * 12)
+
+
+def test_classes_that_no_name_matches_are_said(tmp_path):
+    data = write_folder(tmp_path / "data")
+    fields = {"data_path": str(data), "device": "cpu", "num_workers": 0}
+    said: list[str] = []
+    evaluate_checkpoint(Recipe(**fields, resume=named(tmp_path / "a.pth", [])), say=said.append)
+    assert any("stores no class names and has 4 outputs" in text for text in said)
+    with pytest.raises(LapeError, match=r"not trained on \(cat; it knows 2: dog, fox\)"):
+        evaluate_checkpoint(Recipe(**fields, resume=named(tmp_path / "b.pth", ["dog", "fox"])), say=quiet)
+    model = timm.create_model("test_resnet", num_classes=4)
+    content = {"model": model.state_dict(), "classes": NAMES}
+    torch.save(content, tmp_path / "teacher.pth")
+    settings = {"teacher_model": "test_resnet", "distillation_type": "soft", "input_size": 32}
+    recipe = tiny(**settings, teacher_path=str(tmp_path / "teacher.pth"))
+    with pytest.raises(CheckpointError, match=r"other classes, it lacks ant"):
+        load_teacher(recipe, 4, CPU, quiet, ["ant", "cat", "dog", "fox"])
+    pixels = torch.rand(2, 3, 32, 32)
+    teacher, first = (load_teacher(recipe, 2, CPU, quiet, names) for names in (["dog", "eel"], NAMES[:2]))
+    same = load_teacher(recipe, 4, CPU, quiet, NAMES)
+    assert torch.equal(teacher(pixels), same(pixels)[:, [2, 0]])
+    assert torch.equal(first(pixels), same(pixels)[:, :2])
+    torch.save({"model": {k: v * math.nan for k, v in model.state_dict().items()}}, tmp_path / "teacher.pth")
+    with pytest.raises(NotFiniteError, match="teacher"):
+        load_teacher(recipe, 4, CPU, quiet)
+
+
+def test_a_head_for_other_classes_is_said_and_one_in_another_order_is_put_right(tmp_path):
+    finetune = named(tmp_path / "a.pth")
+    head = torch.load(finetune, weights_only=True)["model"]["head.weight"]
+    said: list[str] = []
+    moved = build_model(tiny(finetune=finetune), 4, said.append, sorted(NAMES))
+    assert torch.equal(moved.head.weight, head[[1, 2, 0, 3]])
+    kept = build_model(tiny(finetune=finetune), 4, said.append, ["cat", "dog", "eel", "gnu"])
+    assert torch.equal(kept.head.weight, head)
+    build_model(tiny(finetune=finetune), 4, said.append, NAMES)
+    assert "put into the order" in said[0]
+    assert "other classes (gnu were not among them)" in said[1]
+    assert said[2] == f"Fine-tuning from {finetune}."

@@ -25,6 +25,7 @@ class Survey:
     """What lies in a folder. Classes and images are in the order of torchvision's `ImageFolder`."""
 
     images: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # split -> class -> paths
+    classes: list[str] = field(default_factory=list)  # in the order of their numbers
     others: list[str] = field(default_factory=list)  # paths of files that are not read
     errors: list[str] = field(default_factory=list)  # what forbids training, a line each with its fix
 
@@ -42,6 +43,8 @@ def check_root(root: Path) -> None:
 def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
     """Look through some splits of a folder; of another one that exists, only the names of its classes are compared.
 
+    Where val/ alone is looked through, for an evaluation, it may lack classes and images of classes.
+
     Raises:
         DataError: a folder that cannot be read.
     """
@@ -55,7 +58,7 @@ def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
         if (root / split).is_dir():
             classes[split] = _subfolders(root / split)
     train, val = (set(classes.get(split, [])) for split in SPLITS)
-    if train and val and train != val:
+    if train and val and train != val and ("train" in splits or val - train):
         alone = {"train": sorted(train - val), "val": sorted(val - train)}
         text = ", ".join(f"only in {split}: {few(names)}" for split, names in alone.items() if names)
         result.errors.append(f"classes of {root}/train and {root}/val differ: {text}; make both the same")
@@ -65,13 +68,15 @@ def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
         for name, paths in by_class.items()
         if not paths
     ]
-    if empty:
+    images = any(paths for by_class in result.images.values() for paths in by_class.values())
+    if empty and ("train" in splits or not images):
         kinds = " ".join(IMG_EXTENSIONS)
         result.errors.append(
             f"no image in class folder {few(empty)}: put images there ({kinds}) or remove it from train and val"
         )
     if "train" in splits and len(train) == 1:
         result.errors.append(one_class(root, classes["train"]))
+    result.classes = classes.get("train") or classes.get("val", [])
     return result
 
 

@@ -122,11 +122,11 @@ def _folders(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
     folder = survey(root, splits)
     if folder.errors:
         raise DataError(folder.errors[0])
-    images = {}
+    images, number = {}, {name: place for place, name in enumerate(folder.classes)}
     for split, by_class in folder.images.items():
-        targets = [number for number, paths in enumerate(by_class.values()) for _ in paths]
+        targets = [number[name] for name, paths in by_class.items() for _ in paths]
         images[split] = [path for paths in by_class.values() for path in paths], targets
-    return _files(recipe, images, list(folder.images[splits[0]]), str(root))
+    return _files(recipe, images, folder.classes, str(root))
 
 
 def _files(recipe: Recipe, images: dict[str, tuple[Any, list[int]]], classes: list[str], what: str) -> Listing:

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.device import DeviceLoader
+from lape.data.folders import few
 from lape.errors import CheckpointError, DataError, LapeError, NotFiniteError, check_finite
-from lape.files.read import read_checkpoint
+from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import (
-    check_classes,
     check_classifier,
     check_outputs,
     labels_of,
@@ -172,7 +172,7 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
 
     Raises:
         CheckpointError: no such file, or a flag contradicts it.
-        DataError: the data has other classes than the model.
+        DataError: the data has classes that the model has not; one that lacks some is evaluated, and they are said.
         NotFiniteError: the model's outputs are NaN or infinite.
     """
     from lape.data.open import load_data
@@ -198,11 +198,12 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
         recipe = settings_of(checkpoint, recipe)
         autocast(recipe.amp, world.device)
         data = load_data(recipe, train=False, device=world.device)
-        check_classes(checkpoint, data.classes)
         model = restore_with(checkpoint, recipe, recipe.input_size).to(world.device)
         outputs = check_classifier(checkpoint, model, recipe.input_size, recipe.in_chans)
-        check_outputs(checkpoint, data.classes, outputs)
+        note = number_as(data, checkpoint, labels_of(model), outputs)
         say(f"Data: {data.name}")
+        if note:
+            say(note)
         weights = "averaged (EMA) weights of " if recipe.ema else ""
         say(f"Model: {recipe.model} from {weights}{recipe.resume}")
         say(f"{describe(model)}\nTransform: {eval_transform(recipe)}")
@@ -213,6 +214,42 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
         say(f"Accuracy of the network on the {metrics.count} test images: {metrics.acc1:.1f}%")
         say(f"Loss over all images: {metrics.loss:.4f} (the line above averages the means of batches)")
         return metrics
+
+
+def number_as(data: Data, checkpoint: Checkpoint, labels: list[str] | None, outputs: int) -> str:
+    """Give the validation images the class numbers of a checkpoint, by the names it stores; without names, their own.
+
+    Args:
+        labels: of a transformers model; used where every class of the data is among them.
+        outputs: of the head.
+
+    Returns a line on what could not be matched, "" if all was.
+
+    Raises:
+        DataError: images of a class that the checkpoint does not know, or more classes than it has outputs.
+    """
+    names = checkpoint.classes or (labels if labels and set(data.classes) <= set(labels) else None)
+    if not names:
+        check_outputs(checkpoint, data.classes, outputs)
+        if outputs == len(data.classes):
+            return ""
+        return (
+            f"{checkpoint.path} stores no class names and has {outputs} outputs: the first {len(data.classes)} are "
+            "taken for the classes of the data, in their order"
+        )
+    targets = torch.as_tensor(data.val.targets)
+    present = [data.classes[number] for number in targets.unique().tolist()]
+    odd = [name for name in present if name not in names]
+    if odd:
+        raise DataError(
+            f"the data has images of {len(odd)} class(es) that {checkpoint.path} was not trained on ({few(odd)}; it "
+            f"knows {len(names)}: {few(names)}): give the data it was trained on"
+        )
+    numbers = torch.tensor([names.index(name) if name in names else -1 for name in data.classes])
+    renumbered = numbers.to(targets.device)[targets]
+    data.val.targets = renumbered if isinstance(data.val.targets, torch.Tensor) else renumbered.tolist()
+    missing = [name for name in names if name not in present]
+    return f"{len(missing)} of the {len(names)} classes have no image here: {few(missing)}" if missing else ""
 
 
 def predict(checkpoint_path: str | Path, image_paths: Sequence[str | Path], **options: Any) -> list[Prediction]:

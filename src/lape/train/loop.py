@@ -387,8 +387,8 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
     if checkpoint is not None:
         check_classes(checkpoint, data.classes)
         num_classes = checkpoint.num_classes or num_classes  # the authors' files have 1000 outputs for any data
-    state = initial_state(recipe, build_model(recipe, num_classes, say).to(world.device), world)
-    teacher = load_teacher(recipe, num_classes, world.device, say)
+    state = initial_state(recipe, build_model(recipe, num_classes, say, data.classes).to(world.device), world)
+    teacher = load_teacher(recipe, num_classes, world.device, say, data.classes)
     if checkpoint is not None:
         resume(state, checkpoint, recipe, plan, say)
         if "max_accuracy" not in checkpoint.raw:
