@@ -4,21 +4,27 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
-from pictures import write_folder, write_image
+from pictures import deep_file, write_folder, write_image
+from PIL import Image
 from training import quiet, tiny
 
 import lape
 from lape.cli.app import USER_ERROR, app, run
 from lape.data.augment import EvalTransform
+from lape.data.fast import read_levels
+from lape.data.images import assumption, load_image
+from lape.data.open import load_data
 from lape.errors import CheckpointError, LapeError, NotFiniteError
 from lape.files.export import Exported, _judge
 from lape.look.probe import attention, last_norm, token_and_position, where_am_i
 from lape.recipe import Recipe
 from lape.study.compare import _other, _sort_out, cell_folder
 from lape.train.evaluate import evaluate_checkpoint
+from lape.train.loop import train
 from lape.train.start import build_model, load_teacher
 
 CPU = torch.device("cpu")
@@ -185,3 +191,135 @@ def test_a_head_for_other_classes_is_said_and_one_in_another_order_is_put_right(
     assert "put into the order" in said[0]
     assert "other classes (gnu were not among them)" in said[1]
     assert said[2] == f"Fine-tuning from {finetune}."
+
+
+# -- values of more than 8 bits, strips, turned images -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif<", "tif>", "tif<z", "tif>z"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_values_of_any_depth_are_no_black_image(tmp_path, suffix, channels, bits):
+    if channels == 2 and suffix != "png":
+        pytest.skip("Pillow reads no such TIFF")
+    values = np.random.default_rng(0).integers(0, 2**bits, (9, 7, channels))
+    values[0, 0] = 2**bits - 1
+    values[1, 1] = [0, 1, 2, 3][:channels]
+    (path := tmp_path / f"a.{suffix[:3]}").write_bytes(deep_file(values, suffix))
+    colours = values[..., : channels - 1 + channels % 2]
+    expected = np.round(colours * 255 / (2**bits - 1)) if channels == 1 or bits < 16 else colours // 256
+    pixels = np.asarray(load_image(path))
+    np.testing.assert_array_equal(pixels, np.broadcast_to(expected, (9, 7, 3)))
+    kept = "the upper 8 bits kept" if channels > 1 and bits == 16 else f"taken for values of {bits} bits"
+    assert assumption(path) == f"16-bit {'grayscale' if channels == 1 else 'colour'}, {kept}"
+    levels = read_levels(str(path), 3, load_image).expand(3, -1, -1).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(levels, pixels)
+
+
+@pytest.mark.parametrize(("most", "bits"), [(200, 8), (4000, 12), (60000, 16)])
+def test_32_bit_grey_is_taken_for_what_its_values_need(tmp_path, most, bits):
+    values = np.linspace(0, most, 63).astype(np.int32).reshape(9, 7)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    expected = np.round(values * 255 / (2**bits - 1))
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "a.tif", 1)), expected)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a.pgm")  # whose header says the range
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "a.pgm", 1)), np.round(values / 257))
+
+
+def test_what_is_assumed_of_deep_images_is_said(tmp_path, capsys):
+    data = write_folder(tmp_path / "data")
+    (data / "val/cat/0.png").write_bytes(deep_file(np.arange(400).reshape(20, 20), "png"))
+    (data / "val/dog/0.png").write_bytes(deep_file(np.full((20, 20, 3), 4000), "png"))
+    assert run(app, ["check-data", str(data)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 image(s) with 16-bit grayscale, taken for values of 12 bits: val/cat/0.png" in shown
+    assert "1 image(s) with 16-bit colour, taken for values of 12 bits: val/dog/0.png" in shown
+    fields = {"data_path": str(data), "device": "cpu", "num_workers": 0, "input_size": 16}
+    assert "16-bit grayscale, taken for values of 12 bits" in load_data(Recipe(**fields), train=False).name
+    files = [str(data / "val" / name / "0.png") for name in ("cat", "dog")]
+    assert run(app, ["predict", *files, "--checkpoint", named(tmp_path / "a.pth")]) == 0
+    assert capsys.readouterr().err == f"{files[0]}: {assumption(files[0])}; said of the first such image\n"
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("size", [(1, 60000), (60000, 1), (3, 3001)])
+def test_a_strip_that_would_fill_the_memory_is_named_everywhere(tmp_path, capsys, size, suffix):
+    data = write_folder(tmp_path / "data")
+    Image.new("RGB", size).save(path := data / f"val/cat/strip.{suffix}")
+    assert run(app, ["check-data", str(data)]) == USER_ERROR
+    assert f"val/cat/strip.{suffix} ({size[0]} x {size[1]} pixels: no side" in capsys.readouterr().out
+    assert run(app, ["predict", str(path), "--checkpoint", named(tmp_path / "a.pth")]) == USER_ERROR
+    assert f"{path} ({size[0]} x {size[1]} pixels" in capsys.readouterr().err
+    fields = {"data_path": str(data), "batch_size": 2, "mixup": 0, "cutmix": 0}
+    for more in ({}, {"decode": "fast"}, {"data_on_device": True}):
+        with pytest.raises(LapeError, match=f"strip.{suffix} .*no side may be more than 1000 times"):
+            evaluate_checkpoint(Recipe(resume=named(tmp_path / "a.pth"), device="cpu", **fields, **more), say=quiet)
+    with pytest.raises(LapeError, match=f"strip.{suffix} .*no side"):
+        train(tiny(**fields, output_dir=str(tmp_path / "out")), say=quiet)
+    assert torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)["step"] == 3  # all that was trained
+    with pytest.raises(LapeError, match="no side"):
+        read_levels(str(path), 3, load_image)
+
+
+# -- what lies in a data folder without a word -------------------------------------------------------------------------
+
+SILENT = {
+    "a hidden class": (
+        lambda d: shutil.copytree(d / "train/cat", d / "train/.ipynb_checkpoints"),
+        "1 folder(s) of the system or of a program, not read: train/.ipynb_checkpoints",
+    ),
+    "a hidden folder in a class": (
+        lambda d: [shutil.copytree(d / "train/cat", d / "train/cat" / name) for name in ("@eaDir", ".cache")],
+        "2 folder(s) of the system or of a program, not read: train/cat/.cache, train/cat/@eaDir",
+    ),
+    "a hidden image": (
+        lambda d: shutil.copy(d / "train/cat/0.png", d / "train/cat/.0.png"),
+        "1 file(s) that are no images by their names, not read: train/cat/.0.png",
+    ),
+    "a circle": (
+        lambda d: (d / "train/cat/again").symlink_to(d / "train"),
+        "1 folder(s) not read, links to one that holds them or is read already: train/cat/again",
+    ),
+    "a circle as a class": (
+        lambda d: (d / "train/again").symlink_to(".."),
+        "1 folder(s) not read, links to one that holds them or is read already: train/again",
+    ),
+    "a link beside its folder": (
+        lambda d: [shutil.copytree(d / "val/cat", d / "train/cat/a"), (d / "train/cat/b").symlink_to("a")],
+        "1 folder(s) not read, links to one that holds them or is read already: train/cat/b",
+    ),
+    "two classes": (
+        lambda d: shutil.copy(d / "train/cat/0.png", d / "train/dog/copy.png"),
+        "1 image(s) are there more than once under two classes: train/cat/0.png = train/dog/copy.png",
+    ),
+    "copies": (
+        lambda d: [shutil.copy(d / "val/cat/1.png", d / "val/cat" / f"1 ({n}).png") for n in (1, 2)],
+        "1 image(s) are there more than once in one class: val/cat/1 (1).png = val/cat/1 (2).png = val/cat/1.png",
+    ),
+    "a turned image": (lambda d: turn(d / "train/cat/0.png"), "1 image(s) with a rotation or mirror"),
+    "a turned photograph": (
+        lambda d: turn(d / "train/cat/0.jpg"),
+        "1 image(s) with a rotation or mirror",
+    ),
+}
+
+
+def turn(path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.random.default_rng(9).integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("how", SILENT)
+def test_what_was_passed_over_in_silence_is_a_warning(tmp_path, capsys, how):
+    data = write_folder(tmp_path / "data")
+    change, words = SILENT[how]
+    change(data)
+    assert run(app, ["check-data", str(data), "--json", str(tmp_path / "r.json")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert any(words in line for line in lines), lines
+    counts = json.loads((tmp_path / "r.json").read_text())["counts"]
+    found = load_data(Recipe(data_path=str(data), batch_size=2, input_size=16))
+    assert found.classes == list(counts["train"]) == ["cat", "dog"]
+    assert (len(found.train), len(found.val)) == tuple(sum(counts[split].values()) for split in ("train", "val"))
+    assert len(found.train) <= 9

@@ -26,7 +26,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from lape.data.augment import Transform, is_augmented
 from lape.data.device import OnDevice
 from lape.data.folders import check_root, few, survey
-from lape.data.images import load_image, to_mode
+from lape.data.images import assumption, load_image, to_mode
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -131,7 +131,12 @@ def _folders(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
 
 def _files(recipe: Recipe, images: dict[str, tuple[Any, list[int]]], classes: list[str], what: str) -> Listing:
     read = partial(load_image, in_chans=recipe.in_chans)
-    return Listing(images, read, classes, _counted(what, images, classes))
+    paths = next(iter(images.values()))[0]
+    note = assumption(paths[0]) if paths else ""
+    name = _counted(what, images, classes) + (
+        f"; the first image is {note} (lape check-data looks at all)" if note else ""
+    )
+    return Listing(images, read, classes, name)
 
 
 def _counted(what: str, images: dict[str, tuple[Any, list[int]]], classes: list[str]) -> str:
