@@ -323,3 +323,49 @@ def test_what_was_passed_over_in_silence_is_a_warning(tmp_path, capsys, how):
     assert found.classes == list(counts["train"]) == ["cat", "dog"]
     assert (len(found.train), len(found.val)) == tuple(sum(counts[split].values()) for split in ("train", "val"))
     assert len(found.train) <= 9
+
+
+# -- learning rates ----------------------------------------------------------------------------------------------------
+
+
+def rates(**changes) -> tuple[list[float], list[str]]:
+    """The learning rate of each epoch of a run, and what it says."""
+    said: list[str] = []
+    fields = {name: value for name, value in tiny().model_dump(exclude_unset=True).items() if name != "warmup_epochs"}
+    result = train(Recipe(**{**fields, "batch_size": 512, "lr": 1e-2, **changes}), say=said.append)
+    return [line["train_lr"] for line in result.history], said
+
+
+WARM, LATE = "The warm-up is longer than the run allows", "No epoch trains at the learning rate's peak"
+LOW, FALLS = "is below --min-lr", "the warm-up falls"
+NEVER = "the learning rate does not decay"
+
+
+@pytest.mark.parametrize(
+    ("changes", "highest", "lines"),
+    [
+        ({"epochs": 1}, 1e-2, [WARM]),
+        ({"epochs": 5}, 1e-2 * (1 + math.cos(math.pi / 5)) / 2, [WARM]),
+        ({"epochs": 2, "warmup_epochs": 2}, 1e-2 / 2, [WARM, LATE]),
+        ({"epochs": 7, "schedule_epochs": 2}, 1e-2, [WARM]),
+        ({"epochs": 1, "sched": "none"}, 1e-2, []),
+        ({"epochs": 2, "warmup_epochs": 0}, 1e-2, []),
+        ({"epochs": 6}, 8e-3, [LATE]),
+        ({"epochs": 2, "warmup_epochs": 1, "lr": 5e-6}, 7.5e-6, [LOW]),
+        ({"epochs": 2, "warmup_epochs": 0, "lr": 5e-6}, 7.5e-6, [LOW]),
+        ({"epochs": 3, "warmup_epochs": 1, "lr": 1e-4, "warmup_lr": 1e-3}, 1e-3, [FALLS]),
+        ({"epochs": 2, "warmup_epochs": 0, "sched": "step"}, 1e-2, [NEVER]),
+        ({"epochs": 2, "warmup_epochs": 0, "sched": "step", "decay_epochs": 1, "lr": 5e-6}, 5e-6, []),
+    ],
+)
+def test_a_learning_rate_that_cannot_do_what_it_says_is_said(changes, highest, lines):
+    found, said = rates(**changes)
+    assert max(found) == pytest.approx(highest, rel=0.02)
+    assert [mark for mark in (WARM, LOW, FALLS, NEVER, LATE) if any(mark in text for text in said)] == lines
+
+
+def test_a_learning_rate_that_is_no_number_is_refused_before_anything_is_written(tmp_path):
+    for lr, fields in ((math.nan, {}), (math.inf, {}), (1.7e308, {"unscale_lr": False, "batch_size": 1024})):
+        with pytest.raises(LapeError, match="lr="):
+            train(tiny(lr=lr, output_dir=str(tmp_path / "out"), **fields), say=quiet)
+    assert not (tmp_path / "out").exists()

@@ -319,6 +319,8 @@ def demo(options: DemoOptions) -> Study:
     Raises LapeError before any training when `output_dir` cannot be written or holds files of these names that no demo
     wrote, or when a number makes no sense.
     """
+    from lape.train.schedule import fit_warm_up
+
     for name, least, most in (
         ("seeds", 1, None),
         ("long_factor", 2, None),
@@ -330,7 +332,8 @@ def demo(options: DemoOptions) -> Study:
             allowed = f"{least} or more" if most is None else f"{least} to {most}, the number of seeds"
             raise LapeError(f"{name}={value} is not allowed: choose {allowed}")
     recipe = Recipe.from_yaml("digits", threads=1, num_workers=0, device="cpu")
-    recipe = recipe if options.epochs is None else recipe.replace(epochs=options.epochs)
+    if options.epochs is not None:
+        recipe = fit_warm_up(recipe.replace(epochs=options.epochs), print, given=False)
     _check_figures()
     folder = claim(Path(options.output_dir))
     stages = demo_stages(recipe, options.seeds, recipe.epochs * options.long_factor, options.long_seeds)

@@ -49,6 +49,7 @@ from lape.train.faults import explained, make_deterministic, sigterm
 from lape.train.logs import check_services, open_curves, write_log
 from lape.train.losses import classification_loss, distillation_loss
 from lape.train.progress import Progress, Say, silence
+from lape.train.schedule import fit_warm_up, remarks
 from lape.train.start import build_model, check_warm_start, load_teacher, trainable
 from lape.train.state import (
     BEST,
@@ -379,6 +380,7 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
     agree(checkpoint, world)
     if checkpoint is not None:
         recipe = settings_of(checkpoint, recipe)
+    recipe = fit_warm_up(recipe, say)
     check_warm_start(recipe, checkpoint)
     data = load_data(recipe, world_size=world.size, device=world.device)
     plan = batch_plan(recipe, world.size)
@@ -393,6 +395,8 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
         resume(state, checkpoint, recipe, plan, say)
         if "max_accuracy" not in checkpoint.raw:
             state.best_accuracy = _accuracy_of_best(state, data, recipe, world)
+    for line in remarks(recipe, peak_lr(recipe, world.size), state):
+        say(line)
     net = _parallel(state.model, recipe, world, plan)
     mixup = _mixup(recipe, num_classes)
     return Training(recipe, world, stop, say, data, plan, steps, state, net, mixup, teacher, checkpoint)
