@@ -518,7 +518,8 @@ def _introduce(run: Training) -> None:
     say(f"Evaluation transform: {eval_transform(recipe)}")
     if recipe.data_on_device:
         size = data.train.images.nbytes + data.val.images.nbytes
-        say(f"Images are held on {world.device} as bytes ({size / 2**20:.1f} MiB) and augmented there")
+        kind = "bytes" if data.train.images.dtype == torch.uint8 else "floats"
+        say(f"Images are held on {world.device} as {kind} ({size / 2**20:.1f} MiB) and augmented there")
     say(f"Model: {recipe.model}\n{describe(state.model)}")
     say(f"number of params: {trainable(state.model)}")
     parts = f" x {plan.parts} parts" if plan.parts > 1 else ""
