@@ -130,10 +130,14 @@ def predict(
         if path not in (None, "-") and not Path(str(path)).parent.is_dir():  # before the work, not after it
             raise LapeError(f"{path!r} cannot be written (no such folder): give a file in a folder that exists")
 
+    from lape.data.images import assumption
     from lape.train.evaluate import predictions
 
+    note = ""
     rows: list[dict[str, Any]] = []
     for p in _shown(predictions(images, options), len(images)):
+        if not note and (note := assumption(p.path)):
+            print(f"{p.path}: {note}; said of the first such image", file=sys.stderr)
         best = list(zip(p.classes, p.probabilities, strict=True))
         rows += [
             {"image": p.path, "rank": rank, "class": name, "probability": probability}
@@ -346,7 +350,7 @@ def _shown(items: Iterable[Any], total: int) -> Iterator[Any]:
 
 
 def _as_json(rows: Any) -> str:
-    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _as_csv(rows: list[dict[str, Any]]) -> str:

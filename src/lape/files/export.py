@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lape.convert.apply import fold_
 from lape.convert.converted import conversion_of
 from lape.convert.positions import describe
-from lape.errors import LapeError, needs
+from lape.errors import LapeError, check_finite, needs
 from lape.files.atomic import write_atomically
 from lape.files.folder import load, save
 from lape.files.read import Checkpoint, read_checkpoint
@@ -90,7 +90,7 @@ def export(
 
     Raises:
         LapeError: an unknown format, a missing package (with its pip line), images that do not fit, or a file that
-            differs by more than the tolerance; what was in `output_dir` before is untouched then.
+            differs by more than the tolerance or is not finite; what was in `output_dir` before is untouched then.
     """
     chosen = [match_name("format", name, FORMATS) for name in formats]
     if images_BCHW.ndim != 4 or len(images_BCHW) < 2:
@@ -104,6 +104,7 @@ def export(
     say(f"exporting {describe(eager)}")
     with torch.no_grad():
         expected_BC = _Outputs(eager)(images_BCHW)
+    check_finite(expected_BC, f"the outputs of {'the model' if checkpoint is None else checkpoint.path}")
     shipped = copy.deepcopy(eager)
     if fold and not conversion_of(shipped).folded:
         fold_(shipped)
@@ -120,13 +121,13 @@ def export(
         for result in done:
             _move(Path(unfinished) / result.path, target / result.path)
     report = {"model": str(describe(shipped)), "tolerance": tolerance, "torch": torch.__version__, "files": done}
-    text = json.dumps(report, indent=2, default=asdict) + "\n"
+    text = json.dumps(report, indent=2, default=asdict, allow_nan=False) + "\n"
     write_atomically(target / REPORT, lambda file: file.write(text.encode()))
     return done
 
 
 def _judge(result: Exported, tolerance: float, say: Callable[[str], None]) -> None:
-    if result.max_difference > tolerance:
+    if not result.max_difference <= tolerance:  # NaN fails, too
         raise LapeError(
             f"{result.format}: outputs differ from the eager model by {result.max_difference:.1e} of the largest, more "
             f"than the tolerance of {tolerance:.1e}: nothing was written. Raise `tolerance` if that is enough"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lape.convert.converted import conversion_of
 from lape.convert.positions import Description, View, describe, position_bias
 from lape.core.position import KINDS, Grid
-from lape.errors import LapeError, needs
+from lape.errors import LapeError, check_finite, needs
 from lape.files.atomic import write_atomically
 from lape.files.read import read_checkpoint
 from lape.files.restore import restore_to_draw
@@ -439,6 +439,8 @@ def sorts(models: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[s
 
 def _compare_biases(pictures: Pictures, models: Mapping[str, nn.Module]) -> None:
     biases = {name: position_bias(model).detach().float().cpu().mean(1) for name, model in models.items()}
+    for name, bias in biases.items():
+        check_finite(bias, f"the biases of {name}")
     limit = max(bias.abs().max().item() for bias in biases.values()) or 1.0
     maps = {name: (describe(models[name]).grid, None, bias_Lnn) for name, bias_Lnn in biases.items()}
     rows, columns, norm = _rows(pictures.options, maps, Normalize(-limit, limit))
@@ -503,6 +505,7 @@ def _side_by_side(
 
 def _draw_biases(pictures: Pictures, model: nn.Module, about: Description, token: int) -> list[Path]:
     bias_LHnn, options = position_bias(model).detach().float().cpu(), pictures.options
+    check_finite(bias_LHnn, "the biases")
     limit = bias_LHnn.abs().max().item() or 1.0
     chosen = options.chosen(len(bias_LHnn))
     scale = ends(options.range, bias_LHnn[chosen].flatten(0, 1), Normalize(-limit, limit)), "bias on attention logits"

@@ -18,7 +18,7 @@ from lape.convert.positions import Size, View, num_prefix_tokens, positions, tab
 from lape.convert.positions import grid as default_grid
 from lape.core.joins import JOINS
 from lape.core.position import Grid
-from lape.errors import LapeError, needs
+from lape.errors import LapeError, check_finite, needs
 
 
 def correlation(model: nn.Module, size: Size | None = None, view: View = "seen", *, stage: int | None = None) -> Tensor:
@@ -34,9 +34,10 @@ def cosine(positions_LnD: Tensor) -> Tensor:
     """Cosine similarity of the rows, (..., n, D) -> (..., n, n), float32 on the CPU.
 
     Summed in float64, so the diagonal is exactly 1. A row of zeros has no direction: its similarity to every row,
-    itself included, is 0.
+    itself included, is 0. Raises NotFiniteError for NaN and infinite ones.
     """
     rows = positions_LnD.detach().to("cpu", torch.float64)
+    check_finite(rows, "positions")
     length = rows.norm(dim=-1, keepdim=True)
     direction = torch.where(length > 0, rows / length.where(length > 0, 1.0), 0.0)
     return (direction @ direction.mT).clamp(-1, 1).float()

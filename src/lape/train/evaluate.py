@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.device import DeviceLoader
-from lape.errors import CheckpointError, DataError, LapeError
-from lape.files.read import read_checkpoint
+from lape.data.folders import few
+from lape.errors import CheckpointError, DataError, LapeError, NotFiniteError, check_finite
+from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import (
-    check_classes,
     check_classifier,
     check_outputs,
     labels_of,
@@ -111,6 +111,7 @@ def evaluate(
 
     Raises:
         DataError: an image cannot be read. Where the data is shared every process raises, once all are done.
+        NotFiniteError: outputs are NaN or infinite; every process raises.
     """
     model.eval()
     rank, size = rank_and_size() if shared else (0, 1)
@@ -138,6 +139,10 @@ def evaluate(
         outcome = sum_over_ranks(outcome)
     seen, hit1, hit5, losses = outcome
     assert bool((seen == 1).all()), f"{int((seen != 1).sum())} of {len(seen)} images did not count once"
+    if lost := int((~losses.isfinite()).sum()):
+        raise NotFiniteError(
+            f"the outputs for {lost} of {len(losses)} images are NaN or infinite: they have no accuracy"
+        )
     batches = losses.split(loader.batch_sampler.batch_size)  # type: ignore[union-attr]
     return Metrics(
         acc1=100 * hit1.mean().item(),
@@ -167,7 +172,8 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
 
     Raises:
         CheckpointError: no such file, or a flag contradicts it.
-        DataError: the data has other classes than the model.
+        DataError: the data has classes that the model has not; one that lacks some is evaluated, and they are said.
+        NotFiniteError: the model's outputs are NaN or infinite.
     """
     from lape.data.open import load_data
 
@@ -192,11 +198,12 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
         recipe = settings_of(checkpoint, recipe)
         autocast(recipe.amp, world.device)
         data = load_data(recipe, train=False, device=world.device)
-        check_classes(checkpoint, data.classes)
         model = restore_with(checkpoint, recipe, recipe.input_size).to(world.device)
         outputs = check_classifier(checkpoint, model, recipe.input_size, recipe.in_chans)
-        check_outputs(checkpoint, data.classes, outputs)
+        note = number_as(data, checkpoint, labels_of(model), outputs)
         say(f"Data: {data.name}")
+        if note:
+            say(note)
         weights = "averaged (EMA) weights of " if recipe.ema else ""
         say(f"Model: {recipe.model} from {weights}{recipe.resume}")
         say(f"{describe(model)}\nTransform: {eval_transform(recipe)}")
@@ -207,6 +214,42 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
         say(f"Accuracy of the network on the {metrics.count} test images: {metrics.acc1:.1f}%")
         say(f"Loss over all images: {metrics.loss:.4f} (the line above averages the means of batches)")
         return metrics
+
+
+def number_as(data: Data, checkpoint: Checkpoint, labels: list[str] | None, outputs: int) -> str:
+    """Give the validation images the class numbers of a checkpoint, by the names it stores; without names, their own.
+
+    Args:
+        labels: of a transformers model; used where every class of the data is among them.
+        outputs: of the head.
+
+    Returns a line on what could not be matched, "" if all was.
+
+    Raises:
+        DataError: images of a class that the checkpoint does not know, or more classes than it has outputs.
+    """
+    names = checkpoint.classes or (labels if labels and set(data.classes) <= set(labels) else None)
+    if not names:
+        check_outputs(checkpoint, data.classes, outputs)
+        if outputs == len(data.classes):
+            return ""
+        return (
+            f"{checkpoint.path} stores no class names and has {outputs} outputs: the first {len(data.classes)} are "
+            "taken for the classes of the data, in their order"
+        )
+    targets = torch.as_tensor(data.val.targets)
+    present = [data.classes[number] for number in targets.unique().tolist()]
+    odd = [name for name in present if name not in names]
+    if odd:
+        raise DataError(
+            f"the data has images of {len(odd)} class(es) that {checkpoint.path} was not trained on ({few(odd)}; it "
+            f"knows {len(names)}: {few(names)}): give the data it was trained on"
+        )
+    numbers = torch.tensor([names.index(name) if name in names else -1 for name in data.classes])
+    renumbered = numbers.to(targets.device)[targets]
+    data.val.targets = renumbered if isinstance(data.val.targets, torch.Tensor) else renumbered.tolist()
+    missing = [name for name in names if name not in present]
+    return f"{len(missing)} of the {len(names)} classes have no image here: {few(missing)}" if missing else ""
 
 
 def predict(checkpoint_path: str | Path, image_paths: Sequence[str | Path], **options: Any) -> list[Prediction]:
@@ -221,6 +264,7 @@ def predict(checkpoint_path: str | Path, image_paths: Sequence[str | Path], **op
         LapeError: an option is not allowed.
         DataError: a file is missing or no image; the message names it.
         CheckpointError: the checkpoint cannot be read, or its model is no classifier.
+        NotFiniteError: probabilities are NaN or infinite; the message names the first image.
     """
     return list(predictions(image_paths, PredictOptions(checkpoint=str(checkpoint_path), **options)))
 
@@ -248,6 +292,8 @@ def predictions(image_paths: Sequence[str | Path], options: PredictOptions) -> I
             pixels_BCHW = torch.stack([prepare(load_image(path, transform.in_chans)) for path in paths])
             with torch.no_grad():
                 probabilities_BK = logits_of(model(pixels_BCHW.to(world.device))).float().softmax(dim=1)
+            for path, probabilities_K in zip(paths, probabilities_BK, strict=True):
+                check_finite(probabilities_K, f"the outputs of {options.checkpoint} for {path}")
             best = probabilities_BK.topk(min(options.top_k, outputs))
             for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
                 yield Prediction(str(path), [names[index] for index in indices], values)

@@ -38,7 +38,7 @@ from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.loaders import BatchPlan, batch_plan, steps_per_epoch, train_loader
 from lape.data.open import Data, load_data
-from lape.errors import DataError, LapeError
+from lape.errors import DataError, LapeError, NotFiniteError
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classes, settings_of
@@ -49,6 +49,7 @@ from lape.train.faults import explained, make_deterministic, sigterm
 from lape.train.logs import check_services, open_curves, write_log
 from lape.train.losses import classification_loss, distillation_loss
 from lape.train.progress import Progress, Say, silence
+from lape.train.schedule import fit_warm_up, remarks
 from lape.train.start import build_model, check_warm_start, load_teacher, trainable
 from lape.train.state import (
     BEST,
@@ -379,6 +380,7 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
     agree(checkpoint, world)
     if checkpoint is not None:
         recipe = _as_it_began(checkpoint, settings_of(checkpoint, recipe))
+    recipe = fit_warm_up(recipe, say)
     check_warm_start(recipe, checkpoint)
     data = load_data(recipe, world_size=world.size, device=world.device)
     plan = batch_plan(recipe, world.size)
@@ -387,12 +389,14 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
     if checkpoint is not None:
         check_classes(checkpoint, data.classes)
         num_classes = checkpoint.num_classes or num_classes  # the authors' files have 1000 outputs for any data
-    state = initial_state(recipe, build_model(recipe, num_classes, say).to(world.device), world)
-    teacher = load_teacher(recipe, num_classes, world.device, say)
+    state = initial_state(recipe, build_model(recipe, num_classes, say, data.classes).to(world.device), world)
+    teacher = load_teacher(recipe, num_classes, world.device, say, data.classes)
     if checkpoint is not None:
         resume(state, checkpoint, recipe, plan, say)
         if "max_accuracy" not in checkpoint.raw:
             state.best_accuracy = _accuracy_of_best(state, data, recipe, world)
+    for line in remarks(recipe, peak_lr(recipe, world.size), state):
+        say(line)
     net = _parallel(state.model, recipe, world, plan)
     mixup = _mixup(recipe, num_classes)
     return Training(recipe, world, stop, say, data, plan, steps, state, net, mixup, teacher, checkpoint)
@@ -473,11 +477,11 @@ def _evaluate_epoch(run: Training, epoch: int, lr: float) -> tuple[Metrics, Metr
     except DataError:  # in all processes
         run.save()
         raise
-    if not math.isfinite(raw.loss):
-        raise LapeError(
-            f"the validation loss is {raw.loss} after epoch {epoch} at learning rate {lr:.3g}: training stops, the "
-            "last checkpoint stands; lower --lr, add --clip-grad 1, or use --amp off or bf16"
-        )
+    except NotFiniteError as error:
+        raise NotFiniteError(
+            f"{error} (validation after epoch {epoch} at learning rate {lr:.3g}); training stops, the last checkpoint "
+            "stands; lower --lr, add --clip-grad 1, or use --amp off or bf16"
+        ) from None
     return raw, ema
 
 
@@ -526,7 +530,8 @@ def _introduce(run: Training) -> None:
     say(f"Evaluation transform: {eval_transform(recipe)}")
     if recipe.data_on_device:
         size = data.train.images.nbytes + data.val.images.nbytes
-        say(f"Images are held on {world.device} as bytes ({size / 2**20:.1f} MiB) and augmented there")
+        kind = "bytes" if data.train.images.dtype == torch.uint8 else "floats"
+        say(f"Images are held on {world.device} as {kind} ({size / 2**20:.1f} MiB) and augmented there")
     say(f"Model: {recipe.model}\n{describe(state.model)}")
     say(f"number of params: {trainable(state.model)}")
     parts = f" x {plan.parts} parts" if plan.parts > 1 else ""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lape.convert.converted import conversion_of
 from lape.convert.positions import Size, View, describe, position_bias
 from lape.core.position import KINDS, Grid
-from lape.errors import LapeError, needs
+from lape.errors import LapeError, check_finite, needs
 from lape.files.atomic import write_atomically
 from lape.files.read import read_checkpoint
 from lape.look.measures import MEASURES, measure_all
@@ -175,6 +175,7 @@ class _Card:
 
     def add_bias(self, budget: int) -> None:
         bias_LHnn = position_bias(self.model).detach().float().cpu()
+        check_finite(bias_LHnn, f"the biases of {self.data['name']}")
         for measure in (locality_radius, monotonicity, half_distance):
             about = MEASURES[measure.__name__]
             value_L = measure(bias_LHnn.mean(1), self.grid)
