@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -11,12 +12,14 @@ from torch import nn
 
 from lape.convert.converted import Conversion, conversion_of
 from lape.convert.positions import Size
+from lape.convert.tended import DIGESTS
 from lape.errors import LapeError, arguments_as
-from lape.files.atomic import write_atomically
+from lape.files.atomic import put_in_place, write_atomically
 from lape.files.blueprint import COMPILED, blueprint_of, unwrapped
 from lape.files.names import to_reference_state_dict
-from lape.files.read import CONFIG, FORMAT, HUB, WEIGHTS, _hub
+from lape.files.read import CONFIG, FORMAT, HUB, WEIGHTS, _hub, waiting_name
 from lape.files.restore import SIZE_NAMES, restore
+from lape.files.vet import check_entries
 
 
 def save(
@@ -46,6 +49,7 @@ def save(
     conversion, factory = conversion_of(model), blueprint_of(model, name, timm_kwargs)
     names = to_reference_state_dict(model)
     state = {key.replace(f"{COMPILED}.", ""): tensor.contiguous() for key, tensor in names.items()}
+    weights = to_bytes(state)
     config = {
         "format": FORMAT,
         "library": factory["library"],
@@ -55,7 +59,9 @@ def save(
         "input_size": _pixels(conversion),
         "classes": classes,
         "transform": transform,
+        DIGESTS: {WEIGHTS: hashlib.sha256(weights).hexdigest()},
     }
+    check_entries(Path(path), {"model_kwargs": factory["kwargs"], "model": factory["name"]}, config)
     try:
         text = json.dumps(config, indent=2) + "\n"
     except TypeError as error:
@@ -65,8 +71,13 @@ def save(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LapeError(f"cannot create the folder {path}: {error.strerror}") from error
-    write_atomically(path / WEIGHTS, lambda file: file.write(to_bytes(state)))
+    # From when config.json is in place the folder is the new model, whose weights wait beside the earlier ones' place.
+    waiting = waiting_name(path / WEIGHTS, config[DIGESTS][WEIGHTS])
+    write_atomically(waiting, lambda file: file.write(weights))
     write_atomically(path / CONFIG, lambda file: file.write(text.encode()))
+    put_in_place({waiting: path / WEIGHTS})
+    for left in path.glob(f".{'[0-9a-f]' * 16}.{WEIGHTS}"):  # by saves that were killed
+        left.unlink(missing_ok=True)
     return path
 
 

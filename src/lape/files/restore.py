@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ from lape.data.augment import EvalTransform, eval_transform
 from lape.errors import CheckpointError, DataError, arguments_as
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
+from lape.files.vet import bounded, of_file
+from lape.host import host_of_library
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe
@@ -57,19 +61,36 @@ def restore(
     if state is None:
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
     warm_start = bool(checkpoint.args.get("warm_start"))
-    result = build(
-        checkpoint.package,
-        _agreed(checkpoint, "model", model),
-        _arguments(checkpoint, size, timm_kwargs),
-        _agreed(checkpoint, "join", None if join is None else join_named(join).name),
-        None if warm_start else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
-        warm_start=warm_start,
-    )
-    if checkpoint.raw.get("folded"):
-        fold_(result)
-    resized = size is not None and _sides(size) != size_of(checkpoint)
-    grid = source_grid(checkpoint, result) if resized else None
-    return load_reference_state_dict(result, state, source_grid=grid).eval()
+    with of_file(checkpoint.path):
+        make = partial(
+            build,
+            checkpoint.package,
+            _agreed(checkpoint, "model", model),
+            _arguments(checkpoint, size, timm_kwargs),
+            _agreed(checkpoint, "join", None if join is None else join_named(join).name),
+            None if warm_start else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
+            warm_start=warm_start,
+        )
+        result = _built(checkpoint, make, size)
+        if checkpoint.raw.get("folded"):
+            fold_(result)
+        resized = size is not None and _sides(size) != size_of(checkpoint)
+        grid = source_grid(checkpoint, result) if resized else None
+        return load_reference_state_dict(result, state, source_grid=grid).eval()
+
+
+def _built(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: Size | None) -> nn.Module:
+    """The model, after one without values has shown that it is no larger than what the weights of the file are for."""
+    if host_of_library(checkpoint.package).check_arguments is None:  # a host of the user's own
+        return make()
+    own = size_of(checkpoint)
+    times = 1 if size is None or own is None else max(1, math.prod(_sides(size)) / math.prod(own))
+    elements = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.model.values())
+    limits = (checkpoint.path, int(times * (2 * elements + 2**26)), 10_000 + 100 * len(checkpoint.model))
+    with suppress(RuntimeError, NotImplementedError), bounded(*limits), torch.device("meta"):
+        make()  # raises the CheckpointError of `bounded`; constructors that compute with values fail otherwise
+    with bounded(*limits):
+        return make()
 
 
 def restore_with(checkpoint: Checkpoint, recipe: Recipe, size: Size) -> nn.Module:
