@@ -24,6 +24,11 @@ def shown(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def tell(text: str) -> None:
+    """Prints lines, each as a terminal may get it."""
+    print("\n".join(map(shown, text.split("\n"))))
+
+
 def match_name(kind: str, value: str, allowed: Iterable[str]) -> str:
     """Return the canonical spelling of `value`, matched without regard to case.
 

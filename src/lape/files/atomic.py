@@ -7,7 +7,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,6 +48,21 @@ def write_atomically(
                 f"cannot write {path}: {error.strerror or error}; what was there before is untouched"
             ) from error
         raise
+
+
+def keep_inputs(outputs: Iterable[str | os.PathLike[str] | None], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Raises LapeError where writing an output would replace what is read; links count as what they point to.
+
+    What is in a folder that is read is read. None and "-" are no files.
+    """
+    there = [Path(path).resolve() for path in inputs if os.path.exists(path)]
+    for output in outputs:
+        if output in (None, "-") or not os.path.exists(str(output)):
+            continue
+        place = Path(str(output)).resolve()
+        for path in there:
+            if os.path.samefile(place, path) or place in path.parents or path in place.parents:
+                raise LapeError(f"{output} would replace what is read ({path}): give another file, nothing was done")
 
 
 def put_in_place(places: Mapping[Path, Path]) -> None:
@@ -106,3 +121,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `folder` for what is not finished, removed in the end, and what killed processes left of such."""
+    remove_left(folder, f"{glob.escape(prefix)}*")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=prefix) as place:
+        descriptor = os.open(place if os.name == "posix" else os.devnull, os.O_RDONLY)
+        try:
+            hold(descriptor)
+            yield Path(place)
+        finally:
+            os.close(descriptor)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import nn
 
@@ -67,18 +69,30 @@ def save(
     except TypeError as error:
         raise LapeError(f"config.json takes plain values only: {error} in {factory['kwargs']} or {transform}") from None
     path = Path(path).expanduser()
+    put_folder_in_place({WEIGHTS: weights, CONFIG: text.encode()}, path)
+    return path
+
+
+def put_folder_in_place(contents: Mapping[str, bytes], path: Path) -> None:
+    """Writes weights and config.json of a model, over an earlier one where there is one.
+
+    One transaction: when config.json is in place the folder is the new model, whose weights still wait beside the
+    earlier ones'; until then it is the earlier model. Raises LapeError when the folder cannot be written.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LapeError(f"cannot create the folder {path}: {error.strerror}") from error
-    # From when config.json is in place the folder is the new model, whose weights wait beside the earlier ones' place.
-    waiting = waiting_name(path / WEIGHTS, config[DIGESTS][WEIGHTS])
-    write_atomically(waiting, lambda file: file.write(weights))
-    write_atomically(path / CONFIG, lambda file: file.write(text.encode()))
+    waiting = waiting_name(path / WEIGHTS, hashlib.sha256(contents[WEIGHTS]).hexdigest())
+    for place, content in ((waiting, contents[WEIGHTS]), (path / CONFIG, contents[CONFIG])):
+        write_atomically(place, partial(_write, content))
     put_in_place({waiting: path / WEIGHTS})
     for left in path.glob(f".{'[0-9a-f]' * 16}.{WEIGHTS}"):  # by saves that were killed
         left.unlink(missing_ok=True)
-    return path
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 def _pixels(conversion: Conversion) -> tuple[int, int]:

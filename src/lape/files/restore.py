@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from lape.host import host_of_library
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SIZE_NAMES = ("img_size", "image_size")  # of timm; of torchvision and transformers
 
@@ -144,6 +147,17 @@ def restore_to_draw(
     return model, model_name or f"{name}_{describe(model).join}"
 
 
+def of_this_file(read: Callable[Concatenate[Checkpoint, P], T]) -> Callable[Concatenate[Checkpoint, P], T]:
+    """What goes wrong in reading an entry of a checkpoint is a CheckpointError."""
+
+    @wraps(read)
+    def guarded(checkpoint: Checkpoint, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with of_file(checkpoint.path):
+            return read(checkpoint, *args, **kwargs)
+
+    return guarded
+
+
 def _agreed(checkpoint: Checkpoint, name: str, given: str | None) -> str:
     """The value of an argument: the given one, else what the file says. Raises CheckpointError where both differ, or
     neither is there."""
@@ -208,6 +222,7 @@ def _table_side(checkpoint: Checkpoint) -> int | None:
     return next((math.isqrt(n) for n in counts if n > 0 and math.isqrt(n) ** 2 == n), None)
 
 
+@of_this_file
 def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
     """The (rows, columns) that a file's position table is for, None when it has no table or `model` is not known.
 
@@ -236,6 +251,7 @@ IDENTITY = ("model", "join_type", "pe", "in_chans", "warm_start")
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
 
+@of_this_file
 def transform_of(checkpoint: Checkpoint) -> EvalTransform:
     """The stored evaluation transform; else a recipe's, at the model's own size, (height, width) where not square."""
     if checkpoint.transform:
@@ -278,6 +294,7 @@ def labels_of(model: nn.Module) -> list[str] | None:
     return None if not labels else [labels[number] for number in sorted(labels)]
 
 
+@of_this_file
 def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """The recipe, with what the checkpoint says of itself wherever the user gave no flag.
 

@@ -29,6 +29,7 @@ LARGEST, SIDE, DEPTH = 2**24, 2**14, 8  # of an integer; of an image, in pixels;
 _JSON_BYTES = 2**26
 _NAME = re.compile(r"[\w.+-]{1,128}")
 _WORDS = re.compile(r"[\w .,;+=()<>|\[\]-]{0,256}")  # nothing that a path, an address or a terminal is made of
+_SIZES = ("img_size", "image_size", "input_size")
 _LABELS = ("id2label", "label2id")
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def _whole(least: int, most: int) -> Callable[[Any], bool]:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return abs(value) <= LARGEST if type(value) is int else type(value) is float and math.isfinite(value)
 
 
 def _list_of(part: Callable[[Any], bool], least: int = 0, most: int = LARGEST) -> Callable[[Any], bool]:
@@ -198,6 +199,8 @@ def check_arguments(library: str, name: str, kwargs: Mapping[str, Any]) -> None:
 def _check_plain(name: str, value: Any, depth: int) -> None:
     if name in _LABELS and value is not None:
         fits = isinstance(value, dict) and all(isinstance(part, str | int) for pair in value.items() for part in pair)
+    elif name in _SIZES and isinstance(value, list | tuple | str | float):
+        fits = _size(value)
     elif isinstance(value, Mapping) and depth:
         fits = len(value) <= 4096 and all(isinstance(key, str | int) and _WORDS.fullmatch(str(key)) for key in value)
         for key, inner in value.items():
@@ -209,7 +212,7 @@ def _check_plain(name: str, value: Any, depth: int) -> None:
     elif isinstance(value, str):
         fits = _WORDS.fullmatch(value) is not None
     else:
-        fits = value is None or (_number(value) and (type(value) is float or abs(value) <= LARGEST)) or _yes_no(value)
+        fits = value is None or _number(value) or _yes_no(value)
     if not fits:
         raise LapeError(f"model_kwargs {shown(name)}={_short(value)} is no size, number or name of a layer")
 

@@ -42,6 +42,7 @@ from lape.errors import DataError, LapeError
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classes, settings_of
+from lape.names import tell
 from lape.recipe import Recipe
 from lape.train.distributed import World, expect_answers, join_world, on_main, sum_over_ranks
 from lape.train.evaluate import Metrics, autocast, evaluate_data
@@ -126,7 +127,7 @@ class StepReport(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None = None, say: Say = print) -> TrainResult:
+def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None = None, say: Say = tell) -> TrainResult:
     """Train as the recipe says, evaluate after every epoch, and leave the files named above.
 
     Under `torchrun` every process calls this; files and output are those of the first.
