@@ -197,14 +197,15 @@ def check_arguments(library: str, name: str, kwargs: Mapping[str, Any]) -> None:
 
 
 def _check_plain(name: str, value: Any, depth: int) -> None:
-    if name in _LABELS and value is not None:
+    own = name.rpartition(".")[2]
+    if own in _LABELS and value is not None:
         fits = isinstance(value, dict) and all(isinstance(part, str | int) for pair in value.items() for part in pair)
-    elif name in _SIZES and isinstance(value, list | tuple | str | float):
+    elif own in _SIZES and isinstance(value, list | tuple | str | float):
         fits = _size(value)
     elif isinstance(value, Mapping) and depth:
         fits = len(value) <= 4096 and all(isinstance(key, str | int) and _WORDS.fullmatch(str(key)) for key in value)
         for key, inner in value.items():
-            _check_plain(str(key), inner, depth - 1)
+            _check_plain(f"{name}.{key}", inner, depth - 1)
     elif isinstance(value, list | tuple) and depth:
         fits = len(value) <= 4096
         for inner in value[:4096]:
@@ -227,9 +228,10 @@ def _short(value: Any) -> str:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def check_state(path: Path, state: Mapping[Any, Any]) -> None:
+def check_state(path: Path, state: Any) -> None:
     """Raises CheckpointError unless this is a state dict of plain tensors with values of their own."""
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+    named = isinstance(state, Mapping) and all(isinstance(part, Tensor) for part in state.values())
+    if not named or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f"{path}: 'model' is not a state dict of named tensors")
     for key, tensor in state.items():
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
@@ -251,7 +253,7 @@ def of_file(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {shown(first_line(error))}"
-        raise CheckpointError(f"{path}: what it says makes no model ({reason})") from error
+        raise CheckpointError(f"{path}: what it says does not fit together ({reason})") from error
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from lape.errors import DataError, LapeError
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classes, settings_of
+from lape.files.vet import of_file
 from lape.names import tell
 from lape.recipe import Recipe
 from lape.train.distributed import World, expect_answers, join_world, on_main, sum_over_ranks
@@ -391,7 +392,8 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
     state = initial_state(recipe, build_model(recipe, num_classes, say).to(world.device), world)
     teacher = load_teacher(recipe, num_classes, world.device, say)
     if checkpoint is not None:
-        resume(state, checkpoint, recipe, plan, say)
+        with of_file(checkpoint.path):
+            resume(state, checkpoint, recipe, plan, say)
         if "max_accuracy" not in checkpoint.raw:
             state.best_accuracy = _accuracy_of_best(state, data, recipe, world)
     net = _parallel(state.model, recipe, world, plan)
