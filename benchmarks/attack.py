@@ -15,6 +15,7 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -363,19 +364,38 @@ def digest(here: Path) -> dict[str, str]:
 
 def command_lines(here: Path, rng: random.Random, tries: int) -> dict[str, Counter]:
     found, before = Counter(), digest(here)
+    spare = Path(shutil.copytree(here, tempfile.mkdtemp(), dirs_exist_ok=True))
     for _ in range(tries):
         out = Path(tempfile.mkdtemp())
         tokens = command_line(here, out, rng)
         outcome = in_process(tokens, out)
-        after = digest(here)
-        if any(after.get(path) != value for path, value in before.items()):
+        after, asked = digest(here), named(tokens)
+        other = [path for path, value in before.items() if after.get(path) != value]
+        if any(path not in asked or path in map(str, read_by(tokens)) for path in other):
             outcome = "INPUT CHANGED"
         found[outcome] += 1
+        for path in other:  # a file that the command was told to write, and that it does not read
+            shutil.copy(spare / Path(path).relative_to(here), path)
         if outcome.isupper():
             print("  ", outcome, tokens, (out / "err").read_text()[-300:])
-        before = after
         shutil.rmtree(out)
+    shutil.rmtree(spare)
     return {"lape": found}
+
+
+OUTPUTS = ("--json", "--csv", "--html")
+
+
+def named(tokens: list[str]) -> list[str]:
+    """The files that a command is told to write."""
+    return [value for flag, value in itertools.pairwise(tokens) if flag in OUTPUTS]
+
+
+def read_by(tokens: list[str]) -> list[Path]:
+    """All files in what else a command names."""
+    paths = [Path(value) for flag, value in itertools.pairwise(tokens) if flag not in OUTPUTS and value]
+    there = [path for path in paths if path.exists()]
+    return [file for path in there for file in ([path] if path.is_file() else path.rglob("*"))]
 
 
 def in_process(tokens: list[str], out: Path) -> str:
@@ -418,9 +438,9 @@ def main() -> int:
         make(here)
         for title, attack, tries in (
             ("damage", damage, 200),
-            ("hostile files", hostile, 800),
+            ("hostile files", hostile, 600),
             ("kills", kills, 100),
-            ("command lines", command_lines, 300),
+            ("command lines", command_lines, 150),
         ):
             counts = attack(here, rng, tries // part)
             results[title] = {what: dict(sorted(count.items())) for what, count in counts.items()}

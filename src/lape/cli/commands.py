@@ -133,6 +133,8 @@ def predict(
         if path not in (None, "-") and not Path(str(path)).parent.is_dir():  # before the work, not after it
             raise LapeError(f"{path!r} cannot be written (no such folder): give a file in a folder that exists")
     keep_inputs([json, csv], [*images, options.checkpoint])
+    if json is not None and json == csv:
+        raise LapeError(f"--json and --csv are both {json!r}: give two files")
 
     from lape.train.evaluate import predictions
 

@@ -16,7 +16,7 @@ from lape.convert.converted import Conversion, conversion_of
 from lape.convert.positions import Size
 from lape.convert.tended import DIGESTS
 from lape.errors import LapeError, arguments_as
-from lape.files.atomic import put_in_place, write_atomically
+from lape.files.atomic import put_in_place, remove_left, write_atomically
 from lape.files.blueprint import COMPILED, blueprint_of, unwrapped
 from lape.files.names import to_reference_state_dict
 from lape.files.read import CONFIG, FORMAT, HUB, WEIGHTS, _hub, waiting_name
@@ -87,8 +87,8 @@ def put_folder_in_place(contents: Mapping[str, bytes], path: Path) -> None:
     for place, content in ((waiting, contents[WEIGHTS]), (path / CONFIG, contents[CONFIG])):
         write_atomically(place, partial(_write, content))
     put_in_place({waiting: path / WEIGHTS})
-    for left in path.glob(f".{'[0-9a-f]' * 16}.{WEIGHTS}"):  # by saves that were killed
-        left.unlink(missing_ok=True)
+    remove_left(path, f".{'[0-9a-f]' * 16}.{WEIGHTS}")  # by saves that were killed
+    remove_left(path, f"..{'[0-9a-f]' * 16}.{WEIGHTS}.*.tmp")
 
 
 def _write(content: bytes, file: BinaryIO) -> None:

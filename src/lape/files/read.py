@@ -20,7 +20,7 @@ from lape.convert.tended import DIGESTS, digest_of
 from lape.core.joins import join_named
 from lape.core.position import kind_named
 from lape.errors import CheckpointError, needs
-from lape.files.vet import check_entries, check_state, first_line, read_json
+from lape.files.vet import check_entries, check_state, first_line, is_flag, read_json
 from lape.names import shown
 
 HEADS = ("head.weight", "head.fc.weight")  # of a classifier: in most models of timm, in those of stages
@@ -86,12 +86,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _read_folder(_download(str(path).removeprefix(HUB)))
     if not isinstance(path, str | os.PathLike):
         raise CheckpointError(f"{path!r} is no path: give a .pth file or a folder written by lape.save")
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.is_file():
-        what = "is no regular file" if path.exists() else "no such checkpoint"
-        raise CheckpointError(f"{what}: {path}; give a .pth file or a folder written by lape.save")
+    path = Path(os.path.expanduser(path))
+    try:
+        if path.is_dir():
+            return _read_folder(path)
+        if not path.is_file():
+            what = "is no regular file" if path.exists() else "no such checkpoint"
+            raise CheckpointError(f"{what}: {path}; give a .pth file or a folder written by lape.save")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
     return _from_contents(path, _unpickle_safely(path))
 
 
@@ -136,8 +139,9 @@ def _check_records(path: Path) -> None:
                 return  # torch's format from before 1.6, which has no checksums
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-            whole = all(r.compress_type == zipfile.ZIP_STORED for r in records) and archive.testzip() is None
-            if not whole or len({r.filename for r in records}) < len(records):
+            stored = all(r.compress_type == zipfile.ZIP_STORED for r in records)
+            fits = sum(r.file_size for r in records) <= path.stat().st_size  # records may be made to overlap
+            if not (stored and fits and archive.testzip() is None) or len({r.filename for r in records}) < len(records):
                 raise CheckpointError(_damaged(path))
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError, EOFError) as error:
         if isinstance(error, CheckpointError):
@@ -202,7 +206,7 @@ def _from_contents(path: Path, contents: Any) -> Checkpoint:
     ema = rest.pop("model_ema", None) or None
     if not isinstance(args, dict) or not all(isinstance(key, str) for key in (*args, *rest)):
         raise CheckpointError(f"{path}: 'args' are not flags by name")
-    args = dict(args)
+    args = {name: value for name, value in args.items() if name == "model_kwargs" or is_flag(value)}
     if isinstance(args.get("model_kwargs"), dict):  # a run that began with weights of the library holds its own
         args["model_kwargs"] = {key: value for key, value in args["model_kwargs"].items() if key != "pretrained"}
     check_entries(path, args, rest)
@@ -274,9 +278,9 @@ def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
     if index.is_file():
         listed = read_json(index)
         names = listed.get("weight_map") if isinstance(listed, dict) else None
-        if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+        if not isinstance(names, dict) or not all(str(shard).endswith(".safetensors") for shard in names.values()):
             raise CheckpointError(f"{index} is no list of files of weights: save the model again")
-        shards = sorted({Path(shard).name for shard in names.values()})
+        shards = sorted({Path(str(shard)).name for shard in names.values()})
     named = config.get("architectures")
     args = {"model": named[0] if isinstance(named, list) and named else None, "model_kwargs": _without_origin(config)}
     args |= {"join_type": record.get("join"), "pe": record.get("pe"), "warm_start": record.get("warm_start")}

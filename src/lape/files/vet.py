@@ -26,7 +26,7 @@ from lape.host import host_of_library
 from lape.names import shown
 
 LARGEST, SIDE, DEPTH = 2**24, 2**14, 8  # of an integer; of an image, in pixels; of values in values
-_JSON_BYTES = 2**26
+_JSON_BYTES, _VALUES = 2**26, 10**5
 _NAME = re.compile(r"[\w.+-]{1,128}")
 _WORDS = re.compile(r"[\w .,;+=()<>|\[\]-]{0,256}")  # nothing that a path, an address or a terminal is made of
 _SIZES = ("img_size", "image_size", "input_size")
@@ -79,7 +79,7 @@ def _list_of(part: Callable[[Any], bool], least: int = 0, most: int = LARGEST) -
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and len(value) <= 4096
 
 
 def _name(value: Any) -> bool:
@@ -170,6 +170,13 @@ _RAW: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def is_flag(value: Any) -> bool:
+    """Whether it is a value, or a list of values, as a command line has them. Lists of lists of shared lists may stand
+    for more values than there is memory."""
+    plain = (bool, int, float, str, type(None))
+    return isinstance(value, plain) or _list_of(lambda part: isinstance(part, plain))(value)
+
+
 def check_entries(path: Path, args: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
     """Raises CheckpointError for the first entry that is not what its name stands for; None says nothing."""
     for entries, table in ((args, _ARGS), (raw, _RAW)):
@@ -189,14 +196,18 @@ def check_entries(path: Path, args: Mapping[str, Any], raw: Mapping[str, Any]) -
 
 def check_arguments(library: str, name: str, kwargs: Mapping[str, Any]) -> None:
     """Raises LapeError for an argument of a model that no file may give, by name, and for values that are not plain."""
+    left = [_VALUES]
     for key, value in kwargs.items():
-        _check_plain(str(key), value, DEPTH)
+        _check_plain(str(key), value, DEPTH, left)
     host = host_of_library(library)
     if host.check_arguments is not None:
         host.check_arguments(name, kwargs)
 
 
-def _check_plain(name: str, value: Any, depth: int) -> None:
+def _check_plain(name: str, value: Any, depth: int, left: list[int]) -> None:
+    left[0] -= 1
+    if left[0] < 0:
+        raise LapeError(f"model_kwargs has more than {_VALUES} values")
     own = name.rpartition(".")[2]
     if own in _LABELS and value is not None:
         fits = isinstance(value, dict) and all(isinstance(part, str | int) for pair in value.items() for part in pair)
@@ -205,11 +216,11 @@ def _check_plain(name: str, value: Any, depth: int) -> None:
     elif isinstance(value, Mapping) and depth:
         fits = len(value) <= 4096 and all(isinstance(key, str | int) and _WORDS.fullmatch(str(key)) for key in value)
         for key, inner in value.items():
-            _check_plain(f"{name}.{key}", inner, depth - 1)
+            _check_plain(f"{name}.{key}", inner, depth - 1, left)
     elif isinstance(value, list | tuple) and depth:
         fits = len(value) <= 4096
         for inner in value[:4096]:
-            _check_plain(name, inner, depth - 1)
+            _check_plain(name, inner, depth - 1, left)
     elif isinstance(value, str):
         fits = _WORDS.fullmatch(value) is not None
     else:

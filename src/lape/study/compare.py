@@ -6,6 +6,7 @@ the last epoch: the best epoch is chosen on the test images, so it is shown besi
 """
 
 import json
+import math
 import shutil
 import tempfile
 from collections import Counter
@@ -283,7 +284,9 @@ def _other(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
             lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             accuracies = [float(line["test_acc1"]) for line in lines]
             final, best = accuracies[-1], max(accuracies)
-        except (ValueError, KeyError, IndexError, TypeError):
+            if not all(map(math.isfinite, accuracies)):
+                raise ValueError
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, OSError):
             raise LapeError(
                 f"{log} is no log of a training: one JSON line an epoch with test_acc1 is expected"
             ) from None
