@@ -63,11 +63,11 @@ def save(
         "transform": transform,
         DIGESTS: {WEIGHTS: hashlib.sha256(weights).hexdigest()},
     }
-    check_entries(Path(path), {"model_kwargs": factory["kwargs"], "model": factory["name"]}, config)
     try:
         text = json.dumps(config, indent=2) + "\n"
     except TypeError as error:
         raise LapeError(f"config.json takes plain values only: {error} in {factory['kwargs']} or {transform}") from None
+    check_entries(Path(path), {"model_kwargs": factory["kwargs"], "model": factory["name"]}, config)
     path = Path(path).expanduser()
     put_folder_in_place({WEIGHTS: weights, CONFIG: text.encode()}, path)
     return path
