@@ -430,7 +430,7 @@ def predictions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     calls: list[Any] = []
 
-    def classify(images: Any, options: PredictOptions) -> list[lape.train.evaluate.Prediction]:
+    def classify(images: Any, options: PredictOptions, problems: list[str]) -> list[lape.train.evaluate.Prediction]:
         calls.append((list(images), options))
         return [lape.train.evaluate.Prediction(path, ["cat, tabby", "dog"], [0.75, 0.25]) for path in images]
 

@@ -11,8 +11,11 @@ from cyclopts import Parameter
 from lape.cli.app import GROUPS, app, original, takes
 from lape.cli.options import takes_options
 from lape.cli.original import LauncherFlags, OriginalFlags
-from lape.errors import LapeError, arguments_as
+from lape.cli.rows import escaped, write_directly, written
+from lape.errors import DataError, LapeError, arguments_as
+from lape.files.atomic import keep_inputs, write_atomically
 from lape.look.options import DrawOptions
+from lape.names import shown, tell
 from lape.options import ExportOptions, PredictOptions
 from lape.recipe import Recipe
 from lape.study.options import BenchOptions, CompareOptions, DemoOptions
@@ -122,33 +125,39 @@ def predict(
 ) -> None:
     """Classify images, with the transform and the class names stored in the checkpoint.
 
-    Lines appear as images are done; files are written at the end.
+    Lines appear, and files grow, as images are done. One that cannot be read is left out, named, and ends it with 2.
     """
     if not images:
         raise LapeError("no image was given: lape predict IMAGE... --checkpoint CHECKPOINT")
     for path in (json, csv):
         if path not in (None, "-") and not Path(str(path)).parent.is_dir():  # before the work, not after it
             raise LapeError(f"{path!r} cannot be written (no such folder): give a file in a folder that exists")
+    keep_inputs([json, csv], [*images, options.checkpoint])
+    if json is not None and json == csv:
+        raise LapeError(f"--json and --csv are both {json!r}: give two files")
 
     from lape.data.images import assumption
     from lape.train.evaluate import predictions
 
     note = ""
-    rows: list[dict[str, Any]] = []
-    for p in _shown(predictions(images, options), len(images)):
-        if not note and (note := assumption(p.path)):
-            print(f"{p.path}: {note}; said of the first such image", file=sys.stderr)
-        best = list(zip(p.classes, p.probabilities, strict=True))
-        rows += [
-            {"image": p.path, "rank": rank, "class": name, "probability": probability}
-            for rank, (name, probability) in enumerate(best, start=1)
-        ]
-        if "-" not in (json, csv):
-            print("\n".join([p.path, *(f"  {100 * probability:6.2f} %  {name}" for name, probability in best)]))
-    if json is not None:
-        _write(json, _as_json(rows))
-    if csv is not None:
-        _write(csv, _as_csv(rows))
+    problems: list[str] = []
+    with written(json, csv) as add:
+        for p in _shown(predictions(images, options, problems), len(images)):
+            if not note and (note := assumption(p.path)):
+                print(f"{shown(p.path)}: {note}; said of the first such image", file=sys.stderr)
+            best = list(zip(p.classes, p.probabilities, strict=True))
+            add(
+                [
+                    {"image": p.path, "rank": rank, "class": name, "probability": probability}
+                    for rank, (name, probability) in enumerate(best, start=1)
+                ]
+            )
+            if "-" not in (json, csv):
+                lines = [f"  {100 * probability:6.2f} %  {shown(name)}" for name, probability in best]
+                print("\n".join([shown(p.path), *lines]))
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise DataError(f"{len(problems)} of {len(images)} images are left out: {'; '.join(problems[:10])}{more}")
 
 
 @app.command
@@ -195,7 +204,7 @@ def visualize(
             pe=options.pe,
             ema=options.ema,
         )
-        print(f"open {page} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
+        print(f"open {shown(page)} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
 
 
 def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> None:
@@ -209,7 +218,7 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
     for checkpoint in checkpoints:
         files = figures.visualize(checkpoint, save_dir, options)
         first = next(f for f in files if f.stem == "overview")
-        print(f"{len(files)} files in {files[0].parent}, first look at {first}")
+        print(f"{len(files)} files in {shown(files[0].parent)}, first look at {shown(first)}")
         if old := figures.left_over(files):
             print(
                 f"{len(old)} of an earlier drawing are still in that folder ({short(old)}): they do not belong to "
@@ -224,7 +233,7 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
         models = dict(zip(joins, models.values(), strict=True))
     if max(map(len, figures.sorts(models))) > 1:
         files = figures.draw_together(models, save_dir, view=options.view or "seen", options=options)
-        print(f"{len(files)} files of all models in {save_dir}")
+        print(f"{len(files)} files of all models in {shown(save_dir)}")
     else:
         print("no figure of all models: one has positions, another a bias on attention logits")
 
@@ -241,8 +250,8 @@ def export(
     from lape.files.read import read_checkpoint
 
     pixels, data_name = sample_images(read_checkpoint(checkpoint), options.data_path, options.images)
-    print(f"checked on {len(pixels)} images of {data_name}")
-    write(checkpoint, images_BCHW=pixels, **options.model_dump(exclude={"data_path", "images"}))
+    tell(f"checked on {len(pixels)} images of {data_name}")
+    write(checkpoint, images_BCHW=pixels, say=tell, **options.model_dump(exclude={"data_path", "images"}))
 
 
 @app.command
@@ -279,12 +288,13 @@ def check_data(
     """Open every image of a data folder before a long run; exit code 0 when training may start, else 2."""
     from lape.data.check import check_data as check
 
+    keep_inputs([json], [data_path])
     report = check(data_path, workers=workers or None)
     if json is not None:
         _write(json, _as_json(report.to_dict()))
     if json != "-":
         for line in report.lines():
-            print(line)
+            print(shown(line))
     if not report.fit:
         raise LapeError(f"{data_path} is not fit for training: {len(report.errors)} error(s) are listed above")
 
@@ -350,25 +360,13 @@ def _shown(items: Iterable[Any], total: int) -> Iterator[Any]:
 
 
 def _as_json(rows: Any) -> str:
-    return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _as_csv(rows: list[dict[str, Any]]) -> str:
-    import csv
-    import io
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return escaped(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def _write(path: str, text: str) -> None:
     if path == "-":
         print(text, end="")
-        return
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise LapeError(f"{path!r} cannot be written ({error.strerror}): give a file in a folder that exists") from None
+    elif Path(path).exists() and not Path(path).is_file():  # a pipe, /dev/null
+        write_directly(path, text)
+    else:
+        write_atomically(path, lambda file: file.write(text.encode()))

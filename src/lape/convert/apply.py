@@ -23,6 +23,7 @@ from lape.core.joins import check_combination, join_named
 from lape.core.position import KINDS, Layout, kind_named
 from lape.errors import LapeError, UnsupportedModelError, needs
 from lape.host import class_name, find_host, host_of_library
+from lape.host.timm import NOT_THE_MODEL
 
 
 def apply_(
@@ -190,6 +191,6 @@ def build(library: str, name: str, kwargs: dict[str, Any], join: str, pe: str | 
             raise
         raise LapeError(f"model {name!r} with {kwargs}: {error.__cause__}") from error
     model = apply_(made, join, pe, **chosen)
-    plain = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path")}
+    plain = {key: value for key, value in kwargs.items() if key not in NOT_THE_MODEL}
     conversion_of(model).factory.update(library=library, name=name, kwargs=plain)
     return model

@@ -13,6 +13,7 @@ from lape.convert.converted import Conversion, conversion_of
 from lape.core.joined import Joined
 from lape.errors import LapeError
 from lape.host import class_name, host_named
+from lape.host.timm import NOT_THE_MODEL
 
 COMPILED = "_orig_mod"
 _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel")
@@ -66,7 +67,7 @@ def blueprint_of(model: nn.Module, name: str | None, arguments: dict[str, Any]) 
 
 def _factory(model: nn.Module, conversion: Conversion, name: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     if name:
-        return {"library": "timm", "name": name, "kwargs": arguments}
+        return {"library": "timm", "name": name, "kwargs": _of_the_model(arguments)}
     if conversion.path and class_name(type(model)).startswith("torch."):
         inner = conversion.path.rstrip(".")
         raise LapeError(
@@ -82,6 +83,10 @@ def _factory(model: nn.Module, conversion: Conversion, name: str | None, argumen
             "lape.save(model, path, name=..., ...), or save the state_dict yourself"
         )
     return {"library": host.package, "name": told[0], "kwargs": told[1]}
+
+
+def _of_the_model(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in NOT_THE_MODEL}
 
 
 def _twin(conversion: Conversion, factory: dict[str, Any]) -> nn.Module:

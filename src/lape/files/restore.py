@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial, wraps
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,14 @@ from lape.data.augment import EvalTransform, eval_transform
 from lape.errors import CheckpointError, DataError, arguments_as
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
+from lape.files.vet import bounded, of_file
+from lape.host import host_of_library
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SIZE_NAMES = ("img_size", "image_size")  # of timm; of torchvision and transformers
 
@@ -57,19 +64,37 @@ def restore(
     if state is None:
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
     chosen = {name: checkpoint.args.get(stored) for name, stored in CHOSEN.items()}
-    result = build(
-        checkpoint.package,
-        _agreed(checkpoint, "model", model),
-        _arguments(checkpoint, size, timm_kwargs),
-        _agreed(checkpoint, "join", None if join is None else join_named(join).name),
-        None if chosen["warm_start"] else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
-        **{**chosen, "warm_start": bool(chosen["warm_start"])},
-    )
-    if checkpoint.raw.get("folded"):
-        fold_(result)
-    resized = size is not None and _sides(size) != size_of(checkpoint)
-    grid = source_grid(checkpoint, result) if resized else None
-    return load_reference_state_dict(result, state, source_grid=grid).eval()
+    chosen["warm_start"] = bool(chosen["warm_start"])
+    with of_file(checkpoint.path):
+        make = partial(
+            build,
+            checkpoint.package,
+            _agreed(checkpoint, "model", model),
+            _arguments(checkpoint, size, timm_kwargs),
+            _agreed(checkpoint, "join", None if join is None else join_named(join).name),
+            None if chosen["warm_start"] else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
+            **chosen,
+        )
+        result = _built(checkpoint, make, size)
+        if checkpoint.raw.get("folded"):
+            fold_(result)
+        resized = size is not None and _sides(size) != size_of(checkpoint)
+        grid = source_grid(checkpoint, result) if resized else None
+        return load_reference_state_dict(result, state, source_grid=grid).eval()
+
+
+def _built(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: Size | None) -> nn.Module:
+    """The model, after one without values has shown that it is no larger than what the weights of the file are for."""
+    if host_of_library(checkpoint.package).check_arguments is None:  # a host of the user's own
+        return make()
+    own = size_of(checkpoint)
+    times = 1 if size is None or own is None else max(1, math.prod(_sides(size)) / math.prod(own))
+    elements = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.model.values())
+    limits = (checkpoint.path, int(times * (2 * elements + 2**26)), 10_000 + 100 * len(checkpoint.model))
+    with suppress(RuntimeError, NotImplementedError), bounded(*limits), torch.device("meta"):
+        make()  # raises the CheckpointError of `bounded`; constructors that compute with values fail otherwise
+    with bounded(*limits):
+        return make()
 
 
 def restore_with(checkpoint: Checkpoint, recipe: Recipe, size: Size) -> nn.Module:
@@ -123,6 +148,17 @@ def restore_to_draw(
     )
     name = re.sub(r"[/\\]", "_", str(args.get("model", type(model).__name__)))
     return model, model_name or f"{name}_{describe(model).join}"
+
+
+def of_this_file(read: Callable[Concatenate[Checkpoint, P], T]) -> Callable[Concatenate[Checkpoint, P], T]:
+    """What goes wrong in reading an entry of a checkpoint is a CheckpointError."""
+
+    @wraps(read)
+    def guarded(checkpoint: Checkpoint, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with of_file(checkpoint.path):
+            return read(checkpoint, *args, **kwargs)
+
+    return guarded
 
 
 def _agreed(checkpoint: Checkpoint, name: str, given: str | None) -> str:
@@ -190,6 +226,7 @@ def _table_side(checkpoint: Checkpoint) -> int | None:
     return next((math.isqrt(n) for n in counts if n > 0 and math.isqrt(n) ** 2 == n), None)
 
 
+@of_this_file
 def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
     """The (rows, columns) that a file's position table is for, None when it has no table or `model` is not known.
 
@@ -218,6 +255,7 @@ IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOSEN.values())
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
 
+@of_this_file
 def transform_of(checkpoint: Checkpoint) -> EvalTransform:
     """The stored evaluation transform; else a recipe's, at the model's own size, (height, width) where not square."""
     if checkpoint.transform:
@@ -260,6 +298,7 @@ def labels_of(model: nn.Module) -> list[str] | None:
     return None if not labels else [labels[number] for number in sorted(labels)]
 
 
+@of_this_file
 def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """The recipe, with what the checkpoint says of itself wherever the user gave no flag.
 

@@ -6,7 +6,7 @@ strings, so that no library is imported before a model of it is at hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class Host:
     blueprint: Callable[[nn.Module], Blueprint | None] | None = None  # how to build a whole model again, if it tells
     build: Callable[[str, dict[str, Any]], nn.Module] | None = None  # builds it, unconverted, with random weights
     current: Callable[[nn.Module], dict[str, Any]] | None = None  # arguments of `build` that the root is made with now
+    check_arguments: Callable[[str, Mapping[str, Any]], None] | None = None  # raises for what no file may ask `build`
     root_child: str | None = None  # when given, `root_classes` name the class of this child instead of the root's
     tested: tuple[str, ...] = ()  # versions that the tests ran with
     refused: dict[str, str] = field(default_factory=dict)  # "module.Class" of blocks -> the reason

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -230,15 +230,54 @@ def blueprint(model: nn.Module) -> Blueprint | None:
     return cls.__name__, json.loads(config.to_json_string(use_diff=False))
 
 
-def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """One of the library's own model classes from a configuration, with random weights."""
+# Entries of a configuration that name weights, files or code: a backbone of the Hub, a kernel, a class to import.
+_ELSEWHERE = frozenset(
+    "backbone use_timm_backbone use_pretrained_backbone backbone_kwargs auto_map custom_pipelines trust_remote_code "
+    "quantization_config compression_config model_args architecture pretrained_cfg adapter_kwargs use_kernels "
+    "kernel_config base_model_name_or_path".split()
+)
+_ATTENTION = ("eager", "sdpa")
+
+
+def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises LapeError for an entry, at any depth, that has the library fetch weights, a kernel or code, or that
+    is named like a method of configurations."""
+    config_class = _model_class(name).config_class
+    for key, value in _entries(kwargs):
+        if key in _ELSEWHERE and value not in (None, False, "", {}, []):
+            raise LapeError(f"{key!r} names weights or code of somewhere else")
+        if "attn_implementation" in key and value not in (None, False, *_ATTENTION):
+            raise LapeError(f"{key!r} may be {' or '.join(_ATTENTION)}, not {value!r}")
+        if key.startswith("__") or callable(getattr(config_class, key, None)):
+            raise LapeError(f"{key!r} is no entry of a configuration")
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key), inner
+            if key not in ("id2label", "label2id"):
+                yield from _entries(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _entries(inner)
+
+
+def _model_class(name: str) -> Any:
     import transformers
 
     cls: Any = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise LapeError(f"{name!r} is not a model class of transformers {transformers.__version__}")
-    config_class: Any = cls.config_class
-    model: nn.Module = cls(config_class.from_dict(kwargs))
+    return cls
+
+
+def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """One of the library's own model classes from a configuration, with random weights."""
+    cls = _model_class(name)
+    config = cls.config_class.from_dict(kwargs)
+    check_arguments(name, config.to_dict())  # what the file does not say is the library's default
+    model: nn.Module = cls(config)
     return model
 
 
@@ -248,7 +287,8 @@ def _host(name: str, families: tuple[Family, ...], note: str, refused: dict[str,
     layers = tuple(family.layer for family in families)
     child = "embeddings" if roots[0].endswith("Embeddings") else None
     host = Host(name, tuple(roots), layers, examine, measure, note, "transformers", blueprint, build)
-    return replace(host, root_child=child, tested=(*earlier, "transformers 5.23.0"), refused=refused)
+    host = replace(host, root_child=child, check_arguments=check_arguments, refused=refused)
+    return replace(host, tested=(*earlier, "transformers 5.23.0"))
 
 
 HOSTS = (

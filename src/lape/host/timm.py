@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -138,6 +139,42 @@ def current(root: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in shown.items() if name in arguments and value is not None}
 
 
+# Arguments that say where weights come from and where the model lies, not what it is: no file holds them.
+NOT_THE_MODEL = frozenset(
+    "pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict pretrained_filter_fn pretrained_model_args "
+    "checkpoint_path cache_dir default_cfg model_cfg feature_cfg kwargs_filter pruned scriptable exportable no_jit "
+    "device dtype".split()
+)
+_OF_ALL_MODELS = {"features_only", "feature_cls", "out_indices", "use_naflex"}
+
+
+def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises LapeError for an argument that is none of the constructors in the file of this model's entry."""
+    import timm
+
+    import lape.models  # noqa: F401
+
+    arch = name.split(".")[0]
+    if not timm.is_model(arch):
+        raise unknown_model(name)
+    classes = [c for c in vars(sys.modules[timm.model_entrypoint(arch).__module__]).values() if isinstance(c, type)]
+    ours = {base for c in classes for base in c.__mro__ if base.__module__.startswith(("timm.", "lape."))}
+    made = [vars(base)["__init__"] for base in ours if "__init__" in vars(base)]
+    allowed = {argument for constructor in made for argument in inspect.signature(constructor).parameters}
+    for argument in kwargs:
+        if argument not in (allowed | _OF_ALL_MODELS) - NOT_THE_MODEL:
+            raise LapeError(f"{argument!r} is no argument of {arch} that says what the model is")
+
+
+def unknown_model(name: str) -> LapeError:
+    import timm
+
+    asked, known = name.split(".")[0], timm.list_models()
+    guess = nearest(asked, known) or next((model for model in known if asked and model.startswith(asked)), None)
+    hint = f"did you mean {guess!r}? " if guess else ""
+    return LapeError(f"unknown model {name!r}: {hint}timm.list_models() has all names")
+
+
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """A timm model by name. Raises LapeError: an unknown name (the nearest is named), wrong arguments or size."""
     import timm
@@ -145,10 +182,7 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     import lape.models  # noqa: F401  they are known to timm from here on
 
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
-        asked, known = str(name).split(".")[0], timm.list_models()
-        guess = nearest(asked, known) or next((model for model in known if asked and model.startswith(asked)), None)
-        hint = f"did you mean {guess!r}? " if guess else ""
-        raise LapeError(f"unknown model {name!r}: {hint}timm.list_models() has all names")
+        raise unknown_model(str(name))
     try:
         model: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, AssertionError) as error:
@@ -206,7 +240,7 @@ def _host(name: str, module: str, root: str, blocks: str, read: Callable[[Any], 
 
     size = measure if resizes else None
     host = Host(name, (f"{models}.{module}.{root}",), allowed, examine, size, _NOTES[name], "timm", blueprint, build)
-    return replace(host, current=current, tested=("timm 1.0.31",), refused=refused)
+    return replace(host, current=current, check_arguments=check_arguments, tested=("timm 1.0.31",), refused=refused)
 
 
 _RELPOS = "vision_transformer_relpos"

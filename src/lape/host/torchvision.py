@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,13 @@ def blueprint(model: nn.Module) -> Blueprint | None:
     return "VisionTransformer", {**arguments, "num_layers": len(layers), "num_heads": layers[0].num_heads}
 
 
+def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises LapeError for an argument that `blueprint` does not write."""
+    for argument in kwargs:
+        if argument not in (*_ARGUMENTS, "num_layers", "num_heads"):
+            raise LapeError(f"{argument!r} is no argument of VisionTransformer that says what the model is")
+
+
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """A torchvision VisionTransformer with random weights."""
     from torchvision.models import VisionTransformer
@@ -69,6 +77,7 @@ VISION_TRANSFORMER = Host(
     package="torchvision",
     blueprint=blueprint,
     build=build,
+    check_arguments=check_arguments,
     note="vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14, at one size",
     tested=("torchvision 0.29.2",),
     refused={

@@ -25,7 +25,7 @@ from lape.convert.converted import conversion_of
 from lape.convert.positions import Description, View, describe, position_bias
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError, check_finite, needs
-from lape.files.atomic import write_atomically
+from lape.files.atomic import keep_inputs, write_atomically
 from lape.files.read import read_checkpoint
 from lape.files.restore import restore_to_draw
 from lape.look.colours import COLOURS
@@ -281,7 +281,7 @@ def visualize(
     about = describe(model)
     if name in ("", ".", "..") or Path(name).name != name:
         raise LapeError(f"model_name={name!r} is not the name of a folder: put the path into save_dir")
-    pictures = Pictures(Path(save_dir) / name, options)
+    pictures = Pictures(Path(save_dir) / name, options, () if isinstance(source, nn.Module) else (source,))
     if KINDS[about.pe].is_bias:
         if options.size is not None or options.view is not None:
             raise LapeError(f"pe={about.pe!r} is a bias on attention logits of one grid: leave size and view out")
@@ -551,8 +551,8 @@ def _place(token: int, grid: Grid) -> str:
 class Pictures:
     """A folder being written: each file appears whole or not at all. Raises LapeError when it cannot be written."""
 
-    def __init__(self, folder: Path, options: DrawOptions):
-        self.folder, self.options = folder, options
+    def __init__(self, folder: Path, options: DrawOptions, inputs: Sequence[str | PathLike[str]] = ()):
+        self.folder, self.options, self.inputs = folder, options, inputs
         self.written: list[Path] = []
         self.captions: dict[str, str] = {}  # of files, by their names without kind
 
@@ -611,5 +611,6 @@ class Pictures:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LapeError(f"cannot create the folder {self.folder} ({error.strerror}): choose another one") from None
+        keep_inputs([self.folder / name], self.inputs)
         write_atomically(self.folder / name, write)
         self.written.append(self.folder / name)

@@ -333,7 +333,7 @@ def _other(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
             final, best = accuracies[-1], max(accuracies)
             if not all(0 <= accuracy <= 100 for accuracy in accuracies):
                 raise ValueError
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, OSError):
             raise LapeError(
                 f"{log} is no log of a training: one JSON line an epoch with test_acc1 is expected"
             ) from None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from lape.files.restore import (
     settings_of,
     transform_of,
 )
+from lape.names import tell
 from lape.options import PredictOptions
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
@@ -36,6 +37,8 @@ from lape.train.progress import Say, silence
 
 if TYPE_CHECKING:
     from lape.data.open import Data
+
+T = TypeVar("T")
 
 PREDICT_BATCH = 32  # images that `predict` decodes and classifies at a time
 
@@ -164,7 +167,7 @@ def evaluate_data(model: nn.Module, data: Data, recipe: Recipe, world: World) ->
     return evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval)
 
 
-def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
+def evaluate_checkpoint(recipe: Recipe, *, say: Say = tell) -> Metrics:
     """Evaluate `recipe.resume` on the validation images of `recipe`, as the original's `--eval --resume` does.
 
     What the user gave no flag for (model, join, position embedding, image size, transform) the file decides; the
@@ -269,31 +272,45 @@ def predict(checkpoint_path: str | Path, image_paths: Sequence[str | Path], **op
     return list(predictions(image_paths, PredictOptions(checkpoint=str(checkpoint_path), **options)))
 
 
-def predictions(image_paths: Sequence[str | Path], options: PredictOptions) -> Iterator[Prediction]:
+def predictions(
+    image_paths: Sequence[str | Path], options: PredictOptions, problems: list[str] | None = None
+) -> Iterator[Prediction]:
     """As `predict`, one after the other: images are decoded and classified in batches of `PREDICT_BATCH`.
 
     Before the first one is classified, every file is opened and its header read, so that a missing file or one that is
-    no image costs no work. A file that is cut off shows in its batch only.
+    no image costs no work. A file that is cut off shows in its batch only. With a list for `problems`, files that are
+    there and cannot be read are named in it and left out.
     """
     from lape.data.images import check_header, load_image
+
+    def readable(paths: Sequence[str | Path], read: Callable[[str | Path], T]) -> Iterator[tuple[str | Path, T]]:
+        for path in paths:
+            try:
+                yield path, read(path)
+            except DataError as error:
+                if problems is None or not Path(path).exists():
+                    raise
+                problems.append(str(error))
 
     checkpoint = read_checkpoint(options.checkpoint)
     transform = transform_of(checkpoint)
     prepare = transform.build()
-    for path in image_paths:
-        check_header(path)
+    image_paths = [path for path, _ in readable(image_paths, check_header)]
     with join_world(options.device) as world:
         model = restore_with(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size).to(world.device)
         outputs = check_classifier(checkpoint, model, transform.input_size, transform.in_chans)
         names = checkpoint.classes or labels_of(model) or []
         names = [*names, *(str(number) for number in range(len(names), outputs))]
         for first in range(0, len(image_paths), PREDICT_BATCH):
-            paths = image_paths[first : first + PREDICT_BATCH]
-            pixels_BCHW = torch.stack([prepare(load_image(path, transform.in_chans)) for path in paths])
+            batch = image_paths[first : first + PREDICT_BATCH]
+            images = list(readable(batch, lambda path: prepare(load_image(path, transform.in_chans))))
+            if not images:
+                continue
+            pixels_BCHW = torch.stack([image for _, image in images])
             with torch.no_grad():
                 probabilities_BK = logits_of(model(pixels_BCHW.to(world.device))).float().softmax(dim=1)
-            for path, probabilities_K in zip(paths, probabilities_BK, strict=True):
+            for (path, _), probabilities_K in zip(images, probabilities_BK, strict=True):
                 check_finite(probabilities_K, f"the outputs of {options.checkpoint} for {path}")
             best = probabilities_BK.topk(min(options.top_k, outputs))
-            for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
+            for (path, _), values, indices in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
                 yield Prediction(str(path), [names[index] for index in indices], values)

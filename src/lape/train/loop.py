@@ -42,6 +42,8 @@ from lape.errors import DataError, LapeError, NotFiniteError
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classes, settings_of
+from lape.files.vet import of_file
+from lape.names import tell
 from lape.recipe import Recipe
 from lape.train.distributed import World, expect_answers, join_world, on_main, sum_over_ranks
 from lape.train.evaluate import Metrics, autocast, evaluate_data
@@ -128,7 +130,7 @@ class StepReport(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None = None, say: Say = print) -> TrainResult:
+def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None = None, say: Say = tell) -> TrainResult:
     """Train as the recipe says, evaluate after every epoch, and leave the files named above.
 
     Under `torchrun` every process calls this; files and output are those of the first.
@@ -392,7 +394,8 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
     state = initial_state(recipe, build_model(recipe, num_classes, say, data.classes).to(world.device), world)
     teacher = load_teacher(recipe, num_classes, world.device, say, data.classes)
     if checkpoint is not None:
-        resume(state, checkpoint, recipe, plan, say)
+        with of_file(checkpoint.path):
+            resume(state, checkpoint, recipe, plan, say)
         if "max_accuracy" not in checkpoint.raw:
             state.best_accuracy = _accuracy_of_best(state, data, recipe, world)
     for line in remarks(recipe, peak_lr(recipe, world.size), state):

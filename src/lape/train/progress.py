@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
+from lape.names import tell
 from lape.train.faults import peak_memory
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Progress:
         plan: the images of a step.
         world: whose device's memory is watched.
         every: steps between two lines.
-        say: where lines go. A bar is drawn only where it is print and stdout a terminal.
+        say: where lines go. A bar is drawn only where it is print or tell, and stdout a terminal.
     """
 
     def __init__(self, title: str, first: int, steps: int, plan: BatchPlan, world: World, every: int, say: Say) -> None:
@@ -49,7 +50,7 @@ class Progress:
     def over(self, loader: Iterable[Any]) -> Generator[Any, None, None]:
         """The batches of a loader, with the time that was spent on waiting for them."""
         self._start = mark = time.perf_counter()
-        if self.say is print and sys.stdout.isatty():
+        if self.say in (print, tell) and sys.stdout.isatty():
             self._bar = _open_bar(self.title, self.first, self.steps)
         batches = iter(loader)
         try:

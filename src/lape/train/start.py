@@ -20,6 +20,7 @@ from lape.errors import CheckpointError, LapeError, check_finite
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import source_grid
+from lape.files.vet import of_file
 from lape.names import nearest
 from lape.recipe import Recipe
 from lape.train.progress import Say
@@ -351,7 +352,8 @@ def load_teacher(
         ("its checkpoint", checkpoint.transform) if checkpoint.transform else ("timm", model.pretrained_cfg)
     )
     assert isinstance(config, dict)
-    own = (tuple(config["mean"]), tuple(config["std"]))
+    with of_file(checkpoint.path):
+        own = (tuple(config["mean"]), tuple(config["std"]))
     if len(own[0]) != recipe.in_chans:
         source, own = "the student: its own has other channels", student
     teacher = Teacher(model, student, own, None if order == [*range(num_classes)] else order).to(device)

@@ -10,6 +10,7 @@ as `previous_checkpoint.pth`. `--resume auto` takes the newest whole one of them
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -30,9 +31,10 @@ from lape.data.augment import eval_transform
 from lape.data.loaders import BatchPlan, batch_plan
 from lape.data.open import Data
 from lape.errors import CheckpointError, LapeError
-from lape.files.atomic import write_atomically
+from lape.files.atomic import remove_left, write_atomically
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
+from lape.host.timm import NOT_THE_MODEL
 from lape.names import nearest
 from lape.recipe import Recipe
 from lape.train.distributed import World, sum_over_ranks
@@ -171,9 +173,8 @@ def check_output(recipe: Recipe, checkpoint: Checkpoint | None, at_end: ExitStac
     except OSError as error:
         raise LapeError(f"output_dir {folder} cannot be written ({error.strerror}): choose another folder") from None
     _hold(folder, at_end)
-    for stale in folder.glob(".*.tmp"):  # what a run that was killed while writing has left
-        if stale.name.startswith(tuple(f".{name}." for name in (CHECKPOINT, BEST, LOG, TABLE, RUN))):
-            stale.unlink(missing_ok=True)
+    for name in (CHECKPOINT, BEST, LOG, TABLE, RUN):  # what a run that was killed while writing has left
+        remove_left(folder, f".{name}.*.tmp")
 
 
 def _hold(folder: Path, at_end: ExitStack) -> None:
@@ -182,7 +183,12 @@ def _hold(folder: Path, at_end: ExitStack) -> None:
         import fcntl
     except ImportError:  # Windows
         return
-    file = at_end.enter_context((folder / LOCK).open("w"))
+    # A link is not followed, and nothing is written: whatever lies there keeps its content.
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = at_end.enter_context(os.fdopen(descriptor, "rb+"))
+    except OSError as error:
+        raise LapeError(f"{folder / LOCK} cannot be opened ({error.strerror}): remove it") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not handed on to the loader's processes
     except (BlockingIOError, PermissionError):
@@ -210,10 +216,10 @@ def save(state: State, data: Data, recipe: Recipe, plan: BatchPlan, *, better: b
         "images_per_step": plan.total,
         "model_ema": to_reference_state_dict(state.ema.module) if state.ema is not None else None,
         "scaler": state.scaler.state_dict(),
-        "args": recipe.model_dump(mode="json"),
+        "args": _flags(recipe),
         "classes": data.classes,
         "transform": eval_transform(recipe).to_dict(),
-        "model_kwargs": recipe.model_kwargs,
+        "model_kwargs": _flags(recipe)["model_kwargs"],
         "max_accuracy": state.best_accuracy,
         "best": {"weights": recipe.best_by, "epoch": state.best_epoch, "acc1": state.best_accuracy},
         "history": state.history,
@@ -341,8 +347,15 @@ _INDIFFERENT = {
 }
 
 
+def _flags(recipe: Recipe) -> dict[str, Any]:
+    """The flags that a checkpoint holds: where the first weights came from is no part of the model."""
+    flags = recipe.model_dump(mode="json")
+    kwargs = {name: value for name, value in flags["model_kwargs"].items() if name not in NOT_THE_MODEL}
+    return {**flags, "model_kwargs": kwargs}
+
+
 def _changed_settings(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    now = recipe.model_dump(mode="json")
+    now = _flags(recipe)
     changes = {name: (was, now[name]) for name, was in checkpoint.args.items() if name in now and was != now[name]}
     return ", ".join(f"{name} {was} -> {new}" for name, (was, new) in changes.items() if name not in _INDIFFERENT)
 
