@@ -16,7 +16,7 @@ from lape.convert.plan import check_fresh, plan
 from lape.convert.positions import Size, grid_for
 from lape.convert.tended import Saved, Tended, tended
 from lape.convert.ways import Wish, check_put_back, put_back, way_for
-from lape.core.anatomy import Anatomy
+from lape.core.anatomy import Anatomy, Form
 from lape.core.forward import Link
 from lape.core.joined import LINK, Joined, join_module, leave_module, subclass
 from lape.core.joins import check_combination, join_named
@@ -56,6 +56,8 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
         return _leave(model)
     host, root = find_host(model)
     anatomy = host.examine(root)
+    if named is not None and named.is_table and anatomy.table is not None and anatomy.form != Form():
+        anatomy = anatomy.without_table()
     way = plan(host, anatomy, chosen_join, named, warm_start=warm_start)
     link = Link(root, host.name, anatomy, listed=way.listed)
     way.enter(link)

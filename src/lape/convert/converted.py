@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lape.convert.ways import Way, way_of
-from lape.core.anatomy import Anatomy
+from lape.core.anatomy import Anatomy, Form
 from lape.core.forward import Link
 from lape.core.joined import LINK, Joined
 from lape.core.position import Layout
@@ -64,7 +64,8 @@ class Conversion:
     def record(self) -> dict[str, Any]:
         """What files say of it, as plain values."""
         said = {"join": self.join, "pe": self.pe, "warm_start": self.warm_start, "folded": self.folded}
-        return {**said, "grid": list(self.layout.grid)}
+        own = {"own_table": True} if self.anatomy.form != Form() else {}  # which a new one of this kind would not be
+        return {**said, **own, "grid": list(self.layout.grid)}
 
     def places(self) -> list[int | None]:
         """For each block that the model has now: its place in what `root.lape` computes, None when it is not joined."""

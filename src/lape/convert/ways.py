@@ -26,7 +26,7 @@ from lape.core.grids import GridWatch, Shuffled
 from lape.core.joined import Joined, join_module
 from lape.core.joins import Join
 from lape.core.norm import Entered, PositionalNorm, beside, chain, makes_new
-from lape.core.position import Kind, Layout, resample, resized, rows_of
+from lape.core.position import Kind, Layout, resized
 from lape.core.sites import PositionalAttention, PositionalBlock, PositionalStem
 from lape.errors import LapeError
 
@@ -118,14 +118,18 @@ class Way(nn.Module):
     def _take_slot(self, link: Link) -> None:
         """Hides the host's own position while its code adds it, and sets aside what has no part any more."""
         anatomy = link.anatomy
-        encoder = anatomy.encoder if self.new else None
-        for path in (anatomy.table, encoder):
-            if path is not None and self.hides_table:
-                hide(link, path)
-        if anatomy.table is not None and not self.uses_table:
-            set_aside(link, anatomy.table)
-        for name, _ in list(link.root.get_submodule(encoder).named_parameters()) if encoder else ():
-            set_aside(link, f"{encoder}.{name}")
+        encoder = anatomy.encoder if self.new else ()
+        for path in (*(anatomy.tables if self.hides_table else ()), *encoder):
+            hide(link, path)
+        idle = [] if self.uses_table else list(anatomy.tables)
+        for path in encoder:
+            part = owned(*place_of(link.root, path))
+            if isinstance(part, nn.Parameter):
+                idle.append(path)
+            elif isinstance(part, nn.Module):
+                idle += [f"{path}.{name}" for name, _ in part.named_parameters()]
+        for path in idle:
+            set_aside(link, path)
 
     def fold(self, link: Link) -> Way:
         """What takes its place when everything that parameters alone decide is a constant: by default nothing."""
@@ -190,7 +194,7 @@ class WithTable(Way):
     def source(self, asked: Asked) -> Tensor:
         """P (1, R, D) of the grid that is asked for."""
         p_1RD = self.get_parameter("table_0") if asked.table is None else asked.table
-        return p_1RD if asked.grid is None else resample(p_1RD, asked.anatomy.layout, asked.grid)
+        return p_1RD if asked.grid is None else asked.anatomy.resample(p_1RD, asked.anatomy.layout, asked.grid)
 
     def enter(self, link: Link) -> None:
         if self._in_slot:
@@ -246,8 +250,10 @@ class AtBlocks(WithTable):
             return
         raw: list[Tensor] = []
         if own is not None and not wish.new:  # a copy for each block, as the host's table reaches it
+            anatomy, root = wish.anatomy, wish.anatomy.root
             with torch.no_grad():
-                raw = list(raw_positions(wish.anatomy, partial(wish.anatomy.entered, wish.anatomy.root), rows_of(own)))
+                rows_1RD = anatomy.form.read(own, *(owned(*place_of(root, path)) for path in anatomy.form.beside))
+                raw = list(raw_positions(anatomy, partial(anatomy.entered, root), rows_1RD))
         for layer in range(1, len(wish.anatomy.blocks)):
             if raw and own is not None:
                 self._add_table(layer, nn.Parameter(raw[layer].detach().clone(), own.requires_grad))
@@ -262,10 +268,12 @@ class AtBlocks(WithTable):
         anatomy, grid = asked.anatomy, asked.grid
         if self.per_block:
             tables = [*([] if asked.table is None else [asked.table]), *self.tables.values()]
-            made = iter([p if grid is None else resample(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
+            to = anatomy.resample
+            made = iter([p if grid is None else to(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
         else:
             made = raw_positions(anatomy, asked.entered, self.source(asked))
-        yield from (anatomy.layout.spread(p) for p, _ in zip(made, anatomy.blocks[: asked.number], strict=False))
+        blocks = anatomy.blocks[: asked.number]
+        yield from (anatomy.at(layer)[0].spread(p) for layer, (p, _) in enumerate(zip(made, blocks, strict=False)))
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         slot = anatomy.table_slot or "pos_embed"
@@ -314,7 +322,8 @@ class BesideNorms(WithTable):
             *_, raw = raw_positions(anatomy, asked.entered, p_1RD)
             made = itertools.chain(made, map(self.norms["last"], [raw]))
         for key, p in zip(self.norms, made, strict=False):
-            yield anatomy.layout.spread(getattr(self, f"gate_{key}") * p if self.warm_start else p)
+            layout = anatomy.at(self._layer(key))[0]
+            yield layout.spread(getattr(self, f"gate_{key}") * p if self.warm_start else p)
 
     def bias(self, place: int) -> Tensor | None:
         key = list(self.norms)[place]
@@ -323,8 +332,8 @@ class BesideNorms(WithTable):
 
     def fold(self, link: Link) -> Way:
         folded = Folded(self, link, link.compute(link.root, None), "folded_position")
-        if self.hides_table and link.anatomy.table is not None:  # all that is left of it are the constants
-            set_aside(link, link.anatomy.table)
+        for path in link.anatomy.tables if self.hides_table else ():  # all that is left of them are the constants
+            set_aside(link, path)
         return folded
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
@@ -564,5 +573,6 @@ def norm_like(token_norm: nn.Module, width: int, like: Tensor) -> nn.LayerNorm:
 
     torch's RMSNorm may have no eps of its own (None: that of the dtype); LN' then has torch's default, 1e-5.
     """
-    eps: Any = 1e-5 if token_norm.eps is None else token_norm.eps
+    eps: Any = getattr(token_norm, "eps", getattr(token_norm, "variance_epsilon", None))  # the second is transformers'
+    eps = 1e-5 if eps is None else eps
     return nn.LayerNorm(width, eps=eps, device=like.device, dtype=like.dtype)

@@ -13,11 +13,19 @@ from lape.core.forward import fits, received
 from lape.core.joined import Joined
 
 
+def _first(kwargs: dict[str, Any]) -> str:
+    """The name under which a module was handed its tokens."""
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+
+
 class PositionalBlock(Joined):
     """Block_l(x + P): the position joins the residual stream (joins `share` and `unshare`)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x_BND: Tensor = args[0] if args else kwargs.pop("hidden_states")
+        x_BND: Tensor = args[0] if args else kwargs.pop(_first(kwargs))
+        if self._lape.anatomy.channels_first:  # type: ignore[attr-defined]
+            p_1DRC = received(self, x_BND.movedim(1, -1)).movedim(-1, 1)
+            return super().forward(x_BND + p_1DRC, *args[1:], **kwargs)  # type: ignore[misc]
         p_1ND = received(self, x_BND)
         fits(self, x_BND, p_1ND)
         return super().forward(x_BND + p_1ND, *args[1:], **kwargs)  # type: ignore[misc]
@@ -37,7 +45,7 @@ class PositionalAttention(Joined):
     """The host's attention with a position bias on its logits, handed over in its mask."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x_BND: Tensor = args[0] if args else kwargs["hidden_states"]
+        x_BND: Tensor = args[0] if args else kwargs[_first(kwargs)]
         bias_1HNN = received(self, x_BND)
         args, kwargs = self._lape.anatomy.add_bias(bias_1HNN, args, kwargs)  # type: ignore[attr-defined]
         return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -25,6 +25,7 @@ class Stage:
     width: int
     merging: str | None = None  # path of what makes this stage's tokens of those before; None: the first stage
     merges_map: bool = True  # whether it takes a map (1, rows, columns, D); else tokens (1, n, D) and their grid
+    lead: int = 0  # tokens without a position that stand before all others in this stage
 
     def merge(self, merging: nn.Module, p_1nD: Tensor, grid: Grid) -> Tensor:
         """The position (1, n, D) of the stage before, which has this grid, as the position of this stage."""

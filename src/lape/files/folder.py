@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,9 @@ def save(
     return path
 
 
-def _pixels(conversion: Conversion) -> tuple[int, int]:
-    """(height, width) of the images that a model is made for."""
-    (rows, columns), (height, width) = conversion.layout.grid, conversion.anatomy.patch_size
-    return rows * height, columns * width
+def _pixels(conversion: Conversion) -> tuple[int, ...]:
+    """(height, width) of the images that a model is made for, behind the frames of a video."""
+    return tuple(map(operator.mul, conversion.layout.grid, conversion.anatomy.patch_size))
 
 
 def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, **save_kwargs: Any) -> str:

@@ -57,12 +57,13 @@ def restore(
     if state is None:
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
     warm_start = bool(checkpoint.args.get("warm_start"))
+    keeps = warm_start or bool(checkpoint.raw.get("own_table"))
     result = build(
         checkpoint.package,
         _agreed(checkpoint, "model", model),
         _arguments(checkpoint, size, timm_kwargs),
         _agreed(checkpoint, "join", None if join is None else join_named(join).name),
-        None if warm_start else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
+        None if keeps else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
         warm_start=warm_start,
     )
     if checkpoint.raw.get("folded"):
@@ -165,7 +166,7 @@ def _size_argument(checkpoint: Checkpoint, size: Grid, own: Grid | None) -> str:
     return "image_size"
 
 
-def size_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
+def size_of(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """(height, width) in pixels of the images that the model of a file is for: by its flags, its arguments, its folder,
     or the grid of its position table, taken for a square. None where none of them tells."""
     kwargs = _renamed(checkpoint.args.get("model_kwargs") or {})
@@ -223,7 +224,8 @@ def transform_of(checkpoint: Checkpoint) -> EvalTransform:
 
     transform = eval_transform(settings_of(checkpoint, Recipe()))
     size = size_of(checkpoint)
-    return transform if size is None or size[0] == size[1] else replace(transform, input_size=size)
+    square = size is None or len(set(size)) == 1
+    return transform if size is None or square else replace(transform, input_size=(size[-2], size[-1]))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -294,8 +296,8 @@ def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {flags.get(name, name): value for name, value in arguments.items()}
 
 
-def _sides(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _sides(size: int | Sequence[int]) -> tuple[int, ...]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def check_classes(checkpoint: Checkpoint, classes: list[str]) -> None:

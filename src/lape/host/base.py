@@ -33,7 +33,7 @@ class Host:
     root_classes: tuple[str, ...]  # "module.Class" of the module that owns table and blocks, subclasses included
     block_classes: tuple[str, ...]  # "module.Class" of blocks whose norm stands before attention, exact
     examine: Callable[[nn.Module], Anatomy]
-    measure: Callable[[nn.Module], tuple[Grid, tuple[int, int]]] | None = None  # grid and patch size after a resize
+    measure: Callable[[nn.Module], tuple[Grid, tuple[int, ...]]] | None = None  # grid and patch size after a resize
     note: str = ""
     package: str = ""  # the name under which saved models say who can build them again
     blueprint: Callable[[nn.Module], Blueprint | None] | None = None  # how to build a whole model again, if it tells

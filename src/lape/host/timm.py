@@ -22,14 +22,13 @@ from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host import parts
 from lape.host.base import Blueprint, Host, class_name, find_host
-from lape.host.parts import POST_NORM, RELATIVE, SHARED, Call, check_blocks, children
+from lape.host.parts import POST_NORM, RELATIVE, ROTARY, SHARED, Call, check_blocks, children
 from lape.names import nearest
 
 NEW_OUTPUT.add("timm.layers.norm")
 
 # Norms over each token's width, which stay: LN' is a LayerNorm beside any of them, as in Eq. 11, with the host's eps.
 _TOKEN_NORMS = ("RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm")
-ROTARY = "rotary position embedding in attention"
 _NO_MASK = ("timm.layers.diff_attention.DiffAttention",)  # its two paths disagree on the heads of a mask
 
 
@@ -353,7 +352,7 @@ def _xcit(root: Any) -> Fields:
     """Its position comes from a module, in whose place a table can be joined; attention is over channels."""
     side, (height, width) = root.patch_embed.patch_size, root.patch_embed.img_size
     place = {"layout": Layout((height // side, width // side), prefix_rows=0), "patch_size": (side, side)}
-    encoder = "pos_embed" if root.pos_embed is not None else None
+    encoder = ("pos_embed",) if root.pos_embed is not None else ()
     return {**place, "slot": None, "encoder": encoder, "patch_embed": "patch_embed", "grid_from": grid_beside}
 
 
