@@ -131,6 +131,16 @@ FAMILIES = {
         4,
         None,
     ),
+    "NaFlexViT, bilinear": (
+        "naflexvit_base_patch16_siglip",
+        {**NARROW, "patch_size": 4, "pos_embed_grid_size": (4, 4)},
+        *(None, 0, 0, None),
+    ),
+    "NaFlexViT, keeping aspect": (
+        "naflexvit_base_patch16_par_gap",
+        {**NARROW, "patch_size": 4, "pos_embed_grid_size": (4, 4)},
+        *(None, 4, 4, None),
+    ),
     "SAM": (
         "samvit_base_patch16",
         {**ON_4, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 16},

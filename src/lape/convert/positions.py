@@ -108,6 +108,8 @@ def grid_for(conversion: Conversion, size: Size | None) -> Grid | None:
     rule = f"give {what}, in multiples of the patch of {' x '.join(map(str, patch))}"
     if not isinstance(sides, tuple | list) or len(sides) != len(patch) or not all(type(side) is int for side in sides):
         raise LapeError(f"size={size!r} is no image size: {rule}")
+    if tuple(sides) == conversion.anatomy.pixels:
+        return conversion.layout.grid
     if min(sides) <= 0 or any(side % step for side, step in zip(sides, patch, strict=True)):
         raise LapeError(f"size={size!r} is no multiple of the patch: {rule}")
     return tuple(side // step for side, step in zip(sides, patch, strict=True))

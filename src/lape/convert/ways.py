@@ -210,7 +210,7 @@ class WithTable(Way):
             hide(link, link.anatomy.table_slot)  # and lends the table that the host lacks
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        return {"lape.table_0": anatomy.table_slot or "pos_embed"}
+        return {"lape.table_0": anatomy.table_slot or anatomy.table_key}
 
     def resize(self, old: Layout, new: Layout) -> None:
         for name, table in self.tables.items():
@@ -276,7 +276,7 @@ class AtBlocks(WithTable):
         yield from (anatomy.at(layer)[0].spread(p) for layer, (p, _) in enumerate(zip(made, blocks, strict=False)))
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        slot = anatomy.table_slot or "pos_embed"
+        slot = anatomy.table_slot or anatomy.table_key
         if not self.per_block:
             return super().file_names(anatomy)
         return {slot: f"{slot}0"} | {f"lape.{name}": f"{slot}{name.removeprefix('table_')}" for name in self.tables}

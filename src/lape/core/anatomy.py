@@ -40,6 +40,7 @@ class Anatomy:
     patch_size: tuple[int, ...]  # pixels, along each axis of the grid
     width: int
     num_heads: int
+    pixels: tuple[int, ...] | None = None  # of the images that it is made for, where these are not grid x patch size
     patch_embed: str | None = None  # path of what takes the pixels, when images of other sizes are welcome
     pads: bool = False  # whether it pads an image to whole patches
     grid_from: Callable[[Any], Grid] | None = None  # the grid, read in its output; None: reckoned from the image size
@@ -58,6 +59,7 @@ class Anatomy:
     maps: bool = False  # whether blocks take maps (B, rows, columns, D) and not tokens (B, N, D)
     channels_first: bool = False  # whether those maps enter a block as (B, D, rows, columns)
     form: Form = Form()
+    table_key: str = "pos_embed"  # in files, of a table that the host lacks
     resample: Callable[[Tensor, Layout, Grid], Tensor] = resample  # the table of another grid, as the host makes it
     windows: Callable[[Tensor, Grid], Tensor] | None = None  # (1, N, D) -> (W, n, D), as windows stand in the batch
     kept: Callable[[Any, Any], Tensor] = kept_of_shuffled  # (what the method takes, returns) -> (B, k) patches kept
@@ -73,7 +75,7 @@ class Anatomy:
 
     def without_table(self) -> Anatomy:
         """With its own table as something that a new one replaces, where that cannot take its slot."""
-        return replace(self, table=None, table_slot=None, encoder=self.tables, form=Form())
+        return replace(self, table=None, table_slot=None, encoder=self.tables, form=Form(), table_key="new_table")
 
     def at(self, layer: int) -> tuple[Layout, int]:
         """Layout and width of a block."""
@@ -93,7 +95,7 @@ class Anatomy:
         for number, stage in enumerate(self.stages):
             if stage.merging is not None and self.layers_of(number).start == layer:
                 before = self.stages[number - 1].grid
-                return stage.merge(root.get_submodule(stage.merging), p_1RD, before)
+                return stage.way(root.get_submodule(stage.merging), p_1RD, before)
         return p_1RD
 
 

@@ -73,7 +73,8 @@ def save(
 
 def _pixels(conversion: Conversion) -> tuple[int, ...]:
     """(height, width) of the images that a model is made for, behind the frames of a video."""
-    return tuple(map(operator.mul, conversion.layout.grid, conversion.anatomy.patch_size))
+    anatomy = conversion.anatomy
+    return anatomy.pixels or tuple(map(operator.mul, anatomy.layout.grid, anatomy.patch_size))
 
 
 def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, **save_kwargs: Any) -> str:

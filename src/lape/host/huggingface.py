@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lape.core.anatomy import Anatomy, Form
 from lape.core.bias import OwnBias, masked
 from lape.core.position import Grid, Layout, resample
-from lape.core.stages import Stage
+from lape.core.stages import Stage, over_tokens
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host.base import Blueprint, Host, class_name
 from lape.host.parts import (
@@ -215,6 +215,10 @@ def _ast_sizes(root: Any) -> Sizes:
     return (rows // frequency + 1, columns // time + 1), (frequency, time)
 
 
+def _ast(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    return {"pixels": (root.config.num_mel_bins, root.config.max_length)}
+
+
 def _video_sizes(root: Any) -> Sizes:
     config: Any = root.config
     tubelet = config.tubelet_size
@@ -255,7 +259,7 @@ def _swin(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     for path in instances(root, f"{prefix}Stage"):
         inside = children(root, f"{path}.blocks")
         width = root.get_submodule(f"{inside[0]}.layernorm_before").normalized_shape[0]
-        stages.append(Stage(len(inside), grid, width, merging, merges_map=False))
+        stages.append(Stage(len(inside), grid, width, merging, over_tokens))
         merging, grid = f"{path}.downsample", ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
     # Earlier versions and the copies compute the bias inline.
     modules, paths = dict(root.named_modules()), [f"{path}.attention.relative_position_bias" for path in blocks]
@@ -325,7 +329,7 @@ _ENCODERS = (
     _dinov3_like("sapiens2", "Sapiens2"),
     _family("eomt", "Eomt", prefix_rows=0, bare=1, registers=True, read=_eomt, **_EOMT),
     _family("eomt_dinov3", "EomtDinov3", norm="norm1", table=None, registers=True, read=_eomt),
-    _family("audio_spectrogram_transformer", "AST", patch_embed=None, prefix_rows=2, sizes=_ast_sizes),
+    _family("audio_spectrogram_transformer", "AST", patch_embed=None, prefix_rows=2, sizes=_ast_sizes, read=_ast),
     _family("vivit", "Vivit", patch_embed=None, sizes=_video_sizes),
     _family("videomae", "VideoMAE", table=None, patch_embed=None, prefix_rows=0, read=_videomae, sizes=_video_sizes),
     _family(
