@@ -20,12 +20,20 @@ from lape.core.anatomy import Anatomy, Form
 from lape.core.forward import Link
 from lape.core.joined import LINK, Joined, join_module, leave_module, subclass
 from lape.core.joins import check_combination, join_named
-from lape.core.position import KINDS, Layout, kind_named
+from lape.core.position import KINDS, Grid, Layout, kind_named
 from lape.errors import LapeError, UnsupportedModelError, needs
-from lape.host import class_name, find_host, host_of_library
+from lape.host import Host, class_name, find_host, host_of_library
 
 
-def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_start: bool = False) -> nn.Module:
+def apply_(
+    model: nn.Module,
+    join: str = "LaPE",
+    pe: str | None = None,
+    *,
+    warm_start: bool = False,
+    at: str | None = None,
+    grid: Grid | None = None,
+) -> nn.Module:
     """Joins position and tokens the given way, in place, and returns the model.
 
     Args:
@@ -40,6 +48,9 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
         warm_start: for a pretrained model and a join with LN'_l: the model's function is the host's at first. Its input
             addition stays, and attention sees LN_l(x) + g_l P_(l+1) with a learned gate g_l = 0 a layer, so that
             fine-tuning decides how much each layer takes. Folding turns the gates into constants too.
+        at: the path of a part, such as "vision_tower", where the model holds more than one Vision Transformer.
+        grid: (rows, columns) of patches, for a model that does not know it (torchvision's Swin,
+            nn.TransformerEncoder).
 
     Raises:
         UnsupportedModelError: the model is not supported; the message says why and how to register it.
@@ -54,8 +65,8 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
         if warm_start:
             raise LapeError(f"warm_start=True with pe={pe!r}: there is no join to open; leave warm_start out")
         return _leave(model)
-    host, root = find_host(model)
-    anatomy = host.examine(root)
+    host, root = find_host(_part(model, at))
+    anatomy = examined(host, root, grid)
     if named is not None and named.is_table and anatomy.table is not None and anatomy.form != Form():
         anatomy = anatomy.without_table()
     way = plan(host, anatomy, chosen_join, named, warm_start=warm_start)
@@ -65,6 +76,35 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
     if hasattr(type(model), "save_pretrained"):
         join_module(model, Saved, link, "save_pretrained")
     return model
+
+
+def _part(model: nn.Module, at: str | None) -> nn.Module:
+    """The part under a path. Raises LapeError, naming the parts that there are."""
+    if not at:
+        return model
+    try:
+        return model.get_submodule(at)
+    except AttributeError:
+        names = ", ".join(name for name, _ in model.named_children())
+        raise LapeError(f"at={at!r}: this {type(model).__name__} has no such part; it consists of {names}") from None
+
+
+def examined(host: Host, root: nn.Module, grid: Grid | None) -> Anatomy:
+    """The anatomy of a model; `grid` is what the user says. Raises LapeError for a grid that the model knows itself."""
+    if grid is None:
+        return host.examine(root)
+    if "grid" not in host.given:
+        raise LapeError(f"grid={grid!r}: {host.name} knows its own grid, leave it out")
+    if len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
+        raise LapeError(f"grid={grid!r} is no grid: give (rows, columns) of patches")
+    return host.examine(root, grid=tuple(grid))
+
+
+def _needs_grid(model: nn.Module, at: str | None) -> bool:
+    try:
+        return "grid" in find_host(_part(model, at))[0].given
+    except UnsupportedModelError:
+        return False
 
 
 def _leave(model: nn.Module) -> nn.Module:
@@ -158,9 +198,20 @@ def create_model(
 
 
 def build(
-    library: str, name: str, kwargs: dict[str, Any], join: str, pe: str | None, *, warm_start: bool = False
+    library: str,
+    name: str,
+    kwargs: dict[str, Any],
+    join: str,
+    pe: str | None,
+    *,
+    warm_start: bool = False,
+    at: str | None = None,
+    known_grid: Grid | None = None,
 ) -> nn.Module:
-    """A model of a library by name and arguments, converted; it remembers them for `lape.save`."""
+    """A model of a library by name and arguments, converted; it remembers them for `lape.save`.
+
+    `known_grid` is for a model that does not know its own.
+    """
     host = host_of_library(library)
     assert host.build is not None
     try:
@@ -170,7 +221,8 @@ def build(
         if pe is None or not kind_named(pe).untouched:
             raise
         raise LapeError(f"model {name!r} with {kwargs}: {error.__cause__}") from error
-    model = apply_(made, join, pe, warm_start=warm_start)
+    grid = known_grid if known_grid and _needs_grid(made, at) else None
+    model = apply_(made, join, pe, warm_start=warm_start, at=at, grid=grid)
     plain = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path")}
     conversion_of(model).factory.update(library=library, name=name, kwargs=plain)
     return model

@@ -65,7 +65,7 @@ class Conversion:
         """What files say of it, as plain values."""
         said = {"join": self.join, "pe": self.pe, "warm_start": self.warm_start, "folded": self.folded}
         own = {"own_table": True} if self.anatomy.form != Form() else {}  # which a new one of this kind would not be
-        return {**said, **own, "grid": list(self.layout.grid)}
+        return {**said, **own, "grid": list(self.layout.grid), "at": self.path.rstrip(".")}
 
     def places(self) -> list[int | None]:
         """For each block that the model has now: its place in what `root.lape` computes, None when it is not joined."""

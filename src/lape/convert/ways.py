@@ -27,7 +27,7 @@ from lape.core.joined import Joined, join_module
 from lape.core.joins import Join
 from lape.core.norm import Entered, PositionalNorm, beside, chain, makes_new
 from lape.core.position import Kind, Layout, resized
-from lape.core.sites import PositionalAttention, PositionalBlock, PositionalStem
+from lape.core.sites import PositionalAttention, PositionalBlock, PositionalStem, Unfused
 from lape.errors import LapeError
 
 
@@ -108,6 +108,8 @@ class Way(nn.Module):
                 module = root.get_submodule(path)
                 join_module(module, self.mixin, link, place=place, new=makes_new(module))
             join_module(root, Spanning, link, *spanned(root))
+            for path in anatomy.blocks if anatomy.unfused else ():
+                join_module(root.get_submodule(path), Unfused, link, str(anatomy.unfused))
             if anatomy.shuffle is not None:
                 owner, method = place_of(root, anatomy.shuffle)
                 join_module(owner, Shuffled, link, method)

@@ -66,6 +66,7 @@ class Anatomy:
     packed: Callable[..., list[Grid] | None] | None = (
         None  # the grid of each image, in what `patch_embed` is called with
     )
+    unfused: str | None = None  # attribute of a block that must read as 0, or a fused path passes its norm by
     branches: bool = False  # whether "blocks" are branches of blocks, several attentions side by side
 
     @property

@@ -18,6 +18,14 @@ def _first(kwargs: dict[str, Any]) -> str:
     return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
+class Unfused(Joined):
+    """A block with an attribute that reads as 0, which keeps the host from a path without its modules."""
+
+    @classmethod
+    def takes_over(cls, host: type, name: str) -> Any:
+        return property(lambda self: 0, lambda self, value: self.__dict__.update({name: value}))
+
+
 class PositionalBlock(Joined):
     """Block_l(x + P): the position joins the residual stream (joins `share` and `unshare`)."""
 

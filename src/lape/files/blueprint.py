@@ -89,11 +89,12 @@ def _twin(conversion: Conversion, factory: dict[str, Any]) -> nn.Module:
     keeps = conversion.warm_start or not (conversion.way.new or conversion.pe == "own")
     pe = None if keeps else conversion.pe
     arguments = (factory["library"], factory["name"], factory["kwargs"], conversion.join, pe)
+    where: dict[str, Any] = {"at": conversion.path.rstrip("."), "known_grid": conversion.layout.grid}
     try:
         with torch.device("meta"):
-            twin = build(*arguments, warm_start=conversion.warm_start)
+            twin = build(*arguments, warm_start=conversion.warm_start, **where)
     except (RuntimeError, NotImplementedError):  # constructors that compute with values
-        twin = build(*arguments, warm_start=conversion.warm_start)
+        twin = build(*arguments, warm_start=conversion.warm_start, **where)
     return fold_(twin) if conversion.folded else twin
 
 

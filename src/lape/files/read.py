@@ -186,7 +186,7 @@ def _read_folder(path: Path) -> Checkpoint:
     kwargs = dict(config["model_kwargs"])
     args = {"model": config["model"], "join_type": config["join"], "pe": config["pe"], "model_kwargs": kwargs}
     args["warm_start"] = bool(config.get("warm_start"))
-    names = ("library", "folded", "own_table", "classes", "transform", "grid", "input_size")
+    names = ("library", "folded", "own_table", "at", "classes", "transform", "grid", "input_size")
     raw = {key: config.get(key) for key in names}
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
 
@@ -208,7 +208,7 @@ def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
     args = {"model": config["architectures"][0], "join_type": record["join"], "pe": record["pe"]}
     args |= {"warm_start": record["warm_start"], "model_kwargs": config}
     raw = {"library": "transformers", "folded": record["folded"], "grid": record["grid"], "transform": _processor(path)}
-    raw["own_table"] = record.get("own_table")
+    raw |= {"own_table": record.get("own_table"), "at": record.get("at")}
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
 
 

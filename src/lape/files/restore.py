@@ -65,6 +65,8 @@ def restore(
         _agreed(checkpoint, "join", None if join is None else join_named(join).name),
         None if keeps else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
         warm_start=warm_start,
+        at=checkpoint.raw.get("at"),
+        known_grid=checkpoint.raw.get("grid"),
     )
     if checkpoint.raw.get("folded"):
         fold_(result)
