@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -56,9 +56,13 @@ class Row:
 
 
 GIVEN = {"swin_b": (56, 56), "swin_s": (56, 56), "swin_t": (56, 56)}  # grids that a user names, for 224 x 224 pixels
-NEEDED = {
-    "BeitForSemanticSegmentation": {"out_indices": [3, 5, 7, 11]}
-}  # without which a library's default is no model
+NEEDED: dict[str, dict[str, Any]] = {  # without which a library's default configuration is no model
+    "BeitForSemanticSegmentation": {"out_indices": [3, 5, 7, 11]},
+    "Sapiens2ForSemanticSegmentation": {
+        "head_config": {"upsample_out_channels": [64], "upsample_kernel_sizes": [4], "conv_out_channels": [64]}
+        | {"conv_kernel_sizes": [1]}
+    },
+}
 
 
 def examine(module: str, name: str, create: Callable[[str], nn.Module] = timm.create_model) -> Row:

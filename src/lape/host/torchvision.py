@@ -13,7 +13,7 @@ from lape.core.position import Grid, Layout
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host.base import Blueprint, Host, class_name
-from lape.host.parts import POST_NORM, RELATIVE, Call, anatomy, check_blocks, children
+from lape.host.parts import POST_NORM, RELATIVE, Call, anatomy, check_blocks, children, instances
 
 _SWIN = "torchvision.models.swin_transformer"
 _VIT = "torchvision.models.vision_transformer"
@@ -72,6 +72,8 @@ def examine_swin(root: nn.Module, grid: Grid | None = None) -> Anatomy:
     Its relative bias stays, or is joined itself; a table is new. Raises UnsupportedModelError without a grid.
     """
     features, stages, blocks = children(root, "features"), [], []
+    for path in instances(root, f"{_SWIN}.SwinTransformerBlockV2"):
+        raise UnsupportedModelError(f"{path} is a {_SWIN}.SwinTransformerBlockV2: {POST_NORM}")
     if grid is None:
         raise UnsupportedModelError(
             "the model does not know the size of its images, over whose grid a position is laid: name it, for instance "
