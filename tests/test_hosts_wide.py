@@ -17,7 +17,7 @@ import lape
 from lape.convert.converted import conversion_of
 
 transformers = pytest.importorskip("transformers", minversion="5.20")
-NO_INPUT = ("vitdet", "lw_detr", "sam3")  # a new table has no place where it could be added to their tokens
+NO_INPUT = ("vitdet", "lw_detr", "sam3", "sam2")  # a new table has no place where it could be added to their tokens
 CASES = [
     (family, join, pe)
     for family, (*_, needed, _rows, _bare, _beside) in WIDE.items()
@@ -89,7 +89,9 @@ def test_five_equalities(family, join, pe, tmp_path):
             assert torch.equal(converted, before)
         else:
             assert not torch.allclose(converted, before, atol=1e-5)
-        if join == "LaPE":
+        if join == "LaPE" and family in ("hiera", "sam2"):
+            assert_attention_gets_the_formula(copy.deepcopy(model).double(), family, x[0].double())
+        elif join == "LaPE":
             assert_norms_return_the_formula(copy.deepcopy(model).double(), family, x)
         others = [lape.fold_(copy.deepcopy(model)), copy.deepcopy(model)]
         if hasattr(transformers, WIDE[family][0]):
@@ -118,6 +120,56 @@ def assert_norms_return_the_formula(model, family, x) -> None:
         p = F.layer_norm(p, p.shape[-1:], gain, shift, eps)
         expected = alone + as_in_batch(family, layer, p, y)
         assert (y - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def assert_attention_gets_the_formula(model, family, x) -> None:
+    """Its norm feeds the stream at a border, so attention alone gets LN_l(x_l) + P_(l+1); P is pooled as the stream."""
+    conversion, normed, attended = conversion_of(model), [], []
+    anatomy, state, prefix = conversion.anatomy, lape.to_reference_state_dict(model), conversion.path
+    layers = [anatomy.root.get_submodule(path) for path in anatomy.blocks]
+    for layer in layers:
+        getattr(layer, anatomy.norm).register_forward_hook(lambda _m, _a, y: normed.append(y))
+        layer.attn.qkv.register_forward_pre_hook(lambda _m, args: attended.append(args[0]))
+    model(x)
+    normed = [y for y in normed if len(y) == len(x)]  # a position passes the norm of a border, too
+    grid = (16, 16) if family == "hiera" else (14, 12)
+    if "lape.table_0" in state or family == "hiera":
+        p = raw_rows(model)
+    elif prefix + "new_table" in state:
+        p = state[prefix + "new_table"]
+    else:
+        image = F.interpolate(state[prefix + "pos_embed"], size=grid, mode="bicubic")
+        window = state[prefix + "pos_embed_window"]
+        cells = itertools.product(range(grid[0]), range(grid[1]))
+        p = torch.stack([image[:, :, i, j] + window[:, :, i % 2, j % 2] for i, j in cells], 1)
+    for i, (path, layer) in enumerate(zip(anatomy.blocks, layers, strict=True)):
+        before = layers[i - 1]
+        if i and hasattr(before, "proj"):
+            p = before.proj(getattr(before, anatomy.norm)(p)).unflatten(1, (grid[0] // 2, 2, grid[1] // 2, 2))
+            p, grid = p.amax((2, 4)).flatten(1, 2), (grid[0] // 2, grid[1] // 2)
+        gain, shift = (state[f"{prefix}{path}.pe_norm.{name}"] for name in ("weight", "bias"))
+        p = F.layer_norm(p, p.shape[-1:], gain, shift, getattr(layer, anatomy.norm).eps)
+        if family == "hiera":
+            expected = normed[i] + p[:, in_order_of_hiera(grid)]
+        else:
+            from transformers.models.sam2.modeling_sam2 import window_partition
+
+            expected = normed[i] + p.unflatten(1, grid)
+            expected = window_partition(expected, layer.window_size)[0] if layer.window_size else expected
+        assert (attended[i] - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def in_order_of_hiera(grid: tuple[int, int]) -> list[int]:
+    """Finest places within windows of 4 x 4, then coarser ones, then windows; of fewer levels where it was pooled."""
+    pairs = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    fine, coarse = pairs if grid[0] > 4 else [(0, 0)], pairs if grid[0] > 8 else [(0, 0)]
+    size = 2 if grid[0] > 4 else 1
+    scale = size * (2 if grid[0] > 8 else 1)
+    windows = itertools.product(range(grid[0] // scale), range(grid[1] // scale))
+    places = itertools.product(fine, coarse, list(windows))
+    return [
+        (R * scale + a2 * size + a1) * grid[1] + C * scale + b2 * size + b1 for (a1, b1), (a2, b2), (R, C) in places
+    ]
 
 
 @pytest.mark.parametrize("family", WIDE)
@@ -208,7 +260,6 @@ def test_the_sine_of_videomae_is_1d_sin():
     ("model", "config", "reason"),
     [
         ("TimesformerModel", "TimesformerConfig", "attend along time and within a frame"),
-        ("HieraModel", "HieraConfig", "also feeds the residual stream"),
         ("VideomtForUniversalSegmentation", "VideomtConfig", "run once a frame"),
         ("Swinv2Model", "Swinv2Config", "behind attention"),
     ],

@@ -27,7 +27,7 @@ from lape.core.joined import Joined, join_module
 from lape.core.joins import Join
 from lape.core.norm import Entered, PositionalNorm, beside, chain, makes_new
 from lape.core.position import Kind, Layout, resized
-from lape.core.sites import PositionalAttention, PositionalBlock, PositionalStem, Unfused
+from lape.core.sites import PositionalAttention, PositionalBlock, PositionalInput, PositionalStem, Unfused
 from lape.errors import LapeError
 
 
@@ -68,7 +68,7 @@ class Way(nn.Module):
     listed: ClassVar[bool] = False  # whether it computes a list: by place, what is added there
     one_by_one: ClassVar[bool] = True  # whether `each` gives that list, too
     site: ClassVar[str] = "blocks"  # the places that it joins, in words
-    mixin: ClassVar[type[Joined] | None] = None  # what the modules there become
+    mixin: type[Joined] | None = None  # what the modules there become
     uses_table: ClassVar[bool] = False  # whether the host's table is the position, or lies idle
     joins_host_bias: ClassVar[bool] = False  # whether the host's own relative bias is the position
 
@@ -297,8 +297,11 @@ class BesideNorms(WithTable):
         anatomy, like = wish.anatomy, wish.like
         self.chained, self.at_last = wish.join.chained, wish.join.at_last
         self.layers = tuple(range(wish.join.first, len(anatomy.blocks)))
+        if anatomy.norm_feeds_more:
+            self.mixin = PositionalInput  # type: ignore[assignment]
         self.norms = nn.ModuleDict()
-        for key, path in zip([*map(str, self.layers), "last"], self.places(anatomy), strict=False):
+        for key, home in zip([*map(str, self.layers), "last"], self.homes(anatomy), strict=False):
+            path = f"{home}.{anatomy.norm}" if home in anatomy.blocks else home
             width = anatomy.at(self._layer(key))[1]
             self.norms[key] = norm_like(anatomy.root.get_submodule(path), width, like)
             if wish.warm_start:
@@ -311,7 +314,8 @@ class BesideNorms(WithTable):
         return [anatomy.blocks[layer] for layer in self.layers] + ([str(anatomy.last_norm)] if self.at_last else [])
 
     def places(self, anatomy: Anatomy) -> list[str]:
-        return [f"{home}.{anatomy.norm}" if home in anatomy.blocks else home for home in self.homes(anatomy)]
+        site = anatomy.attention if anatomy.norm_feeds_more else anatomy.norm
+        return [f"{home}.{site}" if home in anatomy.blocks else home for home in self.homes(anatomy)]
 
     def each(self, asked: Asked) -> Iterator[Tensor]:
         """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). The only place where a LayerNorm meets a position."""

@@ -61,7 +61,9 @@ class Anatomy:
     form: Form = Form()
     table_key: str = "pos_embed"  # in files, of a table that the host lacks
     resample: Callable[[Tensor, Layout, Grid], Tensor] = resample  # the table of another grid, as the host makes it
-    windows: Callable[[Tensor, Grid], Tensor] | None = None  # (1, N, D) -> (W, n, D), as windows stand in the batch
+    # (P (1, N, D), grid, layer) -> (W, ...): as the tokens of an image stand in the batch of a block; None: just so
+    windows: Callable[[Tensor, Grid, int], Tensor] | None = None
+    norm_feeds_more: bool = False  # whether a norm before attention also feeds the stream: attention's input is joined
     kept: Callable[[Any, Any], Tensor] = kept_of_shuffled  # (what the method takes, returns) -> (B, k) patches kept
     packed: Callable[..., list[Grid] | None] | None = (
         None  # the grid of each image, in what `patch_embed` is called with

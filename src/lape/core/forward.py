@@ -285,13 +285,24 @@ def received(module: Any, x: Tensor) -> Tensor:
     if link.anatomy.maps:
         p = p.unflatten(1, x.shape[1:3])
     if link.anatomy.windows is not None:
-        p = link.anatomy.windows(
-            p, link.grid_of(x) or link.anatomy.layout.grid
-        )  # a block may look at all windows of an image at once
-        p = p.repeat(x.shape[0] // len(p), 1, 1) if p.shape[1] == x.shape[1] else p.flatten(0, 1)[None]
+        p = _in_windows(link, p, x, module._lape_place)
     if isinstance(x, Tensor) and (p.dtype != x.dtype or p.device != x.device):  # else a proxy of torch.fx
         p = p.to(device=x.device, dtype=x.dtype)
     return p
+
+
+def _in_windows(link: Link, p_1ND: Tensor, x: Tensor, place: int) -> Tensor:
+    """A position as the tokens x of a block stand: a map, windows image by image, or all of an image's at once."""
+    anatomy = link.anatomy
+    grid = link.grid_of(x, place) or anatomy.at(place)[0].grid
+    if x.ndim == 4 and tuple(x.shape[1:3]) == grid:
+        p: Tensor = p_1ND.unflatten(1, grid)
+        return p
+    assert anatomy.windows is not None
+    p = anatomy.windows(p_1ND, grid, place)
+    if p.shape[1:] != x.shape[1:]:
+        return p.flatten(0, 1)[None]
+    return p if len(p) == 1 else p.repeat(x.shape[0] // len(p), *(1 for _ in p.shape[1:]))
 
 
 def fits(module: Any, x: Tensor, p: Tensor) -> None:

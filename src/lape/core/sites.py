@@ -39,6 +39,19 @@ class PositionalBlock(Joined):
         return super().forward(x_BND + p_1ND, *args[1:], **kwargs)  # type: ignore[misc]
 
 
+class PositionalInput(Joined):
+    """LN_l(x) + P_(l+1) for attention alone, where its norm feeds the residual stream, too."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name = "" if args else _first(kwargs)
+        y: Tensor = args[0] if args else kwargs[name]
+        p = received(self, y)
+        fits(self, y, p)
+        if args:
+            return super().forward(y + p, *args[1:], **kwargs)  # type: ignore[misc]
+        return super().forward(**{**kwargs, name: y + p})  # type: ignore[misc]
+
+
 class PositionalStem(Joined):
     """What makes the patch tokens of a host that adds no table: the position is added behind it (join `basic`)."""
 

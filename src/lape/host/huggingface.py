@@ -15,10 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy, Form
 from lape.core.bias import OwnBias, masked
+from lape.core.grids import grid_of_map
 from lape.core.position import Grid, Layout, resample
 from lape.core.stages import Stage, over_tokens
 from lape.errors import LapeError, UnsupportedModelError
@@ -148,7 +150,7 @@ def _sam3(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     return {"beside": ROTARY, "add_bias": None, "maps": True, **_pretrained_grid(root, layout, 0, _tiled)}
 
 
-def _in_windows(p_1ND: Tensor, grid: Grid, side: int, prefix: int) -> Tensor:
+def _in_windows(p_1ND: Tensor, grid: Grid, layer: int, side: int, prefix: int) -> Tensor:
     """(1, N, D) -> (side x side, n, D): the patches of each window, behind the prefix tokens."""
     (rows, columns), patches_1nD = grid, p_1ND[:, prefix:]
     cut = patches_1nD.reshape(side, rows // side, side, columns // side, -1).transpose(1, 2).flatten(0, 1).flatten(1, 2)
@@ -231,6 +233,85 @@ def _video_sizes(root: Any) -> Sizes:
 def _videomae(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     """Its sine table is a plain tensor, in whose place a table can be joined; pe='1D_sin' has the same values."""
     return {"encoder": ("embeddings.position_embeddings",), "input": "embeddings", "add_bias": None}
+
+
+# ---------------------------------------------------------------- Hiera: attention pools its queries at a border
+
+
+def _by_border(block: Any, p_1nD: Tensor, grid: Grid, norm: str, strides: tuple[int, ...]) -> Tensor:
+    """The position as the block at a border makes the stream: normed, projected and pooled by its largest values."""
+    projected = block.proj(getattr(block, norm)(p_1nD)).transpose(1, 2).unflatten(2, grid)
+    return F.max_pool2d(projected, strides).flatten(2).transpose(1, 2)
+
+
+def _hiera_like(root: Any, blocks: list[str], layout: Layout, dims: tuple[str, str], norm: str) -> dict[str, Any]:
+    """Stages that begin behind the block whose attention pools; its norm feeds the stream, too."""
+    layers: list[Any] = [root.get_submodule(path) for path in blocks]
+    stages: list[Stage] = []
+    grid, merging, start, way = layout.grid, None, 0, over_tokens
+    for i, layer in enumerate([*layers[1:], None], 1):
+        width, widened = (getattr(layers[i - 1], name) for name in dims)
+        if widened == width and layer is not None:
+            continue
+        stages.append(Stage(i - start, grid, getattr(layers[start], dims[0]), merging, way))
+        stride = layers[i - 1].query_stride
+        pools = stride is not None and stride != 1
+        strides = tuple(root.config.query_stride) if pools else (1, 1)
+        merging, start, way = blocks[i - 1], i, partial(_by_border, norm=norm, strides=strides)
+        grid = tuple(side // step for side, step in zip(grid, strides, strict=True))
+    return {"stages": tuple(stages), "norm_feeds_more": True, "patch_embed": None, "add_bias": None}
+
+
+def _hiera(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    config, fields = (
+        root.config,
+        _hiera_like(root, blocks, layout, ("hidden_size", "hidden_size_output"), "layernorm_before"),
+    )
+    fields["windows"] = partial(
+        _unrolled, strides=tuple(config.query_stride), stages=len(config.depths), grid0=layout.grid
+    )
+    return {**fields, "width": config.embed_dim, "num_heads": config.num_heads[0]}
+
+
+def _unrolled(p_1nD: Tensor, grid: Grid, layer: int, strides: tuple[int, int], stages: int, grid0: Grid) -> Tensor:
+    """In the order of Hiera's tokens: the places within a window in front, the windows behind."""
+    pooled = round(math.log(grid0[0] / grid[0], strides[0]))
+    cells = p_1nD.unflatten(1, grid)
+    for _ in range(stages - 1 - pooled):
+        (rows, columns), (down, along) = cells.shape[1:3], strides
+        cells = cells.reshape(-1, rows // down, down, columns // along, along, p_1nD.shape[-1])
+        cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    unrolled: Tensor = cells.reshape(1, -1, p_1nD.shape[-1])
+    return unrolled
+
+
+def _stride_sizes(root: Any) -> Sizes:
+    stride = _pair(root.config.patch_stride)
+    return tuple(side // step for side, step in zip(_pair(root.config.image_size), stride, strict=True)), stride
+
+
+def _sam2(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    """On maps; attention gets windows, padded at the border. Its table is one of the image and one of a window."""
+    fields = _hiera_like(root, blocks, layout, ("dim", "dim_out"), "layer_norm1")
+    sizes = tuple(root.get_submodule(path).window_size for path in blocks)
+    form = Form(partial(_image_and_window, grid=layout.grid), ("pos_embed_window",))
+    watch = {"patch_embed": "patch_embed", "grid_from": grid_of_map}
+    adds = {"adds": ("_get_pos_embed",), "form": form}
+    return {**fields, **watch, **adds, "windows": partial(_padded_windows, sizes=sizes)}
+
+
+def _image_and_window(image_1DHW: Tensor, window_1DHW: Tensor, grid: Grid) -> Tensor:
+    image = F.interpolate(image_1DHW, size=grid, mode="bicubic")
+    times = [side // own for side, own in zip(image.shape, window_1DHW.shape, strict=True)]
+    return (image + window_1DHW.tile(times)).flatten(2).transpose(1, 2)
+
+
+def _padded_windows(p_1nD: Tensor, grid: Grid, layer: int, sizes: tuple[int, ...]) -> Tensor:
+    """(1, n, D) -> (W, side, side, D), zero where an image is padded to whole windows."""
+    side, cells = sizes[layer], p_1nD.unflatten(1, grid)
+    cells = F.pad(cells, (0, 0, 0, -grid[1] % side, 0, -grid[0] % side))
+    rows, columns = cells.shape[1] // side, cells.shape[2] // side
+    return cells[0].reshape(rows, side, columns, side, -1).transpose(1, 2).flatten(0, 1)
 
 
 # ---------------------------------------------------------------- queries that enter in the last blocks
@@ -324,6 +405,7 @@ _ENCODERS = (
     _family("lw_detr", "LwDetrViT", patch_embed="embeddings.projection", prefix_rows=0, read=_lw_detr),
     _family("rf_detr", "RfDetrDinov2", norm="norm1", read=_rf_detr),
     _family("sam3", "Sam3ViT", norm="layer_norm1", patch_embed=None, prefix_rows=0, read=_sam3),
+    _family("hiera", "Hiera", attention="attn", prefix_rows=0, read=_hiera, sizes=_stride_sizes),
     _family("yolos", "Yolos", suffix_rows="num_detection_tokens", read=_yolos),
     _dinov3_like("dinov3_vit", "DINOv3ViT"),
     _dinov3_like("sapiens2", "Sapiens2"),
@@ -365,16 +447,23 @@ _LLAMA_4 = Family(
     suffix_rows=1,
     read=lambda root, blocks, layout: {"beside": ROTARY, "adds": ("forward",), "add_bias": None},
 )
-FAMILIES = {family.owner: family for family in (*_ENCODERS, *_SWINS, *_SAMS, _LLAMA_4)}
+_SAM_2 = Family(
+    _class("sam2", "Sam2HieraDetModel"),
+    _class("sam2", "Sam2MultiScaleBlock"),
+    norm="layer_norm1",
+    attention="attn",
+    table="pos_embed",
+    prefix_rows=0,
+    read=_sam2,
+    sizes=_stride_sizes,
+)
+FAMILIES = {family.owner: family for family in (*_ENCODERS, *_SWINS, *_SAMS, _LLAMA_4, _SAM_2)}
 
 _REFUSED = {
     _class("timesformer", "TimesformerEmbeddings"): (
         "its blocks attend along time and within a frame in turn, each with a norm of its own over other tokens"
     ),
     _class("videomt", "VideomtEmbeddings"): "its last blocks run once a frame, on queries of the frame before",
-    _class("hiera", "HieraEmbeddings"): (
-        "where its stages meet, the norm before attention also feeds the residual stream, which must get no position"
-    ),
 }
 
 
@@ -403,8 +492,8 @@ def examine(root: nn.Module) -> Anatomy:
     shared = getattr(config, "use_shared_relative_position_bias", False)
     fields: dict[str, Any] = {
         "slot": family.table,
-        "width": config.hidden_size,
-        "num_heads": config.num_attention_heads,
+        "width": getattr(config, "hidden_size", None),
+        "num_heads": getattr(config, "num_attention_heads", None),
         "patch_embed": family.patch_embed,
         "add_bias": add_to_attention_mask if _takes_bias(attention) else None,
         "own_kind": "learnable" if table is None or table.requires_grad else family.frozen_kind,
@@ -487,8 +576,8 @@ HOSTS = (
         "Hugging Face vision encoder",
         _ENCODERS,
         "ViT, DeiT, DINOv2 (with registers), DINOv3, BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, DPT, TIPSv2, Pixio, "
-        "EoMT, ViTPose, VitDet, YOLOS, LW-DETR, RF-DETR, Sapiens 2, SAM 3, AST (sound), ViViT, VideoMAE, V-JEPA 2 "
-        "(video), the vision encoders of CLIP, MetaCLIP 2, MLCD, AltCLIP, ChineseCLIP, CLIPSeg, OWL-ViT, OWLv2, BLIP, "
+        "EoMT, Hiera, ViTPose, VitDet, YOLOS, LW-DETR, RF-DETR, Sapiens 2, SAM 3, AST (sound), ViViT, VideoMAE, "
+        "V-JEPA 2, the vision encoders of CLIP, MetaCLIP 2, MLCD, AltCLIP, ChineseCLIP, CLIPSeg, OWL-ViT, OWLv2, BLIP, "
         "BLIP-2, InstructBLIP, SigLIP, SigLIP 2, AIMv2, InternVL, Idefics (1 to 3), SmolVLM, Ovis 2, Janus, Kosmos-2, "
         "GIT, Phi-4; what holds one",
         _REFUSED,
@@ -504,6 +593,12 @@ HOSTS = (
         "Hugging Face SAM",
         _SAMS,
         "SAM and SAM-HQ: the table of the image encoder, beside its relative bias; one size",
+        {},
+    ),
+    _host(
+        "Hugging Face SAM 2",
+        (_SAM_2,),
+        "the table of the image encoder, of image and window, pooled from stage to stage; one size",
         {},
     ),
     _host(
