@@ -249,6 +249,22 @@ def test_rows_that_a_host_picks_for_an_image_are_those_that_it_gets(family):
         assert lape.positions(model, (12, 8)).shape == (2, 6, 32)
 
 
+def test_a_video_has_numbers_and_no_figures():
+    from lape.look.probe import attention_maps
+    from lape.look.similarity import Maps
+
+    model = lape.apply_(make_wide("vivit"))
+    assert lape.grid(model) == (2, 4, 4)
+    assert lape.positions(model, (8, 16, 24)).shape == (2, 1 + 4 * 4 * 6, 32)
+    assert lape.correlation(model).shape == (2, 32, 32)
+    with pytest.raises(lape.LapeError, match=r"size=16 is no image size: give \(frames, height, width\)"):
+        lape.positions(model, 16)
+    with pytest.raises(lape.LapeError, match="rows and columns, the grid is 2 x 4 x 4"):
+        Maps.of(model)
+    with pytest.raises(lape.LapeError, match="takes videos"):
+        attention_maps(model, torch.randn(1, 3, 16, 16))
+
+
 def test_the_sine_of_videomae_is_1d_sin():
     host, x = make_wide("videomae"), WIDE["videomae"][2]()
     expected = wide_output(host, x)

@@ -568,7 +568,7 @@ def _host(name: str, families: tuple[Family, ...], note: str, refused: dict[str,
     layers = tuple(family.layer for family in families)
     child = "embeddings" if roots[0].endswith("Embeddings") else None
     host = Host(name, tuple(roots), layers, examine, measure, note, "transformers", blueprint, build)
-    return replace(host, root_child=child, tested=(*earlier, "transformers 5.23.0"), refused=refused)
+    return replace(host, root_child=child, tested=(*earlier, "transformers 5.24.0"), refused=refused)
 
 
 HOSTS = (

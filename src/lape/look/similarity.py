@@ -76,6 +76,11 @@ class Maps:
     def of(cls, model: nn.Module, size: Size | None = None, view: View = "seen") -> Maps:
         """Arguments and errors are those of `lape.positions`."""
         positions_LND = positions(model, size, view).detach()
+        if len(grid_at(model, size)) != 2:
+            grid = " x ".join(map(str, grid_at(model, size)))
+            raise LapeError(
+                f"figures are of rows and columns, the grid is {grid}: lape.correlation(model) has the numbers"
+            )
         patches, table_ND = conversion_of(model).layout.patches, raw_table(model, size)
         table_nn = None if table_ND is None else cosine(table_ND[patches])
         maps_Lnn = cosine(positions_LND[:, patches])
