@@ -250,7 +250,7 @@ def test_rows_that_a_host_picks_for_an_image_are_those_that_it_gets(family):
 
 
 def test_a_video_has_numbers_and_no_figures():
-    from lape.look.probe import attention_maps
+    from lape.look.probe import attention
     from lape.look.similarity import Maps
 
     model = lape.apply_(make_wide("vivit"))
@@ -262,7 +262,7 @@ def test_a_video_has_numbers_and_no_figures():
     with pytest.raises(lape.LapeError, match="rows and columns, the grid is 2 x 4 x 4"):
         Maps.of(model)
     with pytest.raises(lape.LapeError, match="takes videos"):
-        attention_maps(model, torch.randn(1, 3, 16, 16))
+        attention(model, torch.randn(1, 3, 16, 16))
 
 
 def test_the_sine_of_videomae_is_1d_sin():

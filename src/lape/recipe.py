@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lape.errors import LapeError, needs
-from lape.names import JOIN_NAMES, PE_NAMES, match_name
+from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, match_name
 from lape.options import Options
 
 with needs("train"):
@@ -64,6 +64,8 @@ class Recipe(Options):
     model: str = _model("deit_base_patch16_224", "timm name of the Vision Transformer", min_length=1)
     join_type: str = _model("basic", f"how the position embedding is joined: {', '.join(JOIN_NAMES)}")
     pe: str = _model("learnable", f"kind of position embedding: {', '.join(PE_NAMES)}")
+    pe_std: float | None = _model(None, "deviation that a new position table starts with (default: the model's)", gt=0)
+    pe_norm: str | None = _model(None, f"what replaces position's LayerNorm: {', '.join(PE_NORM_NAMES)}")
     input_size: int = _model(224, "side of the square input image, pixels", gt=0)
     in_chans: int = _model(3, "channels of the input image", gt=0)
     drop: float = _model(0.0, "dropout rate", ge=0, lt=1)
@@ -117,6 +119,7 @@ class Recipe(Options):
     weight_decay: float = _optimizer(0.05, "weight decay", ge=0)
     clip_grad: float | None = _optimizer(None, "clip the gradient to this norm", gt=0)
     lr: float = _optimizer(5e-4, "learning rate for 512 images a step; scaled by the total batch", ge=0)
+    pe_lr_scale: float = _optimizer(1.0, "learning rate of the position table, as a multiple of the others'", ge=0)
     unscale_lr: bool = _optimizer(False, "take --lr as it is, do not scale it by the total batch")
 
     # Schedule
@@ -196,6 +199,11 @@ class Recipe(Options):
     @classmethod
     def _pe(cls, value: str) -> str:
         return match_name("pe", value, PE_NAMES)
+
+    @field_validator("pe_norm")
+    @classmethod
+    def _pe_norm(cls, value: str | None) -> str | None:
+        return None if value is None else match_name("pe_norm", value, PE_NORM_NAMES)
 
     @field_validator("data_path", "output_dir", "resume", "finetune", "teacher_path")
     @classmethod

@@ -33,8 +33,8 @@ EVALUATION = (
 
 # What the matrix of `lape compare` sets itself, and what means nothing for it.
 NOT_COMPARED = (
-    *("model", "pe", "join_type", "warm_start", "seed", "output_dir", "resume", "start_epoch", "eval", "dist_eval"),
-    *("threads", "num_workers", "pin_mem", "log_every"),
+    *("model", "pe", "join_type", "pe_std", "pe_norm", "warm_start", "seed", "output_dir", "resume", "start_epoch"),
+    *("eval", "dist_eval", "threads", "num_workers", "pin_mem", "log_every"),
 )
 
 

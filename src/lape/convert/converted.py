@@ -15,6 +15,9 @@ from lape.core.position import Layout
 from lape.errors import LapeError
 from lape.host import check_module
 
+CHOSEN = {"warm_start": "warm_start", "std": "pe_std", "pe_norm": "pe_norm"}
+"""What can be chosen beside join and kind: arguments of `lape.apply_`, and their names in files and recipes."""
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -53,6 +56,11 @@ class Conversion:
         return self.way.warm_start
 
     @property
+    def chosen(self) -> dict[str, Any]:
+        """What was chosen beside join and kind: arguments of `lape.apply_`."""
+        return {name: getattr(self.way, name) for name in CHOSEN}
+
+    @property
     def folded(self) -> bool:
         return self.way.folded
 
@@ -63,9 +71,10 @@ class Conversion:
 
     def record(self) -> dict[str, Any]:
         """What files say of it, as plain values."""
-        said = {"join": self.join, "pe": self.pe, "warm_start": self.warm_start, "folded": self.folded}
+        said = {"join": self.join, "pe": self.pe, **{CHOSEN[name]: value for name, value in self.chosen.items()}}
         own = {"own_table": True} if self.anatomy.form != Form() else {}  # which a new one of this kind would not be
-        return {**said, **own, "grid": list(self.layout.grid), "at": self.path.rstrip(".")}
+        place = {"grid": list(self.layout.grid), "at": self.path.rstrip(".")}
+        return {**said, "folded": self.folded, **own, **place}
 
     def places(self) -> list[int | None]:
         """For each block that the model has now: its place in what `root.lape` computes, None when it is not joined."""

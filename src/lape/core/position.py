@@ -133,6 +133,9 @@ def _check_width(kind: str, width: int, multiple: int) -> None:
         raise LapeError(f"pe={kind!r} needs a width divisible by {multiple}, not {width}: use pe='learnable'")
 
 
+SINUSOIDS = 0.5**0.5  # root mean square of sines and cosines in pairs
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of position embedding: a table added to tokens, a bias on logits, one made of the tokens, or nothing."""
@@ -148,6 +151,17 @@ class Kind:
     @property
     def is_table(self) -> bool:
         return self.build is not None
+
+    def table(self, layout: Layout, width: int, own_std: float | None, std: float | None) -> Tensor:
+        """(1, R, D) at the start: free values by `own_std` (None: 0.02), all scaled to the standard deviation `std`.
+
+        So another `std` is the same table on another scale. Of a frozen one, `std` is the root mean square of the
+        patches' rows.
+        """
+        assert self.build is not None
+        own_std = SINUSOIDS if self.frozen else 0.02 if own_std is None else own_std
+        table = self.build(layout, width) if self.frozen else self.build(layout, width, own_std)
+        return table if std is None else table * (std / own_std)
 
     @property
     def is_bias(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.convert.apply import build, fold_
-from lape.convert.converted import conversion_of
+from lape.convert.converted import CHOSEN, conversion_of
 from lape.convert.positions import Size, describe
 from lape.core.joins import join_named
 from lape.core.position import Grid, kind_named
@@ -56,17 +56,17 @@ def restore(
     state = checkpoint.model_ema if ema else checkpoint.model
     if state is None:
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
-    warm_start = bool(checkpoint.args.get("warm_start"))
-    keeps = warm_start or bool(checkpoint.raw.get("own_table"))
+    chosen = {name: checkpoint.args.get(stored) for name, stored in CHOSEN.items()}
+    keeps = bool(chosen["warm_start"] or checkpoint.raw.get("own_table"))
     result = build(
         checkpoint.package,
         _agreed(checkpoint, "model", model),
         _arguments(checkpoint, size, timm_kwargs),
         _agreed(checkpoint, "join", None if join is None else join_named(join).name),
         None if keeps else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
-        warm_start=warm_start,
         at=checkpoint.raw.get("at"),
         known_grid=checkpoint.raw.get("grid"),
+        **{**chosen, "warm_start": bool(chosen["warm_start"])},
     )
     if checkpoint.raw.get("folded"):
         fold_(result)
@@ -214,7 +214,7 @@ def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
 
 
 # What a checkpoint knows about itself. The first must not be contradicted by a flag.
-IDENTITY = ("model", "join_type", "pe", "in_chans", "warm_start")
+IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOSEN.values())
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
 
@@ -272,7 +272,8 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
     contents |= checkpoint.args
     stored = {name: contents[name] for name in STORED if contents.get(name) is not None}
-    stored["warm_start"] = bool(contents.get("warm_start"))  # no flag of an evaluation: the file alone knows
+    chosen = {name: contents.get(name) for name in CHOSEN.values()}  # no flags of an evaluation: the file alone knows
+    stored |= {**chosen, "warm_start": bool(chosen["warm_start"])}
     size = stored.pop("input_size", None) or size_of(checkpoint)
     if size is not None and _sides(size)[0] == _sides(size)[1]:  # not square: only the transform can say it
         stored["input_size"] = _sides(size)[0]

@@ -22,6 +22,8 @@ from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from lape.convert.converted import conversion_of
+from lape.convert.positions import tables_of
 from lape.data.augment import eval_transform
 from lape.data.loaders import BatchPlan, batch_plan
 from lape.data.open import Data
@@ -80,6 +82,7 @@ def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
         guess = nearest(recipe.opt, names)
         raise LapeError(f"unknown opt {recipe.opt!r}{f'; did you mean {guess!r}?' if guess else ''}: a name of timm")
     optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(recipe), "lr": peak_lr(recipe, world.size)})
+    _scale_lr_of_position(optimizer, model, recipe.pe_lr_scale)
     # timm's function of the epoch stays at min_lr behind the end of its own epochs.
     scheduler, _ = create_scheduler(recipe.replace(epochs=recipe.schedule_epochs or recipe.epochs), optimizer)
     if scheduler is not None:
@@ -90,6 +93,20 @@ def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
         ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup, device=device)
     half = recipe.amp in ("fp16", "auto") and world.device.type == "cuda"
     return State(model, ema, optimizer, scheduler, torch.amp.GradScaler("cuda", enabled=half), recipe.start_epoch)
+
+
+def _scale_lr_of_position(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float) -> None:
+    """Position tables get groups of their own, behind the others; timm's schedules multiply theirs by `lr_scale`."""
+    if scale == 1:
+        return
+    tables = {id(table) for table in tables_of(conversion_of(model))}
+    if not tables:
+        raise LapeError(f"pe_lr_scale={scale:g}: the model has no position table that learns; leave it out")
+    for group in list(optimizer.param_groups):
+        mine = [parameter for parameter in group["params"] if id(parameter) in tables]
+        if mine:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in tables]
+            optimizer.add_param_group({**group, "params": mine, "lr_scale": scale})
 
 
 # ------------------------------------------------------------------------------------------------ write
