@@ -60,8 +60,8 @@ def position_names(link: Link) -> set[str]:
     root, anatomy = link.root, link.anatomy
     way = way_of(link)
     names = {f"lape.{name}" for name, _ in way.named_parameters()}
-    if anatomy.table is not None and way.uses_table:
-        names.add(anatomy.table)
+    if way.uses_table:
+        names |= set(anatomy.tables)
     if way.joins_host_bias:
         for own in anatomy.own_bias:
             path = own.method.rpartition(".")[0]

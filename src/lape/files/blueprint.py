@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,11 +95,13 @@ def _twin(conversion: Conversion, factory: dict[str, Any]) -> nn.Module:
     keeps = conversion.warm_start or not (conversion.way.new or conversion.pe == "own")
     pe = None if keeps else conversion.pe
     arguments = (factory["library"], factory["name"], factory["kwargs"], conversion.join, pe)
+    where: dict[str, Any] = {"at": conversion.path.rstrip("."), "known_grid": conversion.layout.grid}
+    make = partial(build, *arguments, **where)
     try:
         with torch.device("meta"):
-            twin = build(*arguments, **conversion.chosen)
+            twin = make(**conversion.chosen)
     except (RuntimeError, NotImplementedError):  # constructors that compute with values
-        twin = build(*arguments, **conversion.chosen)
+        twin = make(**conversion.chosen)
     return fold_(twin) if conversion.folded else twin
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -95,10 +96,10 @@ def _write(content: bytes, file: BinaryIO) -> None:
     file.write(content)
 
 
-def _pixels(conversion: Conversion) -> tuple[int, int]:
-    """(height, width) of the images that a model is made for."""
-    (rows, columns), (height, width) = conversion.layout.grid, conversion.anatomy.patch_size
-    return rows * height, columns * width
+def _pixels(conversion: Conversion) -> tuple[int, ...]:
+    """(height, width) of the images that a model is made for, behind the frames of a video."""
+    anatomy = conversion.anatomy
+    return anatomy.pixels or tuple(map(operator.mul, anatomy.layout.grid, anatomy.patch_size))
 
 
 def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, **save_kwargs: Any) -> str:

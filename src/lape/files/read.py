@@ -245,7 +245,8 @@ def _read_folder(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / CONFIG} is not of format {FORMAT!r}")
     args = {"model": config.get("model"), "join_type": config.get("join"), "pe": config.get("pe")}
     args |= {"model_kwargs": config.get("model_kwargs"), **_chosen(config)}
-    raw = {key: config.get(key) for key in ("library", "folded", "classes", "transform", "grid", "input_size")}
+    names = ("library", "folded", "own_table", "at", "classes", "transform", "grid", "input_size")
+    raw = {key: config.get(key) for key in names}
     return _folder(path, args, raw, [WEIGHTS], config)
 
 
@@ -285,7 +286,7 @@ def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
     named = config.get("architectures")
     args = {"model": named[0] if isinstance(named, list) and named else None, "model_kwargs": _without_origin(config)}
     args |= {"join_type": record.get("join"), "pe": record.get("pe"), **_chosen(record)}
-    raw = {"library": "transformers", "transform": _processor(path), **{k: record.get(k) for k in ("folded", "grid")}}
+    raw = {"library": "transformers", "transform": _processor(path), **{k: record.get(k) for k in _OF_THE_MODEL}}
     return _folder(path, args, raw, shards, {**config, "lape": record})
 
 
@@ -296,6 +297,7 @@ def _without_origin(value: Any) -> Any:
     return value
 
 
+_OF_THE_MODEL = ("folded", "grid", "own_table", "at")
 _ORIGIN = ("_name_or_path", "name_or_path", "_commit_hash")
 
 

@@ -65,6 +65,7 @@ def restore(
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
     chosen = {name: checkpoint.args.get(stored) for name, stored in CHOSEN.items()}
     chosen["warm_start"] = bool(chosen["warm_start"])
+    keeps = chosen["warm_start"] or checkpoint.raw.get("own_table")
     with of_file(checkpoint.path):
         make = partial(
             build,
@@ -72,7 +73,9 @@ def restore(
             _agreed(checkpoint, "model", model),
             _arguments(checkpoint, size, timm_kwargs),
             _agreed(checkpoint, "join", None if join is None else join_named(join).name),
-            None if chosen["warm_start"] else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
+            None if keeps else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
+            at=checkpoint.raw.get("at"),
+            known_grid=checkpoint.raw.get("grid"),
             **chosen,
         )
         result = _built(checkpoint, make, size)
@@ -203,7 +206,7 @@ def _size_argument(checkpoint: Checkpoint, size: Grid, own: Grid | None) -> str:
     return "image_size"
 
 
-def size_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
+def size_of(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """(height, width) in pixels of the images that the model of a file is for: by its flags, its arguments, its folder,
     or the grid of its position table, taken for a square. None where none of them tells."""
     kwargs = _renamed(checkpoint.args.get("model_kwargs") or {})
@@ -264,7 +267,8 @@ def transform_of(checkpoint: Checkpoint) -> EvalTransform:
 
     transform = eval_transform(settings_of(checkpoint, Recipe()))
     size = size_of(checkpoint)
-    return transform if size is None or size[0] == size[1] else replace(transform, input_size=size)
+    square = size is None or len(set(size)) == 1
+    return transform if size is None or square else replace(transform, input_size=(size[-2], size[-1]))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -337,8 +341,8 @@ def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {flags.get(name, name): value for name, value in arguments.items()}
 
 
-def _sides(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _sides(size: int | Sequence[int]) -> tuple[int, ...]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def check_classes(checkpoint: Checkpoint, classes: list[str]) -> None:

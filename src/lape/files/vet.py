@@ -86,6 +86,10 @@ def _name(value: Any) -> bool:
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
+def _path(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.]{0,256}", value) is not None
+
+
 def _yes_no(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -155,7 +159,9 @@ _RAW: dict[str, tuple[Callable[[Any], bool], str]] = {
     "folded": (_yes_no, "true or false"),
     "classes": (_list_of(_text), "a list of names"),
     "transform": (_transform, f"a transform: {', '.join(_TRANSFORM)}, within their limits"),
-    "grid": (_list_of(_whole(0, SIDE), 2, 2), "rows and columns"),
+    "grid": (_list_of(_whole(0, SIDE), 2, 3), "rows and columns, frames before them"),
+    "own_table": (_yes_no, "true or false"),
+    "at": (_path, "the path of a module"),
     "input_size": (_size, f"pixels, at most {SIDE}"),
     "optimizer": (_optimizer, "the state of an optimizer"),
     "optimizer_names": (_list_of(_text), "names of parameters"),

@@ -354,6 +354,8 @@ def _check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
             "weights into ViTModel or ViTForImageClassification and convert that"
         )
     patch, grid = conversion.anatomy.patch_size, conversion.layout.grid
+    if len(grid) != 2:
+        raise LapeError("the model takes videos, its attention is not drawn: figures are of rows and columns")
     size = (grid[0] * patch[0], grid[1] * patch[1])
     if images_BCHW.ndim != 4 or not len(images_BCHW) or tuple(images_BCHW.shape[-2:]) != size:
         raise LapeError(
