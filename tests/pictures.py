@@ -1,9 +1,12 @@
 """Images for the tests, in memory and in folders, and what spoils a file."""
 
+import hashlib
+import pickle
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 
 def pictures(height: int, width: int, mode: str, count: int = 12) -> list[Image.Image]:
@@ -36,3 +39,33 @@ def write_folder(root: Path, classes=("cat", "dog"), train: int = 3, val: int = 
 def damage(path: Path, how: str) -> None:
     content = path.read_bytes()
     path.write_bytes({"truncated": content[: len(content) * 3 // 4], "text": b"<html>404</html>", "empty": b""}[how])
+
+
+class OldDtype:
+    """A dtype with an integer for a flag, as in the official files; NumPy 2.4.0 warns of it."""
+
+    def __reduce__(self):
+        return np.dtype, ("u1", 0)
+
+
+def write_cifar(root: Path, kind, monkeypatch) -> Path:
+    """Four images a file in the official format, and their check sums in place of the official ones."""
+    folder = root / kind.base_folder
+    folder.mkdir()
+    labels = "labels" if kind is CIFAR10 else "fine_labels"
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for field, files in (("train_list", kind.train_list), ("test_list", kind.test_list)):
+        sums = []
+        for number, (name, _) in enumerate(files):
+            pixels = np.full((4, 3072), number, dtype=np.uint8)
+            pixels[:, :1024] = 200  # red
+            sums.append([name, write(name, {"data": pixels, labels: [0, 1, 2, 1], "dtype": OldDtype()})])
+        monkeypatch.setattr(kind, field, sums)
+    meta = dict(kind.meta)
+    meta["md5"] = write(meta["filename"], {meta["key"]: ["ant", "bee", "cat"]})
+    monkeypatch.setattr(kind, "meta", meta)
+    return folder
