@@ -41,6 +41,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Study:
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_combination_with_a_meaning_is_trained(comparison: Study) -> None:
     cells = comparison.results["cells"]
     assert len(cells) == 2 * (3 + 2)

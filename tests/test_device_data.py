@@ -409,6 +409,7 @@ LEARN |= {"in_chans": 1, "mean": (0.305,), "std": (0.376,), "epochs": 8, "batch_
 LEARN |= {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "lr": 4e-3, "model_ema": False, "drop_path": 0.0}
 
 
+@pytest.mark.slow
 def test_digits_become_as_good_on_both_paths():
     """With DeiT's RandAugment and erasing; coarse (a seed moves it by five points), and the longest test here."""
     accuracies = {

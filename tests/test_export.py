@@ -30,7 +30,13 @@ def converted(join: str = "LaPE", pe: str | None = None, **kwargs) -> torch.nn.M
 
 
 @pytest.mark.parametrize(
-    ("join", "pe"), [("basic", "learnable"), ("share", "2D_sin"), ("LaPE", None), ("LaPE", "2D_RPE")]
+    ("join", "pe"),
+    [
+        pytest.param("basic", "learnable", marks=pytest.mark.slow),
+        pytest.param("share", "2D_sin", marks=pytest.mark.slow),
+        pytest.param("LaPE", None, marks=pytest.mark.slow),
+        ("LaPE", "2D_RPE"),
+    ],
 )
 def test_every_format_equals_the_eager_model(join, pe, images, tmp_path, capsys):
     model = converted(join, pe)
@@ -46,6 +52,7 @@ def test_every_format_equals_the_eager_model(join, pe, images, tmp_path, capsys)
     assert "top-1 equal" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_folded_graph_has_no_norm_of_a_position_and_no_resize(images, tmp_path):
     for model in (converted(), converted(dynamic_img_size=True)):
         (folded,) = export(model, tmp_path / "folded", images, formats=["onnx"])
