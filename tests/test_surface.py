@@ -51,8 +51,8 @@ PAGES = ["README.md", "CONTRIBUTING.md"]
 WRITTEN_BY_RUNS = {"report.md", "results.json", "run.json", "log.txt"}
 
 
-OF_OTHERS = {  # torchrun's, ruff's, and of similarity_visualize.py
-    *("--nproc-per-node", "--master-port", "--use-env", "--check", "--ckpt-path"),
+OF_OTHERS = {  # torchrun's, ruff's, pytest's, and of similarity_visualize.py
+    *("--nproc-per-node", "--master-port", "--use-env", "--check", "--ckpt-path", "--dist"),
 }
 
 
