@@ -118,6 +118,18 @@ def test_constraints_name_every_direct_dependency_once():
     assert sorted(pinned) == sorted(direct)
 
 
+def test_hooks_and_the_makefile_run_the_linters_of_ci():
+    def linters(file: str, start: str) -> set[str]:
+        found = re.findall(rf"{start}((?:ruff|mypy)\b[^>&\n]*)", text_of(file).replace('"', ""))
+        return {line.replace("--force-exclude", "").rstrip(" .") for line in found}
+
+    hooks, gate = linters(".pre-commit-config.yaml", r"entry: \.venv/bin/"), linters(".ci/run", r"\$venv/bin/")
+    assert linters("Makefile", r"\$\(BIN\)/") == hooks == gate == {"ruff check", "ruff format --check", "mypy"}
+    settings = tomllib.loads(text_of("pyproject.toml"))["tool"]["pytest"]["ini_options"]
+    markers = {line.partition(":")[0] for line in settings["markers"]}
+    assert all(f"`{marker}`" in text_of("CONTRIBUTING.md") for marker in markers)
+
+
 def test_tables_of_the_readme_equal_the_result_files():
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True
