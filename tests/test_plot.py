@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import lape
@@ -41,10 +43,22 @@ def checkpoint(path: Path, network: torch.nn.Module, **args: object) -> Path:
     return path
 
 
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of many maps take most of the time: empty files for tests of names and numbers, JPEGs are drawn."""
+    draw = Figure.savefig
+
+    def draft(figure: Figure, file: BinaryIO, *, format: str, **options: object) -> None:
+        draw(figure, file, format=format, **options) if format == "jpg" else file.write(b"draft")
+
+    monkeypatch.setattr(Figure, "savefig", draft)
+
+
 # --- files and numbers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("join", ["basic", "share", "unshare", "LaPE-sharing", "LaPE"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("join", ["LaPE", "basic", "share", "unshare", "LaPE-sharing"])
 def test_files_have_the_names_of_the_original(tmp_path: Path, join: str) -> None:
     files, numbers = written(tmp_path, model_with(join))
     expected = {f"{join}_layer{i}_sim_{what}.jpg" for i in range(2) for what in ("overall", "5thToken")}
@@ -54,6 +68,7 @@ def test_files_have_the_names_of_the_original(tmp_path: Path, join: str) -> None
     assert (str(numbers["join"]), str(numbers["pe"]), str(numbers["view"])) == (join, "learnable", "seen")
 
 
+@pytest.mark.usefixtures("drafts")
 def test_token_90_is_drawn_on_14_by_14(tmp_path: Path) -> None:
     files, numbers = written(tmp_path, model_with("LaPE", img_size=224, patch_size=16, depth=1))
     assert "LaPE_layer0_sim_90thToken.jpg" in files
@@ -61,6 +76,7 @@ def test_token_90_is_drawn_on_14_by_14(tmp_path: Path) -> None:
     assert numbers["grid"].tolist() == [14, 14]
 
 
+@pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize("view", ["seen", "received"])
 def test_numbers_are_those_of_positions(tmp_path: Path, view: str) -> None:
     model = model_with("basic", "learnable", "deit_tiny_distilled_patch16_224")
@@ -72,6 +88,7 @@ def test_numbers_are_those_of_positions(tmp_path: Path, view: str) -> None:
     assert np.array_equal(numbers["table"], lape.positions(model)[0].detach().numpy())
 
 
+@pytest.mark.slow
 def test_a_wide_grid(tmp_path: Path) -> None:
     _, numbers = written(tmp_path, model_with("LaPE", "2D_sin", img_size=(28, 112), patch_size=4))
     assert numbers["token_maps"].shape == (2, 7, 28)
@@ -82,6 +99,7 @@ def test_a_wide_grid(tmp_path: Path) -> None:
         assert 0.8 < picture.width / picture.height < 1.3
 
 
+@pytest.mark.usefixtures("drafts")
 def test_another_image_size(tmp_path: Path) -> None:
     model = model_with("LaPE")
     _, numbers = written(tmp_path, model, size=(16, 64))
@@ -134,6 +152,7 @@ def test_nothing_in_an_overview_is_clipped_or_overlaps(layers: int, grid: tuple[
     assert not any(a.overlaps(b) for i, a in enumerate(frames) for b in frames[:i])
 
 
+@pytest.mark.slow
 def test_several_models_in_one_figure_with_one_scale(tmp_path: Path) -> None:
     models = {"LaPE": model_with("LaPE"), "unshare, wide": model_with("unshare", img_size=(16, 64), depth=3)}
     files = draw_together(models, tmp_path / "c")
@@ -175,6 +194,7 @@ def test_curves_are_the_numbers() -> None:
     assert np.allclose(lines[1].get_ydata(), [3.0, 2.5])
 
 
+@pytest.mark.slow
 def test_drawing_leaves_pyplot_and_a_display_alone(tmp_path: Path) -> None:
     code = f"""
 import sys, lape
@@ -237,6 +257,7 @@ def test_names_of_the_original() -> None:
     assert deit_named(None) is None
 
 
+@pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize("pe", ["learnable", "2D_sin", "2D_RPE"])
 def test_the_original_command_draws_bare_weights(tmp_path: Path, pe: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing but weights: the name says which model, the shapes say how large."""
@@ -253,6 +274,7 @@ def test_the_original_command_draws_bare_weights(tmp_path: Path, pe: str, capsys
             assert np.array_equal(numbers["positions"], lape.positions(model).detach().numpy())
 
 
+@pytest.mark.usefixtures("drafts")
 def test_a_flag_that_contradicts_the_file_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = {"model": "deit_tiny_patch16_224", "join_type": "basic", "pe": "learnable", "input_size": 32}
     path = checkpoint(tmp_path / "c.pth", model_with("basic"), **said)
@@ -273,6 +295,7 @@ def test_wrong_flags_exit_with_2_and_one_line(flags: list[str], capsys: pytest.C
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
     script = ROOT / "similarity_visualize.py"
     done = subprocess.run(
@@ -283,6 +306,7 @@ def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_authors(tmp_path: Path) -> None:
     path = SHARED / "reference" / "deit_tiny_lape_64px.pth"
     if not path.exists():
