@@ -5,6 +5,7 @@ import math
 import os
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +227,19 @@ def test_a_join_that_loses_is_shown_losing(candidate: list[float], words: list[s
     assert len(said) == 1
     assert all(word in said[0] for word in words), said
     assert variants[1]["best_epoch"]["mean"] == pytest.approx(variants[1]["final"]["mean"] + 2)
+
+
+def test_a_tie_is_not_ahead() -> None:
+    variants = summarise(runs("basic", [90.0, 90.0, 90.0]) + runs("LaPE", [90.0, 91.0, 89.0]), "basic")
+    assert (variants[1]["difference"]["ahead"], variants[1]["difference"]["mean"]) == (1, 0)
+
+
+def test_seconds_are_those_of_all_starts_of_a_run() -> None:
+    line = {"epoch": 0, "train_loss": 1.0, "test_loss": 1.0, "test_acc1": 50.0, "seconds": 4.0}
+    result = SimpleNamespace(
+        accuracy=50.0, best_accuracy=50.0, loss=1.0, history=[line, line], data_name="d", seconds=5
+    )
+    assert Run.of(Recipe(), result, {}).seconds == 8.0  # type: ignore[arg-type]
 
 
 # --- wrong use --------------------------------------------------------------------------------------------------------

@@ -107,6 +107,18 @@ def test_wrong_input_is_one_line(images, tmp_path):
         export(timm.create_model("vit_tiny_patch16_224", **TINY), tmp_path, images)
 
 
+def test_images_to_check_on_are_spread_over_all(tmp_path):
+    from lape.cli.commands import sample_images
+    from lape.data.open import load_data
+    from lape.files.read import read_checkpoint
+    from lape.recipe import Recipe
+
+    pixels, _ = sample_images(read_checkpoint(lape.save(converted(), tmp_path / "model")), "", 7)
+    val = load_data(Recipe(input_size=16), train=False).val
+    assert len(val) == 359
+    assert torch.equal(pixels, torch.stack([val[51 * number][0] for number in range(7)]))
+
+
 def test_the_command_checks_on_real_images(tmp_path, capsys):
     from lape.cli.app import app, run
 
