@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import lape
 from lape.cli import app as cli
@@ -21,7 +22,7 @@ from lape.recipe import Recipe
 from lape.study.compare import Study, cell_folder, combinations, compare, train_cell
 from lape.study.numbers import Run, paired_t, summarise
 from lape.study.options import CompareOptions
-from lape.study.report import sentences_on_variants
+from lape.study.report import explorer_page, sentences_on_variants
 from lape.train.loop import train
 
 TINY = Recipe.from_yaml(
@@ -227,6 +228,17 @@ def test_a_join_that_loses_is_shown_losing(candidate: list[float], words: list[s
     assert len(said) == 1
     assert all(word in said[0] for word in words), said
     assert variants[1]["best_epoch"]["mean"] == pytest.approx(variants[1]["final"]["mean"] + 2)
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_the_page_says_when_it_shows_some_of_the_models(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {"processor": "p", "cores": 1, "system": "s"}
+    results = {"data": "d", "baseline": "basic", "cells": [{"seed": 3, "seconds": 1.0}], "recipe": {}, "rivals": None}
+    results |= {"workers": 1, "hardware": about, "versions": {}, "commit": "c"}
+    results |= {name: [] for name in ("variants", "sentences", "others", "meaningless", "gpus")}
+    monkeypatch.setattr("lape.look.explorer.explore", lambda *_, title, intro: intro)
+    page = explorer_page(Path("page"), results, dict.fromkeys(map(str, range(count)), Path("m")), Figure())
+    assert ("models of seed 3, the first six" in str(page)) == (count == 6)
 
 
 def test_a_tie_is_not_ahead() -> None:

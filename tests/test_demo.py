@@ -23,7 +23,7 @@ from lape.study.compare import demo as run_demo
 from lape.study.numbers import Run, by_budget, mean_std, summarise
 from lape.study.options import DemoOptions
 from lape.study.report import markdown_table, rows_of_budgets, sentences_on_budgets
-from lape.study.workers import Agenda
+from lape.study.workers import Agenda, Stage
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +190,17 @@ def test_a_slow_machine_leaves_seeds_out(limit: float | None, taken: int) -> Non
     assert len(agenda.left_out) == 6 - taken
     assert agenda.epochs == sum(2 * e for e in (30, 90, 30, 30, 30, 90)[:taken])
     assert bool(late(agenda)) == (taken < 6)
+
+
+@pytest.mark.parametrize(("workers", "rounds"), [(1, 3), (2, 2), (4, 1)])
+@pytest.mark.parametrize("spare", [-5, 5])
+def test_a_stage_lasts_as_many_rounds_as_its_workers_need(workers: int, rounds: int, spare: int) -> None:
+    one = Recipe(epochs=10)
+    stages = [Stage((one,)), Stage((one, one, one), needed=False)]
+    agenda = Agenda(stages, workers, time_limit=10 * rounds + spare)
+    agenda.take()
+    agenda.finished(replace(runs(10, [50.0], [])[0], seconds=10.0))
+    assert bool(agenda.take()) == (spare > 0)
 
 
 # --- wrong use --------------------------------------------------------------------------------------------------------

@@ -179,6 +179,12 @@ def test_a_place_without_a_map_stays_empty() -> None:
     assert np.allclose(drawn[1][1], two)
 
 
+def test_the_frame_is_around_the_patch_of_a_grid_that_is_no_square() -> None:
+    figure = overview("t", [Strip("token 4", [torch.rand(2, 3)], (2, 3), 4)], ["0"], *COSINE)
+    (frame,) = figure.axes[0].patches
+    assert frame.get_xy() == (0.5, 0.5)  # around column 1 of row 1
+
+
 def test_corner_edge_and_centre() -> None:
     assert places((14, 14)) == {"corner": 0, "edge": 6, "centre": 90}
     assert places((7, 28)) == {"corner": 0, "edge": 13, "centre": 97}
