@@ -116,6 +116,7 @@ def test_evaluation_needs_nothing_but_the_folder(saved, monkeypatch):
     assert found == wanted
 
 
+@pytest.mark.matrix
 def test_prediction_and_pictures_of_any_folder(saved, tmp_path, capsys):
     model, folder = saved
     path = tmp_path / "a.png"
