@@ -8,7 +8,7 @@ import torch
 from zoo import TINY
 
 import lape
-from lape.files.export import export
+from lape.files.export import _WRITERS, export
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -105,6 +105,19 @@ def test_wrong_input_is_one_line(images, tmp_path):
         export(converted(), tmp_path / "file", images)
     with pytest.raises(lape.LapeError, match="not converted"):
         export(timm.create_model("vit_tiny_patch16_224", **TINY), tmp_path, images)
+
+
+def test_what_is_written_runs_on_one_image_and_on_the_others(images, tmp_path, monkeypatch):
+    sizes = []
+
+    def watched(*args):
+        path, run_model, operations = write(*args)
+        return path, lambda pixels: sizes.append(len(pixels)) or run_model(pixels), operations
+
+    write = _WRITERS["folder"]
+    monkeypatch.setitem(_WRITERS, "folder", watched)
+    export(converted(), tmp_path, images, formats=["folder"])
+    assert sizes == [1, 4]
 
 
 def test_images_to_check_on_are_spread_over_all(tmp_path):

@@ -125,6 +125,13 @@ def test_a_folded_bias_is_gone() -> None:
         lape.positions(model, view="unbiased")
 
 
+def test_the_two_halves_of_2d_sin_are_column_and_row() -> None:
+    table = sin_2d(Layout((2, 3), 0), 8)[0].reshape(2, 3, 8)
+    assert torch.equal(table[0, :, :4], table[1, :, :4])
+    assert torch.equal(table[:, 0, 4:], table[:, 2, 4:])
+    assert not torch.equal(table[0, 0, :4], table[0, 1, :4])
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(4, 5), (1, 5)])
 def test_directions_are_bins_around_the_axes(rows: int, columns: int) -> None:
     """By hand, patch by patch: the first of 60 directions has straight to the right in its middle."""
