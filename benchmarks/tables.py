@@ -15,25 +15,94 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def demo() -> str:
-    """Accuracy of `lape demo`."""
-    path = RESULTS / "demo_digits_cpu2.json"
-    found = json.loads(path.read_text())
-    first, second = found["joins"]
-    lines = [f"| epochs | seeds | {first} | {second} | difference |", "|---|---|---|---|---|"]
-    for budget in found["budgets"]:
-        cells = [spread(budget["accuracy"][join]) for join in (first, second)]
-        lines.append(
-            f"| {budget['epochs']} | {len(budget['seeds'])} | {' | '.join(cells)} | {spread(budget['gap'], '+')} |"
-        )
-    machine = found["hardware"]
-    lines += [
-        "",
-        f"Percent of the 359 test images, after the last epoch, mean ± standard deviation over the seeds; "
-        f"{machine['cores']} CPU cores, {found['seconds']:.0f} s in all, torch {found['versions']['torch']} "
-        f"(`{path.relative_to(ROOT)}`). The gap is widest early and shrinks with a longer budget.",
+def worth() -> str:
+    """The joins and their control in every study: means, and the difference of LaPE to each control."""
+    columns, notes = [], []
+    for study, what in WORTH.items():
+        found = _read(RESULTS / f"worth_{study}.json")
+        for part in found["parts"]:
+            for model in dict.fromkeys(v["model"] for v in part["variants"]):
+                rows = {(v["join"], v["pe_norm"], v["pe_std"]): v for v in part["variants"] if v["model"] == model}
+                seeds = max(v["final"]["n"] for v in rows.values())
+                name = f"{what}{SHORT.get(model, '')}, {part['name']}, {seeds} seeds"
+                columns.append((name, [spread(rows[row]["final"]) if row in rows else "" for row in OVERVIEW]))
+    head = "| trained on | " + " | ".join(OVERVIEW.values()) + " |"
+    lines = [
+        head,
+        "|---" * (len(OVERVIEW) + 1) + "|",
+        *(f"| {name} | {' | '.join(cells)} |" for name, cells in columns),
     ]
+    files = ", ".join(f"`worth_{study}.json`" for study in WORTH)
+    notes.append(
+        "Percent of the test images after the last epoch, mean ± standard deviation; learnable tables but where "
+        f"it says sinusoids. `benchmarks/results/`: {files}; what the differences are due to: "
+        "[docs/measured.md](docs/measured.md)."
+    )
+    return "\n".join([*lines, "", *notes])
+
+
+WORTH = {
+    "digits": "digits",
+    "sinusoids": "digits, frozen sinusoids",
+    "cifar": "CIFAR-10, 5,000 images, ",
+    "cifar_full": "CIFAR-10, 50,000 images, ",
+}
+SHORT = {"vit_lite_4_4_32": "ViT-Lite", "cvt_4_4_32": "CVT", "cct_4_3x2_32": "CCT"}
+OVERVIEW = {
+    ("basic", None, None): "basic",
+    ("basic", None, 1.0): "basic, P at unit scale",
+    ("beside", None, 1.0): "beside, P at unit scale (no LN′)",
+    ("LaPE-sharing", None, None): "LaPE-sharing",
+    ("LaPE", None, None): "LaPE",
+}
+
+
+def study(name: str) -> str:
+    """A study whole: accuracies by budget, and every difference with its cause, interval and corrected p."""
+    found = _read(RESULTS / f"worth_{name}.json")
+    lines = []
+    for part in found["parts"]:
+        several = len({v["model"] for v in part["variants"]}) > 1
+        lines += [f"**{part['name']}**", ""]
+        lines += ["| " + ("model | " if several else "") + "join | seeds | last epoch |", "|---" * (3 + several) + "|"]
+        for v in part["variants"]:
+            model = f"{SHORT.get(v['model'], v['model'])} | " if several else ""
+            lines.append(f"| {model}{v['label']} | {v['final']['n']} | {spread(v['final'])} |")
+        lines += ["", "| " + ("model | " if several else "") + "join | against | due to | points | 95 % interval | p |"]
+        lines.append("|---" * (6 + several) + "|")
+        for d in part["differences"]:
+            model = f"{SHORT.get(d['model'], d['model'])} | " if several else ""
+            interval = "" if d["interval"] is None else "{:+.1f} to {:+.1f}".format(*d["interval"])
+            p = "" if d["p_holm"] is None else "< 0.001" if d["p_holm"] < 0.001 else f"{d['p_holm']:.3f}"
+            lines.append(f"| {model}{d['of']} | {d['against']} | {d['cause']} | {d['mean']:+.1f} | {interval} | {p} |")
+        lines.append("")
+    recipe = found["parts"][0]["recipe"]
+    lines.append(
+        f"{found['data']}; batch {recipe['batch_size']}; {found['trained_on']}; torch {found['versions']['torch']}. "
+        "p: paired t-test seed by seed, corrected by Holm within a budget. "
+        f"`{found['command']}`, `benchmarks/results/worth_{name}.json`."
+    )
     return "\n".join(lines)
+
+
+def study_of_digits() -> str:
+    """Starts of P, and what stands in the place of LN'."""
+    return study("digits")
+
+
+def study_of_sinusoids() -> str:
+    """Frozen tables."""
+    return study("sinusoids")
+
+
+def study_of_cifar() -> str:
+    """5,000 images."""
+    return study("cifar")
+
+
+def study_of_cifar_full() -> str:
+    """50,000 images."""
+    return study("cifar_full")
 
 
 def spread(value: dict, sign: str = "") -> str:
@@ -88,7 +157,7 @@ def warm_start() -> str:
 
 
 def table_2() -> str:
-    """The paper's Table 2 beside what was measured here."""
+    """The paper's Table 2."""
     published = json.loads((RESULTS.parent / "published.json").read_text())
     lines = ["| data | model | basic | LaPE | LaPE − basic |", "|---|---|---|---|---|"]
     for data, name in (("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100")):
@@ -96,74 +165,7 @@ def table_2() -> str:
             gap = row["LaPE"] - row["basic"]
             lines.append(f"| {name} | {model} | {row['basic']:.3f} | {row['LaPE']:.3f} | {gap:+.3f} |")
     lines += ["", f"Published: {published['source']}.", ""]
-    files = sorted(RESULTS.glob("cifar10_matrix_*.json"))
-    if not files:
-        lines.append("Not measured here yet: `python benchmarks/cifar_matrix.py` does it.")
-    for path in files:
-        lines += [*measured_matrix(path), ""]
     return "\n".join(lines).rstrip()
-
-
-def claims() -> str:
-    """The gain of LaPE over basic on CIFAR-10: the paper's, and each run's here."""
-    published = json.loads((RESULTS.parent / "published.json").read_text())["cifar10"]
-    lines = ["| CIFAR-10 | model | basic | LaPE | LaPE − basic | p |", "|---|---|---|---|---|---|"]
-    for model, row in published.items():
-        gap = row["LaPE"] - row["basic"]
-        cells = ["paper, 300 epochs, 5 seeds", model, f"{row['basic']:.2f}", f"{row['LaPE']:.2f}", f"{gap:+.2f}", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    for path in sorted(RESULTS.glob("cifar10_matrix_*.json")):
-        found = json.loads(path.read_text())
-        final = {(v["model"], v["join"]): v for v in found["variants"]}
-        for model in dict.fromkeys(v["model"] for v in found["variants"]):
-            basic, lape = final[model, "basic"], final[model, "LaPE"]
-            what = f"here, {found['recipe']['epochs']} epochs, {len(lape['seeds'])} seeds"
-            cells = [what, f"`{model}`", spread(basic["final"]), spread(lape["final"]), spread(lape["difference"], "+")]
-            lines.append(f"| {' | '.join([*cells, p_value(lape['difference'])])} |")
-    lines += ["", "What was run and how, all joins, and their ranking: [docs/measured.md](docs/measured.md)."]
-    return "\n".join(lines)
-
-
-def p_value(gap: dict | None) -> str:
-    if gap is None or gap["p"] is None:
-        return ""
-    return "< 0.001" if gap["p"] < 0.001 else f"{gap['p']:.3f}"
-
-
-def measured_matrix(path: Path) -> list[str]:
-    """One run of benchmarks/cifar_matrix.py: accuracies, ranking, and how it was run."""
-    found = json.loads(path.read_text())
-    lines = ["| model | join | seeds | last epoch | − basic | p |", "|---|---|---|---|---|---|"]
-    for v in found["variants"]:
-        gap = v["difference"]
-        p = p_value(gap)
-        cells = [
-            v["model"],
-            v["join"],
-            str(len(v["seeds"])),
-            spread(v["final"]),
-            "" if gap is None else spread(gap, "+"),
-        ]
-        lines.append(f"| {' | '.join([*cells, p])} |")
-    recipe, machine = found["recipe"], found["hardware"]
-    hours = sum(cell["seconds"] for cell in found["cells"]) / 3600
-    on = ", ".join(found["gpus"]) or f"{machine['processor']}, {machine['cores']} cores, no GPU"
-    lines += [
-        "",
-        f"Measured here: {found['data']}, {recipe['epochs']} epochs, batch {recipe['batch_size']}; percent of the test "
-        "images after the last epoch, mean ± standard deviation over the seeds, paired t-test seed by seed; "
-        f"{on}; {hours:.1f} hours of training in all, {found['workers']} at a time, beside other work. "
-        f"`{found['command']}`, `{path.relative_to(ROOT)}`.",
-        "",
-        "| join | mean rank | first | pairs of model and seed | − basic over all of them | p |",
-        "|---|---|---|---|---|---|",
-    ]
-    for entry in found["ranking"]:
-        gap = entry["difference"]
-        p = p_value(gap)
-        cells = [entry["join"], f"{entry['mean_rank']:.1f}", str(entry["first"]), str(entry["pairs"])]
-        lines.append(f"| {' | '.join([*cells, '' if gap is None else spread(gap, '+'), p])} |")
-    return lines
 
 
 def joins() -> str:
@@ -343,9 +345,15 @@ def input_pipeline() -> str:
 
 
 PAGES = {
-    ROOT / "README.md": (demo, claims, folded, input_pipeline),
+    ROOT / "README.md": (worth, folded, input_pipeline),
     ROOT / "docs" / "converting.md": (warm_start,),
-    ROOT / "docs" / "measured.md": (table_2,),
+    ROOT / "docs" / "measured.md": (
+        table_2,
+        study_of_digits,
+        study_of_sinusoids,
+        study_of_cifar,
+        study_of_cifar_full,
+    ),
     ROOT / "docs" / "small-data.md": (device_path,),
     ROOT / "docs" / "dense.md": (dense,),
     ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost),

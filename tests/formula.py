@@ -56,7 +56,12 @@ def unconverted(model: torch.nn.Module, original: torch.nn.Module) -> torch.nn.M
 
 
 def written_out(
-    converted: torch.nn.Module, original: VisionTransformer, x: torch.Tensor, join: str, kind: str
+    converted: torch.nn.Module,
+    original: VisionTransformer,
+    x: torch.Tensor,
+    join: str,
+    kind: str,
+    pe_norm: str = "layernorm",
 ) -> torch.Tensor:
     """The formulas of the README, step by step, from saved numbers and the modules of an unconverted model."""
     state, model = lape.to_reference_state_dict(converted), unconverted(converted, original)
@@ -76,8 +81,9 @@ def written_out(
         return F.pad(p, (0, 0, prefix, 0)) if model.no_embed_class else p
 
     def normed(p: torch.Tensor, home: str) -> torch.Tensor:
-        weight, bias = (state[f"{home}.pe_norm.{name}"] for name in ("weight", "bias"))
-        y = F.layer_norm(p, (width,), weight, bias, eps=1e-6)
+        weight, bias = (state.get(f"{home}.pe_norm.{name}") for name in ("weight", "bias"))
+        y = F.layer_norm(p, (width,), eps=1e-6) if pe_norm.endswith("norm") else p
+        y = (1 if weight is None else weight) * y + (0 if bias is None else bias)
         if model.no_embed_class:
             y[:, :prefix] = 0
         return y
@@ -110,6 +116,8 @@ def written_out(
         if join == "unshare":
             h = h + table(f"pos_embed{layer}")
         seen = block.norm1(h)
+        if join == "beside":
+            seen = seen + (F.pad(p[:, prefix:], (0, 0, prefix, 0)) if model.no_embed_class else p)
         if join == "LaPE-sharing":
             seen = seen + normed(p, f"blocks.{layer}")
         if join == "LaPE" and has_table:

@@ -32,7 +32,7 @@ TRAIN_FLAGS = """
 --data-on-device --no-data-on-device --ema --no-ema --deterministic --no-deterministic --dist-timeout
 --data-path --data-set --inat-category --num-workers --pin-mem --no-pin-mem --decode --eval-crop-ratio --mean --std
 --epochs --batch-size --seed --start-epoch --bce-loss --no-bce-loss --smoothing --train-mode --no-train-mode
---finetune --warm-start --no-warm-start --attn-only --no-attn-only
+--finetune --warm-start --no-warm-start --attn-only --no-attn-only --as-original
 --opt --opt-eps --opt-betas --momentum --weight-decay --clip-grad --lr --unscale-lr --no-unscale-lr
 --sched --warmup-epochs --warmup-lr --min-lr --decay-epochs --decay-rate --dr --cooldown-epochs --patience-epochs
 --schedule-epochs --lr-noise --lr-noise-pct --lr-noise-std
@@ -55,7 +55,7 @@ OURS = {
     *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode"),
-    *("scale", "mixup_off_epoch", "schedule_epochs"),
+    *("scale", "mixup_off_epoch", "schedule_epochs", "as_original"),
 }
 COMMANDS = {"bench", "check-data", "compare", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
 

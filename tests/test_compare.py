@@ -19,10 +19,10 @@ from lape.files.read import read_checkpoint
 from lape.look.colours import COLOURS
 from lape.names import JOIN_NAMES
 from lape.recipe import Recipe
-from lape.study.compare import Study, cell_folder, combinations, compare, train_cell
-from lape.study.numbers import Run, paired_t, summarise
+from lape.study.compare import Study, cell_folder, combinations, compare, rows_of, train_cell, with_preset
+from lape.study.numbers import Run, Variant, differences, paired_t, summarise
 from lape.study.options import CompareOptions
-from lape.study.report import explorer_page, sentences_on_variants
+from lape.study.report import explorer_page, sentences
 from lape.train.loop import train
 
 TINY = Recipe.from_yaml(
@@ -197,15 +197,18 @@ def test_student_t_agrees_with_printed_tables(t: float, freedom: int, p: float) 
     n = freedom + 1
     spread = torch.arange(n).double()
     gaps = (spread - spread.mean()) / spread.std() + t / math.sqrt(n)
-    assert paired_t(gaps.tolist()) == pytest.approx({"t": t, "p": p}, rel=2e-5, abs=1e-12)
+    test = paired_t(gaps.tolist())
+    assert (test["t"], test["p"]) == pytest.approx((t, p), rel=2e-5, abs=1e-12)
+    if p == 0.05:  # the 95 % interval ends where the difference would not be significant any more
+        assert min(abs(end) for end in test["interval"]) == pytest.approx(0.0, abs=2e-5)
 
 
 def test_paired_t_is_mean_over_standard_error() -> None:
     found = paired_t([1.0, 2.0, 3.0])
     assert found["t"] == pytest.approx(2 / (1 / math.sqrt(3)))
     assert found["p"] == pytest.approx(0.0741799, rel=1e-5)
-    assert paired_t([1.0]) == {"t": None, "p": None}
-    assert paired_t([0.0, 0.0]) == {"t": None, "p": 1.0}
+    assert paired_t([1.0]) == {"t": None, "p": None, "interval": None}
+    assert paired_t([0.0, 0.0]) == {"t": None, "p": 1.0, "interval": [0.0, 0.0]}
 
 
 def runs(join: str, accuracies: list[float]) -> list[Run]:
@@ -223,8 +226,9 @@ def runs(join: str, accuracies: list[float]) -> list[Run]:
     ],
 )
 def test_a_join_that_loses_is_shown_losing(candidate: list[float], words: list[str]) -> None:
-    variants = summarise(runs("basic", [89.0, 90.0, 91.0]) + runs("LaPE", candidate), "basic")
-    said = sentences_on_variants(variants, "basic")
+    trained = runs("basic", [89.0, 90.0, 91.0]) + runs("LaPE", candidate)
+    variants = summarise(trained, "basic")
+    said = sentences(differences(trained, "basic"))
     assert len(said) == 1
     assert all(word in said[0] for word in words), said
     assert variants[1]["best_epoch"]["mean"] == pytest.approx(variants[1]["final"]["mean"] + 2)
@@ -235,7 +239,7 @@ def test_the_page_says_when_it_shows_some_of_the_models(count: int, monkeypatch:
     about = {"processor": "p", "cores": 1, "system": "s"}
     results = {"data": "d", "baseline": "basic", "cells": [{"seed": 3, "seconds": 1.0}], "recipe": {}, "rivals": None}
     results |= {"workers": 1, "hardware": about, "versions": {}, "commit": "c"}
-    results |= {name: [] for name in ("variants", "sentences", "others", "meaningless", "gpus")}
+    results |= {name: [] for name in ("variants", "differences", "sentences", "others", "meaningless", "gpus")}
     monkeypatch.setattr("lape.look.explorer.explore", lambda *_, title, intro: intro)
     page = explorer_page(Path("page"), results, dict.fromkeys(map(str, range(count)), Path("m")), Figure())
     assert ("models of seed 3, the first six" in str(page)) == (count == 6)
@@ -266,6 +270,10 @@ def test_seconds_are_those_of_all_starts_of_a_run() -> None:
         ({"seeds": (0, 0)}, "each once"),
         ({"seeds": ()}, "at least one"),
         ({"workers": 0}, "workers=0"),
+        ({"pe_norms": ("rms",)}, "unknown pe_norm 'rms'"),
+        ({"pe_stds": (0.0,)}, "pe_stds=0.0 is no"),
+        ({"pe_stds": (math.nan,)}, "pe_stds=nan is no"),
+        ({"pe_stds": (1.0, 1.0)}, "each once"),
         ({"baseline": "share"}, "unknown baseline 'share'"),
     ],
 )
@@ -289,22 +297,60 @@ def test_wrong_folders_and_runs_are_one_line(tmp_path: Path) -> None:
         compare(TINY, options(tmp_path / "b", joins=("basic",), seeds=(0,)))
 
 
+def combine(models: list[str], pes: list[str], joins: list[str], norms: Any = (None,), stds: Any = (None,)) -> Any:
+    return combinations(Recipe(input_size=16), rows_of(models, pes, joins, norms, stds))
+
+
+def test_starts_and_norms_make_rows_where_they_mean_something() -> None:
+    rows = combine(
+        ["cvt_2_4_32"], ["learnable", "2D_RPE"], ["basic", "beside", "LaPE"], ("norm", "scalar"), (0.02, 1.0)
+    )
+    assert [row.label for row in rows[0]] == [
+        *("basic, P at std 0.02", "basic, P at std 1", "beside, P at std 0.02", "beside, P at std 1"),
+        *(f"LaPE ({norm}), P at std {std}" for std in ("0.02", "1") for norm in ("norm", "scalar")),
+        *("basic", "LaPE"),  # a bias on logits has neither
+    ]
+    assert [row.join for row in rows[1]] == ["beside"]  # with 2D_RPE
+
+
+@pytest.mark.parametrize(("preset", "rows", "left_out"), [("table7", 5 * 3 - 2 + 2 * 2, 6 + 2), ("table8", 2 + 16, 0)])
+def test_presets_are_the_papers_tables(preset: Any, rows: int, left_out: int) -> None:
+    chosen = with_preset(CompareOptions(output_dir="x", preset=preset))
+    norms, stds = chosen.pe_norms or (None,), chosen.pe_stds or (None,)
+    wanted, odd = combine(["vit_lite_2_4_32"], list(chosen.pes), list(chosen.joins), norms, stds)
+    assert (len(wanted), len(odd)) == (rows, left_out)
+    assert with_preset(CompareOptions(output_dir="x", preset=preset, joins=("share",))).joins == ("share",)
+
+
+def test_cells_of_starts_and_norms_are_kept_apart(tmp_path: Path) -> None:
+    found = compare(
+        TINY, options(tmp_path, joins=("basic", "LaPE"), pe_stds=(1.0,), pe_norms=("norm",), seeds=(0,), workers=1)
+    )
+    assert [cell.name for cell in sorted((tmp_path / "cells").iterdir())] == [
+        f"{TINY.model}.learnable.LaPE.norm.std1.seed0",
+        f"{TINY.model}.learnable.basic.std1.seed0",
+    ]
+    saved = lape.load(next((tmp_path / "cells").glob("*LaPE*")) / "model")
+    assert (lape.describe(saved).pe_norm, lape.describe(saved).std) == ("norm", 1.0)
+    assert [gap["cause"] for gap in found.results["differences"]] == ["the join"]
+
+
 def test_combinations_keep_the_order_that_was_asked_for() -> None:
     name = "cvt_2_4_32"
-    wanted, odd = combinations(Recipe(input_size=16), [name], ["none", "2D_sin"], ["LaPE", "basic"])
-    assert wanted == [(name, "none", "basic"), (name, "2D_sin", "LaPE"), (name, "2D_sin", "basic")]
-    assert list(odd) == [(name, "none", "LaPE")]
+    wanted, odd = combine([name], ["none", "2D_sin"], ["LaPE", "basic"])
+    assert [row[:3] for row in wanted] == [(name, "none", "basic"), (name, "2D_sin", "LaPE"), (name, "2D_sin", "basic")]
+    assert list(odd) == [Variant(name, "none", "LaPE")]
 
 
 def test_a_join_that_a_model_cannot_have_is_left_out_with_the_reason() -> None:
     names = ["vit_lite_2_4_32", "cvt_2_4_32"]
-    wanted, odd = combinations(Recipe(input_size=16), names, ["learnable"], ["basic", "MPVG"])
-    assert wanted == [(names[0], "learnable", "basic"), *((names[1], "learnable", join) for join in ("basic", "MPVG"))]
-    assert "reads a class token" in odd[names[0], "learnable", "MPVG"]
+    wanted, odd = combine(names, ["learnable"], ["basic", "MPVG"])
+    assert [(row.model, row.join) for row in wanted] == [(names[0], "basic"), (names[1], "basic"), (names[1], "MPVG")]
+    assert "reads a class token" in odd[Variant(names[0], "learnable", "MPVG")]
     with pytest.raises(LapeError, match=r"nothing to train: .*ResNet is not a supported model"):
-        combinations(Recipe(), ["resnet18"], ["learnable"], ["basic"])
+        combine(["resnet18"], ["learnable"], ["basic"])
     with pytest.raises(LapeError, match="unknown model 'vit_lite_9'"):
-        combinations(Recipe(), ["vit_lite_9"], ["learnable"], ["basic"])
+        combine(["vit_lite_9"], ["learnable"], ["basic"])
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,8 @@ def test_a_model_without_a_table_of_its_own():
 def test_names_are_matched_without_case_and_unknown_ones_are_listed():
     assert lape.describe(lape.apply_(make(), "lape", "LEARNABLE")).join == "LaPE"
     with pytest.raises(
-        lape.LapeError, match=r"unknown join 'LaP': known are basic, share, unshare, LaPE-sharing, LaPE, PVG, MPVG"
+        lape.LapeError,
+        match=r"unknown join 'LaP': known are basic, share, unshare, beside, LaPE-sharing, LaPE, PVG, MPVG",
     ):
         lape.apply_(make(), "LaP")
     with pytest.raises(lape.LapeError, match=r"unknown pe '3D_sin': known are .*1D_sin"):
@@ -109,8 +110,8 @@ def test_meaningless_combinations_are_refused_by_name_and_change_nothing(join, p
     assert_same_structure(model, original)
 
 
-def test_eighteen_combinations_have_a_meaning():
-    assert len(MEANINGFUL) == 5 + 4 + 4 + 2 + 2 + 1
+def test_twenty_one_combinations_have_a_meaning():
+    assert len(MEANINGFUL) == 6 + 5 + 5 + 2 + 2 + 1
 
 
 REFUSED = {

@@ -11,19 +11,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from lape.errors import LapeError
 from lape.recipe import Recipe
-from lape.study.compare import DEMO_FILES, Study, claim, demo_stages, late
+from lape.study.compare import DEMO_FILES, DEMO_ROWS, Study, claim, demo_stages, late
 from lape.study.compare import demo as run_demo
-from lape.study.numbers import Run, by_budget, mean_std, summarise
+from lape.study.numbers import Run, Variant, differences, holm, mean_std, pairs_of, summarise
 from lape.study.options import DemoOptions
-from lape.study.report import markdown_table, rows_of_budgets, sentences_on_budgets
-from lape.study.workers import Agenda, Stage
+from lape.study.report import markdown_table, rows_of_differences, rows_of_variants, sentences
+from lape.study.workers import Agenda, Stage, run_all
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +44,23 @@ def test_all_files_are_written(demo: Study) -> None:
 @pytest.mark.slow
 def test_results_agree_with_the_runs(demo: Study) -> None:
     results = json.loads((demo.folder / "results.json").read_text())
-    assert [budget["epochs"] for budget in results["budgets"]] == [1, 2]
-    assert {(run["join"], run["epochs"], run["seed"]) for run in results["runs"]} == {
-        (join, epochs, 0) for join in ("basic", "LaPE") for epochs in (1, 2)
+    assert {(run["join"], run["pe_std"], run["epochs"], run["seed"]) for run in results["runs"]} == {
+        (join, std, epochs, 0) for join, std in DEMO_ROWS for epochs in (1, 2)
     }
-    for budget in results["budgets"]:
-        final = {}
-        for join in ("basic", "LaPE"):
-            chosen = [run for run in results["runs"] if (run["join"], run["epochs"]) == (join, budget["epochs"])]
-            final[join] = statistics.fmean(run["accuracy"] for run in chosen)
-            assert budget["accuracy"][join] == {"mean": final[join], "std": None, "n": 1}
-            for run in chosen:
-                assert len(run["history"]) == budget["epochs"]
-                assert run["accuracy"] == run["history"][-1]["test_acc1"]
-                assert run["best"] == max(entry["test_acc1"] for entry in run["history"])
-        assert budget["gap"]["mean"] == pytest.approx(final["LaPE"] - final["basic"])
+    final = {}
+    for entry in results["variants"]:
+        key = (entry["label"], entry["epochs"])
+        chosen = [r for r in results["runs"] if (Run(**r).variant.label, r["epochs"]) == key]
+        final[key] = statistics.fmean(run["accuracy"] for run in chosen)
+        assert entry["final"] == {"mean": final[key], "std": None, "n": 1}
+        for run in chosen:
+            assert len(run["history"]) == run["epochs"]
+            assert run["accuracy"] == run["history"][-1]["test_acc1"]
+            assert run["best"] == max(epoch["test_acc1"] for epoch in run["history"])
+    assert len(results["differences"]) == 2 * 6
+    for gap in results["differences"]:
+        expected = final[gap["of"], gap["epochs"]] - final[gap["against"], gap["epochs"]]
+        assert gap["mean"] == pytest.approx(expected)
     assert results["versions"]["torch"] == torch.__version__
     assert results["seconds"] > 0
     assert results["recipe"]["epochs"] == 1
@@ -69,9 +70,8 @@ def test_results_agree_with_the_runs(demo: Study) -> None:
 @pytest.mark.slow
 def test_the_report_says_what_the_results_say(demo: Study) -> None:
     report = (demo.folder / "report.md").read_text()
-    for budget in demo.results["budgets"]:
-        for join in ("basic", "LaPE"):
-            assert f" {budget['accuracy'][join]['mean']:.1f} |" in report
+    for entry in demo.results["variants"]:
+        assert f" {entry['final']['mean']:.1f} |" in report
     for sentence in demo.results["sentences"]:
         assert sentence in report
     for name in set(DEMO_FILES) - {"report.md"}:
@@ -100,26 +100,23 @@ THREADS = torch.get_num_threads()
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def runs(epochs: int, basic: list[float], lape: list[float]) -> list[Run]:
-    def made(join: str, seed: int, accuracy: float) -> Run:
-        return Run("vit", "learnable", join, epochs, seed, accuracy, accuracy + 1, 0.5, 1.0, [], "digits")
+def runs(epochs: int, basic: list[float], lape: list[float], join: str = "LaPE", std: float | None = None) -> list[Run]:
+    def made(join: str, seed: int, accuracy: float, std: float | None = None) -> Run:
+        return Run("vit", "learnable", join, epochs, seed, accuracy, accuracy + 1, 0.5, 1.0, [], "digits", pe_std=std)
 
-    return [made("basic", s, a) for s, a in enumerate(basic)] + [made("LaPE", s, a) for s, a in enumerate(lape)]
-
-
-def budgets_of(trained: list[Run]) -> list[dict[str, Any]]:
-    return by_budget(summarise(trained, "basic"), "basic", "LaPE")
+    return [made("basic", s, a) for s, a in enumerate(basic)] + [made(join, s, a, std) for s, a in enumerate(lape)]
 
 
 def words_on(trained: list[Run]) -> list[str]:
-    return sentences_on_budgets(budgets_of(trained), "basic", "LaPE")
+    return sentences(differences(trained, "basic"))
 
 
 def test_mean_and_sample_deviation_are_paired_by_seed() -> None:
-    budget = budgets_of(runs(30, [60.0, 70.0, 80.0], [90.0, 91.0, 95.0]))[0]
-    assert budget["accuracy"]["basic"] == {"mean": 70.0, "std": 10.0, "n": 3}
-    assert budget["gap"]["each"] == [30.0, 21.0, 15.0]
-    assert budget["gap"]["std"] == pytest.approx(statistics.stdev([30, 21, 15]))
+    trained = runs(30, [60.0, 70.0, 80.0], [90.0, 91.0, 95.0])
+    assert summarise(trained, "basic")[0]["final"] == {"mean": 70.0, "std": 10.0, "n": 3}
+    gap = differences(trained, "basic")[0]
+    assert gap["each"] == [30.0, 21.0, 15.0]
+    assert gap["std"] == pytest.approx(statistics.stdev([30, 21, 15]))
     assert mean_std([1.0])["std"] is None
 
 
@@ -128,7 +125,7 @@ def test_mean_and_sample_deviation_are_paired_by_seed() -> None:
     [
         ([60, 62, 64], [90, 91, 95], ["LaPE is ahead of basic by 30.0 points", "3 of 3"]),
         ([90, 91, 95], [60, 62, 64], ["LaPE is behind basic by 30.0 points", "0 of 3"]),
-        ([80, 70, 60], [70, 72, 71], ["ahead of basic by 1.0", "no more than the seeds differ"]),
+        ([80, 70, 60], [70, 72, 71], ["ahead of basic by 1.0", "This may be chance"]),
         ([80, 70], [80, 70], ["level"]),
         ([80], [90], ["in one seed", "not measured"]),
     ],
@@ -148,36 +145,69 @@ def test_the_change_with_the_budget_is_over_common_seeds(
 ) -> None:
     both = runs(30, [60, 0], [90, 0]) + runs(90, long_basic, long_lape)
     said = words_on(both)
-    assert f"From 30 to 90 epochs the difference {word}: +30.0 against" in said[-1]
+    assert f"From 30 to 90 epochs the difference of LaPE to basic {word}: +30.0 against" in said[-1]
     assert "seed 0 in both" in said[-1]
 
 
-def test_table() -> None:
-    table = rows_of_budgets(budgets_of(runs(30, [60.0, 70.0], [90.0, 91.0])), "basic", "LaPE")
-    assert table[1] == ["30", "2", "65.0 ± 7.1", "90.5 ± 0.7", "+25.5 ± 6.4"]
-    assert markdown_table(table).splitlines()[1] == "|---|---|---|---|---|"
+def test_each_difference_names_what_it_can_be_due_to() -> None:
+    rows = [Variant("vit", "learnable", join, None, std) for join, std in DEMO_ROWS]
+    due = {(row.label, against.label): cause for row, against, cause in pairs_of(rows, "basic")}
+    unit = "basic, P at std 1"
+    assert due == {
+        (unit, "basic"): "the scale of P at the start",
+        ("LaPE-sharing", "basic"): "the join and the scale of P",
+        ("LaPE-sharing", unit): "the join: P has unit scale in both at the start",
+        ("LaPE", "basic"): "the join and the scale of P",
+        ("LaPE", unit): "the join: P has unit scale in both at the start",
+        ("LaPE", "LaPE-sharing"): "the chain",
+    }
+    paired = [
+        Variant("vit", "learnable", join, norm, std)
+        for std in (0.02, 1)
+        for join, norm in (("basic", None), ("LaPE", "none"))
+    ]
+    due = {(row.label, against.label): cause for row, against, cause in pairs_of(paired, "basic")}
+    assert due["LaPE (none), P at std 1", "basic, P at std 1"] == "the join"
+    assert ("LaPE (none), P at std 1", "basic, P at std 0.02") not in due
+
+
+def test_holm_is_its_step_down_rule() -> None:
+    assert holm([0.01, 0.04, 0.03, None]) == pytest.approx([0.03, 0.06, 0.06, None])
+    assert holm([0.9, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_tables() -> None:
+    trained = runs(30, [60.0, 70.0], [90.0, 91.0])
+    results = {"variants": summarise(trained, "basic"), "differences": differences(trained, "basic")}
+    assert rows_of_variants(results)[1] == ["vit", "learnable", "basic", "30", "2", "65.0 ± 7.1", "66.0 ± 7.1"]
+    table = rows_of_differences(results)
+    assert table[0] == ["join", "against", "due to", "seeds", "points", "95 % interval", "p"]
+    assert table[1][:5] == ["LaPE", "basic", "the join and the scale of P", "2", "+25.5 ± 6.4"]
+    low, high = (25.5 + sign * 12.706 * statistics.stdev([30, 21]) / 2**0.5 for sign in (-1, 1))
+    assert table[1][5] == f"{low:+.1f} to {high:+.1f}"
+    assert markdown_table(table).splitlines()[1] == "|" + "---|" * 7
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
 
 
-def test_two_seeds_and_one_long_run_are_needed_and_come_first() -> None:
+def test_one_seed_is_needed_and_the_longer_budget_comes_before_the_third() -> None:
     planned = demo_stages(Recipe.from_yaml("digits", epochs=30), 4, 90, 2)
     assert [(s.recipes[0].epochs, s.recipes[0].seed, s.needed) for s in planned] == [
         (30, 0, True),
-        (90, 0, True),
-        (30, 1, True),
+        (30, 1, False),
+        (90, 0, False),
         (30, 2, False),
         (30, 3, False),
         (90, 1, False),
     ]
     for stage in planned:
-        basic, lape = stage.recipes
-        assert (basic.join_type, lape.join_type) == ("basic", "LaPE")
-        assert basic.replace(join_type="LaPE") == lape
+        assert [(recipe.join_type, recipe.pe_std) for recipe in stage.recipes] == list(DEMO_ROWS)
+        assert len({recipe.replace(join_type="basic", pe_std=None).model_dump_json() for recipe in stage.recipes}) == 1
 
 
-@pytest.mark.parametrize(("limit", "taken"), [(None, 6), (0.0, 3), (31.0, 5), (10**6, 6)])
+@pytest.mark.parametrize(("limit", "taken"), [(None, 6), (0.0, 1), (61.0, 4), (10**6, 6)])
 def test_a_slow_machine_leaves_seeds_out(limit: float | None, taken: int) -> None:
     agenda = Agenda(demo_stages(Recipe.from_yaml("digits", epochs=30), 4, 90, 2), workers=2, time_limit=limit)
     count = 0
@@ -185,10 +215,10 @@ def test_a_slow_machine_leaves_seeds_out(limit: float | None, taken: int) -> Non
         count += 1
         for recipe in recipes:  # one second an epoch; no time passes in this test
             run = runs(recipe.epochs, [50.0], [])[0]
-            agenda.finished(replace(run, seconds=float(recipe.epochs)))
+            named = {"model": recipe.model, "join": recipe.join_type, "pe_std": recipe.pe_std, "seed": recipe.seed}
+            agenda.finished(replace(run, **named, seconds=float(recipe.epochs)))
     assert count == taken
     assert len(agenda.left_out) == 6 - taken
-    assert agenda.epochs == sum(2 * e for e in (30, 90, 30, 30, 30, 90)[:taken])
     assert bool(late(agenda)) == (taken < 6)
 
 
@@ -201,6 +231,23 @@ def test_a_stage_lasts_as_many_rounds_as_its_workers_need(workers: int, rounds: 
     agenda.take()
     agenda.finished(replace(runs(10, [50.0], [])[0], seconds=10.0))
     assert bool(agenda.take()) == (spare > 0)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_time_limit_stops_what_runs(workers: int) -> None:
+    """Also what is needed: what ended before is kept, and the rest is left out, in words."""
+    stages = [Stage((Recipe(seed=0, epochs=1), Recipe(seed=1, epochs=10**6)))]
+    agenda = Agenda(stages, workers, time_limit=2.0 if workers == 1 else 20.0)
+    assert [run.seed for run in run_all(agenda, endless, str)] == [0]
+    assert agenda.left_out == stages
+    assert "seed 0 of 1 epochs" in late(agenda)[0]
+
+
+def endless(recipe: Recipe, tick: Callable[[], None]) -> Run:
+    for _ in range(recipe.epochs):
+        time.sleep(0.01)
+        tick()
+    return Run(recipe.model, recipe.pe, recipe.join_type, recipe.epochs, recipe.seed, 1.0, 1.0, 0.5, 1.0, [], "digits")
 
 
 # --- wrong use --------------------------------------------------------------------------------------------------------

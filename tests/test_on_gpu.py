@@ -62,9 +62,6 @@ def test_every_part_writes_its_numbers(tmp_path):
         assert row["device"]["images_per_second"] > 0
 
     assert {row["arm"] for row in parts["training"]} == ARMS
-    stds = {row["arm"]: row["table_std_at_start"] for row in parts["training"]}
-    assert stds["basic"] == stds["LaPE"]
-    assert 0.8 < stds["basic, table at std 1"] < 1  # cut at two deviations
     for row in parts["training"]:
         assert row["status"] == "done", row
         assert row["epochs_done"] == 1

@@ -91,7 +91,8 @@ OURS = {
     *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode"),
-    *("scale", "mixup_off_epoch", "schedule_epochs"),
+    *("scale", "mixup_off_epoch", "schedule_epochs", "pe_std", "pe_norm", "pe_lr_scale", "as_original"),
+    "attention",
 }
 
 

@@ -144,7 +144,7 @@ def test_mixup_goes_off_at_its_epoch(off, monkeypatch):
 
 @pytest.mark.parametrize("join", ["basic", "LaPE", "unshare"])
 def test_position_prefix_and_norms_have_no_weight_decay(join):
-    recipe = tiny(join_type=join)
+    recipe = tiny(join_type=join, as_original=())
     model = build_model(recipe, 10)
     state = initial_state(recipe, model, ALONE)
     decayed = {id(p) for g in state.optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
@@ -438,7 +438,7 @@ def test_finetuning_resamples_the_table_and_starts_another_head_anew(tmp_path):
     train(recipe, say=quiet)
     old = read(tmp_path / CHECKPOINT)["model"]
     said: list[str] = []
-    larger = tiny(finetune=str(tmp_path / CHECKPOINT), input_size=24)
+    larger = tiny(finetune=str(tmp_path / CHECKPOINT), input_size=24, as_original=())
     model = build_model(larger, 3, said.append)
     state = lape.to_reference_state_dict(model)
     expected = resample(old["pos_embed"], lape.Layout((4, 4), 1), (6, 6))

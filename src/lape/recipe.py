@@ -4,7 +4,7 @@ Field names are the flags of DeiT's `main.py` in snake_case with the defaults of
 (`lape.cli`) is generated from the fields, and a YAML recipe is nothing but these keys. Departures from the
 original's defaults are four, each because the original's would fail on a fresh machine: `data_path` (empty: the
 packaged digits), `device` (auto), `num_workers` (DeiT's 10, the fork has 16) and `amp` (fp16 on CUDA as in the
-original, off on a CPU).
+original, off on a CPU). docs/original.md lists these and every other difference.
 
 Neither torch nor timm is imported here, so that `lape --help` answers at once.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lape.errors import LapeError, needs
-from lape.names import JOIN_NAMES, PE_NAMES, match_name
+from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, match_name
 from lape.options import Options
 
 with needs("train"):
@@ -26,6 +26,7 @@ with needs("train"):
 DataSet = Literal["CIFAR", "IMNET", "INAT", "INAT19"]
 InatCategory = Literal["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
 Schedule = Literal["cosine", "tanh", "step", "plateau", "poly", "constant", "none"]
+Habit = Literal["init", "resize", "drop", "schedule", "decay", "heads", "none"]
 Interpolation = Literal["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:\d+)?")
@@ -64,6 +65,8 @@ class Recipe(Options):
     model: str = _model("deit_base_patch16_224", "timm name of the Vision Transformer", min_length=1)
     join_type: str = _model("basic", f"how the position embedding is joined: {', '.join(JOIN_NAMES)}")
     pe: str = _model("learnable", f"kind of position embedding: {', '.join(PE_NAMES)}")
+    pe_std: float | None = _model(None, "deviation that a new position table starts with (default: the model's)", gt=0)
+    pe_norm: str | None = _model(None, f"what replaces position's LayerNorm: {', '.join(PE_NORM_NAMES)}")
     input_size: int = _model(224, "side of the square input image, pixels", gt=0)
     in_chans: int = _model(3, "channels of the input image", gt=0)
     drop: float = _model(0.0, "dropout rate", ge=0, lt=1)
@@ -74,6 +77,9 @@ class Recipe(Options):
     model_ema_force_cpu: bool = _model(False, "keep the moving average in host memory")
     model_ema_warmup: bool = _model(False, "short runs: the average starts as a plain mean and slows to its decay")
     grad_checkpointing: bool = _model(False, "less memory: compute activations twice instead of keeping them")
+    attention: Literal["auto", "fused", "plain"] = _model(
+        "auto", "how attention is computed; auto: plain for bf16 on a CPU, where that is faster, else torch's fused one"
+    )
     compile: bool = _model(False, "compile the training step with torch.compile")
 
     # Data
@@ -108,6 +114,10 @@ class Recipe(Options):
         False, "with --finetune: begin as the pretrained model; LaPE's position enters through gates that start at zero"
     )
     attn_only: bool = _training(False, "train only attention, position embedding and head")
+    as_original: tuple[Habit, ...] = _training(
+        ("init", "resize", "drop", "schedule", "decay", "heads"),
+        "what follows the LaPE authors' code where timm does otherwise (docs/original.md); none: nothing",
+    )
 
     # Optimizer
     opt: str = _optimizer("adamw", "timm name of the optimizer", min_length=1)
@@ -117,6 +127,7 @@ class Recipe(Options):
     weight_decay: float = _optimizer(0.05, "weight decay", ge=0)
     clip_grad: float | None = _optimizer(None, "clip the gradient to this norm", gt=0)
     lr: float = _optimizer(5e-4, "learning rate for 512 images a step; scaled by the total batch", ge=0)
+    pe_lr_scale: float = _optimizer(1.0, "learning rate of the position table, as a multiple of the others'", ge=0)
     unscale_lr: bool = _optimizer(False, "take --lr as it is, do not scale it by the total batch")
 
     # Schedule
@@ -197,6 +208,11 @@ class Recipe(Options):
     def _pe(cls, value: str) -> str:
         return match_name("pe", value, PE_NAMES)
 
+    @field_validator("pe_norm")
+    @classmethod
+    def _pe_norm(cls, value: str | None) -> str | None:
+        return None if value is None else match_name("pe_norm", value, PE_NORM_NAMES)
+
     @field_validator("data_path", "output_dir", "resume", "finetune", "teacher_path")
     @classmethod
     def _home(cls, value: str) -> str:
@@ -211,6 +227,11 @@ class Recipe(Options):
     @classmethod
     def _aa(cls, value: Any) -> Any:
         return "" if value is None or value == "none" else value
+
+    @field_validator("as_original")
+    @classmethod
+    def _habits(cls, value: tuple[Habit, ...]) -> tuple[Habit, ...]:
+        return tuple(habit for habit in value if habit != "none")
 
     @field_validator("device")
     @classmethod

@@ -28,13 +28,13 @@ STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", 
 EVALUATION = (
     *STORED,
     *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),
-    *("ema", "dist_eval", "device", "amp", "threads"),
+    *("ema", "dist_eval", "device", "amp", "attention", "threads"),
 )
 
 # What the matrix of `lape compare` sets itself, and what means nothing for it.
 NOT_COMPARED = (
-    *("model", "pe", "join_type", "warm_start", "seed", "output_dir", "resume", "start_epoch", "eval", "dist_eval"),
-    *("threads", "num_workers", "pin_mem", "log_every"),
+    *("model", "pe", "join_type", "pe_std", "pe_norm", "warm_start", "seed", "output_dir", "resume", "start_epoch"),
+    *("eval", "dist_eval", "threads", "num_workers", "pin_mem", "log_every"),
 )
 
 
@@ -170,8 +170,10 @@ def visualize(
     if image and html is None:
         raise LapeError("--image shows photographs in the explorer: give --html FILE as well")
     sides = options.sides  # refused here, before a file is read
-    if save_dir is None and (options.token is not None or options.view is not None):
-        raise LapeError("--token and --view choose what pictures show: give --save-dir DIR as well")
+    for name in ("token", "view", "layers", "range", "title", "width", "dpi"):
+        if save_dir is None and getattr(options, name) != getattr(DrawOptions(), name):
+            flag = "--no-title" if name == "title" else f"--{name}"
+            raise LapeError(f"{flag} is of pictures: give --save-dir DIR as well")
     if len(checkpoints) > 1 and options.model_name is not None and save_dir is not None:
         raise LapeError("--model-name names the folder of one checkpoint, several were given: leave it out")
     if save_dir is not None:
@@ -194,6 +196,7 @@ def visualize(
 
 def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> None:
     """The pictures of `lape visualize`."""
+    from lape.convert.positions import describe
     from lape.files.read import read_checkpoint
     from lape.files.restore import restore_to_draw
     from lape.look import figures
@@ -212,8 +215,11 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
         return
     chosen: dict[str, Any] = {"size": options.sides, "ema": options.ema, "join": options.join_type, "pe": options.pe}
     models = {c: restore_to_draw(read_checkpoint(c), options.model_name, **chosen)[0] for c in checkpoints}
+    joins = [describe(model).join for model in models.values()]
+    if len(set(joins)) == len(models):  # shorter than their paths
+        models = dict(zip(joins, models.values(), strict=True))
     if max(map(len, figures.sorts(models))) > 1:
-        files = figures.draw_together(models, save_dir, view=options.view or "seen")
+        files = figures.draw_together(models, save_dir, view=options.view or "seen", options=options)
         print(f"{len(files)} files of all models in {save_dir}")
     else:
         print("no figure of all models: one has positions, another a bias on attention logits")

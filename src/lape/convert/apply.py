@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lape.convert.converted import conversion_of
-from lape.convert.plan import check_fresh, plan
+from lape.convert.plan import check_fresh, check_std, plan
 from lape.convert.positions import Size, grid_for
 from lape.convert.tended import Saved, Tended, tended
 from lape.convert.ways import Wish, check_put_back, put_back, way_for
@@ -25,13 +25,21 @@ from lape.errors import LapeError, UnsupportedModelError, needs
 from lape.host import class_name, find_host, host_of_library
 
 
-def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_start: bool = False) -> nn.Module:
+def apply_(
+    model: nn.Module,
+    join: str = "LaPE",
+    pe: str | None = None,
+    *,
+    warm_start: bool = False,
+    std: float | None = None,
+    pe_norm: str | None = None,
+) -> nn.Module:
     """Joins position and tokens the given way, in place, and returns the model.
 
     Args:
         model: a supported Vision Transformer, or a module that holds exactly one (see `lape.hosts()`).
-        join: "basic", "share", "unshare", "LaPE-sharing", "LaPE", or, for models that pool their patches, "PVG" or
-            "MPVG"; in any case.
+        join: "basic", "share", "unshare", "beside", "LaPE-sharing", "LaPE", or, for models that pool their patches,
+            "PVG" or "MPVG"; in any case.
         pe: None keeps the model's own position table and its values, or, where there is none, its relative bias; the
             name of a kind ("learnable", "1D_sin", "2D_sin", "1D_RPE", "2D_RPE", "PEG", "none") builds a new one in its
             place. "2D_RPE" is the model's own relative bias, values and all, where each block has one. "own", with
@@ -40,6 +48,10 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
         warm_start: for a pretrained model and a join with LN'_l: the model's function is the host's at first. Its input
             addition stays, and attention sees LN_l(x) + g_l P_(l+1) with a learned gate g_l = 0 a layer, so that
             fine-tuning decides how much each layer takes. Folding turns the gates into constants too.
+        std: standard deviation that a new table starts with: the same random numbers on another scale. None: timm's
+            0.02 or the host's own. LN' makes any scale 1 at the start; the other joins do not: it is their control.
+        pe_norm: what stands in the place of LN'_l (Table 8): "none" (P itself), "scalar" (g P), "scale" (g * P),
+            "affine" (g * P + b), "norm" (Norm(P)), "scalar-norm", "scale-norm", or "layernorm", which is LN'.
 
     Raises:
         UnsupportedModelError: the model is not supported; the message says why and how to register it.
@@ -50,13 +62,14 @@ def apply_(model: nn.Module, join: str = "LaPE", pe: str | None = None, *, warm_
     named = None if pe is None else kind_named(pe)
     check_fresh(model)
     if named is not None and named.untouched:
-        check_combination(chosen_join, named)
+        check_combination(chosen_join, named, pe_norm)
         if warm_start:
             raise LapeError(f"warm_start=True with pe={pe!r}: there is no join to open; leave warm_start out")
+        check_std(std, named)
         return _leave(model)
     host, root = find_host(model)
     anatomy = host.examine(root)
-    way = plan(host, anatomy, chosen_join, named, warm_start=warm_start)
+    way = plan(host, anatomy, chosen_join, named, warm_start=warm_start, pe_norm=pe_norm, std=std)
     link = Link(root, host.name, anatomy, listed=way.listed)
     way.enter(link)
     join_module(root, Tended, link, *tended(root))
@@ -136,13 +149,20 @@ def fold_(model: nn.Module, size: Size | None = None) -> nn.Module:
 
 
 def create_model(
-    name: str, join: str = "LaPE", pe: str | None = None, *, warm_start: bool = False, **timm_kwargs: Any
+    name: str,
+    join: str = "LaPE",
+    pe: str | None = None,
+    *,
+    warm_start: bool = False,
+    std: float | None = None,
+    pe_norm: str | None = None,
+    **timm_kwargs: Any,
 ) -> nn.Module:
     """A timm model by name, converted. Remembers name and arguments for `lape.save`.
 
     Args:
         name: a timm model, for instance "deit_tiny_patch16_224".
-        join, pe, warm_start: as for `apply_`.
+        join, pe, warm_start, std, pe_norm: as for `apply_`.
         timm_kwargs: handed to `timm.create_model` (img_size, num_classes, pretrained, drop_path_rate, depth, ...).
 
     Raises:
@@ -152,13 +172,14 @@ def create_model(
     join_named(join)
     if pe is not None:
         kind_named(pe)
-    return build("timm", name, timm_kwargs, join, pe, warm_start=warm_start)
+    return build("timm", name, timm_kwargs, join, pe, warm_start=warm_start, std=std, pe_norm=pe_norm)
 
 
-def build(
-    library: str, name: str, kwargs: dict[str, Any], join: str, pe: str | None, *, warm_start: bool = False
-) -> nn.Module:
-    """A model of a library by name and arguments, converted; it remembers them for `lape.save`."""
+def build(library: str, name: str, kwargs: dict[str, Any], join: str, pe: str | None, **chosen: Any) -> nn.Module:
+    """A model of a library by name and arguments, converted; it remembers them for `lape.save`.
+
+    `chosen` are the other arguments of `apply_`.
+    """
     host = host_of_library(library)
     assert host.build is not None
     try:
@@ -168,7 +189,7 @@ def build(
         if pe is None or not kind_named(pe).untouched:
             raise
         raise LapeError(f"model {name!r} with {kwargs}: {error.__cause__}") from error
-    model = apply_(made, join, pe, warm_start=warm_start)
+    model = apply_(made, join, pe, **chosen)
     plain = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path")}
     conversion_of(model).factory.update(library=library, name=name, kwargs=plain)
     return model

@@ -15,6 +15,9 @@ from lape.core.position import Layout
 from lape.errors import LapeError
 from lape.host import check_module
 
+CHOSEN = {"warm_start": "warm_start", "std": "pe_std", "pe_norm": "pe_norm"}
+"""What can be chosen beside join and kind: arguments of `lape.apply_`, and their names in files and recipes."""
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -53,6 +56,11 @@ class Conversion:
         return self.way.warm_start
 
     @property
+    def chosen(self) -> dict[str, Any]:
+        """What was chosen beside join and kind: arguments of `lape.apply_`."""
+        return {name: getattr(self.way, name) for name in CHOSEN}
+
+    @property
     def folded(self) -> bool:
         return self.way.folded
 
@@ -63,8 +71,8 @@ class Conversion:
 
     def record(self) -> dict[str, Any]:
         """What files say of it, as plain values."""
-        said = {"join": self.join, "pe": self.pe, "warm_start": self.warm_start, "folded": self.folded}
-        return {**said, "grid": list(self.layout.grid)}
+        said = {"join": self.join, "pe": self.pe, **{CHOSEN[name]: value for name, value in self.chosen.items()}}
+        return {**said, "folded": self.folded, "grid": list(self.layout.grid)}
 
     def places(self) -> list[int | None]:
         """For each block that the model has now: its place in what `root.lape` computes, None when it is not joined."""

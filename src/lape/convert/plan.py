@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -9,15 +11,26 @@ from lape.convert.converted import conversions
 from lape.convert.ways import Way, Wish, scopes_of, spanned, way_for
 from lape.core.anatomy import Anatomy
 from lape.core.joins import Join, check_combination
+from lape.core.pe_norms import pe_norm_for
 from lape.core.position import KINDS, Kind
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host import Host, class_name
 
 
-def plan(host: Host, anatomy: Anatomy, join: Join, named: Kind | None, *, warm_start: bool) -> Way:
+def plan(
+    host: Host,
+    anatomy: Anatomy,
+    join: Join,
+    named: Kind | None,
+    *,
+    warm_start: bool = False,
+    pe_norm: str | None = None,
+    std: float | None = None,
+) -> Way:
     """The way of joining, with all that it adds. Raises LapeError for what has no meaning in this model."""
     kind = named or host_kind(anatomy)
-    check_combination(join, kind)
+    check_combination(join, kind, pe_norm)
+    check_std(std, named)
     if warm_start and (kind.is_bias or not (join.normalised and named is None)):
         raise LapeError(
             f"warm_start=True with join={join.name!r} and pe={named and named.name!r}: it keeps the model's own table "
@@ -30,9 +43,21 @@ def plan(host: Host, anatomy: Anatomy, join: Join, named: Kind | None, *, warm_s
             f"attention of {host.name} takes no mask per head: pe={kind.name!r} cannot be added"
         )
     with torch.inference_mode(False):
-        way = way_for(Wish(anatomy, join, kind, new=named is not None, warm_start=warm_start))
+        new, norm = named is not None, pe_norm_for(pe_norm, join.name, join.pe_norm)
+        way = way_for(Wish(anatomy, join, kind, new=new, warm_start=warm_start, pe_norm=norm, std=std))
     check_forwards(anatomy, way)
     return way
+
+
+def check_std(std: float | None, named: Kind | None) -> None:
+    """Raises LapeError for a standard deviation that is none, or that no new table would start with."""
+    if std is None:
+        return
+    if isinstance(std, bool) or not isinstance(std, int | float) or not 0 < std < math.inf:
+        raise LapeError(f"std={std!r} is no standard deviation of a table: give a positive number, such as 0.02 or 1")
+    if named is None or not named.is_table:
+        kept = "the model's own position stays" if named is None else f"pe={named.name!r} has no table"
+        raise LapeError(f"std={std!r} is what a new table starts with, and {kept}: name one, as pe='learnable'")
 
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")

@@ -44,6 +44,8 @@ class Description:
     position_parameters: int  # tables, biases and PE norms
     warm_start: bool
     folded: bool
+    pe_norm: str | None = None  # what stands in the place of LN'_l, where the join has such a place
+    std: float | None = None  # what a new table was started with, where that was chosen
     beside: str | None = None  # position inside the host's attention, which was left alone
 
     def __str__(self) -> str:
@@ -52,7 +54,7 @@ class Description:
         bare = self.prefix_tokens - self.positioned_prefix_tokens
         return (
             f"{self.host}: join={self.join} pe={self.pe}{' (folded)' if self.folded else ''}"
-            f"{' (warm start, gated)' if self.warm_start else ''}, "
+            f"{' (warm start, gated)' if self.warm_start else ''}{self._start}, "
             f"{self.joined}/{self.blocks} {self.site}{' and the last norm' if self.last_norm else ''} joined, "
             f"input addition {'on' if self.input_addition else 'off'}, "
             f"grid {self.grid[0]} x {self.grid[1]}, {self.prefix_tokens} prefix tokens"
@@ -60,6 +62,11 @@ class Description:
             f"{f'{self.beside} kept, ' if self.beside else ''}"
             f"{self.parameters:,} parameters ({self.position_parameters:,} for position)"
         )
+
+    @property
+    def _start(self) -> str:
+        norm = "" if self.pe_norm in (None, JOINS[self.join].pe_norm) else f", pe_norm={self.pe_norm}"
+        return norm + ("" if self.std is None else f", table started at std {self.std:g}")
 
 
 def describe(model: nn.Module) -> Description:
@@ -82,7 +89,7 @@ def describe(model: nn.Module) -> Description:
         positioned_prefix_tokens=conversion.layout.prefix_rows,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         position_parameters=sum(sizes.get(name, 0) for name in position_names(conversion.link)),
-        warm_start=conversion.warm_start,
+        **conversion.chosen,
         folded=conversion.folded,
         beside=None if way.joins_host_bias else anatomy.beside,
     )
@@ -168,6 +175,13 @@ def table_of(conversion: Conversion, grid: Grid | None = None) -> Tensor:
     table = conversion.link.table(conversion.root)
     table = conversion.root.get_parameter("lape.table_0") if table is None else table
     return table if grid is None else resample(table, conversion.layout, grid)
+
+
+def tables_of(conversion: Conversion) -> list[nn.Parameter]:
+    """The position tables that learn: one, or one a block (`unshare`)."""
+    slot = conversion.anatomy.table_slot if conversion.way.uses_table else None
+    named = conversion.root.named_parameters()
+    return [p for name, p in named if p.requires_grad and (name == slot or name.startswith("lape.table_"))]
 
 
 def _added(conversion: Conversion, grid: Grid | None) -> list[Tensor]:

@@ -26,6 +26,7 @@ from lape.core.grids import GridWatch, Shuffled
 from lape.core.joined import Joined, join_module
 from lape.core.joins import Join
 from lape.core.norm import Entered, PositionalNorm, beside, chain, makes_new
+from lape.core.pe_norms import PE_NORMS
 from lape.core.position import Kind, Layout, resample, resized, rows_of
 from lape.core.sites import PositionalAttention, PositionalBlock, PositionalStem
 from lape.errors import LapeError
@@ -40,6 +41,8 @@ class Wish:
     kind: Kind
     new: bool = False  # whether the kind was named, so that the host's own position gives way
     warm_start: bool = False
+    pe_norm: str | None = None  # what stands in the place of LN'_l, where the join has such a place
+    std: float | None = None  # of a new table; None: the kind's or the host's own
 
     @property
     def like(self) -> Tensor:
@@ -55,10 +58,8 @@ class Wish:
 
     def new_table(self, layer: int) -> nn.Parameter:
         """A table of the kind for a block, (1, R, D)."""
-        assert self.kind.build is not None
-        layout, width = self.anatomy.at(layer)
-        std = {} if self.kind.frozen or self.anatomy.table_std is None else {"std": self.anatomy.table_std}
-        values = self.kind.build(layout, width, **std).to(device=self.like.device, dtype=self.like.dtype)
+        values = self.kind.table(*self.anatomy.at(layer), self.anatomy.table_std, self.std)
+        values = values.to(device=self.like.device, dtype=self.like.dtype)
         return nn.Parameter(values, requires_grad=not self.kind.frozen)
 
 
@@ -76,6 +77,7 @@ class Way(nn.Module):
         super().__init__()
         self.join, self.pe = wish.join.name, wish.kind.name
         self.new, self.warm_start, self.folded = wish.new, wish.warm_start, False
+        self.pe_norm, self.std = wish.pe_norm, wish.std
         self.factory: dict[str, Any] = {}  # name and arguments of the model, when made by create_model
         self.hides_table = True  # whether the host's own addition of a table is switched off
 
@@ -275,7 +277,7 @@ class AtBlocks(WithTable):
 
 
 class BesideNorms(WithTable):
-    """P with a LayerNorm of its own beside each block's (joins `LaPE-sharing`, `LaPE`, `PVG`, `MPVG`).
+    """P with a LayerNorm of its own beside each block's (`LaPE-sharing`, `LaPE`, `PVG`, `MPVG`), or without (`beside`).
 
     With `warm_start`, times a learned scalar g_l that starts at zero: the host's function at first.
     """
@@ -290,7 +292,7 @@ class BesideNorms(WithTable):
         self.norms = nn.ModuleDict()
         for key, path in zip([*map(str, self.layers), "last"], self.places(anatomy), strict=False):
             width = anatomy.at(self._layer(key))[1]
-            self.norms[key] = norm_like(anatomy.root.get_submodule(path), width, like)
+            self.norms[key] = norm_like(anatomy.root.get_submodule(path), width, like, str(wish.pe_norm))
             if wish.warm_start:
                 self.register_parameter(f"gate_{key}", nn.Parameter(like.new_zeros(1)))
 
@@ -318,8 +320,8 @@ class BesideNorms(WithTable):
 
     def bias(self, place: int) -> Tensor | None:
         key = list(self.norms)[place]
-        bias: Tensor = self.norms[key].get_parameter("bias")
-        return getattr(self, f"gate_{key}") * bias if self.warm_start else bias
+        bias: Tensor | None = getattr(self.norms[key], "bias", None)
+        return getattr(self, f"gate_{key}") * bias if self.warm_start and bias is not None else bias
 
     def fold(self, link: Link) -> Way:
         folded = Folded(self, link, link.compute(link.root, None), "folded_position")
@@ -436,7 +438,7 @@ class Folded(Way):
 
     def __init__(self, way: Way, link: Link, constants: Sequence[Tensor], name: str):
         nn.Module.__init__(self)
-        for attribute in ("join", "pe", "new", "warm_start", "factory", "hides_table"):
+        for attribute in ("join", "pe", "new", "warm_start", "pe_norm", "std", "factory", "hides_table"):
             setattr(self, attribute, getattr(way, attribute))
         for attribute in ("site", "uses_table", "joins_host_bias"):  # of its class
             setattr(self, attribute, getattr(way, attribute))
@@ -559,10 +561,10 @@ def raw_positions(anatomy: Anatomy, entered: Entered, p_1RD: Tensor) -> Iterator
         yield p_1RD
 
 
-def norm_like(token_norm: nn.Module, width: int, like: Tensor) -> nn.LayerNorm:
-    """LN'_l: a LayerNorm with the eps of the token norm and an affine of its own (2 D parameters).
+def norm_like(token_norm: nn.Module, width: int, like: Tensor, pe_norm: str) -> nn.Module:
+    """LN'_l: a LayerNorm with the eps of the token norm and an affine of its own (2 D parameters), or what replaces it.
 
     torch's RMSNorm may have no eps of its own (None: that of the dtype); LN' then has torch's default, 1e-5.
     """
     eps: Any = 1e-5 if token_norm.eps is None else token_norm.eps
-    return nn.LayerNorm(width, eps=eps, device=like.device, dtype=like.dtype)
+    return PE_NORMS[pe_norm].build(width, eps, like)

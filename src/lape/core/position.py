@@ -60,7 +60,7 @@ def same_grid(one: Grid, other: Grid) -> bool:
     return all(type(side) is int for side in (*one, *other)) and one == other
 
 
-def resample(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
+def resample(p_1RD: Tensor, layout: Layout, grid: Grid, *, antialias: bool = True) -> Tensor:
     """The table of `layout.grid` for another grid: bicubic with antialiasing in float32, prefix rows untouched.
 
     An equal grid returns the very same tensor. (Equal token counts do not: (8, 32) -> (16, 16) is resampled.)
@@ -69,7 +69,7 @@ def resample(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
         return p_1RD
     prefix_1PD, patches_1nD = p_1RD[:, : layout.prefix_rows], p_1RD[:, layout.prefix_rows :]
     image = patches_1nD.float().unflatten(1, layout.grid).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    image = F.interpolate(image, size=grid, mode="bicubic", antialias=antialias, align_corners=False)
     return torch.cat([prefix_1PD, image.flatten(2).transpose(1, 2).to(p_1RD.dtype)], dim=1)
 
 
@@ -104,6 +104,9 @@ def _check_width(kind: str, width: int, multiple: int) -> None:
         raise LapeError(f"pe={kind!r} needs a width divisible by {multiple}, not {width}: use pe='learnable'")
 
 
+SINUSOIDS = 0.5**0.5  # root mean square of sines and cosines in pairs
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of position embedding: a table added to tokens, a bias on logits, one made of the tokens, or nothing."""
@@ -119,6 +122,17 @@ class Kind:
     @property
     def is_table(self) -> bool:
         return self.build is not None
+
+    def table(self, layout: Layout, width: int, own_std: float | None, std: float | None) -> Tensor:
+        """(1, R, D) at the start: free values by `own_std` (None: 0.02), all scaled to the standard deviation `std`.
+
+        So another `std` is the same table on another scale. Of a frozen one, `std` is the root mean square of the
+        patches' rows.
+        """
+        assert self.build is not None
+        own_std = SINUSOIDS if self.frozen else 0.02 if own_std is None else own_std
+        table = self.build(layout, width) if self.frozen else self.build(layout, width, own_std)
+        return table if std is None else table * (std / own_std)
 
     @property
     def is_bias(self) -> bool:

@@ -91,9 +91,9 @@ def _twin(conversion: Conversion, factory: dict[str, Any]) -> nn.Module:
     arguments = (factory["library"], factory["name"], factory["kwargs"], conversion.join, pe)
     try:
         with torch.device("meta"):
-            twin = build(*arguments, warm_start=conversion.warm_start)
+            twin = build(*arguments, **conversion.chosen)
     except (RuntimeError, NotImplementedError):  # constructors that compute with values
-        twin = build(*arguments, warm_start=conversion.warm_start)
+        twin = build(*arguments, **conversion.chosen)
     return fold_(twin) if conversion.folded else twin
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lape.convert.converted import CHOSEN
 from lape.core.joins import join_named
 from lape.core.position import kind_named
 from lape.errors import CheckpointError, needs
@@ -185,7 +186,7 @@ def _read_folder(path: Path) -> Checkpoint:
     state = _unpickle_safely(path / WEIGHTS)
     kwargs = dict(config["model_kwargs"])
     args = {"model": config["model"], "join_type": config["join"], "pe": config["pe"], "model_kwargs": kwargs}
-    args["warm_start"] = bool(config.get("warm_start"))
+    args |= {name: config.get(name) for name in CHOSEN.values()}
     raw = {key: config.get(key) for key in ("library", "folded", "classes", "transform", "grid", "input_size")}
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
 
@@ -205,7 +206,7 @@ def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
     for shard in shards:
         state |= _unpickle_safely(path / Path(shard).name)
     args = {"model": config["architectures"][0], "join_type": record["join"], "pe": record["pe"]}
-    args |= {"warm_start": record["warm_start"], "model_kwargs": config}
+    args |= {"model_kwargs": config, **{name: record.get(name) for name in CHOSEN.values()}}
     raw = {"library": "transformers", "folded": record["folded"], "grid": record["grid"], "transform": _processor(path)}
     return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
 

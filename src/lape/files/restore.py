@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.convert.apply import build, fold_
-from lape.convert.converted import conversion_of
+from lape.convert.converted import CHOSEN, conversion_of
 from lape.convert.positions import Size, describe
 from lape.core.joins import join_named
 from lape.core.position import Grid, kind_named
@@ -56,14 +56,14 @@ def restore(
     state = checkpoint.model_ema if ema else checkpoint.model
     if state is None:
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
-    warm_start = bool(checkpoint.args.get("warm_start"))
+    chosen = {name: checkpoint.args.get(stored) for name, stored in CHOSEN.items()}
     result = build(
         checkpoint.package,
         _agreed(checkpoint, "model", model),
         _arguments(checkpoint, size, timm_kwargs),
         _agreed(checkpoint, "join", None if join is None else join_named(join).name),
-        None if warm_start else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
-        warm_start=warm_start,
+        None if chosen["warm_start"] else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
+        **{**chosen, "warm_start": bool(chosen["warm_start"])},
     )
     if checkpoint.raw.get("folded"):
         fold_(result)
@@ -110,14 +110,16 @@ def restore_to_draw(
         size: where neither the file nor its table says one.
     """
     args = checkpoint.args
+    dimensions = {} if "model_kwargs" in args else _dimensions(checkpoint.model)
+    width = dimensions.get("embed_dim")
     model = restore(
         checkpoint,
         size=None if checkpoint.kind == "folder" or size_of(checkpoint) else size,
         ema=ema,
-        model=args.get("model") or deit_named(model_name),
-        join=join,
-        pe=pe,
-        **({} if "model_kwargs" in args else _dimensions(checkpoint.model)),
+        model=args.get("model") or deit_named(model_name, width if isinstance(width, int) else None),
+        join=join or args.get("join_type") or _join_told(checkpoint, model_name),
+        pe=pe or args.get("pe") or _pe_told(checkpoint),
+        **dimensions,
     )
     name = re.sub(r"[/\\]", "_", str(args.get("model", type(model).__name__)))
     return model, model_name or f"{name}_{describe(model).join}"
@@ -180,7 +182,8 @@ def size_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
 def _table_side(checkpoint: Checkpoint) -> int | None:
     """The rows of the square grid that a file's position table is for, whose first rows may be those of one or two
     other tokens: n^2 + 1 and n^2 + 2 are no squares, so only one number fits."""
-    table = checkpoint.model.get("pos_embed")
+    names = ("pos_embed", "pos_embed0", "blocks.0.attn.relative_position_index")  # (n, n) in the authors' files
+    table = next((checkpoint.model[name] for name in names if name in checkpoint.model), None)
     if table is None:
         return None
     counts = [table.shape[-2] - prefix for prefix in (0, 1, 2)]
@@ -211,7 +214,7 @@ def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
 
 
 # What a checkpoint knows about itself. The first must not be contradicted by a flag.
-IDENTITY = ("model", "join_type", "pe", "in_chans", "warm_start")
+IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOSEN.values())
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
 
@@ -268,7 +271,8 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
     contents |= checkpoint.args
     stored = {name: contents[name] for name in STORED if contents.get(name) is not None}
-    stored["warm_start"] = bool(contents.get("warm_start"))  # no flag of an evaluation: the file alone knows
+    chosen = {name: contents.get(name) for name in CHOSEN.values()}  # no flags of an evaluation: the file alone knows
+    stored |= {**chosen, "warm_start": bool(chosen["warm_start"])}
     size = stored.pop("input_size", None) or size_of(checkpoint)
     if size is not None and _sides(size)[0] == _sides(size)[1]:  # not square: only the transform can say it
         stored["input_size"] = _sides(size)[0]
@@ -338,10 +342,38 @@ def _dimensions(state: dict[str, Tensor]) -> dict[str, int | float]:
     }
 
 
-def deit_named(model_name: str | None) -> str | None:
-    """The timm model that the authors' --model_name stands for: deit_t_LaPE, deit_s_distill_basic, ...; else None."""
-    match = re.match(r"deit_([tsb])_(distill_)?", model_name or "")
+_NAMED = re.compile(r"deit_([tsb])_(distill_)?(.*)")
+
+
+def deit_named(model_name: str | None, width: int | None = None) -> str | None:
+    """The timm model that the authors' --model_name stands for: deit_t_LaPE, deit_s_distill_basic, ...; else None.
+
+    `width`: of the weights, which decide where they are those of a DeiT.
+    """
+    match = _NAMED.match(model_name or "")
     if not match:
         return None
-    width = {"t": "tiny", "s": "small", "b": "base"}[match[1]]
-    return f"deit_{width}_{'distilled_' if match[2] else ''}patch16_224"
+    size = {192: "tiny", 384: "small", 768: "base"}.get(width or 0, {"t": "tiny", "s": "small", "b": "base"}[match[1]])
+    return f"deit_{size}_{'distilled_' if match[2] else ''}patch16_224"
+
+
+def _join_told(checkpoint: Checkpoint, model_name: str | None) -> str | None:
+    """The join of a file without flags: by norms of position, tables, or the authors' --model_name; else None."""
+    names = checkpoint.model
+    if any(".pe_norm." in name for name in names):
+        return "LaPE"
+    if "pos_embed1" in names:
+        return "unshare"
+    match = _NAMED.match(model_name or "")
+    return match[3] if match and match[3] in ("basic", "share") else None
+
+
+def _pe_told(checkpoint: Checkpoint) -> str:
+    """The kind of a file without flags, by its table: 1D_sin has two axes there, 2D_sin zeros for the class token."""
+    table = checkpoint.model.get("pos_embed")
+    if table is None:
+        biased = any(name.endswith("relative_position_bias_table") for name in checkpoint.model)
+        return "2D_RPE" if biased else "learnable"
+    if table.ndim == 2:
+        return "1D_sin"
+    return "learnable" if table[0, 0].any() else "2D_sin"

@@ -6,6 +6,7 @@ COLOURS = {  # Okabe and Ito, told apart by colour-blind readers
     "LaPE-sharing": "#56B4E9",
     "share": "#E69F00",
     "unshare": "#009E73",
+    "beside": "#999999",
     "PVG": "#CC79A7",
     "MPVG": "#7B3294",  # theirs are used up: a purple, darker than all but LaPE's blue
 }

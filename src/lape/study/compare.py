@@ -5,22 +5,24 @@ Each cell (a model, a kind, a join, a seed) is one training on one thread; in a 
 the last epoch: the best epoch is chosen on the test images, so it is shown beside them and never compared.
 """
 
+import itertools
 import json
+import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lape.errors import LapeError, UnsupportedModelError, needs
-from lape.names import JOIN_NAMES, PE_NAMES, match_name
+from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, match_name
 from lape.recipe import Recipe
 from lape.study import report
-from lape.study.numbers import Run, by_budget, summarise
+from lape.study.numbers import Run, Variant, differences, summarise
 from lape.study.options import CompareOptions, DemoOptions
 from lape.study.workers import Agenda, Stage, run_all
 from lape.train.machine import environment
@@ -29,9 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-Variant = tuple[str, str, str]
-"""Model, kind of position embedding, join."""
-VARIED = {"model", "pe", "join_type", "seed", "output_dir", "resume"}
+VARIED = {"model", "pe", "join_type", "pe_norm", "pe_std", "seed", "output_dir", "resume"}
 ALONE = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}  # of each training, one thread's only work
 
 
@@ -44,29 +44,35 @@ class Study:
     files: list[Path]
 
 
-def compare(recipe: Recipe, options: CompareOptions) -> Study:
+def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = ()) -> Study:
     """Trains every meaningful combination by one recipe and writes a report into `options.output_dir`.
 
-    `recipe` is everything but model, pe, join and seed; the same budget for all. Raises LapeError before any training:
+    `recipe` is everything but model, pe, join and seed; the same budget for all. `rows`, where there are some, take
+    the place of the combinations that the options name. Raises LapeError before any training:
     unknown names, no combination with a meaning, a folder that cannot be written or holds a comparison by another
     recipe, a run that cannot be read.
     """
+    options = with_preset(options)
     joins = [match_name("join", name, JOIN_NAMES) for name in options.joins]
     pes = [match_name("pe", name, PE_NAMES) for name in options.pes]
-    _check(joins=joins, pes=pes, seeds=options.seeds, rivals=options.rivals)
+    norms = [match_name("pe_norm", name, PE_NORM_NAMES) for name in options.pe_norms]
+    may_lack = {"rivals": options.rivals, "pe_norms": norms, "pe_stds": options.pe_stds}
+    _check(may_lack, joins=joins, pes=pes, seeds=options.seeds)
     if options.workers < 1:
         raise LapeError(f"workers={options.workers} is not allowed: choose 1 or more")
     baseline = "basic" if "basic" in joins else joins[0]
     if options.baseline:
         baseline = match_name("baseline", options.baseline, joins)
     _check_figures()
-    variants, meaningless = combinations(recipe, options.models or (recipe.model,), pes, joins)
+    stds = options.pe_stds or (None,)
+    rows = rows or rows_of(options.models or (recipe.model,), pes, joins, norms or (None,), stds)
+    variants, meaningless = combinations(recipe, rows)
     recipes = dict.fromkeys(variants, recipe) | _rivals(recipe, options, variants)
     folder = _writable(Path(options.output_dir))
     plan = [
-        one.replace(model=model, pe=pe, join_type=join, seed=seed, **ALONE)
+        variant.recipe(one).replace(seed=seed, **ALONE)
         for seed in options.seeds  # all variants of a seed first: what is there after a stop can be compared
-        for (model, pe, join), one in recipes.items()
+        for variant, one in recipes.items()
     ]
     runs, waiting = _sort_out(plan, folder)
     others = [_other(path, recipe) for path in options.runs]
@@ -76,11 +82,11 @@ def compare(recipe: Recipe, options: CompareOptions) -> Study:
     runs += run_all(
         agenda,
         partial(train_cell, folder),
-        lambda r: f"  {r.model}, {r.pe}, {r.join}, seed {r.seed}: {r.accuracy:.1f} % ({r.seconds:.0f} s)",
+        lambda r: f"  {r.model}, {r.pe}, {r.variant.label}, seed {r.seed}: {r.accuracy:.1f} % ({r.seconds:.0f} s)",
     )
     order = list(recipes)
     runs.sort(key=lambda run: (order.index(run.variant), run.seed))
-    summary = summarise(runs, baseline)
+    gaps = differences(runs, baseline)
     rivals = {"models": list(options.rivals), "model_kwargs": recipes[order[-1]].model_kwargs}
     results = {
         "made_by": "lape compare",
@@ -88,14 +94,15 @@ def compare(recipe: Recipe, options: CompareOptions) -> Study:
         "recipe": plan[0].model_dump(mode="json", exclude_unset=True, exclude=VARIED),
         "rivals": rivals if options.rivals else None,
         "baseline": baseline,
-        "variants": summary,
-        "meaningless": [{"model": m, "pe": p, "join": j, "why": why} for (m, p, j), why in meaningless.items()],
+        "variants": summarise(runs, baseline),
+        "differences": gaps,
+        "meaningless": [{**variant._asdict(), "why": why} for variant, why in meaningless.items()],
         "others": others,
         "cells": [asdict(run) for run in runs],
         "workers": options.workers,
         "gpus": _gpus(recipe),
         **environment(),
-        "sentences": report.sentences_on_variants(summary, baseline),
+        "sentences": report.sentences(gaps),
     }
     curves = report.accuracy_curves(runs, lambda run: f"{run.model}, {run.pe}")
     files = report.write(folder, results, report.comparison_page(results), {"curves.png": curves})
@@ -112,16 +119,52 @@ def _check_figures() -> None:
         import matplotlib  # noqa: F401
 
 
-def _check(**lists: Sequence[Any]) -> None:
-    for name, values in lists.items():
-        if (not values and name != "rivals") or len(set(values)) != len(values):
+def _check(may_lack: Mapping[str, Sequence[Any]], **lists: Sequence[Any]) -> None:
+    for name, values in {**lists, **may_lack}.items():
+        if (not values and name not in may_lack) or len(set(values)) != len(values):
             raise LapeError(f"{name}={list(values)}: give at least one, and each once")
+    for std in may_lack["pe_stds"]:
+        if not 0 < std < math.inf:
+            raise LapeError(f"pe_stds={std} is no standard deviation: give positive numbers, such as 0.02 1")
 
 
-def combinations(
-    recipe: Recipe, models: Sequence[str], pes: Sequence[str], joins: Sequence[str]
-) -> tuple[list[Variant], dict[Variant, str]]:
-    """The variants that mean something, and the others with the reason.
+PRESETS: dict[str, dict[str, Any]] = {
+    "table7": {
+        "joins": ("basic", "share", "unshare", "LaPE-sharing", "LaPE"),
+        "pes": ("learnable", "1D_sin", "2D_sin", "1D_RPE", "2D_RPE"),
+    },
+    "table8": {"joins": ("basic", "LaPE"), "pe_norms": PE_NORM_NAMES, "pe_stds": (0.02, 1.0)},
+}
+"""The tables of the paper that a comparison trains anew."""
+
+
+def with_preset(options: CompareOptions) -> CompareOptions:
+    """What was left at its default follows the preset."""
+    defaults = CompareOptions(output_dir=options.output_dir)
+    chosen = PRESETS[options.preset] if options.preset else {}
+    return replace(options, **{k: v for k, v in chosen.items() if getattr(options, k) == getattr(defaults, k)})
+
+
+def rows_of(
+    models: Sequence[str],
+    pes: Sequence[str],
+    joins: Sequence[str],
+    pe_norms: Sequence[str | None],
+    pe_stds: Sequence[float | None],
+) -> list[Variant]:
+    """All combinations; norms of position where a join has one, starts where a kind has a table, one row elsewhere."""
+    from lape.core.joins import JOINS
+    from lape.core.position import KINDS
+
+    rows = []
+    for model, pe, join, std in itertools.product(models, pes, joins, pe_stds):
+        kind, norms = KINDS[pe], pe_norms if JOINS[join].pe_norm == "layernorm" and KINDS[pe].is_table else (None,)
+        rows += [Variant(model, pe, join, norm, std if kind.is_table else None) for norm in norms]
+    return list(dict.fromkeys(rows))
+
+
+def combinations(recipe: Recipe, rows: Sequence[Variant]) -> tuple[list[Variant], dict[Variant, str]]:
+    """The rows that mean something, and the others with the reason.
 
     Raises LapeError when none does, or for a model or arguments that do not exist.
     """
@@ -133,19 +176,18 @@ def combinations(
 
     variants: list[Variant] = []
     meaningless: dict[Variant, str] = {}
-    for model, pe, join in ((model, pe, join) for model in models for pe in pes for join in joins):
+    for row in rows:
         try:
-            check_combination(JOINS[join], KINDS[pe])
+            check_combination(JOINS[row.join], KINDS[row.pe], row.pe_norm)
         except LapeError as error:
-            meaningless[model, pe, join] = str(error)
+            meaningless[row] = str(error)
             continue
-        one = recipe.replace(model=model, pe=pe, join_type=join, finetune="")
         try:
             with torch.device("meta"):  # shapes only
-                build_model(one, num_classes=1, say=lambda _text: None)
-            variants.append((model, pe, join))
+                build_model(row.recipe(recipe).replace(finetune=""), num_classes=1, say=lambda _text: None)
+            variants.append(row)
         except UnsupportedModelError as error:
-            meaningless[model, pe, join] = str(error)
+            meaningless[row] = str(error)
     if not variants:
         raise LapeError(f"nothing to train: {next(iter(meaningless.values()))}")
     return variants, meaningless
@@ -159,10 +201,10 @@ def _rivals(recipe: Recipe, options: CompareOptions, variants: Sequence[Variant]
             raise LapeError(f"rival_kwargs={dict(kwargs)} without a rival: name some, or leave it out")
         return {}
     recipe = recipe if kwargs is None else recipe.replace(model_kwargs=dict(kwargs))
-    rows = combinations(recipe, options.rivals, ("own",), ("basic",))[0]
+    rows = combinations(recipe, [Variant(model, "own", "basic") for model in options.rivals])[0]
     for row in rows:
         if row in variants:
-            raise LapeError(f"{row[0]} is a model and a rival with pe='own': leave it out of one")
+            raise LapeError(f"{row.model} is a model and a rival with pe='own': leave it out of one")
     return dict.fromkeys(rows, recipe)
 
 
@@ -192,10 +234,11 @@ def _explorable(folder: Path, runs: Sequence[Run]) -> dict[str, Path]:
     models: dict[str, Path] = {}
     several = len({run.model for run in runs}) > 1
     for run in runs:
-        name = f"{run.join}, {run.pe}" + (f", {run.model}" if several else "")
+        name = f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else "")
         kind = KINDS[run.pe]
-        if run.drawable and (kind.is_table or kind.is_bias) and len(models) < 6:
-            models.setdefault(name, _cell_name(folder, *run.variant, run.seed) / "model")
+        home = _cell_name(folder, run.variant, run.seed) / "model"  # may be removed, the results stay
+        if run.drawable and (kind.is_table or kind.is_bias) and len(models) < 6 and home.exists():
+            models.setdefault(name, home)
     return models
 
 
@@ -204,11 +247,13 @@ def _explorable(folder: Path, runs: Sequence[Run]) -> dict[str, Path]:
 
 def cell_folder(folder: Path, recipe: Recipe) -> Path:
     """Where the result of one training lies."""
-    return _cell_name(folder, recipe.model, recipe.pe, recipe.join_type, recipe.seed)
+    return _cell_name(folder, Variant.of(recipe), recipe.seed)
 
 
-def _cell_name(folder: Path, model: str, pe: str, join: str, seed: int) -> Path:
-    return folder / "cells" / f"{model.replace('/', '_')}.{pe}.{join}.seed{seed}"
+def _cell_name(folder: Path, variant: Variant, seed: int) -> Path:
+    model, pe, join, norm, std = variant
+    chosen = ("" if norm is None else f".{norm}") + ("" if std is None else f".std{std:g}")
+    return folder / "cells" / f"{model.replace('/', '_')}.{pe}.{join}{chosen}.seed{seed}"
 
 
 def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Recipe]]:
@@ -218,7 +263,8 @@ def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Rec
         path = cell_folder(folder, recipe) / "result.json"
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
-            used = Recipe().model_dump(mode="json") | cell["recipe"]  # what an older recipe had not was the default
+            older = Recipe(as_original=()).model_dump(mode="json")  # what an older recipe had not
+            used = older | cell["recipe"]
             run = Run(**{"model": recipe.model, "pe": recipe.pe} | cell["run"])
         except FileNotFoundError:
             waiting.append(recipe)
@@ -304,13 +350,20 @@ def _other(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
 
 # --- the demo: a preset -----------------------------------------------------------------------------------------------
 
-BASELINE, CANDIDATE = PAIR = ("basic", "LaPE")
+BASELINE = "basic"
+DEMO_ROWS: tuple[tuple[str, float | None], ...] = (
+    ("basic", None),
+    ("basic", 1.0),
+    ("LaPE-sharing", None),
+    ("LaPE", None),
+)
+"""Joins, and what their tables start with: the second row is the control of the scale that LN' gives P."""
 DEMO_FILES = ("results.json", "report.md", "curves.png", "correlation.png")
 DEMO = "lape demo"
 
 
 def demo(options: DemoOptions) -> Study:
-    """Trains `basic` and `LaPE` on the packaged digits with each seed, again with a longer budget, and reports.
+    """Trains `DEMO_ROWS` on the packaged digits with each seed, again with a longer budget, and reports.
 
     Raises LapeError before any training when `output_dir` cannot be written or holds files of these names that no demo
     wrote, or when a number makes no sense.
@@ -331,30 +384,34 @@ def demo(options: DemoOptions) -> Study:
     folder = claim(Path(options.output_dir))
     stages = demo_stages(recipe, options.seeds, recipe.epochs * options.long_factor, options.long_seeds)
     agenda = Agenda(stages, options.workers, options.time_limit)
+    rows = [Variant.of(one) for one in stages[0].recipes]
     print(
-        f"{BASELINE} and {CANDIDATE} on the packaged digits, {options.workers} trainings at a time, "
-        f"up to {options.seeds} seeds"
+        f"{'; '.join(row.label for row in rows)}: on the packaged digits, {options.workers} trainings at a time, "
+        f"up to {options.seeds} seeds",
+        flush=True,
     )
     with tempfile.TemporaryDirectory() as models:
         runs = run_all(agenda, partial(_train_for_demo, Path(models)), _demo_line)
-        runs.sort(key=lambda run: (run.epochs, run.seed, run.join))
-        figures = {"curves.png": _demo_curves(runs), "correlation.png": _maps(Path(models), runs[0])}
-    budgets = by_budget(summarise(runs, BASELINE), *PAIR)
+        if not runs:
+            raise LapeError(f"no training ended within time_limit={options.time_limit:g}: give more seconds, or none")
+        runs.sort(key=lambda run: (run.epochs, run.seed, rows.index(run.variant)))
+        figures = {"curves.png": _demo_curves(runs), "correlation.png": _maps(Path(models), runs)}
+    gaps = differences(runs, BASELINE)
     results = {
         "made_by": DEMO,
         "data": runs[0].data,
         "recipe": recipe.model_dump(mode="json", exclude_unset=True, exclude={"join_type", "seed"}),
-        "joins": list(PAIR),
-        "budgets": budgets,
+        "variants": summarise(runs, BASELINE),
+        "differences": gaps,
         "left_out": [{"epochs": s.recipes[0].epochs, "seed": s.recipes[0].seed} for s in agenda.left_out],
-        "sentences": [*report.sentences_on_budgets(budgets, *PAIR), *late(agenda)],
+        "sentences": [*report.sentences(gaps), *late(agenda)],
         "runs": [asdict(run) for run in runs],
         **environment(),
         "workers": options.workers,
         "seconds": agenda.elapsed,
     }
     files = report.write(folder, results, report.demo_page(results), figures)
-    table = report.plain_table(report.rows_of_budgets(budgets, *PAIR), str.rjust, "   ")
+    table = report.plain_table(report.without_constants(report.rows_of_variants(results)))
     print("\ntest accuracy, %: mean ± standard deviation over the seeds")
     print("\n".join([*(f"  {row}" for row in table), "", *results["sentences"]]))
     print("\n".join([f"\n{results['seconds']:.0f} s. Written:", *(f"  {file}" for file in files)]))
@@ -374,14 +431,15 @@ def claim(folder: Path) -> Path:
 
 
 def demo_stages(recipe: Recipe, seeds: int, long_epochs: int, long_seeds: int) -> list[Stage]:
-    """First what is needed: two seeds, and one with the longer budget; then the others, the longer budget's last."""
+    """First what is needed, one seed; then one with the longer budget, then the others, the longer budget's last."""
 
-    def stage(epochs: int, seed: int, needed: bool) -> Stage:
-        return Stage(tuple(recipe.replace(join_type=join, seed=seed, epochs=epochs) for join in PAIR), needed)
+    def stage(epochs: int, seed: int, needed: bool = False) -> Stage:
+        rows = [Variant(recipe.model, recipe.pe, join, None, std) for join, std in DEMO_ROWS]
+        return Stage(tuple(row.recipe(recipe).replace(seed=seed, epochs=epochs) for row in rows), needed)
 
-    short = [stage(recipe.epochs, seed, needed=seed < 2) for seed in range(seeds)]
-    long = [stage(long_epochs, seed, needed=seed < 1) for seed in range(long_seeds)]
-    return [*short[:1], *long[:1], *short[1:], *long[1:]]
+    short = [stage(recipe.epochs, seed, needed=seed == 0) for seed in range(seeds)]
+    long = [stage(long_epochs, seed) for seed in range(long_seeds)]
+    return [*short[:2], *long[:1], *short[2:], *long[1:]]
 
 
 def late(agenda: Agenda) -> list[str]:
@@ -398,31 +456,34 @@ def _train_for_demo(models: Path, recipe: Recipe, tick: Callable[[], None]) -> R
 
 def _demo_line(run: Run) -> str:
     return (
-        f"  {run.join:5}  seed {run.seed}, {run.epochs:>3} epochs: "
+        f"  {run.variant.label:18}  seed {run.seed}, {run.epochs:>3} epochs: "
         f"{run.accuracy:5.1f} % of the test images right ({run.seconds:.0f} s)"
     )
 
 
 def _demo_curves(runs: Sequence[Run]) -> "Figure":
-    seeds = Counter(run.epochs for run in runs if run.join == BASELINE)
+    seeds = Counter(run.epochs for run in runs if run.variant == runs[0].variant)
     return report.accuracy_curves(
-        sorted(runs, key=lambda run: (run.epochs, run.join != BASELINE)),
+        runs,
         lambda run: f"{run.epochs} epochs, {seeds[run.epochs]} seed{'' if seeds[run.epochs] == 1 else 's'}",
     )
 
 
-def _maps(models: Path, run: Run) -> "Figure":
-    """The positions of one model a join, of a run's budget and seed, layer by layer with one colour range."""
+def _maps(models: Path, runs: Sequence[Run]) -> "Figure":
+    """The positions of one model a row, of the first seed and budget, layer by layer with one colour range."""
     from lape.files.folder import load
     from lape.look.figures import COSINE, Strip, overview
     from lape.look.similarity import Maps, center_token, token_map
 
     strips, columns = [], []
-    for join in PAIR:
-        home = _cell_name(models / str(run.epochs), run.model, run.pe, join, run.seed)
+    first = [run for run in runs if (run.epochs, run.seed) == (runs[0].epochs, runs[0].seed)]
+    for run in first:
+        home = _cell_name(models / str(run.epochs), run.variant, run.seed)
         maps = Maps.of(load(home / "model"))
         token, every, columns = center_token(maps.grid), list(maps.columns.values()), list(maps.columns)
-        strips.append(Strip(f"{join}\nall patches", every, maps.grid))
-        strips.append(Strip(f"{join}\ntoken {token}", [token_map(m, maps.grid) for m in every], maps.grid, token))
-    title = f"positions as each layer sees them, after {run.epochs} epochs, seed {run.seed}"
+        strips.append(Strip(f"{run.variant.label}\nall patches", every, maps.grid))
+        strips.append(
+            Strip(f"{run.variant.label}\ntoken {token}", [token_map(m, maps.grid) for m in every], maps.grid, token)
+        )
+    title = f"positions as each layer sees them, after {runs[0].epochs} epochs, seed {runs[0].seed}"
     return overview(title, strips, columns, *COSINE)

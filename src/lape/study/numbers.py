@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from lape.errors import needs
 from lape.recipe import Recipe
@@ -17,6 +17,32 @@ if TYPE_CHECKING:
     from lape.train.loop import TrainResult
 
 HISTORY = ("epoch", "train_loss", "test_loss", "test_acc1")  # of a line of the log, what a report keeps
+LEVEL = 0.95  # of the intervals
+
+
+class Variant(NamedTuple):
+    """A row of a comparison: what its trainings have for themselves."""
+
+    model: str
+    pe: str
+    join: str
+    pe_norm: str | None = None  # in the place of LN', None: what the join has there
+    pe_std: float | None = None  # of the table at the start, None: the model's own
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        return cls(recipe.model, recipe.pe, recipe.join_type, recipe.pe_norm, recipe.pe_std)
+
+    def recipe(self, common: Recipe) -> Recipe:
+        """The recipe of its trainings."""
+        chosen = {"pe_norm": self.pe_norm, "pe_std": self.pe_std}
+        return common.replace(model=self.model, pe=self.pe, join_type=self.join, **chosen)
+
+    @property
+    def label(self) -> str:
+        """The join, and what differs from what it has by itself."""
+        norm = "" if self.pe_norm is None else f" ({self.pe_norm})"
+        return f"{self.join}{norm}" + ("" if self.pe_std is None else f", P at std {self.pe_std:g}")
 
 
 @dataclass(frozen=True)
@@ -36,10 +62,12 @@ class Run:
     data: str
     measures: dict[str, list[float | None]] = field(default_factory=dict)  # of its positions, one number a layer
     drawable: bool = True  # whether its positions are of one grid, so that one figure holds them
+    pe_norm: str | None = None
+    pe_std: float | None = None
 
     @property
-    def variant(self) -> tuple[str, str, str]:
-        return self.model, self.pe, self.join
+    def variant(self) -> Variant:
+        return Variant(self.model, self.pe, self.join, self.pe_norm, self.pe_std)
 
     @classmethod
     def of(cls, recipe: Recipe, result: TrainResult, measures: Mapping[str, Tensor], drawable: bool = True) -> Run:
@@ -61,6 +89,8 @@ class Run:
                 for name, values in measures.items()
             },
             drawable=drawable,
+            pe_norm=recipe.pe_norm,
+            pe_std=recipe.pe_std,
         )
 
 
@@ -70,8 +100,8 @@ def mean_std(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "std": spread, "n": len(values)}
 
 
-def paired_t(gaps: Sequence[float]) -> dict[str, float | None]:
-    """Student's paired t-test of "the mean difference is zero", two-sided, from the differences of the pairs.
+def paired_t(gaps: Sequence[float]) -> dict[str, Any]:
+    """Student's paired t-test of "the mean difference is zero", two-sided, and the mean's 95 % interval.
 
     None for fewer than two pairs; for differences that are all equal t has no value, and p is 1 if they are 0, else 0.
     """
@@ -79,47 +109,95 @@ def paired_t(gaps: Sequence[float]) -> dict[str, float | None]:
         from scipy.stats import ttest_1samp
 
     if len(gaps) < 2:
-        return {"t": None, "p": None}
+        return {"t": None, "p": None, "interval": None}
     if statistics.stdev(gaps) == 0:
-        return {"t": None, "p": 0.0 if gaps[0] else 1.0}
+        return {"t": None, "p": 0.0 if gaps[0] else 1.0, "interval": [gaps[0], gaps[0]]}
     test = ttest_1samp(gaps, 0.0)
-    return {"t": float(test.statistic), "p": float(test.pvalue)}
+    low, high = test.confidence_interval(LEVEL)
+    return {"t": float(test.statistic), "p": float(test.pvalue), "interval": [float(low), float(high)]}
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """The p values corrected for their number by Holm's step-down rule (1979); None stays None and is not counted."""
+    order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected, most = list(p_values), 0.0
+    for rank, (p, place) in enumerate(order):
+        most = max(most, min(1.0, p * (len(order) - rank)))
+        corrected[place] = most
+    return corrected
 
 
 def summarise(runs: Sequence[Run], baseline: str) -> list[dict[str, Any]]:
-    """One entry a variant and budget: final and best-epoch accuracy, and by seed the difference to the baseline's."""
-    final = {(run.variant, run.epochs, run.seed): run.accuracy for run in runs}
+    """One entry a variant and budget: accuracies, and by seed the difference to the baseline with the same start."""
     entries = []
-    for (model, pe, join), epochs in dict.fromkeys((run.variant, run.epochs) for run in runs):
-        mine = [run for run in runs if (*run.variant, run.epochs) == (model, pe, join, epochs)]
-        entry: dict[str, Any] = {
-            "model": model,
-            "pe": pe,
-            "join": join,
-            "epochs": epochs,
-            "seeds": [run.seed for run in mine],
-            "final": mean_std([run.accuracy for run in mine]),
-            "best_epoch": mean_std([run.best for run in mine]),
-            "difference": None,
-        }
-        against = [final.get(((model, pe, baseline), epochs, run.seed)) for run in mine]
-        gaps = [run.accuracy - other for run, other in zip(mine, against, strict=True) if other is not None]
-        if join != baseline and gaps:
-            entry["difference"] = {**mean_std(gaps), **paired_t(gaps), "each": gaps, "ahead": sum(g > 0 for g in gaps)}
-        entries.append(entry)
+    for variant, epochs in dict.fromkeys((run.variant, run.epochs) for run in runs):
+        mine = [run for run in runs if (run.variant, run.epochs) == (variant, epochs)]
+        against = variant._replace(join=baseline, pe_norm=None)
+        entries.append(
+            {
+                **variant._asdict(),
+                "label": variant.label,
+                "epochs": epochs,
+                "seeds": [run.seed for run in mine],
+                "final": mean_std([run.accuracy for run in mine]),
+                "best_epoch": mean_std([run.best for run in mine]),
+                "difference": None if variant == against else difference(runs, variant, against, epochs),
+            }
+        )
     return entries
 
 
-def by_budget(variants: Sequence[dict[str, Any]], baseline: str, candidate: str) -> list[dict[str, Any]]:
-    """A summary of two joins turned: one entry a budget, short ones first, with both accuracies and their gap."""
-    final = {(entry["join"], entry["epochs"]): entry["final"] for entry in variants}
-    return [
-        {
-            "epochs": entry["epochs"],
-            "seeds": entry["seeds"],
-            "accuracy": {join: final[join, entry["epochs"]] for join in (baseline, candidate)},
-            "gap": {key: entry["difference"][key] for key in ("mean", "std", "n", "each", "ahead")},
-        }
-        for entry in sorted(variants, key=lambda entry: entry["epochs"])
-        if entry["join"] == candidate
+def difference(runs: Sequence[Run], variant: Variant, against: Variant, epochs: int) -> dict[str, Any] | None:
+    """Of one variant to another, over the seeds that both have; None where there is none."""
+    scores = [
+        {run.seed: run.accuracy for run in runs if (run.variant, run.epochs) == (v, epochs)} for v in (variant, against)
     ]
+    seeds = [seed for seed in scores[0] if seed in scores[1]]
+    gaps = [scores[0][seed] - scores[1][seed] for seed in seeds]
+    if not gaps:
+        return None
+    return {**mean_std(gaps), **paired_t(gaps), "each": gaps, "seeds": seeds, "ahead": sum(gap > 0 for gap in gaps)}
+
+
+def pairs_of(variants: Iterable[Variant], baseline: str) -> Iterator[tuple[Variant, Variant, str]]:
+    """What is worth comparing: a row, the row that is its control, and what the difference can be due to.
+
+    A norm gives P unit scale at the start, whatever the table's, so its control is the baseline at unit scale.
+    """
+    from lape.core.joins import JOINS
+    from lape.core.pe_norms import PE_NORMS
+
+    rows = list(variants)
+    for row in rows:
+        kin = [other for other in rows if (other.model, other.pe) == (row.model, row.pe)]
+        bases = [other for other in kin if other.join == baseline]
+        if row.join == baseline:
+            yield from ((row, base, "the scale of P at the start") for base in bases[:1] if row != base)
+            continue
+        norm = PE_NORMS[row.pe_norm or JOINS[row.join].pe_norm or "none"]
+        for base in bases:
+            if base.pe_std == row.pe_std:
+                yield row, base, "the join and the scale of P" if norm.normalises and row.pe_std != 1 else "the join"
+            elif base.pe_std == 1 and norm.normalises:
+                yield row, base, "the join: P has unit scale in both at the start"
+        sharing = row._replace(join="LaPE-sharing")
+        if row.join == "LaPE" and sharing in kin:
+            yield row, sharing, "the chain"
+        unit = row._replace(join="beside", pe_std=1.0)
+        if row.join == "LaPE-sharing" and row.pe_norm is None and unit in kin:
+            yield row, unit, "LN' itself: P has unit scale in both at the start"
+
+
+def differences(runs: Sequence[Run], baseline: str) -> list[dict[str, Any]]:
+    """Each pair worth comparing at each budget; `p_holm` is corrected for all that are listed."""
+    entries = []
+    variants = list(dict.fromkeys(run.variant for run in runs))
+    for epochs in sorted({run.epochs for run in runs}):
+        for variant, against, cause in pairs_of(variants, baseline):
+            gap = difference(runs, variant, against, epochs)
+            if gap is not None:
+                names = {"of": variant.label, "against": against.label, "cause": cause, "epochs": epochs}
+                entries.append({"model": variant.model, "pe": variant.pe, **names, **gap})
+    for entry, p in zip(entries, holm([entry["p"] for entry in entries]), strict=True):
+        entry["p_holm"] = p
+    return entries

@@ -35,6 +35,11 @@ class CompareOptions:
     output_dir: str = field(metadata={"help": "where cells and report go; what is done there is skipped"})
     joins: tuple[str, ...] = option(("basic", "LaPE"), "joins to compare")
     pes: tuple[str, ...] = option(("learnable",), "kinds of position embedding")
+    pe_stds: tuple[float, ...] = option((), "starts of the position table, each a row (default: the model's own)")
+    pe_norms: tuple[str, ...] = option((), "what replaces LN' in joins that have one, each a row (default: nothing)")
+    preset: Literal["table7", "table8"] | None = option(
+        None, "rows of a table of the paper: joins x kinds, or LN' apart"
+    )
     models: tuple[str, ...] = option((), "timm names (default: the recipe's)")
     rivals: tuple[str, ...] = option((), "timm names, each trained as it is, by the same recipe")
     rival_kwargs: Mapping[str, Any] | None = option(None, "--model-kwargs of the rivals (default: the same)")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lape.errors import needs
 from lape.look.colours import COLOURS
-from lape.study.numbers import Run, mean_std
+from lape.study.numbers import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,93 +32,92 @@ def spell(value: dict[str, Any], sign: str = "") -> str:
     return f"{value['mean']:{sign}.1f}{spread}"
 
 
-def _standing(join: str, baseline: str, gap: float, where: str = "") -> str:
+def _standing(entry: dict[str, Any]) -> str:
+    gap, of, against = entry["mean"], entry["of"], entry["against"]
     if round(abs(gap), 1) == 0:
-        return f"{join} and {baseline}{where} are level"
-    return f"{join}{where} is {'ahead of' if gap > 0 else 'behind'} {baseline} by {abs(gap):.1f} points"
+        return f"{of} and {against} are level"
+    return f"{of} is {'ahead of' if gap > 0 else 'behind'} {against} by {abs(gap):.1f} points"
 
 
-ONE_SEED = ", in one seed: how much of it is chance was not measured."
-
-
-def verdict(budget: dict[str, Any], baseline: str, candidate: str) -> str:
-    """One sentence on one budget."""
-    gap, epochs = budget["gap"], budget["epochs"]
-    start = f"After {epochs} epoch{'' if epochs == 1 else 's'} {_standing(candidate, baseline, gap['mean'])}"
-    if gap["n"] == 1:
-        return start + ONE_SEED
-    chance = " That is no more than the seeds differ among themselves." if abs(gap["mean"]) <= gap["std"] else ""
-    ahead = f"{candidate} ahead in {gap['ahead']} of {gap['n']} seeds"
-    return f"{start} ({ahead}, standard deviation of the difference {gap['std']:.1f}).{chance}"
-
-
-def trend(short: dict[str, Any], long: dict[str, Any]) -> str:
-    """How the gap changes with the budget, over the seeds that both budgets have."""
-    seeds = [seed for seed in short["seeds"] if seed in long["seeds"]]
-    before, after = (
-        statistics.fmean(budget["gap"]["each"][budget["seeds"].index(seed)] for seed in seeds)
-        for budget in (short, long)
-    )
-    change = abs(after) - abs(before)
-    word = "stays as large" if abs(change) < 0.5 else "shrinks" if change < 0 else "grows"
-    word = "changes sides" if before * after < 0 else word
-    names = f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
-    return (
-        f"From {short['epochs']} to {long['epochs']} epochs the difference {word}: "
-        f"{before:+.1f} against {after:+.1f} points ({names} in both)."
-    )
-
-
-def sentences_on_budgets(budgets: Sequence[dict[str, Any]], baseline: str, candidate: str) -> list[str]:
-    """What the budgets say, one sentence each, and how the gap changes between the shortest and the longest."""
-    change = [trend(budgets[0], budgets[-1])] if len(budgets) > 1 else []
-    return [verdict(budget, baseline, candidate) for budget in budgets] + change
-
-
-def sentences_on_variants(variants: Sequence[dict[str, Any]], baseline: str) -> list[str]:
-    """What the differences say, one sentence each."""
+def sentences(differences: Sequence[dict[str, Any]]) -> list[str]:
+    """What each difference says, what it can be due to, and how it changes from the shortest to the longest budget."""
+    several = len({(entry["model"], entry["pe"]) for entry in differences}) > 1
+    count = sum(entry["p"] is not None for entry in differences)
     lines = []
-    several = len({(variant["model"], variant["pe"]) for variant in variants}) > 1
-    gaps = [(variant, variant["difference"]) for variant in variants if variant["difference"]]
-    for variant, gap in gaps:
-        where = f" ({variant['model']}, {variant['pe']})" if several else ""
-        line = _standing(variant["join"], baseline, gap["mean"], where)
-        if gap["p"] is None:
-            lines.append(line + ONE_SEED)
+    for entry in differences:
+        epochs = f"After {entry['epochs']} epoch{'' if entry['epochs'] == 1 else 's'}"
+        where = f" ({entry['model']}, {entry['pe']})" if several else ""
+        line = f"{epochs}{where} {_standing(entry)}"
+        if entry["p"] is None:
+            line += ", in one seed: how much of it is chance was not measured."
+        else:
+            corrected = f" after Holm's correction for {count} tests" if count > 1 else ""
+            test = f"95 % interval {_interval(entry)}, paired t-test p {_p_value(entry['p_holm'], '= ')}{corrected}"
+            line += f", ahead in {entry['ahead']} of {entry['n']} seeds ({test})."
+            line += "" if entry["p_holm"] < 0.05 else " This may be chance."
+        lines.append(f"{line} Due to: {entry['cause']}.")
+    return lines + trends(differences)
+
+
+def trends(differences: Sequence[dict[str, Any]]) -> list[str]:
+    """How each difference changes from the shortest to the longest budget, over the seeds that both have."""
+    pairs: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for entry in differences:
+        pairs.setdefault(tuple(entry[key] for key in ("model", "pe", "of", "against")), []).append(entry)
+    lines = []
+    for (_, _, of, against), entries in pairs.items():
+        short, long = entries[0], entries[-1]
+        seeds = [seed for seed in short["seeds"] if seed in long["seeds"]]
+        if short is long or not seeds:
             continue
-        chance = "" if gap["p"] < 0.05 else " This may be chance."
-        test = f"paired t-test: p {_p_value(gap['p'], '= ')}"
-        lines.append(f"{line}, ahead in {gap['ahead']} of {gap['n']} seeds ({test}).{chance}")
-    if sum(gap["p"] is not None for _, gap in gaps) > 1:
-        lines.append(f"The p values are of each comparison alone, not corrected for there being {len(gaps)}.")
+        before, after = (
+            statistics.fmean(entry["each"][entry["seeds"].index(seed)] for seed in seeds) for entry in (short, long)
+        )
+        change = abs(after) - abs(before)
+        word = "stays as large" if abs(change) < 0.5 else "shrinks" if change < 0 else "grows"
+        word = "changes sides" if before * after < 0 else word
+        names = f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+        lines.append(
+            f"From {short['epochs']} to {long['epochs']} epochs the difference of {of} to {against} {word}: "
+            f"{before:+.1f} against {after:+.1f} points ({names} in both)."
+        )
     return lines
 
 
-def _p_value(p: float, equals: str = "") -> str:
-    return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
+def _interval(entry: dict[str, Any]) -> str:
+    return "" if entry["interval"] is None else "{:+.1f} to {:+.1f}".format(*entry["interval"])
+
+
+def _p_value(p: float | None, equals: str = "") -> str:
+    return "one seed" if p is None else "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def rows_of_budgets(budgets: Sequence[dict[str, Any]], baseline: str, candidate: str) -> Rows:
-    """A row a budget."""
-    rows = [["epochs", "seeds", baseline, candidate, f"{candidate} - {baseline}"]]
-    for budget in budgets:
-        scores = [spell(budget["accuracy"][join]) for join in (baseline, candidate)]
-        rows.append([str(budget["epochs"]), str(len(budget["seeds"])), *scores, spell(budget["gap"], "+")])
-    return rows
-
-
 def rows_of_variants(results: dict[str, Any]) -> Rows:
-    """A row a variant."""
-    rows = [["model", "pe", "join", "seeds", "last epoch", "best epoch", f"- {results['baseline']}", "p"]]
+    """A row a variant and budget."""
+    rows = [["model", "pe", "join", "epochs", "seeds", "last epoch", "best epoch"]]
     for v in results["variants"]:
-        gap = v["difference"]
-        p = "" if gap is None else "one seed" if gap["p"] is None else _p_value(gap["p"])
-        scores = [spell(v["final"]), spell(v["best_epoch"]), "" if gap is None else spell(gap, "+"), p]
-        rows.append([v["model"], v["pe"], v["join"], str(len(v["seeds"])), *scores])
+        about = (v["model"], v["pe"], v["label"], str(v["epochs"]), str(len(v["seeds"])))
+        rows.append([*about, spell(v["final"]), spell(v["best_epoch"])])
     return rows
+
+
+def rows_of_differences(results: dict[str, Any]) -> Rows:
+    """A row a pair of variants, with what their difference can be due to."""
+    rows = [["model", "pe", "join", "against", "due to", "epochs", "seeds", "points", "95 % interval", "p"]]
+    for d in results["differences"]:
+        about = [d[key] for key in ("model", "pe", "of", "against", "cause")]
+        numbers = [str(d["epochs"]), str(d["n"]), spell(d, "+"), _interval(d), _p_value(d["p_holm"])]
+        rows.append([*about, *numbers])
+    return without_constants(rows)
+
+
+def without_constants(rows: Rows, names: Sequence[str] = ("model", "pe", "epochs")) -> Rows:
+    """A table without those of the named columns that hold one value throughout."""
+    drop = {i for i, name in enumerate(rows[0]) if name in names and len({row[i] for row in rows[1:]}) < 2}
+    return [[cell for i, cell in enumerate(row) if i not in drop] for row in rows]
 
 
 def rows_of_others(others: Sequence[dict[str, Any]]) -> Rows:
@@ -132,17 +131,16 @@ def rows_of_others(others: Sequence[dict[str, Any]]) -> Rows:
 
 
 def rows_of_measures(results: dict[str, Any]) -> Rows:
-    """A row a layer: two measures of each join, over the seeds of the first budget."""
+    """A row a layer: two measures of each variant, over the seeds of the shortest budget."""
     names = {"locality_radius": "locality radius", "monotonicity": "monotonicity"}
-    columns = [(name, join) for name in names for join in results["joins"]]
-    first = [run for run in results["runs"] if run["epochs"] == results["budgets"][0]["epochs"]]
-    rows = [["layer", *(f"{names[name]}, {join}" for name, join in columns)]]
-    for layer in range(len(first[0]["measures"]["monotonicity"])):
-        means = (
-            mean_std([run["measures"][name][layer] for run in first if run["join"] == join])["mean"]
-            for name, join in columns
-        )
-        rows.append([str(layer), *(f"{mean:.2f}" for mean in means)])
+    shortest = min(variant["epochs"] for variant in results["variants"])
+    first = [Run(**run) for run in results["runs"] if run["epochs"] == shortest]
+    columns = [(name, variant) for name in names for variant in dict.fromkeys(run.variant for run in first)]
+    rows = [["layer", *(f"{names[name]}, {variant.label}" for name, variant in columns)]]
+    for layer in range(len(first[0].measures["monotonicity"])):
+        values = ([run.measures[name][layer] for run in first if run.variant == variant] for name, variant in columns)
+        means = ([value for value in of_one if value is not None] for of_one in values)
+        rows.append([str(layer), *(f"{statistics.fmean(of_one):.2f}" if of_one else "-" for of_one in means)])
     return rows
 
 
@@ -174,7 +172,7 @@ def accuracy_curves(runs: Sequence[Run], title_of: Callable[[Run], str]) -> Figu
 
     panels: dict[str, dict[str, list[list[dict[str, float]]]]] = {}
     for run in runs:
-        panels.setdefault(title_of(run), {}).setdefault(run.join, []).append(run.history)
+        panels.setdefault(title_of(run), {}).setdefault(run.variant.label, []).append(run.history)
     wide = min(len(panels), 3)
     high = -(-len(panels) // wide)
     figure = Figure(figsize=(1.5 + 4.2 * wide, 0.4 + 3.4 * high), layout="constrained")
@@ -193,12 +191,14 @@ def accuracy_curves(runs: Sequence[Run], title_of: Callable[[Run], str]) -> Figu
 def _draw_panel(axes: Axes, lines: Mapping[str, Sequence[Sequence[dict[str, float]]]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for join, histories in lines.items():
+    for label, histories in lines.items():
         steps = list(zip(*histories, strict=True))
         x = [step[0]["epoch"] + 1 for step in steps]
         y = [[entry["test_acc1"] for entry in step] for step in steps]
-        colour = COLOURS.get(join)
-        axes.plot(x, [statistics.fmean(values) for values in y], color=colour, label=join, linewidth=1.8)
+        join, _, start = label.partition(", ")
+        mean = [statistics.fmean(values) for values in y]
+        (line,) = axes.plot(x, mean, "--" if start else "-", color=COLOURS.get(join), label=label, linewidth=1.8)
+        colour = line.get_color()
         axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=colour, alpha=0.2, linewidth=0)
     axes.set_xlabel("epoch")
     axes.set_ylim(0, 102)
@@ -213,7 +213,7 @@ def _draw_panel(axes: Axes, lines: Mapping[str, Sequence[Sequence[dict[str, floa
 HOW_TO_READ = (
     "Accuracy on the test images in percent, mean ± standard deviation over the seeds. Compared are the values after "
     "the last epoch; the best epoch was chosen on the test images, so it flatters every row and is not compared. The "
-    "difference is taken seed by seed; p is of Student's paired t-test."
+    "differences are taken seed by seed; p is of Student's paired t-test, corrected for their number (Holm)."
 )
 NOT_TRAINED_HERE = "Not trained here: nothing says that budget, data and recipe were the same."
 
@@ -231,27 +231,27 @@ def _machine(results: dict[str, Any]) -> Iterator[str]:
 
 def demo_page(results: dict[str, Any]) -> Iterator[str]:
     """The lines of the demo's report.md."""
-    baseline, candidate = results["joins"]
-    budgets = results["budgets"]
-    yield f"# {baseline} and {candidate}: {results['data']}\n"
+    yield f"# Joins on {results['data']}\n"
     yield "Accuracy on the test images after the last epoch, in percent: mean ± standard deviation over the seeds.\n"
-    yield markdown_table(rows_of_budgets(budgets, baseline, candidate)) + "\n"
+    yield markdown_table(without_constants(rows_of_variants(results))) + "\n"
+    yield "## What the differences are due to\n"
+    yield f"{HOW_TO_READ}\n\n{markdown_table(rows_of_differences(results))}\n"
     yield from (f"- {sentence}" for sentence in results["sentences"])
     yield "\n![Test accuracy by epoch](curves.png)\n"
     yield "The line is the mean of the seeds, the band their lowest and highest.\n"
     yield "## What position became\n"
     yield "![Cosine similarity of the positions, layer by layer](correlation.png)\n"
     yield (
-        f"Cosine similarity between the positions of the patches. For {baseline} a layer sees position through its "
-        f"token norm, for {candidate} through a norm of its own. Below: means over the seeds of the "
-        f"{budgets[0]['epochs']}-epoch runs. Locality radius: distance to the patches that a patch resembles more than "
-        "most, as a share of the distance to all patches (1: near and far alike). Monotonicity: 2 where similarity "
-        "falls with every step away, 1 where there is no order.\n"
+        "Cosine similarity between the positions of the patches. Under basic a layer sees position through its token "
+        "norm, under LaPE and LaPE-sharing through a norm of its own. Below: means over the seeds of the shortest "
+        "budget. Locality radius: distance to the patches that a patch resembles more than most, as a share of the "
+        "distance to all patches (1: near and far alike). Monotonicity: 2 where similarity falls with every step away, "
+        "1 where there is no order.\n"
     )
     yield markdown_table(rows_of_measures(results)) + "\n"
     yield "## How it was run\n"
     yield f"- Recipe: {_spell_recipe(results['recipe'])}"
-    yield f"- Both joins: the same recipe, the same seeds, {results['workers']} trainings at a time, one thread each."
+    yield f"- All: the same recipe, the same seeds, {results['workers']} trainings at a time, one thread each."
     yield from (f"- {line}" for line in _machine(results))
     yield f"- Time: {results['seconds']:.0f} s in all. Every run, epoch by epoch: results.json"
 
@@ -261,6 +261,7 @@ def comparison_page(results: dict[str, Any]) -> Iterator[str]:
     yield f"# Comparison: {results['data']}\n"
     yield HOW_TO_READ + "\n"
     yield markdown_table(rows_of_variants(results)) + "\n"
+    yield markdown_table(rows_of_differences(results)) + "\n"
     yield from (f"- {sentence}" for sentence in results["sentences"])
     yield "\n![Test accuracy by epoch](curves.png)\n"
     if results["others"]:
@@ -295,6 +296,7 @@ def explorer_page(path: Path, results: dict[str, Any], models: Mapping[str, Path
     image = f"data:image/png;base64,{b64encode(picture.getvalue()).decode()}"
     intro = (
         f'<div class="report"><p>{html.escape(HOW_TO_READ)}</p>{_html_table(rows_of_variants(results))}'
+        f"{_html_table(rows_of_differences(results))}"
         f'<ul>{sentences}</ul><figure><img alt="Test accuracy by epoch" src="{image}"><figcaption>Test accuracy by '
         f"epoch: mean of the seeds, band from the lowest to the highest.</figcaption></figure>{others}"
         f"<h2>How it was run</h2><ul>{how}</ul>"

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from lape.errors import LapeError
 from lape.recipe import Recipe
-from lape.study.numbers import Run
+from lape.study.numbers import Run, Variant
 
 GRACE = 10.0  # seconds in which a worker that is asked to end may finish its step and save
 
@@ -38,12 +38,16 @@ class Stage:
         return sum(recipe.epochs for recipe in self.recipes)
 
 
+class TimeIsUp(Exception):
+    """What runs is stopped, and not waited for."""
+
+
 class Agenda:
     """Hands out stages, and leaves out those that would end after the time limit (seconds; None: there is none)."""
 
     def __init__(self, stages: Sequence[Stage], workers: int, time_limit: float | None = None):
+        self.stages = tuple(stages)
         self.waiting = list(stages)
-        self.left_out: list[Stage] = []
         self.workers = workers
         self.time_limit = time_limit
         self._began = time.perf_counter()
@@ -67,8 +71,18 @@ class Agenda:
             if stage.needed or self._in_time(stage):
                 self._epochs_taken += stage.epochs
                 return stage.recipes
-            self.left_out.append(stage)
         return ()
+
+    @property
+    def left_out(self) -> list[Stage]:
+        """The stages that are not whole: not begun, or stopped at the time limit."""
+        done = {(run.variant, run.seed, run.epochs) for run in self._finished}
+        return [s for s in self.stages if {(Variant.of(r), r.seed, r.epochs) for r in s.recipes} - done]
+
+    def check_time(self) -> None:
+        """Raises TimeIsUp behind the time limit."""
+        if self.time_limit is not None and self.elapsed > self.time_limit:
+            raise TimeIsUp
 
     def finished(self, run: Run) -> None:
         self._finished.append(run)
@@ -83,8 +97,8 @@ class Agenda:
 
 def run_all(agenda: Agenda, job: Job, line_of: Callable[[Run], str]) -> list[Run]:
     """Trains what the agenda hands out, and says how far it is: a bar on a terminal, a line a training."""
-    runs = []
-    with _progress(agenda) as (tick, say):
+    runs: list[Run] = []
+    with _progress(agenda) as (tick, say), suppress(TimeIsUp):
         for run in (_in_turn if agenda.workers == 1 else _side_by_side)(agenda, job, tick):
             agenda.finished(run)
             runs.append(run)
@@ -95,11 +109,15 @@ def run_all(agenda: Agenda, job: Job, line_of: Callable[[Run], str]) -> list[Run
 def _in_turn(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterator[Run]:
     import torch
 
+    def in_time() -> None:
+        tick()
+        agenda.check_time()
+
     threads = torch.get_num_threads()
     try:
         while recipes := agenda.take():
             for recipe in recipes:
-                yield job(recipe, tick)
+                yield job(recipe, in_time)
     finally:
         torch.set_num_threads(threads)
 
@@ -126,6 +144,7 @@ def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterato
                         tick()
                     for future in done:
                         yield future.result()
+                    agenda.check_time()
             except BaseException:  # Ctrl-C above all: do not wait for what runs
                 workers = set(multiprocessing.active_children()) - others
                 for worker in workers:

@@ -61,6 +61,7 @@ from lape.train.state import (
     peak_lr,
     resume,
     save,
+    set_rate,
 )
 
 
@@ -227,8 +228,7 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
                 _exit_after_save(run)
             if report.save and report.good and state.next_step < run.steps:
                 run.save()
-    if state.scheduler is not None:
-        state.scheduler.step(epoch + 1)
+    set_rate(state, recipe, epoch + 1)
     line = _epoch_line(run, epoch, lr, progress)
     run.say(f"Averaged stats: lr: {lr:.6f}  loss: {line['train_loss']}")
     return line
@@ -378,7 +378,7 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
     checkpoint = checkpoint_to_resume(recipe, say)
     agree(checkpoint, world)
     if checkpoint is not None:
-        recipe = settings_of(checkpoint, recipe)
+        recipe = _as_it_began(checkpoint, settings_of(checkpoint, recipe))
     check_warm_start(recipe, checkpoint)
     data = load_data(recipe, world_size=world.size, device=world.device)
     plan = batch_plan(recipe, world.size)
@@ -396,6 +396,13 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
     net = _parallel(state.model, recipe, world, plan)
     mixup = _mixup(recipe, num_classes)
     return Training(recipe, world, stop, say, data, plan, steps, state, net, mixup, teacher, checkpoint)
+
+
+def _as_it_began(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
+    """A run goes on with the habits it began with, unless told otherwise; one of version 0.1.0 had none."""
+    if "as_original" in recipe.model_fields_set:
+        return recipe
+    return recipe.replace(as_original=checkpoint.args.get("as_original", ()))
 
 
 def _check(recipe: Recipe, device: torch.device) -> None:
@@ -426,12 +433,17 @@ def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -
     net: nn.Module = computing
     if world.size == 1:
         return net
-    net = DistributedDataParallel(net, device_ids=[world.device] if world.device.type == "cuda" else None)
+    # the second head of a distilled model does not learn without a teacher
+    idle = getattr(model, "distilled_training", False) and recipe.distillation_type == "none"
+    net = DistributedDataParallel(
+        net, device_ids=[world.device] if world.device.type == "cuda" else None, find_unused_parameters=idle
+    )
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     nothing = torch.zeros(plan.size, recipe.in_chans, recipe.input_size, recipe.input_size, device=world.device)
     with autocast(recipe.amp, world.device):
         output = net.train(recipe.train_mode)(nothing)
-    sum(one.float().sum() for one in (output if isinstance(output, tuple) else (output,))).backward()
+    outputs = output if isinstance(output, tuple) else (output,)
+    sum(one.float().sum() for one in (outputs[:1] if idle else outputs)).backward()
     model.zero_grad()
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 import lape.models  # noqa: F401  a teacher may be one of them
 from lape.convert.apply import create_model
 from lape.convert.converted import conversion_of
+from lape.core.position import Grid, Layout, resample, rows_of
 from lape.data.augment import eval_transform
 from lape.errors import CheckpointError, LapeError
-from lape.files.names import load_reference_state_dict, to_reference_state_dict
+from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import source_grid
 from lape.names import nearest
@@ -22,6 +25,11 @@ from lape.recipe import Recipe
 from lape.train.progress import Say
 
 PATCHES = "patch_embed.proj.weight"
+OTHER_THERE = {
+    "vit_small_patch16_224": "width 768, depth 8, 48.8 M parameters: --model-kwargs embed_dim=768 depth=8 num_heads=8 "
+    "mlp_ratio=3 qkv_bias=False"
+}
+"""Names that mean another model in the LaPE authors' code, and how to get it."""
 
 
 def check_warm_start(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
@@ -49,21 +57,29 @@ def build_model(recipe: Recipe, num_classes: int, say: Say = print) -> nn.Module
     flags |= {"drop_rate": "--drop", "drop_path_rate": "--drop-path"}
     for name in recipe.model_kwargs.keys() & flags.keys():
         raise LapeError(f"model_kwargs {name}={recipe.model_kwargs[name]!r} has a place of its own: {flags[name]}")
+    if recipe.model in OTHER_THERE and not recipe.model_kwargs:
+        say(f"This is timm's {recipe.model}; the LaPE authors' has {OTHER_THERE[recipe.model]}")
+    drop = {"drop_rate": recipe.drop}
+    if recipe.drop and "drop" in recipe.as_original and recipe.model.startswith(("deit_", "vit_")):
+        drop = {"pos_drop_rate": recipe.drop, "proj_drop_rate": recipe.drop}  # timm's drop_rate is the head's
     torch.manual_seed(recipe.seed)
     model = create_model(
         recipe.model,
         join=recipe.join_type,
         pe=None if recipe.warm_start else recipe.pe,
         warm_start=recipe.warm_start,
+        std=recipe.pe_std,
+        pe_norm=recipe.pe_norm,
         num_classes=num_classes,
         img_size=recipe.input_size,
         in_chans=recipe.in_chans,
-        drop_rate=recipe.drop,
         drop_path_rate=recipe.drop_path,
-        **recipe.model_kwargs,
+        **{**drop, **recipe.model_kwargs},
     )
+    if "init" in recipe.as_original and not recipe.model_kwargs.keys() & {"pretrained", "checkpoint_path"}:
+        _start_as_original(model)
     if recipe.finetune:
-        load_weights(model, read_checkpoint(recipe.finetune), say)
+        load_weights(model, read_checkpoint(recipe.finetune), say, antialias="resize" not in recipe.as_original)
     if recipe.attn_only:
         _train_attention_only(model)
     if recipe.grad_checkpointing:
@@ -75,10 +91,21 @@ def build_model(recipe: Recipe, num_classes: int, say: Say = print) -> nn.Module
                 "deit_tiny_distilled_patch16_224, or --distillation-type none"
             )
         model.set_distilled_training(True)  # type: ignore[operator]
+    elif "heads" in recipe.as_original and hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)  # type: ignore[operator]
     return model
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> None:
+def _start_as_original(model: nn.Module) -> None:
+    """The class token from std 0.02 (timm's 1e-6 leaves it nothing under LaPE), new biases on logits from 0."""
+    for name, parameter in model.named_parameters():
+        if name == "cls_token":
+            nn.init.trunc_normal_(parameter, std=0.02)
+        elif name.startswith("lape.") and name.endswith(".relative_position_bias_table"):
+            nn.init.zeros_(parameter)
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print, *, antialias: bool = True) -> None:
     """Start a model from another's weights, as far as they can be carried over.
 
     A position table is resampled to the model's grid, a patch embedding to its patch size (pseudo-inverse resize,
@@ -107,8 +134,11 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
     reasons = {name: _why_anew(name, tensor, theirs.get(name)) for name, tensor in ours.items()}
     fresh = {name: tensor for name, tensor in ours.items() if reasons[name]}
     rest = {name: tensor for name, tensor in theirs.items() if name not in fresh}
+    own_grid = conversion_of(model).layout.grid
+    plain = {} if antialias else _resized_plainly(conversion_of(model).layout, rest, grid)
+    rest |= plain
     try:
-        load_reference_state_dict(model, fresh | rest, source_grid=grid)
+        load_reference_state_dict(model, fresh | rest, source_grid=None if plain else grid)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_advice(ours, theirs)}") from None
     notes = [
@@ -119,10 +149,23 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
         f"left out: {short(foreign)}" if foreign else "",
         resized,
         f"position table resampled from a grid of {grid[0]} x {grid[1]}"
-        if grid is not None and grid != conversion_of(model).layout.grid and "pos_embed" in theirs
+        if grid not in (None, own_grid) and "pos_embed" in theirs
         else "",
     ]
     say(f"Fine-tuning from {checkpoint.path}. {'; '.join(note for note in notes if note)}".rstrip(". ") + ".")
+
+
+def _resized_plainly(layout: Layout, tensors: Mapping[str, Tensor], grid: Grid | None) -> dict[str, Tensor]:
+    """The tables of a file for `grid` at the model's, as DeiT resizes them: bicubic without antialiasing."""
+    if grid is None or grid == layout.grid:
+        return {}
+    source = replace(layout, grid=grid)
+    tables = {name: rows_of(table) for name, table in tensors.items() if re.fullmatch(r"pos_embed\d*", name)}
+    return {
+        name: resample(rows_1RD, source, layout.grid, antialias=False)
+        for name, rows_1RD in tables.items()
+        if rows_1RD.shape[1] == source.num_rows
+    }
 
 
 def _why_anew(name: str, ours: Tensor, theirs: Tensor | None) -> str:
@@ -204,8 +247,9 @@ def _train_attention_only(model: nn.Module) -> None:
     heads = model.get_classifier()  # type: ignore[operator]
     heads = heads if isinstance(heads, tuple) else (heads,)
     head_ids = {id(parameter) for head in heads for parameter in head.parameters()}
+    names = reference_names(model)
     for name, parameter in model.named_parameters():
-        learns = ".attn." in name or name.endswith("pos_embed") or id(parameter) in head_ids
+        learns = ".attn." in names.get(name, name) or name.endswith("pos_embed") or id(parameter) in head_ids
         parameter.requires_grad_(parameter.requires_grad and learns)
 
 

@@ -10,8 +10,10 @@ as `previous_checkpoint.pth`. `--resume auto` takes the newest whole one of them
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from lape.convert.converted import conversion_of
+from lape.convert.positions import tables_of
 from lape.data.augment import eval_transform
 from lape.data.loaders import BatchPlan, batch_plan
 from lape.data.open import Data
@@ -79,17 +83,68 @@ def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
     if recipe.opt.lower().split("_")[-1] not in names:
         guess = nearest(recipe.opt, names)
         raise LapeError(f"unknown opt {recipe.opt!r}{f'; did you mean {guess!r}?' if guess else ''}: a name of timm")
-    optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(recipe), "lr": peak_lr(recipe, world.size)})
+    with _decay_of(model, recipe):
+        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(recipe), "lr": peak_lr(recipe, world.size)})
+    _scale_lr_of_position(optimizer, model, recipe.pe_lr_scale)
     # timm's function of the epoch stays at min_lr behind the end of its own epochs.
     scheduler, _ = create_scheduler(recipe.replace(epochs=recipe.schedule_epochs or recipe.epochs), optimizer)
-    if scheduler is not None:
-        scheduler.step(recipe.start_epoch)
     ema = None
     if recipe.model_ema:
         device = torch.device("cpu") if recipe.model_ema_force_cpu else None
         ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup, device=device)
     half = recipe.amp in ("fp16", "auto") and world.device.type == "cuda"
-    return State(model, ema, optimizer, scheduler, torch.amp.GradScaler("cuda", enabled=half), recipe.start_epoch)
+    state = State(model, ema, optimizer, scheduler, torch.amp.GradScaler("cuda", enabled=half), recipe.start_epoch)
+    set_rate(state, recipe, recipe.start_epoch)
+    return state
+
+
+def set_rate(state: State, recipe: Recipe, epoch: int) -> None:
+    """Give the optimizer the learning rate of an epoch, a function of its number alone.
+
+    With the original's schedule, epoch e > 0 has the rate that the formula gives for e - 1: it is stepped with `epoch`
+    when that epoch has ended, so that the epochs 0 and 1 both have the first rate.
+    """
+    late = "schedule" in recipe.as_original
+    if state.scheduler is not None and not (late and epoch == 0):
+        state.scheduler.step(epoch - late)
+
+
+@contextmanager
+def _decay_of(model: Any, recipe: Recipe) -> Iterator[None]:
+    """Let weight decay spare what the original spares: class token, the one table, and all of one dimension.
+
+    timm spares the distillation token, too; `lape` all of position: the tables of unshare, new biases on logits.
+    """
+    names = reference_names(model)
+    decayed = {
+        name
+        for name, in_files in names.items()
+        if re.fullmatch(r"dist_token|pos_embed\d+", in_files)
+        or (name.startswith("lape.") and name.endswith(".relative_position_bias_table"))
+    }
+    if not decayed or "decay" not in recipe.as_original:
+        yield
+        return
+    spared = model.no_weight_decay() - decayed
+    model.no_weight_decay = lambda: spared
+    try:
+        yield
+    finally:
+        del model.no_weight_decay
+
+
+def _scale_lr_of_position(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float) -> None:
+    """Position tables get groups of their own, behind the others; timm's schedules multiply theirs by `lr_scale`."""
+    if scale == 1:
+        return
+    tables = {id(table) for table in tables_of(conversion_of(model))}
+    if not tables:
+        raise LapeError(f"pe_lr_scale={scale:g}: the model has no position table that learns; leave it out")
+    for group in list(optimizer.param_groups):
+        mine = [parameter for parameter in group["params"] if id(parameter) in tables]
+        if mine:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in tables]
+            optimizer.add_param_group({**group, "params": mine, "lr_scale": scale})
 
 
 # ------------------------------------------------------------------------------------------------ write
@@ -267,8 +322,7 @@ def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan
     state.next_step, state.loss_sum = step, raw.get("loss_sum", 0.0)
     for name in ("skipped_steps", "skipped_images", "bad_in_row"):
         setattr(state, name, raw.get(name, 0))
-    if state.scheduler is not None:
-        state.scheduler.step(state.next_epoch)
+    set_rate(state, recipe, state.next_epoch)
     state.best_accuracy = raw.get("max_accuracy", state.best_accuracy)
     state.best_epoch = (raw.get("best") or {}).get("epoch")
     state.history = raw["history"] if "history" in raw else _earlier_log(recipe, state.next_epoch)
