@@ -1,6 +1,7 @@
 # What CI does, by hand. Needs nothing but Python and make; `make venv` installs the rest into .venv.
 PYTHON ?= python3
 BIN ?= .venv/bin
+SIDE_BY_SIDE := -n 2 --dist loadfile
 OLDEST := 'torch==2.6.*' 'torchvision==0.21.*' 'timm==1.0.31' 'transformers==4.49.*' 'numpy==1.26.*'
 CORE := tests/test_convert.py tests/test_hosts.py tests/test_checkpoint.py tests/test_reference.py tests/test_correlation.py
 
@@ -11,10 +12,10 @@ venv:
 	$(BIN)/pip install -e '.[test]'
 
 fast:  ## a test of everything
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow"
 
 full:  ## every test
-	$(BIN)/pytest
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 lint:
 	$(BIN)/ruff check .
@@ -34,4 +35,4 @@ oldest:  ## the core with the oldest versions that are supported, in a virtual e
 constraints:  ## everything with the versions in constraints.txt, likewise
 	$(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/pip install -e '.[test]' -c constraints.txt
-	.venv-constraints/bin/pytest -m "not slow"
+	.venv-constraints/bin/pytest $(SIDE_BY_SIDE) -m "not slow"

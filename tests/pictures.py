@@ -1,11 +1,14 @@
 """Images for the tests, in memory and in folders, and what spoils a file."""
 
+import hashlib
+import pickle
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 
 def pictures(height: int, width: int, mode: str, count: int = 12) -> list[Image.Image]:
@@ -65,3 +68,33 @@ def deep_file(values: np.ndarray, suffix: str) -> bytes:
         where = after if tag == 258 and channels > 2 else value << 16 if tag == 258 and order == ">" else value
         content += struct.pack(f"{order}HHII", tag, kind, count, where)
     return content + struct.pack(f"{order}I", 0) + struct.pack(f"{order}{channels}H", *[16] * channels)
+
+
+class OldDtype:
+    """A dtype with an integer for a flag, as in the official files; NumPy 2.4.0 warns of it."""
+
+    def __reduce__(self):
+        return np.dtype, ("u1", 0)
+
+
+def write_cifar(root: Path, kind, monkeypatch) -> Path:
+    """Four images a file in the official format, and their check sums in place of the official ones."""
+    folder = root / kind.base_folder
+    folder.mkdir()
+    labels = "labels" if kind is CIFAR10 else "fine_labels"
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for field, files in (("train_list", kind.train_list), ("test_list", kind.test_list)):
+        sums = []
+        for number, (name, _) in enumerate(files):
+            pixels = np.full((4, 3072), number, dtype=np.uint8)
+            pixels[:, :1024] = 200  # red
+            sums.append([name, write(name, {"data": pixels, labels: [0, 1, 2, 1], "dtype": OldDtype()})])
+        monkeypatch.setattr(kind, field, sums)
+    meta = dict(kind.meta)
+    meta["md5"] = write(meta["filename"], {meta["key"]: ["ant", "bee", "cat"]})
+    monkeypatch.setattr(kind, "meta", meta)
+    return folder

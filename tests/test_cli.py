@@ -236,6 +236,7 @@ def test_flags_of_the_original(flags: str, wanted: str, trained: list[Recipe]) -
 def test_only_the_name_of_a_flag_is_respelled(trained: list[Recipe]) -> None:
     assert cli.run(cli.original, ["--output_dir=a_b/c-d", "--model", "vit_tiny_patch16_224"]) == 0
     assert (trained[0].output_dir, trained[0].model) == ("a_b/c-d", "vit_tiny_patch16_224")
+    assert cli._dashes(["--a_b=c_d", "--", "--e_f"]) == ["--a-b=c_d", "--", "--e_f"]  # behind --, names of files
 
 
 def test_the_last_of_two_wins_as_in_argparse(trained: list[Recipe]) -> None:

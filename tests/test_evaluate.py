@@ -254,6 +254,7 @@ def test_a_corrupt_image_is_named_before_anything_is_classified(tmp_path, folder
         predict(tmp_path / "a.pth", [folder / "val" / "dog" / "0.png", bad], device="cpu")
 
 
+@pytest.mark.slow
 def test_the_authors_checkpoint_gives_the_authors_numbers(tmp_path, shared):
     with tarfile.open(shared / "data" / "cifar10-jpeg.tar.gz") as archive:
         members = [m for m in archive.getmembers() if m.isfile() and "/val/" in f"/{m.name}"]

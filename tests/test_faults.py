@@ -94,6 +94,7 @@ sys.exit(run(app, sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_earlier_files(run_folder):
     """A limit on the size of a file stands for the end of the disk: the write fails in the middle of a checkpoint."""
     before = contents(run_folder)

@@ -4,11 +4,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from PIL import Image
 
 import lape
@@ -44,10 +46,22 @@ def checkpoint(path: Path, network: torch.nn.Module, **args: object) -> Path:
     return path
 
 
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of many maps take most of the time: empty files for tests of names and numbers, JPEGs are drawn."""
+    draw = Figure.savefig
+
+    def draft(figure: Figure, file: BinaryIO, *, format: str, **options: object) -> None:
+        draw(figure, file, format=format, **options) if format == "jpg" else file.write(b"draft")
+
+    monkeypatch.setattr(Figure, "savefig", draft)
+
+
 # --- files and numbers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("join", ["basic", "share", "unshare", "LaPE-sharing", "LaPE"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("join", ["LaPE", "basic", "share", "unshare", "LaPE-sharing"])
 def test_files_have_the_names_of_the_original(tmp_path: Path, join: str) -> None:
     files, numbers = written(tmp_path, model_with(join))
     expected = {f"{join}_layer{i}_sim_{what}.jpg" for i in range(2) for what in ("overall", "5thToken")}
@@ -57,6 +71,7 @@ def test_files_have_the_names_of_the_original(tmp_path: Path, join: str) -> None
     assert (str(numbers["join"]), str(numbers["pe"]), str(numbers["view"])) == (join, "learnable", "seen")
 
 
+@pytest.mark.usefixtures("drafts")
 def test_token_90_is_drawn_on_14_by_14(tmp_path: Path) -> None:
     files, numbers = written(tmp_path, model_with("LaPE", img_size=224, patch_size=16, depth=1))
     assert "LaPE_layer0_sim_90thToken.jpg" in files
@@ -64,6 +79,7 @@ def test_token_90_is_drawn_on_14_by_14(tmp_path: Path) -> None:
     assert numbers["grid"].tolist() == [14, 14]
 
 
+@pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize("view", ["seen", "received"])
 def test_numbers_are_those_of_positions(tmp_path: Path, view: str) -> None:
     model = model_with("basic", "learnable", "deit_tiny_distilled_patch16_224")
@@ -75,6 +91,7 @@ def test_numbers_are_those_of_positions(tmp_path: Path, view: str) -> None:
     assert np.array_equal(numbers["table"], lape.positions(model)[0].detach().numpy())
 
 
+@pytest.mark.slow
 def test_a_wide_grid(tmp_path: Path) -> None:
     _, numbers = written(tmp_path, model_with("LaPE", "2D_sin", img_size=(28, 112), patch_size=4))
     assert numbers["token_maps"].shape == (2, 7, 28)
@@ -85,6 +102,7 @@ def test_a_wide_grid(tmp_path: Path) -> None:
         assert 0.8 < picture.width / picture.height < 1.3
 
 
+@pytest.mark.usefixtures("drafts")
 def test_another_image_size(tmp_path: Path) -> None:
     model = model_with("LaPE")
     _, numbers = written(tmp_path, model, size=(16, 64))
@@ -139,6 +157,7 @@ def test_nothing_in_an_overview_is_clipped_or_overlaps(layers: int, grid: tuple[
     assert not any(a.overlaps(b) for i, a in enumerate(frames) for b in frames[:i])
 
 
+@pytest.mark.slow
 def test_several_models_in_one_figure_with_one_scale(tmp_path: Path) -> None:
     models = {"LaPE": model_with("LaPE"), "unshare, wide": model_with("unshare", img_size=(16, 64), depth=3)}
     files = draw_together(models, tmp_path / "c")
@@ -167,6 +186,12 @@ def test_a_place_without_a_map_stays_empty() -> None:
     assert np.allclose(drawn[1][1], two)
 
 
+def test_the_frame_is_around_the_patch_of_a_grid_that_is_no_square() -> None:
+    figure = overview("t", [Strip("token 4", [torch.rand(2, 3)], (2, 3), 4)], ["0"], *COSINE)
+    (frame,) = figure.axes[0].patches
+    assert frame.get_xy() == (0.5, 0.5)  # around column 1 of row 1
+
+
 def test_corner_edge_and_centre() -> None:
     assert places((14, 14)) == {"corner": 0, "edge": 6, "centre": 90}
     assert places((7, 28)) == {"corner": 0, "edge": 13, "centre": 97}
@@ -182,6 +207,7 @@ def test_curves_are_the_numbers() -> None:
     assert np.allclose(lines[1].get_ydata(), [3.0, 2.5])
 
 
+@pytest.mark.slow
 def test_drawing_leaves_pyplot_and_a_display_alone(tmp_path: Path) -> None:
     code = f"""
 import sys, lape
@@ -302,6 +328,7 @@ def test_names_of_the_original() -> None:
     assert deit_named(None) is None
 
 
+@pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize("pe", ["learnable", "2D_sin", "2D_RPE"])
 def test_the_original_command_draws_bare_weights(tmp_path: Path, pe: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing but weights: the name says which model, the shapes say how large."""
@@ -318,6 +345,7 @@ def test_the_original_command_draws_bare_weights(tmp_path: Path, pe: str, capsys
             assert np.array_equal(numbers["positions"], lape.positions(model).detach().numpy())
 
 
+@pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize(
     ("join", "pe", "name"),
     [("LaPE", pe, "deit_t_LaPE") for pe in ("learnable", "1D_sin", "2D_sin", "2D_RPE")]
@@ -352,6 +380,7 @@ def test_titles_name_the_model_not_the_folder(tmp_path: Path, bare: bool) -> Non
     assert re.search(r"deit_tiny_patch16_224 \((width 192, )?depth 1\): join LaPE, pe learnable", text)
 
 
+@pytest.mark.usefixtures("drafts")
 def test_a_flag_that_contradicts_the_file_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = {"model": "deit_tiny_patch16_224", "join_type": "basic", "pe": "learnable", "input_size": 32}
     path = checkpoint(tmp_path / "c.pth", model_with("basic"), **said)
@@ -372,6 +401,7 @@ def test_wrong_flags_exit_with_2_and_one_line(flags: list[str], capsys: pytest.C
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
     script = ROOT / "similarity_visualize.py"
     done = subprocess.run(
@@ -382,6 +412,7 @@ def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_authors(tmp_path: Path) -> None:
     path = SHARED / "reference" / "deit_tiny_lape_64px.pth"
     if not path.exists():

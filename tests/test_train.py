@@ -195,6 +195,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, workers):
     recipe = tiny(**FULL, output_dir=str(tmp_path), num_workers=workers)
@@ -208,6 +209,7 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, workers)
     assert log_without_times(tmp_path) == log_without_times(uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_within_the_epoch_and_the_run_goes_on_with_the_same_bits(uninterrupted, tmp_path):
     recipe = tiny(**FULL, output_dir=str(tmp_path), log_every=1)
 
@@ -227,6 +229,7 @@ def test_sigterm_saves_within_the_epoch_and_the_run_goes_on_with_the_same_bits(u
     assert log_without_times(tmp_path) == log_without_times(uninterrupted)
 
 
+@pytest.mark.slow
 def test_auto_resumes_from_the_newest_whole_file(uninterrupted, tmp_path):
     recipe = tiny(**FULL, output_dir=str(tmp_path), resume="auto")
     run_until(1, recipe)  # there is nothing yet: a new run
