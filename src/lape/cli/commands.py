@@ -280,6 +280,21 @@ def check_data(
 
 
 @app.command
+def recipes(
+    name: Annotated[str | None, Parameter(help="print this one, to be changed and given as a file")] = None,
+) -> None:
+    """List the packaged recipes, which `lape train --recipe NAME` runs, or print one: lape recipes NAME > FILE.yaml."""
+    from lape.recipe import packaged, text_of
+
+    if name is not None:
+        print(text_of(name), end="")
+        return
+    width = max(map(len, packaged()))
+    for one in packaged():
+        print(f"{one:<{width}}  {text_of(one).partition(chr(10))[0].removeprefix('# ').rstrip('.')}")
+
+
+@app.command
 def hosts() -> None:
     """List the models that can be converted, by the class of their blocks."""
     from lape.host import hosts as table
