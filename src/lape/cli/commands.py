@@ -4,10 +4,11 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from lape import __version__
 from lape.cli.app import GROUPS, app, original, takes
 from lape.cli.options import takes_options
 from lape.cli.original import LauncherFlags, OriginalFlags
@@ -313,6 +314,26 @@ def hosts() -> None:
         for title, text in rows:
             if text:
                 _print_row(title, text)
+
+
+@app.command
+def version() -> None:
+    """Print the versions of lape and of what it runs on, for a bug report."""
+    import platform
+    from importlib import metadata
+
+    print(f"lape {__version__}\nPython {platform.python_version()}, {platform.platform()}")
+    for name in ("torch", "timm", "torchvision", "transformers", "numpy", "onnxruntime"):
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name} is not installed")
+
+
+@app.command
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(help="bash, zsh or fish")]) -> None:
+    """Print a completion script. In ~/.bashrc: eval "$(lape completion bash)"; likewise for zsh."""
+    print(app.generate_completion(prog_name="lape", shell=shell), end="")
 
 
 def sample_images(checkpoint: "Checkpoint", data_path: str, count: int) -> tuple["Tensor", str]:
