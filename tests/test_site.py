@@ -42,12 +42,12 @@ def test_notebooks_have_their_outputs_and_are_small(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path, tmp_path, monkeypatch, capsys):
-    """All cells in one namespace, the trainings of one epoch; what is printed has the lines of the stored output."""
+    """All cells in one namespace, the trainings of two epochs; what is printed has the lines of the stored output."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for cell in cells(path, "code"):
-        source = re.sub(r"^EPOCHS = \d+$", "EPOCHS = 1", "".join(cell["source"]), flags=re.MULTILINE)
+        source = re.sub(r"^EPOCHS = \d+$", "EPOCHS = 2", "".join(cell["source"]), flags=re.MULTILINE)
         exec(compile(source, f"{path.name}:{cell['execution_count']}", "exec"), names)
         stored = "".join("".join(output.get("text", "")) for output in cell["outputs"])
         printed = capsys.readouterr().out
