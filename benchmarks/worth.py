@@ -66,7 +66,7 @@ def digits(epochs: int) -> Recipe:
 
 
 def cifar(folder: Path, epochs: int, warmup: int, on_device: bool) -> Recipe:
-    recipe = Recipe.from_yaml(ROOT / "recipes" / "cifar10_matrix_cpu.yaml", data_path=str(folder), epochs=epochs)
+    recipe = Recipe.from_yaml("cifar10_matrix_cpu", data_path=str(folder), epochs=epochs)
     return recipe.replace(warmup_epochs=warmup, amp="bf16", data_on_device=on_device)
 
 
@@ -83,7 +83,7 @@ def parts_of(study: str, given: argparse.Namespace) -> list[Part]:
         rows = tuple(row for row in MAIN if row != ("beside", None, None))
         return [Part("20 epochs", cifar(given.cifar, 20, 3, given.on_device), rows, ("vit_lite_4_4_32",), 2)]
     if study == "cifar-paper":
-        recipe = Recipe.from_yaml(ROOT / "recipes" / "vit_lite_cifar10.yaml", data_path=str(given.cifar))
+        recipe = Recipe.from_yaml("vit_lite_cifar10", data_path=str(given.cifar))
         return [Part("310 epochs", recipe.replace(data_on_device=given.on_device), (*MAIN, MPVG), PAPER, 5)]
     images = given.runs / "images"
     recipe = cifar(images if images.exists() else subset(given.cifar, images, 500, 200), 10, 2, given.on_device)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import lape
 from lape.cli import app as cli
 from lape.cli import commands
 from lape.errors import LapeError
@@ -58,6 +60,7 @@ OURS = {
     *("scale", "mixup_off_epoch", "schedule_epochs", "as_original"),
 }
 COMMANDS = {"bench", "check-data", "compare", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
+COMMANDS |= {"recipes", "version", "completion"}
 
 # Every flag of the original's main.py in its own spelling, with a value that is not its default.
 SPELLINGS = """
@@ -196,6 +199,34 @@ def test_flags_are_frozen() -> None:
 
 def test_commands_are_frozen() -> None:
     assert {name for name in cli.app if not name.startswith("-")} == COMMANDS
+
+
+def test_versions_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(cli.app, ["-V"]) == 0
+    assert capsys.readouterr().out == f"{lape.__version__}\n"
+    assert cli.run(cli.app, ["version"]) == 0
+    first, python, torch = capsys.readouterr().out.splitlines()[:3]
+    assert first == f"lape {lape.__version__}"
+    assert python.startswith(f"Python {sys.version_info.major}.{sys.version_info.minor}.")
+    assert torch.startswith("torch ")
+
+
+@pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_flags(shell_name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(cli.app, ["completion", shell_name]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in (*COMMANDS, "join-type", "save-dir"))
+    if shell_name == "bash" and shutil.which("bash"):
+        script += '\nCOMP_WORDS=(lape train --join); COMP_CWORD=2; _lape; echo "${COMPREPLY[@]}"'
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout == "--join-type\n"
+
+
+def test_the_help_leaves_out_what_is_always_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(cli.app, ["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--recipe" in shown
+    assert not [flag for flag in ("--cosub", "--resplit") if flag in shown]
 
 
 def test_eval_takes_from_the_checkpoint_what_it_says() -> None:
@@ -382,7 +413,7 @@ def test_an_error_of_a_later_process_names_it(
         (["train", "--join-type", "LaPE-shared"], ["LaPE-shared", "LaPE-sharing", "unshare"]),
         (["train", "--pe", "3D_sin"], ["3D_sin", "2D_RPE"]),
         (["train", "--opt-betas", "0.9"], ["opt_betas", "2 are needed"]),
-        (["train", "--recipe", "absent.yaml"], ["absent.yaml", "digits"]),
+        (["train", "--recipe", "absent.yaml"], ["absent.yaml", "lape recipes"]),
         (["predict", "--checkpoint", "c.pth"], ["IMAGE"]),
         (["predict", "a.png"], ["--checkpoint"]),
         (["predict", "a.png", "--checkpoint", "c.pth", "--top-k", "0"], ["top_k='0'", "greater than or equal to 1"]),

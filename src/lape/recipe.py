@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lape.errors import LapeError, needs
-from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, match_name
+from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, match_name, nearest
 from lape.options import Options
 
 with needs("train"):
@@ -286,7 +286,7 @@ class Recipe(Options):
         """Read a recipe; `overrides` win over the file, the file wins over the defaults.
 
         Args:
-            path: a YAML file, or the bare name of a recipe inside the package (`digits`).
+            path: a YAML file, or the bare name of a recipe inside the package (`digits`; `lape recipes` lists them).
 
         Raises:
             LapeError: the file is missing or no mapping of known keys to allowed values.
@@ -337,6 +337,11 @@ def packaged() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
 
 
+def text_of(name: str) -> str:
+    """Return the YAML of a recipe inside the package, whose first line is a comment that says what it trains."""
+    return str((_folder() / f"{match_name('recipe', name, packaged())}.yaml").read_text(encoding="utf-8"))
+
+
 def _extra(name: str) -> dict[str, Any]:
     extra = Recipe.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
@@ -349,15 +354,18 @@ def _folder() -> Any:
 
 def _read(path: str | Path) -> tuple[str, str]:
     """Return the text of a recipe and what to call it in a message."""
+    name = re.sub(r"^recipes/(\w+)\.yaml$", r"\1", str(path))  # where the repository had them before 0.2.0
     try:
-        if not Path(path).exists() and str(path) in packaged():
-            return (_folder() / f"{path}.yaml").read_text(encoding="utf-8"), f"recipe {path}"
+        if not Path(path).exists() and name in packaged():
+            return text_of(name), f"recipe {name}"
         return Path(path).read_text(encoding="utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        guess = nearest(Path(path).stem, packaged())
+        hint = f"; did you mean {guess!r}?" if guess else ""
         raise LapeError(
             f"recipe {str(path)!r} cannot be read ({reason}): "
-            f"give a YAML file or a packaged name ({', '.join(packaged())})"
+            f"give a YAML file or a packaged name (`lape recipes` lists them){hint}"
         ) from None
 
 

@@ -115,6 +115,7 @@ def _app(name: str, text: str) -> App:
         name=name,
         help=text,
         version=__version__,
+        version_flags=("--version", "-V"),
         default_parameter=Parameter(negative_iterable=(), consume_multiple=True, allow_repeating=True),
         result_action="return_value",
         help_format="plaintext",

@@ -4,10 +4,11 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from lape import __version__
 from lape.cli.app import GROUPS, app, original, takes
 from lape.cli.options import takes_options
 from lape.cli.original import LauncherFlags, OriginalFlags
@@ -300,6 +301,21 @@ def check_data(
 
 
 @app.command
+def recipes(
+    name: Annotated[str | None, Parameter(help="print this one, to be changed and given as a file")] = None,
+) -> None:
+    """List the packaged recipes, which `lape train --recipe NAME` runs, or print one: lape recipes NAME > FILE.yaml."""
+    from lape.recipe import packaged, text_of
+
+    if name is not None:
+        print(text_of(name), end="")
+        return
+    width = max(map(len, packaged()))
+    for one in packaged():
+        print(f"{one:<{width}}  {text_of(one).partition(chr(10))[0].removeprefix('# ').rstrip('.')}")
+
+
+@app.command
 def hosts() -> None:
     """List the models that can be converted, by the class of their blocks."""
     from lape.host import hosts as table
@@ -318,6 +334,26 @@ def hosts() -> None:
         for title, text in rows:
             if text:
                 _print_row(title, text)
+
+
+@app.command
+def version() -> None:
+    """Print the versions of lape and of what it runs on, for a bug report."""
+    import platform
+    from importlib import metadata
+
+    print(f"lape {__version__}\nPython {platform.python_version()}, {platform.platform()}")
+    for name in ("torch", "timm", "torchvision", "transformers", "numpy", "onnxruntime"):
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name} is not installed")
+
+
+@app.command
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(help="bash, zsh or fish")]) -> None:
+    """Print a completion script. In ~/.bashrc: eval "$(lape completion bash)"; likewise for zsh."""
+    print(app.generate_completion(prog_name="lape", shell=shell), end="")
 
 
 def sample_images(checkpoint: "Checkpoint", data_path: str, count: int) -> tuple["Tensor", str]:

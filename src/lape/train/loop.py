@@ -233,7 +233,8 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
                 run.save()
     set_rate(state, recipe, epoch + 1)
     line = _epoch_line(run, epoch, lr, progress)
-    run.say(f"Averaged stats: lr: {lr:.6f}  loss: {line['train_loss']}")
+    loss = line["train_loss"]
+    run.say(f"Averaged stats: lr: {lr:.6f}  loss: {loss if loss is None else round(loss, 4)}")
     return line
 
 
