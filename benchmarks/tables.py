@@ -360,7 +360,7 @@ def attack() -> str:
 
 PAGES = {
     ROOT / "docs" / "trust.md": (attack,),
-    ROOT / "README.md": (worth, folded, input_pipeline),
+    ROOT / "README.md": (worth,),
     ROOT / "docs" / "converting.md": (warm_start,),
     ROOT / "docs" / "measured.md": (
         table_2,
@@ -371,7 +371,7 @@ PAGES = {
     ),
     ROOT / "docs" / "small-data.md": (device_path,),
     ROOT / "docs" / "dense.md": (dense,),
-    ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost),
+    ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost, folded, input_pipeline),
 }
 
 
