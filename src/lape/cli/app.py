@@ -92,8 +92,8 @@ def _keywords(_type: Any, tokens: Sequence[Any]) -> dict[str, Any]:
         if text.lstrip().startswith("{"):
             try:
                 keywords |= json.loads(text)
-            except ValueError as error:
-                raise LapeError(f"{text!r} is not JSON ({error}); KEY=VALUE pairs do as well") from None
+            except (ValueError, RecursionError) as error:
+                raise LapeError(f"{text[:80]!r} is not JSON ({error}); KEY=VALUE pairs do as well") from None
         elif equals and key.replace("-", "_").isidentifier():
             keywords[key.replace("-", "_")] = _literal(value)
         else:
@@ -103,7 +103,7 @@ def _keywords(_type: Any, tokens: Sequence[Any]) -> dict[str, Any]:
 
 def _literal(text: str) -> Any:
     for parse in (ast.literal_eval, json.loads):
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(text)
     return text
 
@@ -162,7 +162,8 @@ def _dashes(tokens: Sequence[str]) -> list[str]:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0  # what is no number is refused where processes meet
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from lape.errors import DataError
+from lape.errors import DataError, check_file
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -67,6 +67,7 @@ def load_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
     Raises:
         DataError: not an image, corrupt, truncated, or pixels of unknown range; names the file.
     """
+    check_file(path, DataError)
     with _reading(path), open(path, "rb") as file:
         image = Image.open(file)
         image.load()
@@ -75,6 +76,7 @@ def load_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
 
 def check_header(path: str | os.PathLike[str]) -> None:
     """Read the header of an image file, not its pixels. Raises DataError where it is missing or no image."""
+    check_file(path, DataError)
     with _reading(path), Image.open(path):
         pass
 

@@ -7,9 +7,11 @@ import json
 import os
 import pickle
 import re
+import socket
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +20,14 @@ from torch import Tensor
 
 from lape.core.joins import join_named
 from lape.core.position import kind_named
-from lape.errors import CheckpointError, needs
+from lape.errors import CheckpointError, check_file, needs
 
 HEADS = ("head.weight", "head.fc.weight")  # of a classifier: in most models of timm, in those of stages
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "lape-1"
 PROCESSOR = "preprocessor_config.json"  # of transformers
+PATIENCE = 10.0  # seconds in which a server has to answer
 HUB = "hf-hub:"  # in front of OWNER/NAME, as timm spells it
 
 _JOIN_ALIASES = {"ln": "LaPE"}  # the reference's name for LaPE on relative position bias
@@ -75,10 +78,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises CheckpointError: no such file, not a checkpoint, torn, or a pickle that wants to run code.
     """
     if str(path).startswith("https://"):
-        return _from_contents(
-            Path(str(path)),
-            torch.hub.load_state_dict_from_url(str(path), map_location="cpu", check_hash=True, weights_only=True),
-        )
+        return _from_contents(Path(str(path)), _fetch(str(path)))
     if str(path).startswith(HUB):
         return _read_folder(_download(str(path).removeprefix(HUB)))
     if not isinstance(path, str | os.PathLike):
@@ -88,7 +88,20 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _read_folder(path)
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}; give a .pth file or a folder written by lape.save")
+    check_file(path, CheckpointError)
     return _from_contents(path, _unpickle_safely(path))
+
+
+def _fetch(address: str) -> Any:
+    """What torch's cache or the network has at an address. Raises CheckpointError."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        return torch.hub.load_state_dict_from_url(address, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, HTTPException, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{address} cannot be downloaded: {_first_line(error)}; give a file") from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _unpickle_safely(path: Path) -> Any:

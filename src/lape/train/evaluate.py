@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,13 @@ from lape.files.restore import (
 from lape.options import PredictOptions
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
+from lape.train.faults import Stopped, explained
 from lape.train.progress import Say, silence
 
 if TYPE_CHECKING:
     from lape.data.open import Data
 
+STOPPED = "stopped"  # in place of what a process could not read
 PREDICT_BATCH = 32  # images that `predict` decodes and classifies at a time
 
 
@@ -97,6 +100,7 @@ def evaluate(
     *,
     amp: str = "off",
     shared: bool = True,
+    stop: threading.Event | None = None,
 ) -> Metrics:
     """Top-1, top-5 and cross entropy of a model, which is left in eval mode.
 
@@ -108,18 +112,24 @@ def evaluate(
         loader: batches of (images (B, C, H, W), class numbers (B,)), from `lape.data.loaders.eval_loader`.
         shared: the processes' loaders split the data set (image i to process i modulo their number); False when each
             has the whole of it.
+        stop: ends the evaluation when it is set.
 
     Raises:
         DataError: an image cannot be read. Where the data is shared every process raises, once all are done.
+        Stopped: by `stop`; where the data is shared, that of any process.
     """
     model.eval()
     rank, size = rank_and_size() if shared else (0, 1)
     place = rank
     outcome = torch.zeros(4, len(loader.dataset), dtype=torch.float64)  # type: ignore[arg-type]
     problem = ""
+    batches = iter(loader)
     try:
         with autocast(amp, device):
-            for images, targets in loader:
+            for images, targets in batches:
+                if stop is not None and stop.is_set():
+                    problem = STOPPED
+                    break
                 targets = targets.to(device, non_blocking=True)
                 logits = logits_of(model(images.to(device, non_blocking=True))).float()
                 hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
@@ -128,13 +138,18 @@ def evaluate(
                 outcome[:, places] += torch.stack([torch.ones_like(loss), hit[:, 0], hit.any(dim=1), loss]).cpu()
                 place = int(places[-1]) + size
     except DataError as error:
-        if not shared:
-            raise
         problem = str(error)
+    finally:
+        if isinstance(batches, Generator):  # its processes; an error would keep it
+            batches.close()
+    if problem and shared:
         wait_for_others()
+    problems = [text for text in (all_of(problem) if shared else [problem]) if text]
+    if STOPPED in problems:
+        raise Stopped
+    if problems:
+        raise DataError("; ".join(problems))  # every process names it: the launcher ends the others with the first
     if shared:
-        if problems := [text for text in all_of(problem) if text]:
-            raise DataError("; ".join(problems))  # every process names it: the launcher ends the others with the first
         outcome = sum_over_ranks(outcome)
     seen, hit1, hit5, losses = outcome
     assert bool((seen == 1).all()), f"{int((seen != 1).sum())} of {len(seen)} images did not count once"
@@ -148,15 +163,17 @@ def evaluate(
     )
 
 
-def evaluate_data(model: nn.Module, data: Data, recipe: Recipe, world: World) -> Metrics:
-    """Evaluate on the validation images; with `dist_eval` the processes share them."""
+def evaluate_data(
+    model: nn.Module, data: Data, recipe: Recipe, world: World, stop: threading.Event | None = None
+) -> Metrics:
+    """Evaluate on the validation images; with `dist_eval` the processes share them. `stop`: as in `evaluate`."""
     from lape.data.loaders import eval_loader
 
     rank, size = (world.rank, world.size) if recipe.dist_eval else (0, 1)
     loader = eval_loader(data.val, recipe, rank=rank, world_size=size, device=world.device)
     if next(model.parameters()).device != world.device:  # an EMA in host memory
         model = copy.deepcopy(model).to(world.device)
-    return evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval)
+    return evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval, stop=stop)
 
 
 def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
@@ -173,7 +190,7 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
 
     if not recipe.resume:
         raise CheckpointError("evaluation needs a checkpoint: give --resume CHECKPOINT")
-    with join_world(recipe.device) as world:
+    with join_world(recipe.device) as world, explained(recipe):
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         say = say if world.is_main else silence

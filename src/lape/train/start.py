@@ -243,8 +243,8 @@ def load_teacher(recipe: Recipe, num_classes: int, device: torch.device, say: Sa
     import timm
 
     name = recipe.teacher_model
-    if not timm.is_model(name.split(".")[0]):
-        guess = nearest(name, timm.list_models())
+    if not timm.is_model(name.split(".")[0]) or ("." in name and name not in timm.list_pretrained()):
+        guess = nearest(name, timm.list_pretrained() if "." in name else timm.list_models())
         raise LapeError(f"unknown teacher_model {name!r}{f'; did you mean {guess!r}?' if guess else ''}")
     model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=recipe.in_chans)
     checkpoint = read_checkpoint(recipe.teacher_path)
