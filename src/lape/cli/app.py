@@ -6,6 +6,7 @@ were given reach it: a YAML recipe keeps the others, and an evaluation takes the
 
 import ast
 import contextlib
+import errno
 import inspect
 import json
 import os
@@ -32,6 +33,7 @@ from lape.recipe import Recipe, spelling_of, topic_of, topics
 
 USER_ERROR = 2
 INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 CLOSED_PIPE = 128 + 13  # as if by SIGPIPE
 
 Command = Callable[..., None]
@@ -140,6 +142,13 @@ def run(command: App, tokens: Sequence[str]) -> int:
     except BrokenPipeError:  # `lape hosts | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes nowhere
         return CLOSED_PIPE
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        with contextlib.suppress(OSError):  # where stdout is what is full, Python's end would fail on it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _report(f"cannot write {error.filename or 'the output'}: {error.strerror}; make room, or write elsewhere")
+        return USER_ERROR
     except (LapeError, CycloptsError) as error:
         _report(_one_line(error), isinstance(error, LostError))
         return USER_ERROR

@@ -10,7 +10,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +67,9 @@ class Curves:
 
     def add(self, line: dict[str, Any]) -> None:
         """Draw an epoch."""
-        self._draw(line)
-        self.board.flush()
+        with _full_disk():
+            self._draw(line)
+            self.board.flush()
         for service in self.services:
             service.log(_points(line), step=line["epoch"])
 
@@ -74,9 +78,19 @@ class Curves:
             self.board.add_scalar(tag, value, line["epoch"])
 
     def close(self) -> None:
-        self.board.close()
+        with _full_disk():
+            self.board.close()
         for service in self.services:
             service.finish()
+
+
+@contextmanager
+def _full_disk() -> Iterator[None]:
+    """Curves can be drawn again from the log; a disk that is full ends no run for them."""
+    try:
+        yield
+    except OSError as error:
+        print(f"no curves: {error.strerror or error}", file=sys.stderr)
 
 
 def _points(line: dict[str, Any]) -> dict[str, float]:
