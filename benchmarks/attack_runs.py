@@ -23,7 +23,8 @@ from lape.files.read import read_checkpoint
 
 LIMIT = 60.0
 MODEL = "--model vit_tiny_patch16_224 --input-size 16 --model-kwargs embed_dim=16 depth=2 num_heads=2 patch_size=4"
-TRAIN = f"train {MODEL} --device cpu --threads 1 --no-repeated-aug --batch-size 64 --log-every 1".split()
+SHARED = f"{MODEL} --device cpu --no-repeated-aug --batch-size 64".split()
+TRAIN = ["train", *SHARED, "--threads", "1", "--log-every", "1"]
 
 
 def lape(*arguments: str, wrapper: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
@@ -104,7 +105,7 @@ def kills(number_of_each: int = 2) -> dict[str, object]:
 
     def end(what: str, number: signal.Signals, moment: float) -> str:
         with tempfile.TemporaryDirectory() as place:
-            compare = ["compare", *TRAIN[1:-2], "--epochs", "500", "--output-dir", place]
+            compare = ["compare", "--models", *SHARED[1:], "--epochs", "500", "--output-dir", place]
             train = [*TRAIN, "--num-workers", "2", "--epochs", "500", "--output-dir", place]
             process = lape(*(compare if what == "comparison" else train))
             until = time.monotonic() + LIMIT

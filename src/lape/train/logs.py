@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ class Curves:
         with needs("train"):
             from torch.utils.tensorboard import SummaryWriter
 
+        self._usual = threading.excepthook  # TensorBoard's own thread meets a full disk; what waits for it is told
+        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self._usual(args)
         folder = Path(recipe.output_dir) / BOARD
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
@@ -80,6 +83,7 @@ class Curves:
     def close(self) -> None:
         with _full_disk():
             self.board.close()
+        threading.excepthook = self._usual
         for service in self.services:
             service.finish()
 
