@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data._utils import signal_handling
 
-GRACE = 6.0  # seconds in which a process that is asked to end may finish its step and save
+GRACE = 4.0  # seconds in which a process that is asked to end may finish its step and save
 LOOK = 0.5  # seconds between two looks at the parent
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]

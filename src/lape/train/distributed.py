@@ -135,7 +135,7 @@ def _check_address() -> None:
 def _open_group(backend: str, rank: int, size: int) -> None:
     """Meet the other processes. Raises LapeError."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # what else starts processes may rightly end before them
-        end_with_parent(GRACE)
+        end_with_parent(2 * GRACE)
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     usual = usual and threading.current_thread() is threading.main_thread()
     if usual:  # torch waits in C++, deaf to Python's way of Ctrl-C
