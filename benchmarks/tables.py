@@ -371,7 +371,8 @@ def attention() -> str:
     lines += [
         "",
         f"Processor time of plain attention as a ratio to fused, median [quartiles] of {found['rounds']} rounds, "
-        f"{found['threads']} thread, beside other work; {hardware['processor']}, torch {found['machine']['versions']['torch']}; "
+        f"{found['threads']} thread, beside other work; {hardware['processor']}, "
+        f"torch {found['machine']['versions']['torch']}; "
         "`benchmarks/results/attention_cpu1.json`.",
     ]
     return "\n".join(lines)
