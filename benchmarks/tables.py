@@ -32,10 +32,10 @@ def worth() -> str:
         "|---" * (len(OVERVIEW) + 1) + "|",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in columns),
     ]
-    files = ", ".join(f"`worth_{study}.json`" for study in WORTH)
+    files = ", ".join(f"`benchmarks/results/worth_{study}.json`" for study in WORTH)
     notes.append(
         "Percent of the test images after the last epoch, mean ± standard deviation; learnable tables but where "
-        f"it says sinusoids. `benchmarks/results/`: {files}; what the differences are due to: "
+        f"it says sinusoids. {files}; what the differences are due to: "
         "[docs/measured.md](docs/measured.md)."
     )
     return "\n".join([*lines, "", *notes])

@@ -45,19 +45,21 @@ TRAIN_FLAGS = """
 --distillation-type --teacher-model --teacher-path --distillation-alpha --distillation-tau
 --output-dir --resume --eval --no-eval --dist-eval --no-dist-eval --device --amp --threads --log-every
 --world-size --dist-url --local-rank --distributed --cosub
+--attention --pe-norm --pe-std --pe-lr-scale
 """
 EVAL_FLAGS = """
 --checkpoint --resume
 --model --join-type --pe --in-chans --model-kwargs --input-size --eval-crop-ratio --mean --std
 --data-path --data-set --inat-category --batch-size --num-workers --pin-mem --no-pin-mem --decode
---ema --no-ema --dist-eval --no-dist-eval --device --amp --threads
+--ema --no-ema --dist-eval --no-dist-eval --device --amp --attention --threads
 """
 # Fields that the original has not.
 OURS = {
     *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode"),
-    *("scale", "mixup_off_epoch", "schedule_epochs", "as_original"),
+    *("scale", "mixup_off_epoch", "schedule_epochs", "as_original", "attention"),
+    *("pe_std", "pe_norm", "pe_lr_scale"),
 }
 COMMANDS = {"bench", "check-data", "compare", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
 COMMANDS |= {"recipes", "version", "completion"}
