@@ -1,4 +1,4 @@
-"""The options of `lape demo`, `lape compare` and `lape bench`: each has its name, default and meaning here alone.
+"""The options of the commands that run studies: each has its name, default and meaning here alone.
 
 The command line makes its flags of the fields, and their `help` is what `--help` says.
 """
@@ -68,3 +68,17 @@ class BenchOptions:
     train: bool = option(True, "time a training step")
     inference: bool = option(True, "time inference, and the latency of one image")
     peers: tuple[str, ...] = option((), "the same ViT without lape beside it, of timm, torchvision, transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """What is probed for position, and what is written."""
+
+    images: tuple[str, ...] = option((), "image files (default: validation images of --data-path)")
+    data_path: str = option("", "folder with val/ (default: the packaged digits)")
+    count: int = option(64, "images of --data-path, evenly spread, half to fit and half to test")
+    energy: float = option(0.95, "share of the mean image's variance that the position subspace holds")
+    ema: bool = option(False, "probe the averaged weights of checkpoints")
+    pretrained: bool = option(True, "a model that is no file has timm's published weights; else random ones")
+    json: str | None = option(None, "write the numbers to this JSON file")
+    plot: str | None = option(None, "draw them to this .png, .pdf or .svg")
