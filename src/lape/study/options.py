@@ -82,3 +82,22 @@ class ProbeOptions:
     pretrained: bool = option(True, "a model that is no file has timm's published weights; else random ones")
     json: str | None = option(None, "write the numbers to this JSON file")
     plot: str | None = option(None, "draw them to this .png, .pdf or .svg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Other image sizes and changed images, on which `lape eval` measures a model as well."""
+
+    sizes: tuple[str, ...] = option((), "image sizes, SIDE or HEIGHTxWIDTH in pixels, beside the training size")
+    corruptions: tuple[str, ...] = option((), "corrupted images: all, or some by name")
+    severities: tuple[int, ...] = option((1, 2, 3, 4, 5), "of the corruptions")
+    shuffle_patches: bool = option(False, "images whose patches are shuffled")
+    shift: tuple[int, ...] = option((), "images moved right and down by so many pixels")
+    occlude: tuple[float, ...] = option((), "images with this share of their patches hidden")
+    json: str | None = option(None, "write the numbers of sizes and changes to this JSON file")
+    plot: str | None = option(None, "draw them to this .png, .pdf or .svg")
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything beside the plain evaluation."""
+        return self != SweepOptions(severities=self.severities)

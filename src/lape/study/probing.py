@@ -20,6 +20,7 @@ from lape.files.restore import restore, transform_of
 from lape.look.features import LABELS, Features, probe
 from lape.recipe import Recipe
 from lape.study.options import ProbeOptions
+from lape.study.pictures import check_writable, write_figure
 from lape.study.report import text_writer
 
 if TYPE_CHECKING:
@@ -50,18 +51,6 @@ def probe_models(models: Sequence[str], options: ProbeOptions) -> dict[str, Feat
     if options.plot is not None:
         write_figure(draw(features), options.plot)
     return features
-
-
-def check_writable(json_file: str | None, picture: str | None) -> None:
-    """Raises LapeError, before the work, for a file whose folder is not there or a picture of no known kind."""
-    for path in (json_file, picture):
-        if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-            raise LapeError(f"{path!r} cannot be written: give a file in a folder that exists")
-    if picture is not None:
-        if Path(picture).suffix not in (".png", ".pdf", ".svg"):
-            raise LapeError(f"--plot {picture!r} names no kind of picture: end it in .png, .pdf or .svg")
-        with needs("plot"):
-            import matplotlib  # noqa: F401
 
 
 def _model_of(name: str, options: ProbeOptions) -> tuple[nn.Module, EvalTransform]:
@@ -143,9 +132,3 @@ def draw(features: Mapping[str, Features]) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False, fontsize=9)
     return figure
-
-
-def write_figure(figure: Figure, path: str) -> None:
-    """As the kind of picture that its name ends in."""
-    kind = Path(path).suffix.removeprefix(".")
-    write_atomically(Path(path), lambda file: figure.savefig(file, format=kind, dpi=150))
