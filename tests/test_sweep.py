@@ -199,3 +199,36 @@ def test_a_summary_of_a_model_that_is_never_right_has_no_shares() -> None:
 
     blank = partial(Outcome, level=None, size=(8, 8), transform="", acc1=0.0, acc5=0.0, loss=1.0, count=3)
     assert [e["relative"] for e in summary_of([blank("clean", "clean"), blank("shift", "shifted")])] == [None, None]
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_comparison_at_other_sizes(tmp_path, capsys) -> None:
+    from lape.recipe import Recipe
+    from lape.study.compare import compare
+    from lape.study.options import CompareOptions
+
+    kwargs = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 4}
+    recipe = Recipe.from_yaml("digits", epochs=1, batch_size=256, model_kwargs=kwargs)
+    size = recipe.input_size
+    asked = {"sizes": (str(size + 4), f"{size}x{size + 8}"), "seeds": (0, 1), "workers": 1}
+    study = compare(recipe, CompareOptions(output_dir=str(tmp_path), pes=("RoPE",), joins=("basic",), **asked))
+    (trainings,) = study.results["sizes"].values()
+    assert [o["size"] for o in trainings[0]] == [(size, size), (size + 4, size + 4), (size, size + 8)]
+    assert [t[0]["acc1"] for t in trainings] == [cell["accuracy"] for cell in study.results["cells"]]
+    mean = sum(t[1]["acc1"] for t in trainings) / 2
+    assert f"{mean:.1f}" in (tmp_path / "report.md").read_text()
+    assert {"sizes.png"} <= {file.name for file in study.files}
+    assert f"{size + 4} px" in capsys.readouterr().out
+
+
+def test_every_row_of_the_rivals_has_a_meaning() -> None:
+    from lape.recipe import Recipe
+    from lape.study.compare import RIVALS, combinations
+    from lape.study.numbers import Variant
+
+    recipe = Recipe.from_yaml("digits")
+    rows = [Variant(recipe.model, *row) for row in RIVALS]
+    assert combinations(recipe, rows) == (rows, {})

@@ -351,7 +351,7 @@ def sorts(models: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[s
 
 def _compare_biases(pictures: Pictures, models: Mapping[str, nn.Module]) -> None:
     biases = {name: position_bias(model).detach().float().cpu().mean(1) for name, model in models.items()}
-    limit = max(bias.abs().max().item() for bias in biases.values()) or 1.0
+    limit = max(_largest(bias) for bias in biases.values()) or 1.0
     rows = {name: (describe(models[name]).grid, list(bias_Lnn)) for name, bias_Lnn in biases.items()}
     columns = [f"layer {layer}" for layer in range(max(map(len, biases.values())))]
     for place in PLACES:
@@ -394,9 +394,14 @@ def _side_by_side(
     return overview(title, strips, columns, norm, unit)
 
 
+def _largest(bias: Tensor) -> float:
+    """Of the absolute values; where a head may not look, the bias is minus infinity."""
+    return bias.where(bias.isfinite(), 0.0).abs().max().item()
+
+
 def _draw_biases(pictures: Pictures, model: nn.Module, about: Description, token: int) -> list[Path]:
     bias_LHnn = position_bias(model).detach().float().cpu()
-    limit = bias_LHnn.abs().max().item() or 1.0
+    limit = _largest(bias_LHnn) or 1.0
     scale = Normalize(-limit, limit), "bias on attention logits"
     layers = [f"layer {layer}" for layer in range(len(bias_LHnn))]
     what = _what(pictures.folder, about, about.grid)

@@ -37,8 +37,8 @@ class CompareOptions:
     pes: tuple[str, ...] = option(("learnable",), "kinds of position embedding")
     pe_stds: tuple[float, ...] = option((), "starts of the position table, each a row (default: the model's own)")
     pe_norms: tuple[str, ...] = option((), "what replaces LN' in joins that have one, each a row (default: nothing)")
-    preset: Literal["table7", "table8"] | None = option(
-        None, "rows of a table of the paper: joins x kinds, or LN' apart"
+    preset: Literal["table7", "table8", "rivals"] | None = option(
+        None, "rows of a table of the paper (joins x kinds, LN' apart), or every position that is a rival"
     )
     models: tuple[str, ...] = option((), "timm names (default: the recipe's)")
     rivals: tuple[str, ...] = option((), "timm names, each trained as it is, by the same recipe")
@@ -47,6 +47,7 @@ class CompareOptions:
     baseline: str | None = option(None, "join that the others are compared with (default: basic, or the first)")
     runs: tuple[str, ...] = option((), "finished runs and checkpoints to show beside, in a table of their own")
     workers: int = option(2, "trainings side by side, one thread each; also on one GPU")
+    sizes: tuple[str, ...] = option((), "image sizes, SIDE or HEIGHTxWIDTH, at which each model is evaluated as well")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -238,7 +238,7 @@ def rows_of(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def draw(models: dict[str, Sequence[Sequence[Outcome]]], training_size: int) -> Figure:
+def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) -> Figure:
     """Accuracy over size with the training size marked, and what changes leave of the clean accuracy.
 
     `models`: by name, the outcomes of each of its trainings; the band is one standard deviation over them.

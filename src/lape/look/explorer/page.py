@@ -175,6 +175,7 @@ class _Card:
 
     def add_bias(self, budget: int) -> None:
         bias_LHnn = position_bias(self.model).detach().float().cpu()
+        bias_LHnn = bias_LHnn.clamp(min=bias_LHnn.where(bias_LHnn.isfinite(), 0.0).min())  # -inf: may not look there
         for measure in (locality_radius, monotonicity, half_distance):
             about = MEASURES[measure.__name__]
             value_L = measure(bias_LHnn.mean(1), self.grid)
