@@ -259,3 +259,11 @@ def test_a_name_of_timm_is_probed_on_the_digits(capsys) -> None:
     code, text, _ = lines_of(capsys, "test_vit", "--no-pretrained", "--count", "4")
     assert (code, "digits" in text) == (0, True)
     assert lines_of(capsys, "no_such_model_at_all", "--count", "4")[0] == 2
+
+
+def test_legends_name_what_differs() -> None:
+    from lape.study.pictures import short_names
+
+    assert short_names(["/a/b/LaPE/model", "/a/b/basic/model"]) == ["LaPE", "basic"]
+    assert short_names(["/a/m.pth", "vit_tiny"]) == ["/a/m.pth", "vit_tiny"]
+    assert short_names(["/a/b.pth"]) == ["b.pth"]

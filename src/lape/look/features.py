@@ -281,6 +281,7 @@ def _readout(
 ) -> Tensor:
     """The ridge regression (D + 1, 2) of row and column; of tokens without a subspace by the same products."""
     gram, cross = products
+    whole = gram[None]
     if subspace is not None:
         width = len(gram) - 1
         taken = subspace.basis_Dk @ subspace.basis_Dk.T
@@ -288,7 +289,7 @@ def _readout(
         affine[:width, :width] -= taken
         affine[width, :width] = subspace.mean_D @ taken
         gram, cross = affine.T @ gram @ affine, affine.T @ cross
-    return fit_places(gram[None], cross[None], ridge)[0]
+    return fit_places(gram[None], cross[None], ridge, whole)[0]  # one penalty, so that both can be compared
 
 
 class _Seen:

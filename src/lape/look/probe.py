@@ -208,12 +208,12 @@ def where_am_i(
     return torch.where(total > 0, 1 - wrong / total.clamp(min=1e-12), torch.nan)
 
 
-def fit_places(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+def fit_places(gram: Tensor, cross: Tensor, ridge: float, measure: Tensor | None = None) -> Tensor:
     """Ridge regressions (L, D + 1, 2) from products of tokens that end in a 1: x^T x (L, D + 1, D + 1), x^T place.
 
-    The penalty is `ridge` times the mean eigenvalue; the constant is not damped.
+    The penalty is `ridge` times the mean eigenvalue, of `measure` where that is given; the constant is not damped.
     """
-    penalty = ridge * gram.diagonal(dim1=-2, dim2=-1)[:, :-1].mean(-1)
+    penalty = ridge * (gram if measure is None else measure).diagonal(dim1=-2, dim2=-1)[:, :-1].mean(-1)
     damp = torch.diag_embed(F.pad(penalty[:, None].expand(-1, gram.shape[-1] - 1), (0, 1)))
     solution: Tensor = torch.linalg.lstsq(gram + damp, cross, driver="gelsd").solution
     return solution

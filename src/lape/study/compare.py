@@ -351,6 +351,7 @@ def _train(recipe: Recipe, home: Path, tick: Callable[[], None]) -> Run:
     """Trains by one recipe, measures the positions of the model, and keeps it as `home`/model."""
     from lape.convert.converted import conversion_of
     from lape.core.position import KINDS
+    from lape.data.augment import eval_transform
     from lape.files.folder import save
     from lape.look.measures import measure_all
     from lape.look.similarity import Maps
@@ -363,7 +364,7 @@ def _train(recipe: Recipe, home: Path, tick: Callable[[], None]) -> Run:
     if KINDS[recipe.pe].is_table and drawable:
         maps = Maps.of(model)
         measures = measure_all(maps.layers_Lnn, maps.patches_LnD, maps.grid)
-    save(model, home / "model")
+    save(model, home / "model", transform=eval_transform(recipe).to_dict())
     return Run.of(recipe, result, measures, drawable)
 
 

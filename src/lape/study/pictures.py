@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,18 @@ def check_writable(json_file: str | None, picture: str | None) -> None:
             raise LapeError(f"--plot {picture!r} names no kind of picture: end it in .png, .pdf or .svg")
         with needs("plot"):
             import matplotlib  # noqa: F401
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Paths without the parts that all of them begin or end with; the last part of a single one."""
+    parts = [Path(path).parts for path in paths]
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    while min(map(len, parts)) > 1 and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    while min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    return [str(Path(*p)) for p in parts]
 
 
 def write_figure(figure: Figure, path: str) -> None:

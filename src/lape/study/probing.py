@@ -20,7 +20,7 @@ from lape.files.restore import restore, transform_of
 from lape.look.features import LABELS, Features, probe
 from lape.recipe import Recipe
 from lape.study.options import ProbeOptions
-from lape.study.pictures import check_writable, write_figure
+from lape.study.pictures import check_writable, short_names, write_figure
 from lape.study.report import text_writer
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def probe_models(models: Sequence[str], options: ProbeOptions) -> dict[str, Feat
     if len(set(models)) != len(models):
         raise LapeError(f"a model was given twice among {', '.join(models)}: give each once")
     features: dict[str, Features] = {}
-    for name in models:
-        model, transform = _model_of(name, options)
+    loaded = [_model_of(name, options) for name in models]  # refused now, not after the others
+    for name, (model, transform) in zip(models, loaded, strict=True):
         images, source = _images(transform, options)
         features[name] = probe(model, images, energy=options.energy)
         print(f"{name}: {len(images)} images of {source}\n{transform}")
@@ -49,7 +49,8 @@ def probe_models(models: Sequence[str], options: ProbeOptions) -> dict[str, Feat
         results = {**about, "models": {name: found.to_dict() for name, found in features.items()}}
         write_atomically(Path(options.json), text_writer(json.dumps(results, indent=1) + "\n"))
     if options.plot is not None:
-        write_figure(draw(features), options.plot)
+        short = dict(zip(features, short_names(list(features)), strict=True))
+        write_figure(draw({short[name]: found for name, found in features.items()}), options.plot)
     return features
 
 
