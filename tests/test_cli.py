@@ -49,6 +49,7 @@ EVAL_FLAGS = """
 --model --join-type --pe --in-chans --model-kwargs --input-size --eval-crop-ratio --mean --std
 --data-path --data-set --inat-category --batch-size --num-workers --pin-mem --no-pin-mem --decode
 --ema --no-ema --dist-eval --no-dist-eval --device --amp --threads
+--sizes --corruptions --severities --shuffle-patches --shift --occlude --json --plot
 """
 # Fields that the original has not.
 OURS = {
@@ -57,7 +58,7 @@ OURS = {
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode"),
     *("scale", "mixup_off_epoch", "schedule_epochs"),
 }
-COMMANDS = {"bench", "check-data", "compare", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
+COMMANDS = set("bench check-data compare demo train eval export hosts predict probe visualize".split())
 
 # Every flag of the original's main.py in its own spelling, with a value that is not its default.
 SPELLINGS = """

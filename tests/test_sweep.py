@@ -213,14 +213,16 @@ def test_a_comparison_at_other_sizes(tmp_path, capsys) -> None:
     kwargs = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 4}
     recipe = Recipe.from_yaml("digits", epochs=1, batch_size=256, model_kwargs=kwargs)
     size = recipe.input_size
-    asked = {"sizes": (str(size + 4), f"{size}x{size + 8}"), "seeds": (0, 1), "workers": 1}
+    asked = {"sizes": (str(size + 4), f"{size}x{size + 8}"), "seeds": (0, 1), "workers": 1, "probe": 8}
     study = compare(recipe, CompareOptions(output_dir=str(tmp_path), pes=("RoPE",), joins=("basic",), **asked))
     (trainings,) = study.results["sizes"].values()
     assert [o["size"] for o in trainings[0]] == [(size, size), (size + 4, size + 4), (size, size + 8)]
     assert [t[0]["acc1"] for t in trainings] == [cell["accuracy"] for cell in study.results["cells"]]
     mean = sum(t[1]["acc1"] for t in trainings) / 2
     assert f"{mean:.1f}" in (tmp_path / "report.md").read_text()
-    assert {"sizes.png"} <= {file.name for file in study.files}
+    assert {"sizes.png", "probe.png"} <= {file.name for file in study.files}
+    (probed,) = study.results["probe"].values()
+    assert (probed["images"], len(probed["plain"]["shift"])) == (8, 3)
     assert f"{size + 4} px" in capsys.readouterr().out
 
 

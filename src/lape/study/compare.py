@@ -24,6 +24,8 @@ from lape.recipe import Recipe
 from lape.study import report
 from lape.study.numbers import Run, Variant, differences, summarise
 from lape.study.options import CompareOptions, DemoOptions, SweepOptions
+from lape.study.probing import draw as draw_probe
+from lape.study.probing import validation_images
 from lape.study.sweep import Outcome, evaluate_at, size_named
 from lape.study.sweep import draw as draw_sizes
 from lape.study.workers import Agenda, Stage, run_all
@@ -32,6 +34,8 @@ from lape.train.machine import environment
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
+
+    from lape.look.features import Features
 
 VARIED = {"model", "pe", "join_type", "pe_norm", "pe_std", "seed", "output_dir", "resume"}
 ALONE = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}  # of each training, one thread's only work
@@ -73,6 +77,8 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     rows = rows or rows_of(models, pes, joins, norms or (None,), stds)
     for size in options.sizes:
         size_named(size)
+    if options.probe and options.probe < 4:
+        raise LapeError(f"probe={options.probe} is not allowed: choose 4 images or more, or 0 for none")
     variants, meaningless = combinations(recipe, rows)
     recipes = dict.fromkeys(variants, recipe) | _rivals(recipe, options, variants)
     folder = _writable(Path(options.output_dir))
@@ -95,6 +101,7 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     runs.sort(key=lambda run: (order.index(run.variant), run.seed))
     gaps = differences(runs, baseline)
     sizes = _at_sizes(folder, runs, recipes, options) if options.sizes else {}
+    probed = _probed(folder, runs, recipe, options.probe) if options.probe else {}
     rivals = {"models": list(options.rivals), "model_kwargs": recipes[order[-1]].model_kwargs}
     results = {
         "made_by": "lape compare",
@@ -107,6 +114,7 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
         "meaningless": [{**variant._asdict(), "why": why} for variant, why in meaningless.items()],
         "others": others,
         "sizes": {name: [[asdict(o) for o in outcomes] for outcomes in each] for name, each in sizes.items()},
+        "probe": {name: features.to_dict() for name, features in probed.items()},
         "cells": [asdict(run) for run in runs],
         "workers": options.workers,
         "gpus": _gpus(recipe),
@@ -117,6 +125,8 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     figures = {"curves.png": curves}
     if sizes:
         figures["sizes.png"] = draw_sizes(sizes, recipe.input_size)
+    if probed:
+        figures["probe.png"] = draw_probe(probed)
     files = report.write(folder, results, report.comparison_page(results), figures)
     if shown := _explorable(folder, runs):
         files.append(report.explorer_page(folder / "report.html", results, shown, curves))
@@ -143,6 +153,21 @@ def _at_sizes(
             found = evaluate_at(read_checkpoint(home), recipe, wanted, say=lambda _text: None)
             outcomes.setdefault(names[run.variant], []).append(found)
     return outcomes
+
+
+def _probed(folder: Path, runs: Sequence[Run], recipe: Recipe, count: int) -> dict[str, "Features"]:
+    """What the features of the first model of each variant that is still there keep of position, by name."""
+    from lape.data.augment import eval_transform
+    from lape.files.folder import load
+    from lape.look.features import probe
+
+    images, _name = validation_images(eval_transform(recipe), recipe, count)
+    names, features = _names(runs), {}
+    for run in runs:
+        home = _cell_name(folder, run.variant, run.seed) / "model"
+        if names[run.variant] not in features and home.exists():
+            features[names[run.variant]] = probe(load(home), images)
+    return features
 
 
 def _names(runs: Sequence[Run]) -> dict[Variant, str]:

@@ -48,6 +48,7 @@ class CompareOptions:
     runs: tuple[str, ...] = option((), "finished runs and checkpoints to show beside, in a table of their own")
     workers: int = option(2, "trainings side by side, one thread each; also on one GPU")
     sizes: tuple[str, ...] = option((), "image sizes, SIDE or HEIGHTxWIDTH, at which each model is evaluated as well")
+    probe: int = option(0, "images on which the features of each row's first model are probed for position; 0: none")
 
 
 @dataclass(frozen=True, kw_only=True)

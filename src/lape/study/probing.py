@@ -79,21 +79,26 @@ def _model_of(name: str, options: ProbeOptions) -> tuple[nn.Module, EvalTransfor
 
 def _images(transform: EvalTransform, options: ProbeOptions) -> tuple[Tensor, str]:
     """The images, transformed, and what they are."""
+    if not options.images:
+        recipe = Recipe(data_path=options.data_path, in_chans=transform.in_chans)
+        return validation_images(transform, recipe, options.count)
     from lape.data.images import load_image
-    from lape.data.sets import Images, reader_of
 
     prepare = transform.build()
-    if options.images:
-        files = [load_image(path, transform.in_chans) for path in options.images]
-        return torch.stack([prepare(image) for image in files]), "files"
-    if options.count < 4:
-        raise LapeError(f"count={options.count}: a probe needs 4 images or more, half to fit and half to test")
-    recipe = Recipe(data_path=options.data_path, in_chans=transform.in_chans)
+    return torch.stack([prepare(load_image(path, transform.in_chans)) for path in options.images]), "files"
+
+
+def validation_images(transform: EvalTransform, recipe: Recipe, count: int) -> tuple[Tensor, str]:
+    """Evenly spread ones of the recipe's data, and what it is called. Raises LapeError for fewer than four."""
+    from lape.data.sets import Images, reader_of
+
+    if count < 4:
+        raise LapeError(f"count={count}: a probe needs 4 images or more, half to fit and half to test")
     reader, root = reader_of(recipe)
     sources, read, _classes, name = reader(recipe, root, ("val",))
-    data = Images(*sources["val"], read, prepare)
-    step = max(1, len(data) // options.count)
-    return torch.stack([data[i][0] for i in range(0, len(data), step)][: options.count]), name
+    data = Images(*sources["val"], read, transform.build())
+    step = max(1, len(data) // count)
+    return torch.stack([data[i][0] for i in range(0, len(data), step)][:count]), name
 
 
 def _table(features: Features) -> list[str]:

@@ -282,6 +282,9 @@ def comparison_page(results: dict[str, Any]) -> Iterator[str]:
     if results.get("sizes"):
         yield f"## At other sizes\n\n{AT_SIZES}\n\n{markdown_table(rows_of_sizes(results))}\n"
         yield "![Accuracy over the image size](sizes.png)\n"
+    if results.get("probe"):
+        yield "## Position in the features\n\nOf the first seed, as by `lape probe`.\n"
+        yield "![What the features keep of position](probe.png)\n"
     if results["others"]:
         yield f"## Other runs\n\n{NOT_TRAINED_HERE}\n\n{markdown_table(rows_of_others(results['others']))}\n"
     yield "## How it was run\n"
