@@ -1,7 +1,8 @@
-# docker build -t lape . && docker run --rm lape demo
-FROM python:3.12-slim
+# docker build -t lape . && docker run --rm lape lape demo        (docs/containers.md: GPUs, data, shells)
+ARG BASE=python:3.12-slim
+FROM ${BASE}
 WORKDIR /app
 COPY . .
 RUN pip install --no-cache-dir '.[all]'
-ENTRYPOINT ["lape"]
-CMD ["--help"]
+# No entry point: `docker run lape bash` and `docker run lape python main.py ...` run as they stand.
+CMD ["lape", "--help"]

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -51,8 +51,18 @@ class Row:
     text: str  # what was done, or the reason
     host: str = ""
     blocks: int = 0
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
     prefix_tokens: int = 0
+
+
+GIVEN = {"swin_b": (56, 56), "swin_s": (56, 56), "swin_t": (56, 56)}  # grids that a user names, for 224 x 224 pixels
+NEEDED: dict[str, dict[str, Any]] = {  # without which a library's default configuration is no model
+    "BeitForSemanticSegmentation": {"out_indices": [3, 5, 7, 11]},
+    "Sapiens2ForSemanticSegmentation": {
+        "head_config": {"upsample_out_channels": [64], "upsample_kernel_sizes": [4], "conv_out_channels": [64]}
+        | {"conv_kernel_sizes": [1]}
+    },
+}
 
 
 def examine(module: str, name: str, create: Callable[[str], nn.Module] = timm.create_model) -> Row:
@@ -63,12 +73,12 @@ def examine(module: str, name: str, create: Callable[[str], nn.Module] = timm.cr
     pe, status = None, "converted"
     try:
         try:
-            lape.apply_(model, "LaPE")
+            lape.apply_(model, "LaPE", grid=GIVEN.get(name))
         except lape.UnsupportedModelError:
             raise
         except lape.LapeError:
             pe, status = "learnable", "converted with pe='learnable'"
-            lape.apply_(model, "LaPE", pe)
+            lape.apply_(model, "LaPE", pe, grid=GIVEN.get(name))
     except lape.LapeError as error:
         return Row(module, name, "refused", _reason(error))
     done = lape.describe(model)
@@ -78,7 +88,8 @@ def examine(module: str, name: str, create: Callable[[str], nn.Module] = timm.cr
     bare = done.prefix_tokens - done.positioned_prefix_tokens
     plural = "" if done.prefix_tokens == 1 else "s"
     prefix = f"{done.prefix_tokens} prefix token{plural}{f' ({bare} without a position)' if bare else ''}"
-    text = f"{done.joined} blocks, grid {done.grid[0]} x {done.grid[1]}, {prefix}"
+    text = f"{done.joined} blocks, grid {' x '.join(map(str, done.grid))}, {prefix}"
+    text += f" (named: grid={done.grid})" if name in GIVEN else ""
     text += f", {len(stages)} stages" if stages else ""
     text += f", {done.beside} kept" if done.beside else ""
     text += ", on its relative position bias (pe='learnable': a table beside it)" if done.pe == "2D_RPE" else ""
@@ -108,7 +119,7 @@ def others() -> list[Row]:
 
     def create(name: str) -> nn.Module:
         cls = getattr(transformers, name)
-        model: nn.Module = cls(cls.config_class())
+        model: nn.Module = cls(cls.config_class(**NEEDED.get(name, {})))
         return model
 
     def row(module: str, name: str, create: Callable[[str], nn.Module]) -> Row:

@@ -590,7 +590,7 @@ def data(link: Link, sizes: Sizes, where: str, cifar: Path | None, scratch: Path
 
 def train(link: Link, sizes: Sizes, where: str, cifar: Path | None, folder: Path, arm: str, seed: int) -> None:
     """One training by `lape train`: one seed starts all arms alike but for what the arm is about."""
-    settings: JSON = yaml.safe_load((ROOT / "recipes" / "cifar10_matrix_cpu.yaml").read_text()) | {
+    settings: JSON = yaml.safe_load((ROOT / "src/lape/recipes" / "cifar10_matrix_cpu.yaml").read_text()) | {
         "model": sizes.trained,
         "join_type": "LaPE" if arm == "LaPE" else "basic",
         "pe_std": 1.0 if arm == "basic, table at std 1" else None,

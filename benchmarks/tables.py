@@ -344,8 +344,23 @@ def input_pipeline() -> str:
     return "\n".join(lines)
 
 
+def attack() -> str:
+    """What the last run of benchmarks/attack.py counted."""
+    path = sorted(RESULTS.glob("attack_*.json"))[-1]
+    found = json.loads(path.read_text())
+    lines = ["| attack | on | outcomes |", "|---|---|---|"]
+    for title, counts in found["results"].items():
+        lines += [
+            f"| {title} | {what} | {', '.join(f'{number} {name}' for name, number in count.items())} |"
+            for what, count in counts.items()
+        ]
+    lines += ["", f"{found['wrong']} wrong (in capitals), {found['seconds']} s (`{path.relative_to(ROOT)}`)."]
+    return "\n".join(lines)
+
+
 PAGES = {
-    ROOT / "README.md": (worth, folded, input_pipeline),
+    ROOT / "docs" / "trust.md": (attack,),
+    ROOT / "README.md": (worth,),
     ROOT / "docs" / "converting.md": (warm_start,),
     ROOT / "docs" / "measured.md": (
         table_2,
@@ -356,7 +371,7 @@ PAGES = {
     ),
     ROOT / "docs" / "small-data.md": (device_path,),
     ROOT / "docs" / "dense.md": (dense,),
-    ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost),
+    ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost, folded, input_pipeline),
 }
 
 

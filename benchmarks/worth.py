@@ -7,8 +7,8 @@
     python benchmarks/worth.py cifar-paper --cifar FOLDER  # the paper's models, all images, 310 epochs: a GPU
 
 FOLDER holds CIFAR-10 as train/<class>/* and val/<class>/*. A study that was killed goes on by the same command;
-`--workers` trainings run side by side, one thread each. `--finished` trains nothing: it reports on the seeds of which
-all rows are there (of none, on the rows that are), wherever they were trained (`--trained-on` says where).
+`--workers` trainings run side by side, one thread each. `--finished` trains nothing: it reports on the rows that
+the first seed has, and the seeds that have all of these, wherever they were trained (`--trained-on` says where).
 """
 
 import argparse
@@ -66,7 +66,7 @@ def digits(epochs: int) -> Recipe:
 
 
 def cifar(folder: Path, epochs: int, warmup: int, on_device: bool) -> Recipe:
-    recipe = Recipe.from_yaml(ROOT / "recipes" / "cifar10_matrix_cpu.yaml", data_path=str(folder), epochs=epochs)
+    recipe = Recipe.from_yaml("cifar10_matrix_cpu", data_path=str(folder), epochs=epochs)
     return recipe.replace(warmup_epochs=warmup, amp="bf16", data_on_device=on_device)
 
 
@@ -83,7 +83,7 @@ def parts_of(study: str, given: argparse.Namespace) -> list[Part]:
         rows = tuple(row for row in MAIN if row != ("beside", None, None))
         return [Part("20 epochs", cifar(given.cifar, 20, 3, given.on_device), rows, ("vit_lite_4_4_32",), 2)]
     if study == "cifar-paper":
-        recipe = Recipe.from_yaml(ROOT / "recipes" / "vit_lite_cifar10.yaml", data_path=str(given.cifar))
+        recipe = Recipe.from_yaml("vit_lite_cifar10", data_path=str(given.cifar))
         return [Part("310 epochs", recipe.replace(data_on_device=given.on_device), (*MAIN, MPVG), PAPER, 5)]
     images = given.runs / "images"
     recipe = cifar(images if images.exists() else subset(given.cifar, images, 500, 200), 10, 2, given.on_device)
@@ -136,8 +136,9 @@ def run(part: Part, given: argparse.Namespace) -> dict[str, Any]:
     rows = [Variant(model, part.pe, join, norm, std) for model in part.models for join, norm, std in part.rows]
     seeds: Sequence[int] = range(part.seeds)
     if given.finished:
-        done = [seed for seed in seeds if all(is_done(folder, row.recipe(recipe).replace(seed=seed)) for row in rows)]
-        rows, seeds = (rows, done) if done else ([row for row in rows if is_done(folder, row.recipe(recipe))], [0])
+        done = {(row, seed): is_done(folder, row.recipe(recipe).replace(seed=seed)) for row in rows for seed in seeds}
+        rows = [row for row in rows if done[row, 0]]
+        seeds = [seed for seed in seeds if all(done[row, seed] for row in rows)]
     options = CompareOptions(output_dir=str(folder), seeds=tuple(seeds), workers=given.workers)
     return {"name": part.name, "results": compare(recipe, options, rows).results}
 

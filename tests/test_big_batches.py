@@ -17,7 +17,7 @@ from lape.data.loaders import BatchPlan, batch_plan, train_loader
 from lape.data.open import load_data
 from lape.errors import CheckpointError, LapeError
 from lape.train.evaluate import evaluate_checkpoint
-from lape.train.loop import train
+from lape.train.loop import seed_step, train
 from lape.train.start import build_model, load_teacher
 from lape.train.state import BEST, CHECKPOINT, initial_state, peak_lr
 
@@ -292,3 +292,16 @@ def test_the_teacher_sees_its_own_normalisation(tmp_path, source):
     with torch.no_grad():
         expected = teacher(normal(own["mean"], own["std"]))
         torch.testing.assert_close(found(normal(recipe.mean, recipe.std)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_a_step_draw_from_seeds_of_their_own(monkeypatch):
+    """Dropout and Mixup of two parts are not the same."""
+    seeds = []
+
+    def keep(*numbers: int) -> None:
+        seed_step(*numbers)
+        seeds.append(torch.initial_seed())
+
+    monkeypatch.setattr("lape.train.loop.seed_step", keep)
+    train(tiny(batch_size=256, global_batch=512), say=quiet)
+    assert len(seeds) == len(set(seeds)) == 4  # two steps of two parts

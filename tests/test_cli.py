@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import lape
 from lape.cli import app as cli
 from lape.cli import commands
 from lape.errors import LapeError
@@ -32,7 +34,7 @@ TRAIN_FLAGS = """
 --data-on-device --no-data-on-device --ema --no-ema --deterministic --no-deterministic --dist-timeout
 --data-path --data-set --inat-category --num-workers --pin-mem --no-pin-mem --decode --eval-crop-ratio --mean --std
 --epochs --batch-size --seed --start-epoch --bce-loss --no-bce-loss --smoothing --train-mode --no-train-mode
---finetune --warm-start --no-warm-start --attn-only --no-attn-only
+--finetune --warm-start --no-warm-start --attn-only --no-attn-only --as-original
 --opt --opt-eps --opt-betas --momentum --weight-decay --clip-grad --lr --unscale-lr --no-unscale-lr
 --sched --warmup-epochs --warmup-lr --min-lr --decay-epochs --decay-rate --dr --cooldown-epochs --patience-epochs
 --schedule-epochs --lr-noise --lr-noise-pct --lr-noise-std
@@ -56,9 +58,10 @@ OURS = {
     *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode"),
-    *("scale", "mixup_off_epoch", "schedule_epochs"),
+    *("scale", "mixup_off_epoch", "schedule_epochs", "as_original"),
 }
 COMMANDS = set("bench check-data compare demo train eval export hosts predict probe visualize".split())
+COMMANDS |= {"recipes", "version", "completion"}
 
 # Every flag of the original's main.py in its own spelling, with a value that is not its default.
 SPELLINGS = """
@@ -199,6 +202,34 @@ def test_commands_are_frozen() -> None:
     assert {name for name in cli.app if not name.startswith("-")} == COMMANDS
 
 
+def test_versions_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(cli.app, ["-V"]) == 0
+    assert capsys.readouterr().out == f"{lape.__version__}\n"
+    assert cli.run(cli.app, ["version"]) == 0
+    first, python, torch = capsys.readouterr().out.splitlines()[:3]
+    assert first == f"lape {lape.__version__}"
+    assert python.startswith(f"Python {sys.version_info.major}.{sys.version_info.minor}.")
+    assert torch.startswith("torch ")
+
+
+@pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_flags(shell_name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(cli.app, ["completion", shell_name]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in (*COMMANDS, "join-type", "save-dir"))
+    if shell_name == "bash" and shutil.which("bash"):
+        script += '\nCOMP_WORDS=(lape train --join); COMP_CWORD=2; _lape; echo "${COMPREPLY[@]}"'
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout == "--join-type\n"
+
+
+def test_the_help_leaves_out_what_is_always_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(cli.app, ["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--recipe" in shown
+    assert not [flag for flag in ("--cosub", "--resplit") if flag in shown]
+
+
 def test_eval_takes_from_the_checkpoint_what_it_says() -> None:
     assert set(commands.STORED) == set(STORED)
 
@@ -237,6 +268,7 @@ def test_flags_of_the_original(flags: str, wanted: str, trained: list[Recipe]) -
 def test_only_the_name_of_a_flag_is_respelled(trained: list[Recipe]) -> None:
     assert cli.run(cli.original, ["--output_dir=a_b/c-d", "--model", "vit_tiny_patch16_224"]) == 0
     assert (trained[0].output_dir, trained[0].model) == ("a_b/c-d", "vit_tiny_patch16_224")
+    assert cli._dashes(["--a_b=c_d", "--", "--e_f"]) == ["--a-b=c_d", "--", "--e_f"]  # behind --, names of files
 
 
 def test_the_last_of_two_wins_as_in_argparse(trained: list[Recipe]) -> None:
@@ -382,7 +414,7 @@ def test_an_error_of_a_later_process_names_it(
         (["train", "--join-type", "LaPE-shared"], ["LaPE-shared", "LaPE-sharing", "unshare"]),
         (["train", "--pe", "3D_sin"], ["3D_sin", "2D_RPE"]),
         (["train", "--opt-betas", "0.9"], ["opt_betas", "2 are needed"]),
-        (["train", "--recipe", "absent.yaml"], ["absent.yaml", "digits"]),
+        (["train", "--recipe", "absent.yaml"], ["absent.yaml", "lape recipes"]),
         (["predict", "--checkpoint", "c.pth"], ["IMAGE"]),
         (["predict", "a.png"], ["--checkpoint"]),
         (["predict", "a.png", "--checkpoint", "c.pth", "--top-k", "0"], ["top_k='0'", "greater than or equal to 1"]),
@@ -431,7 +463,7 @@ def predictions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     calls: list[Any] = []
 
-    def classify(images: Any, options: PredictOptions) -> list[lape.train.evaluate.Prediction]:
+    def classify(images: Any, options: PredictOptions, problems: list[str]) -> list[lape.train.evaluate.Prediction]:
         calls.append((list(images), options))
         return [lape.train.evaluate.Prediction(path, ["cat, tabby", "dog"], [0.75, 0.25]) for path in images]
 

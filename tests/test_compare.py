@@ -5,10 +5,12 @@ import math
 import os
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import lape
 from lape.cli import app as cli
@@ -20,7 +22,7 @@ from lape.recipe import Recipe
 from lape.study.compare import Study, cell_folder, combinations, compare, rows_of, train_cell, with_preset
 from lape.study.numbers import Run, Variant, differences, paired_t, summarise
 from lape.study.options import CompareOptions
-from lape.study.report import sentences
+from lape.study.report import explorer_page, sentences
 from lape.train.loop import train
 
 TINY = Recipe.from_yaml(
@@ -41,6 +43,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Study:
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_combination_with_a_meaning_is_trained(comparison: Study) -> None:
     cells = comparison.results["cells"]
     assert len(cells) == 2 * (3 + 2)
@@ -229,6 +232,30 @@ def test_a_join_that_loses_is_shown_losing(candidate: list[float], words: list[s
     assert len(said) == 1
     assert all(word in said[0] for word in words), said
     assert variants[1]["best_epoch"]["mean"] == pytest.approx(variants[1]["final"]["mean"] + 2)
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_the_page_says_when_it_shows_some_of_the_models(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {"processor": "p", "cores": 1, "system": "s"}
+    results = {"data": "d", "baseline": "basic", "cells": [{"seed": 3, "seconds": 1.0}], "recipe": {}, "rivals": None}
+    results |= {"workers": 1, "hardware": about, "versions": {}, "commit": "c"}
+    results |= {name: [] for name in ("variants", "differences", "sentences", "others", "meaningless", "gpus")}
+    monkeypatch.setattr("lape.look.explorer.explore", lambda *_, title, intro: intro)
+    page = explorer_page(Path("page"), results, dict.fromkeys(map(str, range(count)), Path("m")), Figure())
+    assert ("models of seed 3, the first six" in str(page)) == (count == 6)
+
+
+def test_a_tie_is_not_ahead() -> None:
+    variants = summarise(runs("basic", [90.0, 90.0, 90.0]) + runs("LaPE", [90.0, 91.0, 89.0]), "basic")
+    assert (variants[1]["difference"]["ahead"], variants[1]["difference"]["mean"]) == (1, 0)
+
+
+def test_seconds_are_those_of_all_starts_of_a_run() -> None:
+    line = {"epoch": 0, "train_loss": 1.0, "test_loss": 1.0, "test_acc1": 50.0, "seconds": 4.0}
+    result = SimpleNamespace(
+        accuracy=50.0, best_accuracy=50.0, loss=1.0, history=[line, line], data_name="d", seconds=5
+    )
+    assert Run.of(Recipe(), result, {}).seconds == 8.0  # type: ignore[arg-type]
 
 
 # --- wrong use --------------------------------------------------------------------------------------------------------

@@ -349,6 +349,15 @@ def test_relative_positions_are_asked_for_by_their_own_function():
         lape.positions(lape.apply_(make(), "basic", "none"))
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_tables_of_unshare_learn_as_the_hosts_did(learns):
+    model = make()
+    model.pos_embed.requires_grad_(learns)
+    lape.apply_(model, "unshare")
+    tables = [parameter for name, parameter in model.named_parameters() if "table" in name or "pos_embed" in name]
+    assert [table.requires_grad for table in tables] == [learns] * 3
+
+
 @pytest.mark.parametrize("mask", ["bool", "float"])
 def test_a_mask_of_the_caller_is_kept_beside_the_bias(mask):
     model = lape.apply_(make(), "basic", "2D_RPE")

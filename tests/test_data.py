@@ -1,11 +1,9 @@
 """Data sets and loaders: what is read, what is refused and how, and that nothing random depends on how it is loaded."""
 
 import collections
-import hashlib
 import json
 import multiprocessing
 import os
-import pickle
 import random
 import shutil
 import time
@@ -16,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import damage, write_folder, write_image
+from pictures import damage, write_cifar, write_folder, write_image
 from PIL import Image, ImageFile
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
@@ -605,36 +603,6 @@ def test_forking_beside_threads_warns_nobody(folder, monkeypatch):
 
 
 # -- CIFAR -------------------------------------------------------------------------------------------------------------
-
-
-class OldDtype:
-    """A dtype with an integer for a flag, as in the official files; NumPy 2.4.0 warns of it."""
-
-    def __reduce__(self):
-        return np.dtype, ("u1", 0)
-
-
-def write_cifar(root: Path, kind, monkeypatch) -> Path:
-    """Four images a file in the official format, and their check sums in place of the official ones."""
-    folder = root / kind.base_folder
-    folder.mkdir()
-    labels = "labels" if kind is CIFAR10 else "fine_labels"
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content))
-        return hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    for field, files in (("train_list", kind.train_list), ("test_list", kind.test_list)):
-        sums = []
-        for number, (name, _) in enumerate(files):
-            pixels = np.full((4, 3072), number, dtype=np.uint8)
-            pixels[:, :1024] = 200  # red
-            sums.append([name, write(name, {"data": pixels, labels: [0, 1, 2, 1], "dtype": OldDtype()})])
-        monkeypatch.setattr(kind, field, sums)
-    meta = dict(kind.meta)
-    meta["md5"] = write(meta["filename"], {meta["key"]: ["ant", "bee", "cat"]})
-    monkeypatch.setattr(kind, "meta", meta)
-    return folder
 
 
 @pytest.mark.parametrize(("kind", "name", "train"), [(CIFAR100, "CIFAR-100", 4), (CIFAR10, "CIFAR-10", 20)])

@@ -222,6 +222,17 @@ def test_a_slow_machine_leaves_seeds_out(limit: float | None, taken: int) -> Non
     assert bool(late(agenda)) == (taken < 6)
 
 
+@pytest.mark.parametrize(("workers", "rounds"), [(1, 3), (2, 2), (4, 1)])
+@pytest.mark.parametrize("spare", [-5, 5])
+def test_a_stage_lasts_as_many_rounds_as_its_workers_need(workers: int, rounds: int, spare: int) -> None:
+    one = Recipe(epochs=10)
+    stages = [Stage((one,)), Stage((one, one, one), needed=False)]
+    agenda = Agenda(stages, workers, time_limit=10 * rounds + spare)
+    agenda.take()
+    agenda.finished(replace(runs(10, [50.0], [])[0], seconds=10.0))
+    assert bool(agenda.take()) == (spare > 0)
+
+
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_time_limit_stops_what_runs(workers: int) -> None:
     """Also what is needed: what ended before is kept, and the rest is left out, in words."""

@@ -409,6 +409,15 @@ LEARN |= {"in_chans": 1, "mean": (0.305,), "std": (0.376,), "epochs": 8, "batch_
 LEARN |= {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "lr": 4e-3, "model_ema": False, "drop_path": 0.0}
 
 
+@pytest.mark.parametrize(("policy", "level"), [("rand-m15-mstd0", 10), ("rand-m15-mstd0-mmax12", 12)])
+def test_a_magnitude_ends_at_the_most_that_its_policy_allows(policy, level):
+    steps = split_transform(train_transform(Recipe(aa=policy, input_size=40)))[1]
+    twin = next(step for step in steps if hasattr(step, "draw"))
+    _, levels, _ = twin.draw(torch.zeros(9, dtype=torch.long), Stream.of(0, torch.arange(9), torch.zeros(9).long()))
+    assert levels.tolist() == [level] * 9
+
+
+@pytest.mark.slow
 def test_digits_become_as_good_on_both_paths():
     """With DeiT's RandAugment and erasing; coarse (a seed moves it by five points), and the longest test here."""
     accuracies = {

@@ -34,7 +34,9 @@ def test_a_folder_of_0_1_gives_the_same_outputs(name, tmp_path):
 def test_a_run_of_0_1_goes_on(tmp_path):
     content = torch.load(FOLDER / "checkpoint.pth", weights_only=True)
     kwargs = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 2, "mlp_ratio": 1.0}
-    recipe = Recipe.from_yaml("digits", epochs=2, join_type="LaPE", model_kwargs=kwargs, num_workers=0)
+    digits = Recipe.from_yaml("digits", epochs=2, join_type="LaPE", model_kwargs=kwargs, num_workers=0)
+    given = digits.model_dump(exclude_unset=True, exclude={"as_original"})  # its flags, and none of later versions
+    recipe = Recipe(**given)
     lines = []
     train(
         recipe.replace(resume=str(FOLDER / "checkpoint.pth"), output_dir=str(tmp_path)),
@@ -42,5 +44,7 @@ def test_a_run_of_0_1_goes_on(tmp_path):
         say=lambda _text: None,
     )
     assert [line["epoch"] for line in lines] == [content["epoch"] + 1]
+    rate = recipe.warmup_lr + lines[0]["epoch"] * (recipe.lr - recipe.warmup_lr) / recipe.warmup_epochs
+    assert lines[0]["train_lr"] == pytest.approx(rate, rel=1e-12)  # as that version trained
     after = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
     assert after.keys() == content["model"].keys()

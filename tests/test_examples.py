@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from formula import of_position
+from pictures import write_folder
 
 import lape
 from lape.errors import LapeError
@@ -124,3 +125,60 @@ def test_a_perfect_detector_and_segmenter_score_100(example):
     assert detection.measure(Oracle(), chosen)["ap50"] == 100
     assert detection.measure(Oracle(), chosen)["recall50"] == 100
     assert segmentation.measure(Oracle(), chosen)["miou"] == pytest.approx(100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sound", "video"])
+def test_sound_and_video_train_both_joins_and_show_positions_along_each_axis(example, task, tmp_path):
+    pytest.importorskip("transformers", minversion="5.20")
+    module = example("sound_and_video")
+    found = module.main([task, "--steps", "60", "--output", str(tmp_path / "found.json")])
+    assert json.loads((tmp_path / "found.json").read_text())["joins"] == found["joins"]
+    assert len(found["grid"]) == len(module.AXES[task])
+    for join in found["joins"].values():
+        (run,) = join["runs"]
+        assert sum(run["loss"][-10:]) < sum(run["loss"][:10])
+        assert [len(layers) for layers in run["alike"]] == [3] * len(found["grid"])
+        assert all(-1 <= value <= 1 for layers in run["alike"] for value in layers)
+
+
+def weights(kind: str, folder: Path) -> list[str]:
+    """Pretrained weights, made on the spot, and the arguments that name them."""
+    if kind == "DeiT":
+        import timm
+
+        torch.save({"model": timm.create_model("deit_tiny_patch16_224", img_size=32).state_dict()}, folder / "deit.pth")
+        return [str(folder / "deit.pth"), "--model", "deit_tiny_patch16_224"]
+    transformers = pytest.importorskip("transformers", minversion="5.20")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    config = {"DINOv2": "Dinov2Config", "DINOv3": "DINOv3ViTConfig"}[kind]
+    model = {"DINOv2": "Dinov2Model", "DINOv3": "DINOv3ViTModel"}[kind]
+    getattr(transformers, model)(getattr(transformers, config)(**small)).save_pretrained(folder / "saved")
+    return [str(folder / "saved")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["DeiT", "DINOv2", "DINOv3"])
+def test_local_weights_are_fine_tuned_each_way(example, kind, tmp_path):
+    module = example("finetune_pretrained")
+    few = ["--size", "32", "--head-epochs", "1", "--epochs", "1", "--batch-size", "4"]
+    few += ["--data-path", str(write_folder(tmp_path / "images")), "--output", str(tmp_path / "found.json")]
+    given = [*weights(kind, tmp_path), *few]
+    found = module.main(given)
+    assert list(found["ways"]) == list(module.WITHOUT if kind == "DINOv3" else module.WITH_TABLE)
+    for way in found["ways"].values():
+        assert 0 <= way["runs"][0]["head"] <= 100
+        assert 0 <= way["all"]["mean"] <= 100
+    with pytest.raises(LapeError, match="name weights on this machine"):
+        module.main([str(tmp_path / "none"), *few])
+
+
+def test_a_warm_start_begins_as_the_pretrained_model(example, tmp_path):
+    module = example("finetune_pretrained")
+    given = module.parse([*weights("DeiT", tmp_path), "--size", "32"])
+    torch.manual_seed(0)
+    plain = module.load(given, 5).eval()
+    torch.manual_seed(0)
+    warm, x = lape.apply_(module.load(given, 5).eval(), warm_start=True), torch.randn(2, 3, 32, 32)
+    assert torch.equal(warm(x), plain(x))
+    assert torch.equal(plain.pos_embed, torch.load(given.weights)["model"]["pos_embed"])

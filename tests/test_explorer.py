@@ -162,6 +162,7 @@ def test_checkpoints_and_folders_side_by_side(tmp_path: Path) -> None:
     assert names == ["saved", "VisionTransformer LaPE", "VisionTransformer LaPE (2)"]
 
 
+@pytest.mark.slow
 def test_the_command_draws_and_explores_several(
     tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ def tiny(join):
 """
 
 
+@pytest.mark.slow
 def test_four_packages_convert_look_save_and_fold(tmp_path):
     code = """
 for join in ("basic", "share", "LaPE"):
@@ -97,6 +98,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 def test_calls_say_which_extra_is_missing(tmp_path):
     code = """
 import json
@@ -120,7 +122,7 @@ for call in json.loads(sys.argv[2]):
         ("cyclopts", "train", "lape --help"),
         ("pydantic", "train", "main.py --help"),
         ("cyclopts", "train", "similarity_visualize.py --help"),
-        ("matplotlib", "plot", "lape visualize nothing.pth --save-dir DIR"),
+        pytest.param("matplotlib", "plot", "lape visualize nothing.pth --save-dir DIR", marks=pytest.mark.slow),
         ("matplotlib", "plot", "lape demo --output-dir DIR"),
     ],
 )

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,7 @@ sys.exit(run(app, sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_earlier_files(run_folder):
     """A limit on the size of a file stands for the end of the disk: the write fails in the middle of a checkpoint."""
     before = contents(run_folder)
@@ -266,3 +268,26 @@ def test_a_loader_that_starves_the_model_is_noticed(monkeypatch):
     assert "img/s" in said[0]
     assert "MiB" in said[0]
     assert set(progress.timing()) == {"seconds", "data_seconds", "images_per_second", "peak_memory_mib"}
+
+
+@pytest.mark.parametrize(("width", "shown", "left_out"), [(60, "loss: 2.3457", "img/s"), (110, "mean: 2.3457", "mem:")])
+def test_the_bar_is_one_line_with_a_whole_time(width, shown, left_out, monkeypatch):
+    import rich.console
+    from training import ALONE
+
+    from lape.data.loaders import BatchPlan
+    from lape.train.progress import Progress, _open_bar
+
+    console = rich.console.Console(width=width)
+    monkeypatch.setattr(rich, "_console", console)
+    progress = Progress("Epoch: [299]", 0, 1251, BatchPlan(1024, 1, 1024), ALONE, 10, print)
+    progress._bar = bar = _open_bar(progress.title, 0, 1251)
+    progress._start -= 20_000.0
+    progress.report(loss=2.345678, lr=5e-4, grad_norm=1.0)
+    bar.stop()
+    with console.capture() as capture:
+        console.print(bar.get_renderable())
+    (line,) = capture.get().splitlines()
+    assert shown in line
+    assert left_out not in line
+    assert re.search(r" 1/1251 (\d+:\d\d:\d\d|-:--:--) ", line.replace("   1/", " 1/"))

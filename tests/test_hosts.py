@@ -176,6 +176,17 @@ def test_a_table_for_a_model_whose_slot_is_a_plain_none():
 # --------------------------------------------------------------------- a model of one's own
 
 
+def test_tokens_without_a_row_show_no_position_and_the_class_token_its_own():
+    model = lape.apply_(make("DINOv2 registers"), "share")
+    received, seen = (lape.positions(model, view=view) for view in ("received", "seen"))
+    assert not seen[:, 1:4].any()
+    norms = [layer.norm1 for layer in model.modules() if hasattr(layer, "norm1")]
+    for layer, norm in enumerate(norms):
+        expected = norm(received[layer])
+        assert torch.allclose(seen[layer, 0], expected[0])
+        assert torch.allclose(seen[layer, 4:], expected[4:])
+
+
 class OwnBlock(torch.nn.Module):
     def __init__(self, width):
         super().__init__()

@@ -110,13 +110,6 @@ def test_models_of_segmentation_and_detection_are_converted_inside():
 @pytest.mark.parametrize(
     ("model", "config", "reason"),
     [
-        ("YolosModel", "YolosConfig", "detection tokens"),
-        ("VitDetModel", "VitDetConfig", "channels first"),
-        ("MLCDVisionModel", "MLCDVisionConfig", "rotary"),
-        ("Aimv2VisionModel", "Aimv2VisionConfig", "RMSNorm is the library's own"),
-        ("VideoMAEModel", "VideoMAEConfig", "tokens are those of a video"),
-        ("VivitModel", "VivitConfig", "tokens are those of a video"),
-        ("VitPoseBackbone", "VitPoseBackboneConfig", "class row of its table to every patch"),
         ("DetrModel", "DetrConfig", "DetrModel is not a supported model; supported are"),
     ],
 )

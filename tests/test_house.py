@@ -4,6 +4,7 @@ Every import counts, those inside functions and those for type checkers as well.
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,24 @@ def test_the_rules_themselves_have_no_circle():
     order = list(BELOW)
     for wing, below in BELOW.items():
         assert set(below.split()) <= set(order[: order.index(wing)])
+
+
+def test_contributing_says_the_same():
+    """The wings and their order, and how little there is to read first."""
+    text = (SOURCE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    ((order, beside),) = re.findall(r"`(ground < [^`]+)`, and `([^`]+)`", text)
+    groups = [re.findall(r"\w+", group) for group in order.split(" < ")]
+    assert beside == "data < files"
+    assert sorted(["data", *(name for group in groups for name in group)]) == sorted(BELOW)
+    for place, group in enumerate(groups):
+        below = {name for group in groups[:place] for name in group}
+        for wing in group:
+            assert set(BELOW[wing].split()) - {"data"} == below, wing
+    folders = {path.name for path in (SOURCE / "lape").iterdir() if path.is_dir() and list(path.glob("*.py"))}
+    assert folders == set(BELOW) - {"ground"}
+    first = text[text.index("\n1. ") : text.index("\n4. ")]
+    assert len(files := [SOURCE.parent / path for path in re.findall(r"`(src/[^`]+)`", first)]) == 4
+    assert 300 < sum(len(path.read_text().splitlines()) for path in files) < 500
 
 
 def test_few_modules_stand_beside_the_wings():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 import lape
 from lape.core.position import Layout, sin_1d, sin_2d
@@ -74,22 +75,6 @@ def test_sinusoids_fall_along_rows_and_columns_of_a_small_grid() -> None:
     assert directed_monotonicity(maps, (3, 3)).item() == pytest.approx(2.0)
 
 
-def test_directed_monotonicity_is_that_of_the_directions_one_by_one() -> None:
-    """On one row of patches there are two directions: to the left and to the right."""
-    torch.manual_seed(3)
-    s = torch.rand(1, 5, 5)
-    scores = []
-    for i in range(5):
-        for side in (range(i - 1, -1, -1), range(i + 1, 5)):
-            values = s[0, i, list(side)]
-            if len(values) > 1:
-                rank = values.argsort().argsort().double()
-                far = torch.arange(len(values)).double()
-                a, b = rank - rank.mean(), far - far.mean()
-                scores.append(1 - (a @ b / (a.norm() * b.norm())).item())
-    assert directed_monotonicity(s, (1, 5)).item() == pytest.approx(sum(scores) / len(scores))
-
-
 @pytest.mark.parametrize("grid", [(3, 4), (5, 5)])
 def test_sinusoids_are_symmetric_and_a_lopsided_map_is_not(grid: tuple[int, int]) -> None:
     maps = cosine(sin_2d(Layout(grid, 0), 32))
@@ -138,3 +123,27 @@ def test_a_folded_bias_is_gone() -> None:
     model = lape.fold_(lape.create_model("vit_tiny_patch16_224", "LaPE", "learnable", **SMALL))
     with pytest.raises(lape.LapeError, match="bias of its norms is gone"):
         lape.positions(model, view="unbiased")
+
+
+def test_the_two_halves_of_2d_sin_are_column_and_row() -> None:
+    table = sin_2d(Layout((2, 3), 0), 8)[0].reshape(2, 3, 8)
+    assert torch.equal(table[0, :, :4], table[1, :, :4])
+    assert torch.equal(table[:, 0, 4:], table[:, 2, 4:])
+    assert not torch.equal(table[0, 0, :4], table[0, 1, :4])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 5), (1, 5)])
+def test_directions_are_bins_around_the_axes(rows: int, columns: int) -> None:
+    """By hand, patch by patch: the first of 60 directions has straight to the right in its middle."""
+    n = rows * columns
+    s = torch.rand(n, n, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for here in range(n):
+        bins: dict[int, list[tuple[float, float]]] = {}
+        for there in set(range(n)) - {here}:
+            down, right = there // columns - here // columns, there % columns - here % columns
+            turn = math.floor(math.degrees(math.atan2(down, right)) / 6 + 0.5) % 60
+            bins.setdefault(turn, []).append((math.hypot(down, right), s[here, there].item()))
+        scores += [1 - spearmanr(*zip(*pairs, strict=True)).statistic for pairs in bins.values() if len(pairs) > 1]
+    found = directed_monotonicity(s[None], (rows, columns))
+    assert found.item() == pytest.approx(sum(scores) / len(scores))

@@ -245,6 +245,7 @@ def test_sequence_pooling_is_a_weighted_mean():
     assert torch.allclose(pool(same), same[:, 0])
 
 
+@pytest.mark.slow
 def test_names_are_found_without_importing_the_models():
     code = (
         "import sys, lape; assert 'lape.models' not in sys.modules; "

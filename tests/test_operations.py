@@ -117,6 +117,7 @@ def test_nodes_of_an_exported_graph(depth):
     assert more(converted, basic) == {"layer_norm": depth, "add_": depth, **zeros}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_a_compiled_graph_has_one_norm_a_layer(depth):
     counts = []

@@ -189,6 +189,7 @@ def test_policies_on_photographs(photographs):
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.875])
+@pytest.mark.slow
 def test_photographs_are_within_two_levels(photographs, ratio):
     """What is stated in the documentation, on 200 photographs of full size."""
     shown = eval_transform(Recipe(eval_crop_ratio=ratio, **RAW))

@@ -1,18 +1,23 @@
 """Pictures: the files of the original's script, and the numbers beside them."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from PIL import Image
 
 import lape
+from lape.cli import app as cli
 from lape.cli.original import visualize_main
 from lape.files.restore import deit_named
-from lape.look.figures import COLOUR_MAP, COSINE, Strip, curves, draw_together, overview, places, visualize
+from lape.look.figures import COLOUR_MAP, COSINE, Strip, curves, draw_together, ends, overview, places, visualize
 from lape.look.options import DrawOptions
 
 ROOT = Path(__file__).parents[1]
@@ -41,19 +46,32 @@ def checkpoint(path: Path, network: torch.nn.Module, **args: object) -> Path:
     return path
 
 
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of many maps take most of the time: empty files for tests of names and numbers, JPEGs are drawn."""
+    draw = Figure.savefig
+
+    def draft(figure: Figure, file: BinaryIO, *, format: str, **options: object) -> None:
+        draw(figure, file, format=format, **options) if format == "jpg" else file.write(b"draft")
+
+    monkeypatch.setattr(Figure, "savefig", draft)
+
+
 # --- files and numbers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("join", ["basic", "share", "unshare", "LaPE-sharing", "LaPE"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("join", ["LaPE", "basic", "share", "unshare", "LaPE-sharing"])
 def test_files_have_the_names_of_the_original(tmp_path: Path, join: str) -> None:
     files, numbers = written(tmp_path, model_with(join))
     expected = {f"{join}_layer{i}_sim_{what}.jpg" for i in range(2) for what in ("overall", "5thToken")}
     expected |= {f"{stem}.{kind}" for stem in ("overview", "places", "measures") for kind in ("png", "pdf", "svg")}
-    expected |= {"positions.npz"}
+    expected |= {"positions.npz", "caption.txt"}
     assert files == expected | ({"PE_token_sim.jpg"} if join != "unshare" else set())
     assert (str(numbers["join"]), str(numbers["pe"]), str(numbers["view"])) == (join, "learnable", "seen")
 
 
+@pytest.mark.usefixtures("drafts")
 def test_token_90_is_drawn_on_14_by_14(tmp_path: Path) -> None:
     files, numbers = written(tmp_path, model_with("LaPE", img_size=224, patch_size=16, depth=1))
     assert "LaPE_layer0_sim_90thToken.jpg" in files
@@ -61,6 +79,7 @@ def test_token_90_is_drawn_on_14_by_14(tmp_path: Path) -> None:
     assert numbers["grid"].tolist() == [14, 14]
 
 
+@pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize("view", ["seen", "received"])
 def test_numbers_are_those_of_positions(tmp_path: Path, view: str) -> None:
     model = model_with("basic", "learnable", "deit_tiny_distilled_patch16_224")
@@ -72,6 +91,7 @@ def test_numbers_are_those_of_positions(tmp_path: Path, view: str) -> None:
     assert np.array_equal(numbers["table"], lape.positions(model)[0].detach().numpy())
 
 
+@pytest.mark.slow
 def test_a_wide_grid(tmp_path: Path) -> None:
     _, numbers = written(tmp_path, model_with("LaPE", "2D_sin", img_size=(28, 112), patch_size=4))
     assert numbers["token_maps"].shape == (2, 7, 28)
@@ -82,6 +102,7 @@ def test_a_wide_grid(tmp_path: Path) -> None:
         assert 0.8 < picture.width / picture.height < 1.3
 
 
+@pytest.mark.usefixtures("drafts")
 def test_another_image_size(tmp_path: Path) -> None:
     model = model_with("LaPE")
     _, numbers = written(tmp_path, model, size=(16, 64))
@@ -94,7 +115,7 @@ def test_biases_are_drawn_per_head(tmp_path: Path, join: str) -> None:
     model = model_with(join, "2D_RPE")
     files, numbers = written(tmp_path, model, token=3)
     expected = {f"{join}_layer{i}_head{j}.jpg" for i in range(2) for j in range(2)}
-    assert files == expected | {"overview.png", "overview.pdf", "overview.svg", "positions.npz"}
+    assert files == expected | {"overview.png", "overview.pdf", "overview.svg", "positions.npz", "caption.txt"}
     assert np.array_equal(numbers["bias"], lape.position_bias(model).detach().numpy())
     assert np.array_equal(numbers["token_maps"].reshape(2, 2, 16), numbers["bias"][:, :, 3])
 
@@ -112,15 +133,17 @@ def test_the_overview_shows_the_numbers_in_one_colour_range() -> None:
     assert [axes.get_title() for axes in figure.axes[:2]] == ["a", "b"]
 
 
+@pytest.mark.parametrize("width", [None, 3.25, 6.875])
 @pytest.mark.parametrize(("layers", "grid"), [(1, (1, 1)), (5, (14, 14)), (25, (2, 9)), (30, (9, 2))])
-def test_nothing_in_an_overview_is_clipped_or_overlaps(layers: int, grid: tuple[int, int]) -> None:
+def test_nothing_in_an_overview_is_clipped_or_overlaps(layers: int, grid: tuple[int, int], width: float | None) -> None:
     n = grid[0] * grid[1]
     strips = [
         Strip("all patches", [torch.zeros(n, n)] * layers, grid),
         Strip("token 0", [torch.zeros(grid)] * layers, grid, 0),
     ]
     title = "deit_tiny_patch16_224_LaPE: join LaPE, pe learnable, 14 x 14 patches"
-    figure = overview(title, strips, [f"layer {i}" for i in range(layers)], *COSINE)
+    figure = overview(title, strips, [f"layer {i}" for i in range(layers)], *COSINE, width)
+    assert width in (None, pytest.approx(figure.get_size_inches()[0]))
     figure.canvas.draw()
     whole = figure.bbox
     boxes = [axes.get_tightbbox() for axes in figure.axes] + [text.get_window_extent() for text in figure.texts]
@@ -134,11 +157,13 @@ def test_nothing_in_an_overview_is_clipped_or_overlaps(layers: int, grid: tuple[
     assert not any(a.overlaps(b) for i, a in enumerate(frames) for b in frames[:i])
 
 
+@pytest.mark.slow
 def test_several_models_in_one_figure_with_one_scale(tmp_path: Path) -> None:
     models = {"LaPE": model_with("LaPE"), "unshare, wide": model_with("unshare", img_size=(16, 64), depth=3)}
     files = draw_together(models, tmp_path / "c")
     stems = {f"comparison_{what}" for what in ("overall", "centre", "corner", "edge", "measures")}
-    assert {f.name for f in files} == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")}
+    drawn = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")}
+    assert {f.name for f in files} == drawn | {"comparison_caption.txt"}
     with pytest.raises(lape.LapeError, match="1 of 2 models have positions"):
         draw_together({"a": model_with("LaPE"), "b": model_with("LaPE", "2D_RPE")}, tmp_path / "d")
     assert not (tmp_path / "d").exists()
@@ -148,7 +173,8 @@ def test_biases_of_several_models_in_one_figure(tmp_path: Path) -> None:
     models = {"basic": model_with("basic", "2D_RPE"), "LaPE, deep": model_with("LaPE", "1D_RPE", depth=4)}
     files = draw_together({**models, "alone": model_with("LaPE")}, tmp_path)
     stems = {f"comparison_bias_{place}" for place in ("centre", "corner", "edge")}
-    assert {f.name for f in files} == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")}
+    drawn = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")}
+    assert {f.name for f in files} == drawn | {"comparison_caption.txt"}
 
 
 def test_a_place_without_a_map_stays_empty() -> None:
@@ -158,6 +184,12 @@ def test_a_place_without_a_map_stays_empty() -> None:
     assert [title for title, _ in drawn] == ["0", "P"]
     assert np.allclose(drawn[0][1], one)
     assert np.allclose(drawn[1][1], two)
+
+
+def test_the_frame_is_around_the_patch_of_a_grid_that_is_no_square() -> None:
+    figure = overview("t", [Strip("token 4", [torch.rand(2, 3)], (2, 3), 4)], ["0"], *COSINE)
+    (frame,) = figure.axes[0].patches
+    assert frame.get_xy() == (0.5, 0.5)  # around column 1 of row 1
 
 
 def test_corner_edge_and_centre() -> None:
@@ -175,6 +207,7 @@ def test_curves_are_the_numbers() -> None:
     assert np.allclose(lines[1].get_ydata(), [3.0, 2.5])
 
 
+@pytest.mark.slow
 def test_drawing_leaves_pyplot_and_a_display_alone(tmp_path: Path) -> None:
     code = f"""
 import sys, lape
@@ -185,6 +218,57 @@ assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "VisionTransformer_LaPE" / "overview.pdf").exists()
+
+
+# --- for a paper -----------------------------------------------------------------------------------------------------
+
+
+def test_figures_for_a_paper(tmp_path: Path) -> None:
+    """Of a column's width, without a title, in a range that is stretched, of chosen layers, with embedded letters."""
+    looks = DrawOptions(model_name="m", layers=(1,), range="auto", title=False, width="8.255cm", dpi=200)
+    model = model_with("LaPE", depth=3)
+    files = {file.name: file for file in visualize(model, tmp_path, looks)}
+    assert "LaPE_layer1_sim_overall.jpg" in files
+    assert not {"LaPE_layer0_sim_overall.jpg", "PE_token_sim.jpg"} & files.keys()
+    for name in ("overview.png", "LaPE_layer1_sim_overall.jpg", "measures.png"):
+        with Image.open(files[name]) as picture:
+            assert picture.width == pytest.approx(3.25 * 200, abs=1), name
+            assert picture.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+    pdf = files["overview.pdf"].read_bytes()
+    assert b"/CIDFontType2" in pdf
+    assert b"/Type3" not in pdf
+    assert "VisionTransformer" not in files["overview.svg"].read_text()
+    captions = dict(line.split(": ", 1) for line in files["caption.txt"].read_text().splitlines())
+    assert captions.keys() == {"overview", "places", "measures", "LaPE_layer*_sim_overall", "LaPE_layer*_sim_5thToken"}
+    apart = ~np.eye(16, dtype=bool)
+    values = lape.correlation(model)[1].numpy()[apart]
+    assert f"colours from {values.min():.3g} to {values.max():.3g}" in captions["overview"]
+    with np.load(files["positions.npz"]) as numbers:
+        assert len(numbers["positions"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [(None, (-0.5, 0.5)), ("-1..1", (-1, 1)), ("0..1", (0, 1)), ("auto", (-0.25, 0.75))]
+)
+def test_the_ends_of_the_colours(chosen: str | None, expected: tuple[float, float]) -> None:
+    maps = [torch.tensor([[1.0, -0.25], [0.1, 1.0]]), torch.tensor([[1.0, 0.75], [0.1, 1.0]])]
+    norm = ends(chosen, maps, Normalize(-0.5, 0.5))
+    assert (norm.vmin, norm.vmax) == pytest.approx(expected)
+
+
+def test_two_checkpoints_by_one_command(tmp_path: Path) -> None:
+    paths = []
+    for join in ("basic", "LaPE"):
+        args = {"model": "deit_tiny_patch16_224", "join_type": join, "pe": "learnable", "input_size": 32}
+        args["model_kwargs"] = {name: SMALL[name] for name in ("patch_size", "embed_dim", "depth", "num_heads")}
+        paths.append(str(checkpoint(tmp_path / f"{join}.pth", model_with(join), **args)))
+    flags = ["--layers", "1", "--range=-1..1", "--no-title", "--width", "3.25in", "--dpi", "72"]
+    assert cli.run(cli.app, ["visualize", *paths, "--save-dir", str(tmp_path / "out"), *flags]) == 0
+    text = (tmp_path / "out" / "comparison_caption.txt").read_text()
+    assert "comparison_centre: positions as each layer sees them: patch in the centre" in text
+    assert "From above: basic, LaPE" in text
+    with Image.open(tmp_path / "out" / "comparison_overall.png") as picture:
+        assert picture.width == 234
 
 
 # --- wrong use --------------------------------------------------------------------------------------------------------
@@ -198,6 +282,11 @@ assert "matplotlib.pyplot" not in sys.modules
         ({"size": (33,)}, "no multiple of the patch"),
         ({"model_name": "../m"}, "not the name of a folder"),
         ({"join_type": "LaPE"}, "a model was given"),
+        ({"layers": (0, 2)}, "layer 2 is not one of the model's 2: choose 0 to 1"),
+        ({"width": "3.25"}, "width='3.25' is not allowed"),
+        ({"width": "0.1in"}, "width='0.1in' is not allowed"),
+        ({"dpi": 0}, "dpi=0 is not allowed"),
+        ({"range": "2..3"}, "range='2..3' is not known"),
     ],
 )
 def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path: Path, options: dict[str, object], message: str) -> None:
@@ -233,10 +322,13 @@ def test_names_of_the_original() -> None:
     assert deit_named("deit_t_LaPE") == "deit_tiny_patch16_224"
     assert deit_named("deit_s_distill_basic") == "deit_small_distilled_patch16_224"
     assert deit_named("deit_b_share") == "deit_base_patch16_224"
+    assert deit_named("deit_b_LaPE", width=192) == "deit_tiny_patch16_224"
+    assert deit_named("deit_t_LaPE", width=12) == "deit_tiny_patch16_224"
     assert deit_named("vit_t") is None
     assert deit_named(None) is None
 
 
+@pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize("pe", ["learnable", "2D_sin", "2D_RPE"])
 def test_the_original_command_draws_bare_weights(tmp_path: Path, pe: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing but weights: the name says which model, the shapes say how large."""
@@ -253,6 +345,42 @@ def test_the_original_command_draws_bare_weights(tmp_path: Path, pe: str, capsys
             assert np.array_equal(numbers["positions"], lape.positions(model).detach().numpy())
 
 
+@pytest.mark.usefixtures("drafts")
+@pytest.mark.parametrize(
+    ("join", "pe", "name"),
+    [("LaPE", pe, "deit_t_LaPE") for pe in ("learnable", "1D_sin", "2D_sin", "2D_RPE")]
+    + [
+        ("unshare", "learnable", "deit_t_LaPE"),
+        ("basic", "2D_sin", "deit_t_basic"),
+        ("share", "1D_sin", "deit_s_share"),
+    ],
+)
+def test_a_file_without_flags_is_read_by_its_weights(tmp_path: Path, join: str, pe: str, name: str) -> None:
+    path = checkpoint(tmp_path / "weights.pth", model_with(join, pe))
+    assert visualize_main(["--ckpt_path", str(path), "--save_dir", str(tmp_path), "--model_name", name]) == 0
+    with np.load(tmp_path / name / "positions.npz") as numbers:
+        assert (str(numbers["join"]), str(numbers["pe"])) == (join, pe)
+
+
+def test_weights_that_do_not_say_their_join_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint(tmp_path / "weights.pth", model_with("basic"))
+    assert visualize_main(["--ckpt_path", str(path), "--save_dir", str(tmp_path)]) == 2
+    assert "give --join-type" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_titles_name_the_model_not_the_folder(tmp_path: Path, bare: bool) -> None:
+    model = model_with("LaPE", embed_dim=192, depth=1)
+    args = {} if bare else {"model": "deit_tiny_patch16_224", "join_type": "LaPE", "pe": "learnable", "input_size": 32}
+    args |= {} if bare else {"model_kwargs": {"patch_size": 8, "depth": 1}}
+    path = checkpoint(tmp_path / "c.pth", model, **args)
+    visualize(path, tmp_path, DrawOptions(model_name="deit_b_LaPE"))
+    text = (tmp_path / "deit_b_LaPE" / "overview.svg").read_text()
+    assert "deit_b" not in text
+    assert re.search(r"deit_tiny_patch16_224 \((width 192, )?depth 1\): join LaPE, pe learnable", text)
+
+
+@pytest.mark.usefixtures("drafts")
 def test_a_flag_that_contradicts_the_file_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = {"model": "deit_tiny_patch16_224", "join_type": "basic", "pe": "learnable", "input_size": 32}
     path = checkpoint(tmp_path / "c.pth", model_with("basic"), **said)
@@ -273,6 +401,7 @@ def test_wrong_flags_exit_with_2_and_one_line(flags: list[str], capsys: pytest.C
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
     script = ROOT / "similarity_visualize.py"
     done = subprocess.run(
@@ -283,6 +412,7 @@ def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_authors(tmp_path: Path) -> None:
     path = SHARED / "reference" / "deit_tiny_lape_64px.pth"
     if not path.exists():

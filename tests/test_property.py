@@ -24,6 +24,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5, torch.bfloat16: 0.1}
 TRANSFORMERS = {
     "ViT": ("ViTForImageClassification", "ViTConfig", {"num_labels": 3}),
     "DeiT": ("DeiTForImageClassification", "DeiTConfig", {"num_labels": 3}),
+    "AST": ("ASTForAudioClassification", "ASTConfig", {"num_labels": 3, "frequency_stride": 4, "time_stride": 4}),
+    "ViViT": ("VivitForVideoClassification", "VivitConfig", {"num_labels": 3, "num_frames": 4}),
     "DINOv2 registers": ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", {"num_labels": 3}),
 }
 
@@ -48,9 +50,10 @@ def cases(draw):
             st.fixed_dictionaries({}, optional={"init_values": st.just(0.5), "pre_norm": st.just(True)})
         )
         shape["any_size"] = draw(st.booleans())
-    elif library in ("torchvision", "DINOv2 registers"):  # these hosts themselves take squares only
+    elif library in ("torchvision", "DINOv2 registers", "ViViT"):  # these hosts themselves take squares only
         columns = rows
     assume(rows * columns >= (3 if kind.is_bias else 1))  # over fewer keys a normalised bias has no gradient
+    assume(library != "ViViT" or not (kind.is_bias or kind.name == "2D_sin"))  # which are for rows and columns
     if join.needs_pooling:
         assume(shape.get("prefix") == "pooled")
     dtype = draw(st.sampled_from(list(TOLERANCE)))
@@ -89,10 +92,13 @@ def make(library: str, shape: dict, grid: tuple[int, int]) -> torch.nn.Module:
     else:
         transformers = pytest.importorskip("transformers")
         cls, config, extra = TRANSFORMERS[library]
-        sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "patch_size": 4}
-        model = getattr(transformers, cls)(
-            getattr(transformers, config)(image_size=size, intermediate_size=2 * width, **sizes, **extra)
-        )
+        sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
+        sizes |= {
+            "AST": {"patch_size": 4, "num_mel_bins": size[0], "max_length": size[1]},
+            "ViViT": {"image_size": size[0], "tubelet_size": [2, 4, 4]},
+        }.get(library, {"patch_size": 4, "image_size": size})
+        config = getattr(transformers, config)(intermediate_size=2 * width, **sizes, **extra)
+        model = getattr(transformers, cls)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter + 0.1 * torch.randn_like(parameter))
@@ -196,7 +202,8 @@ def converted_equals_the_formula_and_learns(case) -> bool:
     new = {name for name, p in model.named_parameters() if id(p) not in own and p.requires_grad}
     assert bool(new) == (kind.is_bias or join.normalised or (kind.is_table and not kind.frozen))
     model, host = model.to(dtype), host.to(dtype)
-    x = torch.randn(2, 3, 4 * grid[0], 4 * grid[1]).to(dtype)
+    sides = (4 * grid[0], 4 * grid[1])
+    x = torch.randn(2, *{"AST": sides[::-1], "ViViT": (4, 3, *sides)}.get(library, (3, *sides))).to(dtype)
     if not logits(host, x).isfinite().all():
         return False
     got = logits(model, x)

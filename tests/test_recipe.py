@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import lape
+from lape.cli.app import app, run
 from lape.errors import LapeError
 from lape.names import JOIN_NAMES, PE_NAMES, match_name
 from lape.recipe import OF_THE_ORIGINAL, Recipe, packaged, topics
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[1] / "src/lape/recipes"
+DESCRIBED = sorted(path for path in RECIPES.glob("*.yaml") if path.stem != "digits")  # the demo has a test of its own
 
 # Everything where a default departs from the LaPE authors' main.py must be named here, with the reason.
 DEPARTURES = {
@@ -91,7 +93,8 @@ OURS = {
     *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode"),
-    *("scale", "mixup_off_epoch", "schedule_epochs", "pe_std", "pe_norm", "pe_lr_scale"),
+    *("scale", "mixup_off_epoch", "schedule_epochs", "pe_std", "pe_norm", "pe_lr_scale", "as_original"),
+    "attention",
 }
 
 
@@ -320,7 +323,21 @@ def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", packaged())
 def test_packaged_recipes_are_found_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Recipe.from_yaml(name) != Recipe()
+    assert Recipe.from_yaml(name) == Recipe.from_yaml(f"recipes/{name}.yaml") != Recipe()
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / f"recipes/{name}.yaml").write_text("seed: 5")
+    assert Recipe.from_yaml(f"recipes/{name}.yaml") == Recipe(seed=5), "a file that is there wins"
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(app, ["recipes"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == packaged()
+    assert run(app, ["recipes", "digits"]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert Recipe.from_yaml(tmp_path / "mine.yaml") == Recipe.from_yaml("digits")
+    for words in (["recipes", "digit"], ["train", "--recipe", "digit"]):
+        assert run(app, words) == 2
+        assert "did you mean 'digits'?" in capsys.readouterr().err
 
 
 def test_the_demos_recipe_is_the_one_that_is_described() -> None:
@@ -330,17 +347,17 @@ def test_the_demos_recipe_is_the_one_that_is_described() -> None:
     assert recipe.data_path == ""
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DESCRIBED, ids=lambda p: p.name)
 def test_recipes_load_and_say_what_was_measured(path: Path) -> None:
     recipe = Recipe.from_yaml(path)
     assert recipe.join_type == "LaPE"
     header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     for word in ("Command:", "Hardware:", "Time:", "Published:", "Run here:", "Smoke:"):
         assert word in header, word
-    assert f"--recipe recipes/{path.name}" in header
+    assert re.search(rf"--recipe {path.stem}\b", header)
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DESCRIBED, ids=lambda p: p.name)
 def test_the_model_of_every_recipe_builds(path: Path) -> None:
     from lape.train.start import build_model
 

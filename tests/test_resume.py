@@ -139,14 +139,19 @@ def test_steps_of_another_size_within_an_epoch_are_refused(tmp_path):
     assert read(tmp_path / CHECKPOINT)["epoch"] == 0
 
 
-def test_the_schedule_follows_the_formula_across_a_resume(tmp_path):
+@pytest.mark.parametrize("late", [0, 1])
+def test_the_schedule_follows_the_formula_across_a_resume(tmp_path, late):
     settings = {"epochs": 6, "warmup_epochs": 2, "lr": 1e-3, "min_lr": 1e-5, "warmup_lr": 1e-6, "batch_size": 512}
-    recipe = tiny(**settings, output_dir=str(tmp_path), resume="auto", model_ema=False)
-    run_until(3, recipe)
+    settings |= {"output_dir": str(tmp_path), "resume": "auto", "model_ema": False}
+    run_until(3, tiny(**settings, as_original=("schedule",) if late else ()))
+    recipe = tiny(**settings)  # no flag: as the run began
     with pytest.raises(Stop):
         train(recipe, on_epoch=stop_after(5), say=quiet)
     train(recipe, say=quiet)
-    for epoch, line in enumerate(log_without_times(tmp_path)):
+    lines = log_without_times(tmp_path)
+    assert len(lines) == 6
+    for line in lines:
+        epoch = max(line["epoch"] - late, 0)
         cosine = 1e-5 + (1e-3 - 1e-5) * (1 + torch.cos(torch.tensor(torch.pi * epoch / 6, dtype=torch.float64))) / 2
         expected = 1e-6 + epoch * (1e-3 - 1e-6) / 2 if epoch < 2 else float(cosine)
         assert line["train_lr"] == pytest.approx(expected, rel=1e-9), epoch

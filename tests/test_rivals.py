@@ -243,6 +243,7 @@ def test_rivals_are_trained_evaluated_and_resumed_as_others_are(model, pe, tmp_p
     assert len(whole.history) == 3
 
 
+@pytest.mark.slow
 def test_one_table_of_rivals(tmp_path: Path) -> None:
     size = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 1, "class_token": False, "global_pool": "avg"}
     size["init_values"] = 1e-5  # LayerScale, which timm's rotary models have

@@ -88,6 +88,20 @@ def channels(model) -> int:
     return next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d)).in_channels
 
 
+def test_arguments_that_no_weight_shows_come_back(tmp_path):
+    import timm
+    from torchvision.models import VisionTransformer
+
+    sizes = {"image_size": 16, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+    foreign = lape.apply_(VisionTransformer(**sizes, dropout=0.1, attention_dropout=0.2))
+    block = lape.load(lape.save(foreign, tmp_path / "torchvision")).encoder.layers[0]
+    assert (block.self_attention.dropout, block.dropout.p) == (0.2, 0.1)
+    small = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 4, "pre_norm": True}
+    ours = lape.apply_(timm.create_model("vit_tiny_patch16_224", **small)).eval()
+    loaded, x = lape.load(lape.save(ours, tmp_path / "timm")), torch.randn(1, 3, 16, 16)
+    assert torch.equal(loaded(x), ours(x))
+
+
 def test_evaluation_needs_nothing_but_the_folder(saved, monkeypatch):
     import lape.data.sets
 
@@ -102,6 +116,7 @@ def test_evaluation_needs_nothing_but_the_folder(saved, monkeypatch):
     assert found == wanted
 
 
+@pytest.mark.matrix
 def test_prediction_and_pictures_of_any_folder(saved, tmp_path, capsys):
     model, folder = saved
     path = tmp_path / "a.png"

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lape"
 
 PUBLIC = """
-Anatomy Checkpoint CheckpointError DataError Description Features Host LapeError Layout UnsupportedModelError apply_
-correlation create_model debias_ describe explore fold_ grid hosts last_position load load_reference_state_dict
-num_prefix_tokens position_bias positions probe push_to_hub read_checkpoint register_host remove_ save
+Anatomy Checkpoint CheckpointError DataError Description Features Host LapeError Layout Suggestion UnsupportedModelError
+apply_ correlation create_model debias_ describe explore fold_ grid hosts last_position load load_reference_state_dict
+num_prefix_tokens position_bias positions probe push_to_hub read_checkpoint register_host remove_ save suggest_host
 to_reference_state_dict
 """.split()
 
@@ -52,8 +52,8 @@ PAGES = ["README.md", "CONTRIBUTING.md"]
 WRITTEN_BY_RUNS = {"report.md", "results.json", "run.json", "log.txt"}
 
 
-OF_OTHERS = {  # torchrun's, ruff's, and of similarity_visualize.py
-    *("--nproc-per-node", "--master-port", "--use-env", "--check", "--ckpt-path"),
+OF_OTHERS = {  # torchrun's, ruff's, pytest's, and of similarity_visualize.py
+    *("--nproc-per-node", "--master-port", "--use-env", "--check", "--ckpt-path", "--dist"),
 }
 
 
@@ -117,6 +117,18 @@ def test_constraints_name_every_direct_dependency_once():
     direct = {line.split(">")[0] for line in lines if not line.startswith("lape[")}
     pinned = [line.split("==")[0] for line in text_of("constraints.txt").splitlines() if not line.startswith("#")]
     assert sorted(pinned) == sorted(direct)
+
+
+def test_hooks_and_the_makefile_run_the_linters_of_ci():
+    def linters(file: str, start: str) -> set[str]:
+        found = re.findall(rf"{start}((?:ruff|mypy)\b[^>&\n]*)", text_of(file).replace('"', ""))
+        return {line.replace("--force-exclude", "").rstrip(" .") for line in found}
+
+    hooks, gate = linters(".pre-commit-config.yaml", r"entry: \.venv/bin/"), linters(".ci/run", r"\$venv/bin/")
+    assert linters("Makefile", r"\$\(BIN\)/") == hooks == gate == {"ruff check", "ruff format --check", "mypy"}
+    settings = tomllib.loads(text_of("pyproject.toml"))["tool"]["pytest"]["ini_options"]
+    markers = {line.partition(":")[0] for line in settings["markers"]}
+    assert all(f"`{marker}`" in text_of("CONTRIBUTING.md") for marker in markers)
 
 
 def test_tables_of_the_readme_equal_the_result_files():

@@ -212,6 +212,7 @@ def test_pooled_it_takes_what_pooled_models_take(join, tmp_path):
     assert (lape.fold_(model)(x) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t2t_vit_7", "ceit_tiny_patch16_224"])
 def test_compiles_copies_and_exports(name):
     model = lape.create_model(name, "LaPE", "learnable", **SMALL).eval()

@@ -144,7 +144,7 @@ def test_mixup_goes_off_at_its_epoch(off, monkeypatch):
 
 @pytest.mark.parametrize("join", ["basic", "LaPE", "unshare"])
 def test_position_prefix_and_norms_have_no_weight_decay(join):
-    recipe = tiny(join_type=join)
+    recipe = tiny(join_type=join, as_original=())
     model = build_model(recipe, 10)
     state = initial_state(recipe, model, ALONE)
     decayed = {id(p) for g in state.optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
@@ -195,6 +195,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, workers):
     recipe = tiny(**FULL, output_dir=str(tmp_path), num_workers=workers)
@@ -208,6 +209,7 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, workers)
     assert log_without_times(tmp_path) == log_without_times(uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_within_the_epoch_and_the_run_goes_on_with_the_same_bits(uninterrupted, tmp_path):
     recipe = tiny(**FULL, output_dir=str(tmp_path), log_every=1)
 
@@ -227,6 +229,7 @@ def test_sigterm_saves_within_the_epoch_and_the_run_goes_on_with_the_same_bits(u
     assert log_without_times(tmp_path) == log_without_times(uninterrupted)
 
 
+@pytest.mark.slow
 def test_auto_resumes_from_the_newest_whole_file(uninterrupted, tmp_path):
     recipe = tiny(**FULL, output_dir=str(tmp_path), resume="auto")
     run_until(1, recipe)  # there is nothing yet: a new run
@@ -343,7 +346,7 @@ def test_another_run_is_not_overwritten(tmp_path):
             3,
             r"3 steps in a row .*loss nan, gradient norm nan, learning rate .*e\+\d+ in epoch 1, step",
         ),
-        (10, r"the validation loss is nan after epoch 1 at learning rate .*e\+"),
+        (10, r"outputs for \d+ of 359 images are NaN or infinite.*validation after epoch 1 at learning rate .*e\+"),
     ],
 )
 def test_weights_that_are_lost_stop_the_run_and_keep_the_checkpoint(tmp_path, most, message):
@@ -435,7 +438,7 @@ def test_finetuning_resamples_the_table_and_starts_another_head_anew(tmp_path):
     train(recipe, say=quiet)
     old = read(tmp_path / CHECKPOINT)["model"]
     said: list[str] = []
-    larger = tiny(finetune=str(tmp_path / CHECKPOINT), input_size=24)
+    larger = tiny(finetune=str(tmp_path / CHECKPOINT), input_size=24, as_original=())
     model = build_model(larger, 3, said.append)
     state = lape.to_reference_state_dict(model)
     expected = resample(old["pos_embed"], lape.Layout((4, 4), 1), (6, 6))

@@ -131,6 +131,16 @@ FAMILIES = {
         4,
         None,
     ),
+    "NaFlexViT, bilinear": (
+        "naflexvit_base_patch16_siglip",
+        {**NARROW, "patch_size": 4, "pos_embed_grid_size": (4, 4)},
+        *(None, 0, 0, None),
+    ),
+    "NaFlexViT, keeping aspect": (
+        "naflexvit_base_patch16_par_gap",
+        {**NARROW, "patch_size": 4, "pos_embed_grid_size": (4, 4)},
+        *(None, 4, 4, None),
+    ),
     "SAM": (
         "samvit_base_patch16",
         {**ON_4, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 16},
@@ -176,3 +186,195 @@ def make_family(family: str, **kwargs) -> torch.nn.Module:
 def family_image(family: str, batch: int = 2) -> torch.Tensor:
     size = FAMILIES[family][1].get("img_size", 16)
     return torch.randn(batch, 3, *((size, size) if isinstance(size, int) else size))
+
+
+def _images(*size):
+    return lambda: (torch.randn(2, 3, *(size or (16, 16))),)
+
+
+def _without(*names, **more):
+    return {**{key: value for key, value in SMALL.items() if key not in names}, **more}
+
+
+def _packed():
+    return torch.randn(2, 16, 48), torch.ones(2, 16).long(), torch.tensor([[4, 4], [4, 4]])
+
+
+_QUERIES = {"num_queries": 5, "num_blocks": 1, "num_register_tokens": 2, "num_labels": 3, "num_hidden_layers": 3}
+_V_JEPA = {"crop_size": 16, "frames_per_clip": 4, "tubelet_size": 2, "mlp_ratio": 2, "pred_hidden_size": 48}
+_PADDLE = {"pretrain_image_size": 12, "mlp_ratio": 2, "window_block_indices": [0]}
+
+# transformers: family -> (class in its folder, config's arguments, inputs, PE kind that is needed, prefix tokens
+# with a row, without, position that stays)
+WIDE = {
+    "dinov3_vit": ("DINOv3ViTModel", {**SMALL, "num_register_tokens": 3}, _images(), "learnable", 4, 0, "rotary"),
+    "sapiens2": (
+        "Sapiens2Model",
+        {**SMALL, "num_register_tokens": 3, "num_key_value_attention_heads": 2},
+        *(_images(), "learnable", 4, 0, "rotary"),
+    ),
+    "mlcd": ("MLCDVisionModel", SMALL, _images(), "learnable", 1, 0, "rotary"),
+    "internvl": (
+        "InternVLVisionModel",
+        {**SMALL, "image_size": [16, 16], "patch_size": [4, 4]},
+        _images(),
+        "learnable",
+        1,
+        0,
+        None,
+    ),
+    "kosmos2": ("Kosmos2VisionModel", SMALL, _images(), None, 1, 0, None),
+    "git": ("GitVisionModel", SMALL, _images(), None, 1, 0, None),
+    "instructblip": ("InstructBlipVisionModel", SMALL, _images(), None, 1, 0, None),
+    "instructblipvideo": ("InstructBlipVideoVisionModel", SMALL, _images(), None, 1, 0, None),
+    "janus": ("JanusVisionModel", {**SMALL, "mlp_ratio": 2}, _images(), None, 0, 0, None),
+    "phi4_multimodal": (
+        "Phi4MultimodalVisionModel",
+        {**SMALL, "crop_size": 16},
+        *(lambda: (torch.randn(2, 3, 16, 16), torch.ones(2, 4, 4).bool()), None, 0, 0, None),
+    ),
+    "ovis2": (
+        "Ovis2VisionModel",
+        {**SMALL, "hidden_stride": 2, "num_visual_indicator_tokens": 2, "vocab_size": 50},
+        *(_images(), None, 0, 0, None),
+    ),
+    "aimv2": ("Aimv2VisionModel", SMALL, _images(), None, 0, 0, None),
+    "idefics": ("IdeficsVisionTransformer", _without("hidden_size", embed_dim=32), _images(), None, 1, 0, None),
+    "idefics2": ("Idefics2VisionTransformer", SMALL, _images(), None, 0, 0, None),
+    "idefics3": ("Idefics3VisionTransformer", SMALL, _images(), None, 0, 0, None),
+    "smolvlm": ("SmolVLMVisionTransformer", SMALL, _images(), None, 0, 0, None),
+    "siglip2": ("Siglip2VisionModel", _without("image_size", num_patches=16), _packed, None, 0, 0, None),
+    "vitpose_backbone": (
+        "VitPoseBackbone",
+        {**SMALL, "image_size": [64, 32], "patch_size": [16, 16], "mlp_ratio": 2},
+        *(_images(64, 32), None, 0, 0, None),
+    ),
+    "vitdet": (
+        "VitDetModel",
+        {**SMALL, **_PADDLE, "window_size": 3, "use_relative_position_embeddings": True},
+        *(_images(), None, 0, 0, "relative"),
+    ),
+    "lw_detr": ("LwDetrViTBackbone", {**SMALL, **_PADDLE, "num_windows": 4}, _images(), None, 0, 0, None),
+    "rf_detr": (
+        "RfDetrDinov2Backbone",
+        {**SMALL, "mlp_ratio": 2, "num_windows": 2, "window_block_indexes": [0], "out_features": ["stage2"]},
+        *(_images(), None, 1, 0, None),
+    ),
+    "sam3": (
+        "Sam3ViTModel",
+        {**SMALL, "pretrain_image_size": 8, "window_size": 2, "global_attn_indexes": [1]},
+        *(_images(), None, 0, 0, "rotary"),
+    ),
+    "yolos": (
+        "YolosModel",
+        {**SMALL, "image_size": [16, 24], "num_detection_tokens": 3},
+        *(_images(16, 24), None, 1, 0, "between blocks"),
+    ),
+    "eomt": ("EomtForUniversalSegmentation", {**SMALL, **_QUERIES, "mlp_ratio": 2}, _images(), None, 0, 3, None),
+    "eomt_dinov3": (
+        "EomtDinov3ForUniversalSegmentation",
+        {**SMALL, **_QUERIES},
+        _images(),
+        "learnable",
+        3,
+        0,
+        "rotary",
+    ),
+    "audio_spectrogram_transformer": (
+        "ASTModel",
+        _without("image_size", frequency_stride=3, time_stride=4, max_length=24, num_mel_bins=16),
+        *(lambda: (torch.randn(2, 24, 16),), None, 2, 0, None),
+    ),
+    "vivit": (
+        "VivitModel",
+        _without("patch_size", num_frames=4, tubelet_size=[2, 4, 4]),
+        *(lambda: (torch.randn(2, 4, 3, 16, 16),), None, 1, 0, None),
+    ),
+    "videomae": (
+        "VideoMAEModel",
+        {**SMALL, "num_frames": 4, "tubelet_size": 2},
+        *(lambda: (torch.randn(2, 4, 3, 16, 16),), "learnable", 0, 0, None),
+    ),
+    "vjepa2": (
+        "VJEPA2Model",
+        {
+            **_without("image_size", "intermediate_size", hidden_size=48, **_V_JEPA),
+            "pred_num_attention_heads": 2,
+            "pred_num_hidden_layers": 1,
+        },
+        *(lambda: (torch.randn(2, 4, 3, 16, 16),), "learnable", 0, 0, "rotary"),
+    ),
+    "hiera": (
+        "HieraModel",
+        {
+            "embed_dim": 16,
+            "image_size": [64, 64],
+            "patch_size": [7, 7],
+            "patch_stride": [4, 4],
+            "patch_padding": [3, 3],
+            "depths": [1, 2, 1],
+            "num_heads": [1, 2, 4],
+            "masked_unit_size": [4, 4],
+            "masked_unit_attention": [True, False, False],
+            "query_stride": [2, 2],
+            "num_query_pool": 2,
+        },
+        *(_images(64, 64), None, 0, 0, None),
+    ),
+    "sam2": (
+        "Sam2HieraDetModel",
+        {
+            "hidden_size": 16,
+            "num_attention_heads": 1,
+            "image_size": [56, 48],
+            "patch_kernel_size": [7, 7],
+            "patch_stride": [4, 4],
+            "patch_padding": [3, 3],
+            "query_stride": [2, 2],
+            "num_query_pool_stages": 1,
+            "blocks_per_stage": [1, 2],
+            "embed_dim_per_stage": [16, 32],
+            "num_attention_heads_per_stage": [1, 2],
+            "window_positional_embedding_background_size": [3, 3],
+            "window_size_per_stage": [2, 3],
+            "global_attention_blocks": [2],
+        },
+        *(_images(56, 48), None, 0, 0, None),
+    ),
+    "llama4": (
+        "Llama4VisionModel",
+        {
+            **SMALL,
+            "intermediate_size": 128,
+            "pixel_shuffle_ratio": 0.5,
+            "projector_input_dim": 8,
+            "projector_output_dim": 8,
+            "vision_output_dim": 8,
+        },
+        *(_images(), None, 0, 0, "rotary"),
+    ),
+}
+
+
+def make_wide(family: str) -> torch.nn.Module:
+    import importlib
+
+    name, arguments, *_ = WIDE[family]
+    file = "vision" if family == "idefics" else f"modeling_{family}"
+    cls = getattr(importlib.import_module(f"transformers.models.{family}.{file}"), name)
+    config = getattr(cls, "config_class", None)
+    if config is None:  # a plain module
+        config = importlib.import_module(f"transformers.models.{family}.configuration_{family}").IdeficsVisionConfig
+    torch.manual_seed(1)
+    model = cls(config(**arguments))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def wide_output(model: torch.nn.Module, inputs: tuple) -> torch.Tensor:
+    y = model(*inputs)
+    names = ("last_hidden_state", "masks_queries_logits", "feature_maps")
+    first = next(value for name in names if (value := getattr(y, name, None)) is not None)
+    return first[0] if isinstance(first, tuple) else first

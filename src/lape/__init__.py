@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lape.files.folder import load, push_to_hub, save
     from lape.files.names import load_reference_state_dict, to_reference_state_dict
     from lape.files.read import Checkpoint, read_checkpoint
-    from lape.host import Host, hosts, register_host
+    from lape.host import Host, Suggestion, hosts, register_host, suggest_host
     from lape.look.explorer import explore
     from lape.look.features import Features, debias_, probe
     from lape.look.similarity import correlation
@@ -46,7 +46,7 @@ _HOME = {
     "files.folder": ("load", "push_to_hub", "save"),
     "files.names": ("load_reference_state_dict", "to_reference_state_dict"),
     "files.read": ("Checkpoint", "read_checkpoint"),
-    "host": ("Host", "hosts", "register_host"),
+    "host": ("Host", "Suggestion", "hosts", "register_host", "suggest_host"),
     "look.explorer": ("explore",),
     "look.features": ("Features", "debias_", "probe"),
     "look.similarity": ("correlation",),

@@ -7,6 +7,10 @@ given, what is allowed, and the fix.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LapeError(ValueError):
@@ -25,8 +29,22 @@ class CheckpointError(LapeError):
     """A file that is not a checkpoint, is unsafe to load, or does not fit the model. The message names the keys."""
 
 
+class NotFiniteError(LapeError):
+    """A result that is NaN or infinite, so that nothing can be said of it. The message names what computed it."""
+
+
 class LostError(LapeError):
     """Another process of the run is gone or silent."""
+
+
+def check_finite(values: "Tensor", what: str) -> None:
+    """Raises NotFiniteError where one of the values is NaN or infinite. `what`: "the outputs of ..."."""
+    bad = values.numel() - int(values.isfinite().sum())
+    if bad:
+        raise NotFiniteError(
+            f"{what} are not finite: {bad} of {values.numel()} values are NaN or infinite; use weights from before "
+            "they were lost"
+        )
 
 
 @contextmanager

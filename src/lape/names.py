@@ -21,6 +21,19 @@ def nearest(value: str, allowed: Iterable[str]) -> str | None:
     return plain[found[0]] if found else None
 
 
+def shown(text: object) -> str:
+    """A text of a file, a path or an error as one line for a terminal, a page or a message.
+
+    What steers a terminal, breaks a line, turns the direction of reading or is no character is written as an escape.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def tell(text: str) -> None:
+    """Prints lines, each as a terminal may get it."""
+    print("\n".join(map(shown, text.split("\n"))))
+
+
 def match_name(kind: str, value: str, allowed: Iterable[str]) -> str:
     """Return the canonical spelling of `value`, matched without regard to case.
 

@@ -4,7 +4,7 @@ Field names are the flags of DeiT's `main.py` in snake_case with the defaults of
 (`lape.cli`) is generated from the fields, and a YAML recipe is nothing but these keys. Departures from the
 original's defaults are four, each because the original's would fail on a fresh machine: `data_path` (empty: the
 packaged digits), `device` (auto), `num_workers` (DeiT's 10, the fork has 16) and `amp` (fp16 on CUDA as in the
-original, off on a CPU).
+original, off on a CPU). docs/original.md lists these and every other difference.
 
 Neither torch nor timm is imported here, so that `lape --help` answers at once.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lape.errors import LapeError, needs
-from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, match_name
+from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, match_name, nearest
 from lape.options import Options
 
 with needs("train"):
@@ -26,6 +26,7 @@ with needs("train"):
 DataSet = Literal["CIFAR", "IMNET", "INAT", "INAT19"]
 InatCategory = Literal["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
 Schedule = Literal["cosine", "tanh", "step", "plateau", "poly", "constant", "none"]
+Habit = Literal["init", "resize", "drop", "schedule", "decay", "heads", "none"]
 Interpolation = Literal["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:\d+)?")
@@ -76,6 +77,9 @@ class Recipe(Options):
     model_ema_force_cpu: bool = _model(False, "keep the moving average in host memory")
     model_ema_warmup: bool = _model(False, "short runs: the average starts as a plain mean and slows to its decay")
     grad_checkpointing: bool = _model(False, "less memory: compute activations twice instead of keeping them")
+    attention: Literal["auto", "fused", "plain"] = _model(
+        "auto", "how attention is computed; auto: plain for bf16 on a CPU, where that is faster, else torch's fused one"
+    )
     compile: bool = _model(False, "compile the training step with torch.compile")
 
     # Data
@@ -110,6 +114,10 @@ class Recipe(Options):
         False, "with --finetune: begin as the pretrained model; LaPE's position enters through gates that start at zero"
     )
     attn_only: bool = _training(False, "train only attention, position embedding and head")
+    as_original: tuple[Habit, ...] = _training(
+        ("init", "resize", "drop", "schedule", "decay", "heads"),
+        "what follows the LaPE authors' code where timm does otherwise (docs/original.md); none: nothing",
+    )
 
     # Optimizer
     opt: str = _optimizer("adamw", "timm name of the optimizer", min_length=1)
@@ -220,6 +228,11 @@ class Recipe(Options):
     def _aa(cls, value: Any) -> Any:
         return "" if value is None or value == "none" else value
 
+    @field_validator("as_original")
+    @classmethod
+    def _habits(cls, value: tuple[Habit, ...]) -> tuple[Habit, ...]:
+        return tuple(habit for habit in value if habit != "none")
+
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
@@ -273,7 +286,7 @@ class Recipe(Options):
         """Read a recipe; `overrides` win over the file, the file wins over the defaults.
 
         Args:
-            path: a YAML file, or the bare name of a recipe inside the package (`digits`).
+            path: a YAML file, or the bare name of a recipe inside the package (`digits`; `lape recipes` lists them).
 
         Raises:
             LapeError: the file is missing or no mapping of known keys to allowed values.
@@ -324,6 +337,11 @@ def packaged() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
 
 
+def text_of(name: str) -> str:
+    """Return the YAML of a recipe inside the package, whose first line is a comment that says what it trains."""
+    return str((_folder() / f"{match_name('recipe', name, packaged())}.yaml").read_text(encoding="utf-8"))
+
+
 def _extra(name: str) -> dict[str, Any]:
     extra = Recipe.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
@@ -336,15 +354,18 @@ def _folder() -> Any:
 
 def _read(path: str | Path) -> tuple[str, str]:
     """Return the text of a recipe and what to call it in a message."""
+    name = re.sub(r"^recipes/(\w+)\.yaml$", r"\1", str(path))  # where the repository had them before 0.2.0
     try:
-        if not Path(path).exists() and str(path) in packaged():
-            return (_folder() / f"{path}.yaml").read_text(encoding="utf-8"), f"recipe {path}"
+        if not Path(path).exists() and name in packaged():
+            return text_of(name), f"recipe {name}"
         return Path(path).read_text(encoding="utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        guess = nearest(Path(path).stem, packaged())
+        hint = f"; did you mean {guess!r}?" if guess else ""
         raise LapeError(
             f"recipe {str(path)!r} cannot be read ({reason}): "
-            f"give a YAML file or a packaged name ({', '.join(packaged())})"
+            f"give a YAML file or a packaged name (`lape recipes` lists them){hint}"
         ) from None
 
 

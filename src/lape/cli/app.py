@@ -7,6 +7,7 @@ were given reach it: a YAML recipe keeps the others, and an evaluation takes the
 import ast
 import contextlib
 import inspect
+import io
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ from pydantic import ValidationError
 
 from lape import __version__
 from lape.errors import LapeError, LostError
+from lape.names import shown
 from lape.recipe import Recipe, spelling_of, topic_of, topics
 
 USER_ERROR = 2
@@ -113,6 +115,7 @@ def _app(name: str, text: str) -> App:
         name=name,
         help=text,
         version=__version__,
+        version_flags=("--version", "-V"),
         default_parameter=Parameter(negative_iterable=(), consume_multiple=True, allow_repeating=True),
         result_action="return_value",
         help_format="plaintext",
@@ -133,6 +136,9 @@ def main() -> NoReturn:
 
 def run(command: App, tokens: Sequence[str]) -> int:
     """Run a command line and return its exit code; nothing but the first process of a launch prints to stdout."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _quiet_unless_first():
             command(_dashes(tokens))
@@ -185,7 +191,7 @@ def _report(message: str, lost: bool = False) -> None:
         time.sleep(3)
     if _rank() > 0:
         message = f"[rank {_rank()}] {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {shown(message)}", file=sys.stderr, flush=True)
 
 
 def _wait_for_launcher(seconds: float) -> None:

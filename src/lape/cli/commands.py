@@ -4,15 +4,19 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from lape import __version__
 from lape.cli.app import GROUPS, app, original, takes
 from lape.cli.options import takes_options
 from lape.cli.original import LauncherFlags, OriginalFlags
-from lape.errors import LapeError, arguments_as
+from lape.cli.rows import escaped, write_directly, written
+from lape.errors import DataError, LapeError, arguments_as
+from lape.files.atomic import keep_inputs, write_atomically
 from lape.look.options import DrawOptions
+from lape.names import shown, tell
 from lape.options import ExportOptions, PredictOptions
 from lape.recipe import Recipe
 from lape.study.options import BenchOptions, CompareOptions, DemoOptions, SweepOptions
@@ -28,7 +32,7 @@ STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", 
 EVALUATION = (
     *STORED,
     *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),
-    *("ema", "dist_eval", "device", "amp", "threads"),
+    *("ema", "dist_eval", "device", "amp", "attention", "threads"),
 )
 
 # What the matrix of `lape compare` sets itself, and what means nothing for it.
@@ -132,29 +136,39 @@ def predict(
 ) -> None:
     """Classify images, with the transform and the class names stored in the checkpoint.
 
-    Lines appear as images are done; files are written at the end.
+    Lines appear, and files grow, as images are done. One that cannot be read is left out, named, and ends it with 2.
     """
     if not images:
         raise LapeError("no image was given: lape predict IMAGE... --checkpoint CHECKPOINT")
     for path in (json, csv):
         if path not in (None, "-") and not Path(str(path)).parent.is_dir():  # before the work, not after it
             raise LapeError(f"{path!r} cannot be written (no such folder): give a file in a folder that exists")
+    keep_inputs([json, csv], [*images, options.checkpoint])
+    if json is not None and json == csv:
+        raise LapeError(f"--json and --csv are both {json!r}: give two files")
 
+    from lape.data.images import assumption
     from lape.train.evaluate import predictions
 
-    rows: list[dict[str, Any]] = []
-    for p in _shown(predictions(images, options), len(images)):
-        best = list(zip(p.classes, p.probabilities, strict=True))
-        rows += [
-            {"image": p.path, "rank": rank, "class": name, "probability": probability}
-            for rank, (name, probability) in enumerate(best, start=1)
-        ]
-        if "-" not in (json, csv):
-            print("\n".join([p.path, *(f"  {100 * probability:6.2f} %  {name}" for name, probability in best)]))
-    if json is not None:
-        _write(json, _as_json(rows))
-    if csv is not None:
-        _write(csv, _as_csv(rows))
+    note = ""
+    problems: list[str] = []
+    with written(json, csv) as add:
+        for p in _shown(predictions(images, options, problems), len(images)):
+            if not note and (note := assumption(p.path)):
+                print(f"{shown(p.path)}: {note}; said of the first such image", file=sys.stderr)
+            best = list(zip(p.classes, p.probabilities, strict=True))
+            add(
+                [
+                    {"image": p.path, "rank": rank, "class": name, "probability": probability}
+                    for rank, (name, probability) in enumerate(best, start=1)
+                ]
+            )
+            if "-" not in (json, csv):
+                lines = [f"  {100 * probability:6.2f} %  {shown(name)}" for name, probability in best]
+                print("\n".join([shown(p.path), *lines]))
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise DataError(f"{len(problems)} of {len(images)} images are left out: {'; '.join(problems[:10])}{more}")
 
 
 @app.command
@@ -180,8 +194,10 @@ def visualize(
     if image and html is None:
         raise LapeError("--image shows photographs in the explorer: give --html FILE as well")
     sides = options.sides  # refused here, before a file is read
-    if save_dir is None and (options.token is not None or options.view is not None):
-        raise LapeError("--token and --view choose what pictures show: give --save-dir DIR as well")
+    for name in ("token", "view", "layers", "range", "title", "width", "dpi"):
+        if save_dir is None and getattr(options, name) != getattr(DrawOptions(), name):
+            flag = "--no-title" if name == "title" else f"--{name}"
+            raise LapeError(f"{flag} is of pictures: give --save-dir DIR as well")
     if len(checkpoints) > 1 and options.model_name is not None and save_dir is not None:
         raise LapeError("--model-name names the folder of one checkpoint, several were given: leave it out")
     if save_dir is not None:
@@ -199,11 +215,12 @@ def visualize(
             pe=options.pe,
             ema=options.ema,
         )
-        print(f"open {page} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
+        print(f"open {shown(page)} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
 
 
 def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> None:
     """The pictures of `lape visualize`."""
+    from lape.convert.positions import describe
     from lape.files.read import read_checkpoint
     from lape.files.restore import restore_to_draw
     from lape.look import figures
@@ -212,7 +229,7 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
     for checkpoint in checkpoints:
         files = figures.visualize(checkpoint, save_dir, options)
         first = next(f for f in files if f.stem == "overview")
-        print(f"{len(files)} files in {files[0].parent}, first look at {first}")
+        print(f"{len(files)} files in {shown(files[0].parent)}, first look at {shown(first)}")
         if old := figures.left_over(files):
             print(
                 f"{len(old)} of an earlier drawing are still in that folder ({short(old)}): they do not belong to "
@@ -222,9 +239,12 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
         return
     chosen: dict[str, Any] = {"size": options.sides, "ema": options.ema, "join": options.join_type, "pe": options.pe}
     models = {c: restore_to_draw(read_checkpoint(c), options.model_name, **chosen)[0] for c in checkpoints}
+    joins = [describe(model).join for model in models.values()]
+    if len(set(joins)) == len(models):  # shorter than their paths
+        models = dict(zip(joins, models.values(), strict=True))
     if max(map(len, figures.sorts(models))) > 1:
-        files = figures.draw_together(models, save_dir, view=options.view or "seen")
-        print(f"{len(files)} files of all models in {save_dir}")
+        files = figures.draw_together(models, save_dir, view=options.view or "seen", options=options)
+        print(f"{len(files)} files of all models in {shown(save_dir)}")
     else:
         print("no figure of all models: one has positions, another a bias on attention logits")
 
@@ -241,8 +261,8 @@ def export(
     from lape.files.read import read_checkpoint
 
     pixels, data_name = sample_images(read_checkpoint(checkpoint), options.data_path, options.images)
-    print(f"checked on {len(pixels)} images of {data_name}")
-    write(checkpoint, images_BCHW=pixels, **options.model_dump(exclude={"data_path", "images"}))
+    tell(f"checked on {len(pixels)} images of {data_name}")
+    write(checkpoint, images_BCHW=pixels, say=tell, **options.model_dump(exclude={"data_path", "images"}))
 
 
 @app.command
@@ -279,14 +299,30 @@ def check_data(
     """Open every image of a data folder before a long run; exit code 0 when training may start, else 2."""
     from lape.data.check import check_data as check
 
+    keep_inputs([json], [data_path])
     report = check(data_path, workers=workers or None)
     if json is not None:
         _write(json, _as_json(report.to_dict()))
     if json != "-":
         for line in report.lines():
-            print(line)
+            print(shown(line))
     if not report.fit:
         raise LapeError(f"{data_path} is not fit for training: {len(report.errors)} error(s) are listed above")
+
+
+@app.command
+def recipes(
+    name: Annotated[str | None, Parameter(help="print this one, to be changed and given as a file")] = None,
+) -> None:
+    """List the packaged recipes, which `lape train --recipe NAME` runs, or print one: lape recipes NAME > FILE.yaml."""
+    from lape.recipe import packaged, text_of
+
+    if name is not None:
+        print(text_of(name), end="")
+        return
+    width = max(map(len, packaged()))
+    for one in packaged():
+        print(f"{one:<{width}}  {text_of(one).partition(chr(10))[0].removeprefix('# ').rstrip('.')}")
 
 
 @app.command
@@ -308,6 +344,26 @@ def hosts() -> None:
         for title, text in rows:
             if text:
                 _print_row(title, text)
+
+
+@app.command
+def version() -> None:
+    """Print the versions of lape and of what it runs on, for a bug report."""
+    import platform
+    from importlib import metadata
+
+    print(f"lape {__version__}\nPython {platform.python_version()}, {platform.platform()}")
+    for name in ("torch", "timm", "torchvision", "transformers", "numpy", "onnxruntime"):
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name} is not installed")
+
+
+@app.command
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(help="bash, zsh or fish")]) -> None:
+    """Print a completion script. In ~/.bashrc: eval "$(lape completion bash)"; likewise for zsh."""
+    print(app.generate_completion(prog_name="lape", shell=shell), end="")
 
 
 def sample_images(checkpoint: "Checkpoint", data_path: str, count: int) -> tuple["Tensor", str]:
@@ -350,25 +406,13 @@ def _shown(items: Iterable[Any], total: int) -> Iterator[Any]:
 
 
 def _as_json(rows: Any) -> str:
-    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-
-
-def _as_csv(rows: list[dict[str, Any]]) -> str:
-    import csv
-    import io
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return escaped(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def _write(path: str, text: str) -> None:
     if path == "-":
         print(text, end="")
-        return
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise LapeError(f"{path!r} cannot be written ({error.strerror}): give a file in a folder that exists") from None
+    elif Path(path).exists() and not Path(path).is_file():  # a pipe, /dev/null
+        write_directly(path, text)
+    else:
+        write_atomically(path, lambda file: file.write(text.encode()))

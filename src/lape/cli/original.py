@@ -26,7 +26,7 @@ class OriginalFlags(Options):
     patience_epochs: Annotated[
         NonNegativeInt, _flag("read by the plateau schedule only, which is refused", "Schedule")
     ] = 10
-    resplit: Annotated[bool, _flag("refused: DeiT accepts it without any effect", "Augmentation")] = False
+    resplit: Annotated[bool, _flag("refused: DeiT accepts it without any effect", "Augmentation", show=False)] = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -42,7 +42,7 @@ class LauncherFlags(Options):
     dist_url: Annotated[str, _flag("must be env://; use torchrun's --rdzv-endpoint or --master-port")] = "env://"
     local_rank: Annotated[int | None, _flag("accepted and ignored: the launcher's environment says it")] = None
     distributed: Annotated[bool, _flag("accepted under a launcher, which decides", negative=())] = False
-    cosub: Annotated[bool, _flag("refused: cosub training is not part of this project", negative=())] = False
+    cosub: Annotated[bool, _flag("refused: not part of this project", negative=(), show=False)] = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -16,13 +16,14 @@ from lape.convert.plan import check_fresh, check_std, plan
 from lape.convert.positions import Size, grid_for
 from lape.convert.tended import Saved, Tended, tended
 from lape.convert.ways import Wish, check_put_back, put_back, way_for
-from lape.core.anatomy import Anatomy
+from lape.core.anatomy import Anatomy, Form
 from lape.core.forward import Link
 from lape.core.joined import LINK, Joined, join_module, leave_module, subclass
 from lape.core.joins import check_combination, join_named
-from lape.core.position import KINDS, Layout, kind_named
+from lape.core.position import KINDS, Grid, Layout, kind_named
 from lape.errors import LapeError, UnsupportedModelError, needs
-from lape.host import class_name, find_host, host_of_library
+from lape.host import Host, class_name, find_host, host_of_library
+from lape.host.timm import NOT_THE_MODEL
 
 
 def apply_(
@@ -33,6 +34,8 @@ def apply_(
     warm_start: bool = False,
     std: float | None = None,
     pe_norm: str | None = None,
+    at: str | None = None,
+    grid: Grid | None = None,
 ) -> nn.Module:
     """Joins position and tokens the given way, in place, and returns the model.
 
@@ -52,6 +55,9 @@ def apply_(
             0.02 or the host's own. LN' makes any scale 1 at the start; the other joins do not: it is their control.
         pe_norm: what stands in the place of LN'_l (Table 8): "none" (P itself), "scalar" (g P), "scale" (g * P),
             "affine" (g * P + b), "norm" (Norm(P)), "scalar-norm", "scale-norm", or "layernorm", which is LN'.
+        at: the path of a part, such as "vision_tower", where the model holds more than one Vision Transformer.
+        grid: (rows, columns) of patches, for a model that does not know it (torchvision's Swin,
+            nn.TransformerEncoder).
 
     Raises:
         UnsupportedModelError: the model is not supported; the message says why and how to register it.
@@ -67,8 +73,10 @@ def apply_(
             raise LapeError(f"warm_start=True with pe={pe!r}: there is no join to open; leave warm_start out")
         check_std(std, named)
         return _leave(model)
-    host, root = find_host(model)
-    anatomy = host.examine(root)
+    host, root = find_host(_part(model, at))
+    anatomy = examined(host, root, grid)
+    if named is not None and named.is_table and anatomy.table is not None and anatomy.form != Form():
+        anatomy = anatomy.without_table()
     way = plan(host, anatomy, chosen_join, named, warm_start=warm_start, pe_norm=pe_norm, std=std)
     link = Link(root, host.name, anatomy, listed=way.listed)
     way.enter(link)
@@ -76,6 +84,35 @@ def apply_(
     if hasattr(type(model), "save_pretrained"):
         join_module(model, Saved, link, "save_pretrained")
     return model
+
+
+def _part(model: nn.Module, at: str | None) -> nn.Module:
+    """The part under a path. Raises LapeError, naming the parts that there are."""
+    if not at:
+        return model
+    try:
+        return model.get_submodule(at)
+    except AttributeError:
+        names = ", ".join(name for name, _ in model.named_children())
+        raise LapeError(f"at={at!r}: this {type(model).__name__} has no such part; it consists of {names}") from None
+
+
+def examined(host: Host, root: nn.Module, grid: Grid | None) -> Anatomy:
+    """The anatomy of a model; `grid` is what the user says. Raises LapeError for a grid that the model knows itself."""
+    if grid is None:
+        return host.examine(root)
+    if "grid" not in host.given:
+        raise LapeError(f"grid={grid!r}: {host.name} knows its own grid, leave it out")
+    if len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
+        raise LapeError(f"grid={grid!r} is no grid: give (rows, columns) of patches")
+    return host.examine(root, grid=tuple(grid))
+
+
+def _needs_grid(model: nn.Module, at: str | None) -> bool:
+    try:
+        return "grid" in find_host(_part(model, at))[0].given
+    except UnsupportedModelError:
+        return False
 
 
 def _leave(model: nn.Module) -> nn.Module:
@@ -175,10 +212,20 @@ def create_model(
     return build("timm", name, timm_kwargs, join, pe, warm_start=warm_start, std=std, pe_norm=pe_norm)
 
 
-def build(library: str, name: str, kwargs: dict[str, Any], join: str, pe: str | None, **chosen: Any) -> nn.Module:
+def build(
+    library: str,
+    name: str,
+    kwargs: dict[str, Any],
+    join: str,
+    pe: str | None,
+    *,
+    at: str | None = None,
+    known_grid: Grid | None = None,
+    **chosen: Any,
+) -> nn.Module:
     """A model of a library by name and arguments, converted; it remembers them for `lape.save`.
 
-    `chosen` are the other arguments of `apply_`.
+    `known_grid` is for a model that does not know its own; `chosen` are the other arguments of `apply_`.
     """
     host = host_of_library(library)
     assert host.build is not None
@@ -189,7 +236,8 @@ def build(library: str, name: str, kwargs: dict[str, Any], join: str, pe: str | 
         if pe is None or not kind_named(pe).untouched:
             raise
         raise LapeError(f"model {name!r} with {kwargs}: {error.__cause__}") from error
-    model = apply_(made, join, pe, **chosen)
-    plain = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path")}
+    grid = known_grid if known_grid and _needs_grid(made, at) else None
+    model = apply_(made, join, pe, at=at, grid=grid, **chosen)
+    plain = {key: value for key, value in kwargs.items() if key not in NOT_THE_MODEL}
     conversion_of(model).factory.update(library=library, name=name, kwargs=plain)
     return model

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lape.convert.ways import Way, way_of
-from lape.core.anatomy import Anatomy
+from lape.core.anatomy import Anatomy, Form
 from lape.core.forward import Link
 from lape.core.joined import LINK, Joined
 from lape.core.position import Layout
@@ -72,7 +72,9 @@ class Conversion:
     def record(self) -> dict[str, Any]:
         """What files say of it, as plain values."""
         said = {"join": self.join, "pe": self.pe, **{CHOSEN[name]: value for name, value in self.chosen.items()}}
-        return {**said, "folded": self.folded, "grid": list(self.layout.grid)}
+        own = {"own_table": True} if self.anatomy.form != Form() else {}  # which a new one of this kind would not be
+        place = {"grid": list(self.layout.grid), "at": self.path.rstrip(".")}
+        return {**said, "folded": self.folded, **own, **place}
 
     def places(self) -> list[int | None]:
         """For each block that the model has now: its place in what `root.lape` computes, None when it is not joined."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from lape.convert.converted import conversions
 from lape.convert.ways import Way, Wish, scopes_of, spanned, way_for
-from lape.core.anatomy import Anatomy
+from lape.core.anatomy import Anatomy, place_of
 from lape.core.joins import Join, check_combination
 from lape.core.pe_norms import pe_norm_for
 from lape.core.position import KINDS, Kind
@@ -83,7 +83,7 @@ def check_forwards(anatomy: Anatomy, way: Way) -> None:
     if len({id(root.get_submodule(path)) for path in paths}) < len(paths):
         raise UnsupportedModelError("blocks share a module that would be joined: each place needs a module of its own")
     methods = [(path, "forward") for path in [*paths, *([anatomy.patch_embed] if anatomy.patch_embed else [])]]
-    if way.hides_table and (anatomy.table or anatomy.encoder):
+    if (way.hides_table and anatomy.table) or (way.new and anatomy.encoder):
         methods += [scope.rpartition(".")[::2] for scope in scopes_of(root, anatomy)]
         methods += [("", name) for name in spanned(root) if name != "forward"]
     for path, method in methods:
@@ -101,9 +101,9 @@ def host_kind(anatomy: Anatomy) -> Kind:
     if anatomy.own_bias:
         return KINDS["2D_RPE"]
     has = f", its {anatomy.beside} stays as it is" if anatomy.beside else ""
-    if anatomy.encoder is not None:
-        encoder = type(anatomy.root.get_submodule(anatomy.encoder))
-        has = f", {anatomy.encoder} computes its position ({class_name(encoder)})"
+    if anatomy.encoder:
+        encoder = type(getattr(*place_of(anatomy.root, anatomy.encoder[0])))
+        has = f", {anatomy.encoder[0]} computes its position ({class_name(encoder)})"
     raise LapeError(f"the model has no position table of its own{has}: name a kind, for instance pe='learnable'")
 
 
@@ -116,6 +116,14 @@ def check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: bool
         )
     if anatomy.own_bias and kind.name == "2D_RPE":
         return
+    plain = len(anatomy.layout.grid) == 2 and not (anatomy.layout.suffix_rows or anatomy.windows)
+    if not plain and (kind.is_bias or kind.rotary or kind.conditional):
+        raise LapeError(f"pe={kind.name!r} is for one grid of rows and columns, which the blocks of {name} do not have")
+    if anatomy.branches and join.site == "block":
+        raise LapeError(
+            f"join={join.name!r}: several attentions of {name} read one stream, so it would get the position several "
+            "times: use join='LaPE'"
+        )
     if anatomy.beside and not kind.is_table and not kind.conditional:
         means = "a second bias would join it" if kind.is_bias else "the model would not be without a position"
         use = "pe='learnable', or pe='2D_RPE' for its own" if anatomy.own_bias else "pe='learnable'"

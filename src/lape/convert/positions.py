@@ -18,10 +18,10 @@ from lape.convert.ways import raw_positions
 from lape.core.anatomy import Anatomy, place_of
 from lape.core.joined import host_forward
 from lape.core.joins import JOINS
-from lape.core.position import KINDS, Grid, resample
+from lape.core.position import KINDS, Grid
 from lape.errors import LapeError
 
-Size = int | tuple[int, int]
+Size = int | tuple[int, ...]
 View = Literal["received", "seen", "unbiased"]
 
 
@@ -57,7 +57,7 @@ class Description:
             f"{' (warm start, gated)' if self.warm_start else ''}{self._start}, "
             f"{self.joined}/{self.blocks} {self.site}{' and the last norm' if self.last_norm else ''} joined, "
             f"input addition {'on' if self.input_addition else 'off'}, "
-            f"grid {self.grid[0]} x {self.grid[1]}, {self.prefix_tokens} prefix tokens"
+            f"grid {' x '.join(map(str, self.grid))}, {self.prefix_tokens} prefix tokens"
             f"{f' ({bare} without a position)' if bare else ''}, "
             f"{f'{self.beside} kept, ' if self.beside else ''}"
             f"{self.parameters:,} parameters ({self.position_parameters:,} for position)"
@@ -109,15 +109,17 @@ def grid_for(conversion: Conversion, size: Size | None) -> Grid | None:
     """The grid of an image of `size` pixels (side, or height and width); None stays None."""
     if size is None:
         return None
-    sides = (size, size) if isinstance(size, int) else size
-    patch_height, patch_width = conversion.anatomy.patch_size
-    rule = f"give pixels, a side or (height, width), in multiples of the patch of {patch_height} x {patch_width}"
-    if not isinstance(sides, tuple | list) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+    patch = conversion.anatomy.patch_size
+    sides = (size,) * len(patch) if isinstance(size, int) and len(patch) < 3 else size
+    what = {2: "pixels, a side or (height, width)", 3: "(frames, height, width)"}.get(len(patch), f"{len(patch)} sides")
+    rule = f"give {what}, in multiples of the patch of {' x '.join(map(str, patch))}"
+    if not isinstance(sides, tuple | list) or len(sides) != len(patch) or not all(type(side) is int for side in sides):
         raise LapeError(f"size={size!r} is no image size: {rule}")
-    height, width = sides
-    if min(height, width) <= 0 or height % patch_height or width % patch_width:
+    if tuple(sides) == conversion.anatomy.pixels:
+        return conversion.layout.grid
+    if min(sides) <= 0 or any(side % step for side, step in zip(sides, patch, strict=True)):
         raise LapeError(f"size={size!r} is no multiple of the patch: {rule}")
-    return height // patch_height, width // patch_width
+    return tuple(side // step for side, step in zip(sides, patch, strict=True))
 
 
 def positions(
@@ -159,7 +161,8 @@ def positions(
             raise LapeError(f"the model is folded for the grid {conversion.layout.grid}, size={size!r} is {target}")
     target = None if target == conversion.layout.grid else target
     listed = conversion.link.compute(conversion.root, target) if conversion.link.listed else []
-    added = [anatomy.layout.spread(p) for p in _added(conversion, target)] if join.at_input else []
+    raw = _added(conversion, target) if join.at_input else []
+    added = [anatomy.at(layer)[0].spread(p) for layer, p in enumerate(raw)]
     layers = [
         _seen(conversion, layer, place, listed[place] if place is not None else added[layer] if added else None, view)
         for layer, place in enumerate(conversion.places())
@@ -174,7 +177,7 @@ def table_of(conversion: Conversion, grid: Grid | None = None) -> Tensor:
     """P (1, R, D), before any norm: the table in the host's slot, or the one that it lacks."""
     table = conversion.link.table(conversion.root)
     table = conversion.root.get_parameter("lape.table_0") if table is None else table
-    return table if grid is None else resample(table, conversion.layout, grid)
+    return table if grid is None else conversion.anatomy.resample(table, conversion.layout, grid)
 
 
 def tables_of(conversion: Conversion) -> list[nn.Parameter]:
@@ -194,16 +197,15 @@ def _seen(conversion: Conversion, layer: int, place: int | None, p_1ND: Tensor |
     """What one block receives, in a view; None when nothing."""
     if p_1ND is None or view == "received":
         return p_1ND
-    anatomy, layout = conversion.anatomy, conversion.layout
+    anatomy, layout = conversion.anatomy, conversion.anatomy.at(layer)[0]
     if place is not None and JOINS[conversion.join].normalised:  # a norm of its own has made it already
         bias = None if conversion.folded else conversion.way.bias(place)
     else:
         norm = conversion.root.get_submodule(f"{anatomy.blocks[layer]}.{anatomy.norm}")
         p_1ND, bias = host_forward(norm, p_1ND), getattr(norm, "bias", None)
     p_1ND = p_1ND if view == "seen" or bias is None else p_1ND - bias
-    has_row = torch.ones(p_1ND.shape[1], 1, dtype=p_1ND.dtype, device=p_1ND.device)
-    has_row[layout.prefix_rows : layout.num_prefix] = 0
-    return p_1ND * has_row if layout.bare else p_1ND
+    rows = p_1ND.shape[1] - layout.bare - layout.lead
+    return p_1ND * layout.spread(p_1ND.new_ones(1, rows, 1))
 
 
 def _check_stage(anatomy: Anatomy, stage: int | None, target: Grid | None) -> None:
@@ -236,10 +238,10 @@ def position_bias(model: nn.Module) -> Tensor:
         kind = KINDS[conversion.pe]
         fix = "lape.positions(model) gives its positions" if kind.is_table else kind.missing
         raise LapeError(f"pe={conversion.pe!r} has no bias on attention logits: {fix}")
-    prefix, link = conversion.layout.num_prefix, conversion.link
+    patches, link = conversion.layout.patches, conversion.link
     if conversion.way.joins_host_bias:
         return _host_biases(conversion)
-    return torch.cat([bias[:, :, prefix:, prefix:] for bias in link.compute(link.root, None)])
+    return torch.cat([bias[:, :, patches, patches] for bias in link.compute(link.root, None)])
 
 
 def _host_biases(conversion: Conversion) -> Tensor:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -56,8 +60,8 @@ def position_names(link: Link) -> set[str]:
     root, anatomy = link.root, link.anatomy
     way = way_of(link)
     names = {f"lape.{name}" for name, _ in way.named_parameters()}
-    if anatomy.table is not None and way.uses_table:
-        names.add(anatomy.table)
+    if way.uses_table:
+        names |= set(anatomy.tables)
     if way.joins_host_bias:
         for own in anatomy.own_bias:
             path = own.method.rpartition(".")[0]
@@ -120,8 +124,31 @@ class Saved(Joined):
         model: Any = self
         if "save_original_format" in inspect.signature(host_method).parameters:  # transformers 5
             kwargs["save_original_format"] = False
-        model.config.lape = conversion_of(model).record()
+        mine = kwargs.get("is_main_process", True) and not kwargs.get("push_to_hub")
+        model.config.lape = conversion_of(model).record() | ({DIGESTS: UNFINISHED} if mine else {})
         try:
-            return host_method(model, *args, **kwargs)
+            result = host_method(model, *args, **kwargs)
         finally:
             del model.config.lape
+        if mine:
+            _finish(Path(args[0] if args else kwargs["save_directory"]))
+        return result
+
+
+DIGESTS = "sha256"  # in config.json: file of weights -> its SHA-256
+UNFINISHED = "until all files are written"
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _finish(folder: Path) -> None:
+    """The library writes config.json first: it gets the digests of the weights when they are there, in one step."""
+    path, fresh = folder / "config.json", folder / ".config.json.tmp"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["lape"][DIGESTS] = {file.name: digest_of(file) for file in sorted(folder.glob("model*.safetensors"))}
+    fresh.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(fresh, path)

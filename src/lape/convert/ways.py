@@ -29,9 +29,9 @@ from lape.core.joined import Joined, join_module
 from lape.core.joins import Join
 from lape.core.norm import Entered, PositionalNorm, beside, chain, makes_new
 from lape.core.pe_norms import PE_NORMS
-from lape.core.position import Kind, Layout, resample, resized, rows_of
+from lape.core.position import Kind, Layout, resized
 from lape.core.rotary import Rotating, axial, mixed, places, rotation
-from lape.core.sites import PositionalAttention, PositionalBlock, PositionalStem
+from lape.core.sites import PositionalAttention, PositionalBlock, PositionalInput, PositionalStem, Unfused
 from lape.errors import LapeError
 
 
@@ -72,7 +72,7 @@ class Way(nn.Module):
     listed: ClassVar[bool] = False  # whether it computes a list: by place, what is added there
     one_by_one: ClassVar[bool] = True  # whether `each` gives that list, too
     site: ClassVar[str] = "blocks"  # the places that it joins, in words
-    mixin: ClassVar[type[Joined] | None] = None  # what the modules there become
+    mixin: type[Joined] | None = None  # what the modules there become
     uses_table: ClassVar[bool] = False  # whether the host's table is the position, or lies idle
     joins_host_bias: ClassVar[bool] = False  # whether the host's own relative bias is the position
 
@@ -113,6 +113,8 @@ class Way(nn.Module):
                 module = root.get_submodule(path)
                 join_module(module, self.mixin, link, place=place, new=makes_new(module))
             join_module(root, Spanning, link, *spanned(root))
+            for path in anatomy.blocks if anatomy.unfused else ():
+                join_module(root.get_submodule(path), Unfused, link, str(anatomy.unfused))
             if anatomy.shuffle is not None:
                 owner, method = place_of(root, anatomy.shuffle)
                 join_module(owner, Shuffled, link, method)
@@ -123,14 +125,18 @@ class Way(nn.Module):
     def _take_slot(self, link: Link) -> None:
         """Hides the host's own position while its code adds it, and sets aside what has no part any more."""
         anatomy = link.anatomy
-        encoder = anatomy.encoder if self.new else None
-        for path in (anatomy.table, encoder):
-            if path is not None and self.hides_table:
-                hide(link, path)
-        if anatomy.table is not None and not self.uses_table:
-            set_aside(link, anatomy.table)
-        for name, _ in list(link.root.get_submodule(encoder).named_parameters()) if encoder else ():
-            set_aside(link, f"{encoder}.{name}")
+        encoder = anatomy.encoder if self.new else ()
+        for path in (*(anatomy.tables if self.hides_table else ()), *encoder):
+            hide(link, path)
+        idle = [] if self.uses_table else list(anatomy.tables)
+        for path in encoder:
+            part = owned(*place_of(link.root, path))
+            if isinstance(part, nn.Parameter):
+                idle.append(path)
+            elif isinstance(part, nn.Module):
+                idle += [f"{path}.{name}" for name, _ in part.named_parameters()]
+        for path in idle:
+            set_aside(link, path)
 
     def fold(self, link: Link) -> Way:
         """What takes its place when everything that parameters alone decide is a constant: by default nothing."""
@@ -195,7 +201,7 @@ class WithTable(Way):
     def source(self, asked: Asked) -> Tensor:
         """P (1, R, D) of the grid that is asked for."""
         p_1RD = self.get_parameter("table_0") if asked.table is None else asked.table
-        return p_1RD if asked.grid is None else resample(p_1RD, asked.anatomy.layout, asked.grid)
+        return p_1RD if asked.grid is None else asked.anatomy.resample(p_1RD, asked.anatomy.layout, asked.grid)
 
     def enter(self, link: Link) -> None:
         if self._in_slot:
@@ -211,7 +217,7 @@ class WithTable(Way):
             hide(link, link.anatomy.table_slot)  # and lends the table that the host lacks
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        return {"lape.table_0": anatomy.table_slot or "pos_embed"}
+        return {"lape.table_0": anatomy.table_slot or anatomy.table_key}
 
     def resize(self, old: Layout, new: Layout) -> None:
         for name, table in self.tables.items():
@@ -251,8 +257,10 @@ class AtBlocks(WithTable):
             return
         raw: list[Tensor] = []
         if own is not None and not wish.new:  # a copy for each block, as the host's table reaches it
+            anatomy, root = wish.anatomy, wish.anatomy.root
             with torch.no_grad():
-                raw = list(raw_positions(wish.anatomy, partial(wish.anatomy.entered, wish.anatomy.root), rows_of(own)))
+                rows_1RD = anatomy.form.read(own, *(owned(*place_of(root, path)) for path in anatomy.form.beside))
+                raw = list(raw_positions(anatomy, partial(anatomy.entered, root), rows_1RD))
         for layer in range(1, len(wish.anatomy.blocks)):
             if raw and own is not None:
                 self._add_table(layer, nn.Parameter(raw[layer].detach().clone(), own.requires_grad))
@@ -267,13 +275,15 @@ class AtBlocks(WithTable):
         anatomy, grid = asked.anatomy, asked.grid
         if self.per_block:
             tables = [*([] if asked.table is None else [asked.table]), *self.tables.values()]
-            made = iter([p if grid is None else resample(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
+            to = anatomy.resample
+            made = iter([p if grid is None else to(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
         else:
             made = raw_positions(anatomy, asked.entered, self.source(asked))
-        yield from (anatomy.layout.spread(p) for p, _ in zip(made, anatomy.blocks[: asked.number], strict=False))
+        blocks = anatomy.blocks[: asked.number]
+        yield from (anatomy.at(layer)[0].spread(p) for layer, (p, _) in enumerate(zip(made, blocks, strict=False)))
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        slot = anatomy.table_slot or "pos_embed"
+        slot = anatomy.table_slot or anatomy.table_key
         if not self.per_block:
             return super().file_names(anatomy)
         return {slot: f"{slot}0"} | {f"lape.{name}": f"{slot}{name.removeprefix('table_')}" for name in self.tables}
@@ -292,8 +302,11 @@ class BesideNorms(WithTable):
         anatomy, like = wish.anatomy, wish.like
         self.chained, self.at_last = wish.join.chained, wish.join.at_last
         self.layers = tuple(range(wish.join.first, len(anatomy.blocks)))
+        if anatomy.norm_feeds_more:
+            self.mixin = PositionalInput  # type: ignore[assignment]
         self.norms = nn.ModuleDict()
-        for key, path in zip([*map(str, self.layers), "last"], self.places(anatomy), strict=False):
+        for key, home in zip([*map(str, self.layers), "last"], self.homes(anatomy), strict=False):
+            path = f"{home}.{anatomy.norm}" if home in anatomy.blocks else home
             width = anatomy.at(self._layer(key))[1]
             self.norms[key] = norm_like(anatomy.root.get_submodule(path), width, like, str(wish.pe_norm))
             if wish.warm_start:
@@ -306,7 +319,8 @@ class BesideNorms(WithTable):
         return [anatomy.blocks[layer] for layer in self.layers] + ([str(anatomy.last_norm)] if self.at_last else [])
 
     def places(self, anatomy: Anatomy) -> list[str]:
-        return [f"{home}.{anatomy.norm}" if home in anatomy.blocks else home for home in self.homes(anatomy)]
+        site = anatomy.attention if anatomy.norm_feeds_more else anatomy.norm
+        return [f"{home}.{site}" if home in anatomy.blocks else home for home in self.homes(anatomy)]
 
     def each(self, asked: Asked) -> Iterator[Tensor]:
         """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). The only place where a LayerNorm meets a position."""
@@ -319,7 +333,8 @@ class BesideNorms(WithTable):
             *_, raw = raw_positions(anatomy, asked.entered, p_1RD)
             made = itertools.chain(made, map(self.norms["last"], [raw]))
         for key, p in zip(self.norms, made, strict=False):
-            yield anatomy.layout.spread(getattr(self, f"gate_{key}") * p if self.warm_start else p)
+            layout = anatomy.at(self._layer(key))[0]
+            yield layout.spread(getattr(self, f"gate_{key}") * p if self.warm_start else p)
 
     def bias(self, place: int) -> Tensor | None:
         key = list(self.norms)[place]
@@ -328,8 +343,8 @@ class BesideNorms(WithTable):
 
     def fold(self, link: Link) -> Way:
         folded = Folded(self, link, link.compute(link.root, None), "folded_position")
-        if self.hides_table and link.anatomy.table is not None:  # all that is left of it are the constants
-            set_aside(link, link.anatomy.table)
+        for path in link.anatomy.tables if self.hides_table else ():  # all that is left of them are the constants
+            set_aside(link, path)
         return folded
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
@@ -643,5 +658,5 @@ def norm_like(token_norm: nn.Module, width: int, like: Tensor, pe_norm: str) -> 
 
     torch's RMSNorm may have no eps of its own (None: that of the dtype); LN' then has torch's default, 1e-5.
     """
-    eps: Any = 1e-5 if token_norm.eps is None else token_norm.eps
-    return PE_NORMS[pe_norm].build(width, eps, like)
+    eps: Any = getattr(token_norm, "eps", getattr(token_norm, "variance_epsilon", None))  # the second is transformers'
+    return PE_NORMS[pe_norm].build(width, 1e-5 if eps is None else eps, like)

@@ -9,8 +9,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from lape.core.bias import AddBias, OwnBias, add_to_attn_mask
-from lape.core.position import Grid, Layout
+from lape.core.position import Grid, Layout, resample, rows_of
 from lape.core.stages import Stage
+
+
+def kept_of_shuffled(tokens_BnD: Tensor, output: tuple[Tensor, ...]) -> Tensor:
+    """(B, k) patches that a method keeps which returns (the kept ones in their new order, ..., the place of each)."""
+    return output[-1].argsort(dim=1)[:, : output[0].shape[1]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a host's parameters are a table. A new table takes its slot only where they are its rows."""
+
+    read: Callable[..., Tensor] = rows_of  # (the table, those beside it) -> (1, R, D)
+    beside: tuple[str, ...] = ()  # paths of further parameters that it is made of
 
 
 @dataclass(frozen=True)
@@ -24,16 +37,17 @@ class Anatomy:
     table: str | None  # path of the input's position table, (1, R, D) or (R, D); None when the model has none
     table_slot: str | None  # path under which a table would be read by the host's forward; None: it adds none
     layout: Layout
-    patch_size: tuple[int, int]  # pixels
+    patch_size: tuple[int, ...]  # pixels, along each axis of the grid
     width: int
     num_heads: int
+    pixels: tuple[int, ...] | None = None  # of the images that it is made for, where these are not grid x patch size
     patch_embed: str | None = None  # path of what takes the pixels, when images of other sizes are welcome
     pads: bool = False  # whether it pads an image to whole patches
     grid_from: Callable[[Any], Grid] | None = None  # the grid, read in its output; None: reckoned from the image size
     add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
     beside: str | None = None  # position that the host has inside attention: it stays as it is, unless
     own_bias: tuple[OwnBias, ...] = ()  # it is a bias of each block's own, which pe="2D_RPE" joins
-    encoder: str | None = None  # path of a module that computes the host's position, in the root; a table replaces it
+    encoder: tuple[str, ...] = ()  # paths of what the host's position is computed by or of; a table replaces it
     pooled: bool = False  # whether its head pools the patches and reads no class token
     last_norm: str | None = None  # path of the norm between the blocks and that pooling, over the same tokens
     table_std: float | None = None  # of the values that a learnable table starts with, where that is not the kind's
@@ -43,12 +57,34 @@ class Anatomy:
     input: str | None = None  # path of what makes the patch tokens, behind which a table can be added without a slot
     adds: tuple[str, ...] = ()  # paths of the methods in which the host adds its table; (): in its forward
     maps: bool = False  # whether blocks take maps (B, rows, columns, D) and not tokens (B, N, D)
+    channels_first: bool = False  # whether those maps enter a block as (B, D, rows, columns)
+    form: Form = Form()
+    table_key: str = "pos_embed"  # in files, of a table that the host lacks
+    resample: Callable[[Tensor, Layout, Grid], Tensor] = resample  # the table of another grid, as the host makes it
+    # (P (1, N, D), grid, layer) -> (W, ...): as the tokens of an image stand in the batch of a block; None: just so
+    windows: Callable[[Tensor, Grid, int], Tensor] | None = None
+    norm_feeds_more: bool = False  # whether a norm before attention also feeds the stream: attention's input is joined
+    kept: Callable[[Any, Any], Tensor] = kept_of_shuffled  # (what the method takes, returns) -> (B, k) patches kept
+    packed: Callable[..., list[Grid] | None] | None = (
+        None  # the grid of each image, in what `patch_embed` is called with
+    )
+    unfused: str | None = None  # attribute of a block that must read as 0, or a fused path passes its norm by
+    branches: bool = False  # whether "blocks" are branches of blocks, several attentions side by side
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Paths of all parameters that are the table."""
+        return () if self.table is None else (self.table, *self.form.beside)
+
+    def without_table(self) -> Anatomy:
+        """With its own table as something that a new one replaces, where that cannot take its slot."""
+        return replace(self, table=None, table_slot=None, encoder=self.tables, form=Form(), table_key="new_table")
 
     def at(self, layer: int) -> tuple[Layout, int]:
         """Layout and width of a block."""
         for stage in self.stages:
             if layer < stage.blocks:
-                return replace(self.layout, grid=stage.grid), stage.width
+                return replace(self.layout, grid=stage.grid, lead=stage.lead), stage.width
             layer -= stage.blocks
         return self.layout, self.width
 
@@ -62,7 +98,7 @@ class Anatomy:
         for number, stage in enumerate(self.stages):
             if stage.merging is not None and self.layers_of(number).start == layer:
                 before = self.stages[number - 1].grid
-                return stage.merge(root.get_submodule(stage.merging), p_1RD, before)
+                return stage.way(root.get_submodule(stage.merging), p_1RD, before)
         return p_1RD
 
 

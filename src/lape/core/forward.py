@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -28,7 +29,7 @@ from lape.core.anatomy import Anatomy, place_of
 from lape.core.constants import constant
 from lape.core.grids import Recall, in_backward, pick, rows_of_kept, wrong_number
 from lape.core.joined import Joined
-from lape.core.position import Grid, rows_of, same_grid
+from lape.core.position import Grid, same_grid
 from lape.errors import LapeError
 
 
@@ -70,6 +71,18 @@ class Forward:
         self.late = self.link.listed and self.link.is_away(self.root)
         if self.link.listed and not self.late:
             self.compute()
+
+    def begin_each(self, grids: list[Grid], num_tokens: int) -> None:
+        """The grid of each image is known. What tokens behind its last patch receive is zero."""
+        self.learns = torch.is_grad_enabled()
+        own = self.link.anatomy.layout.grid
+        made = {grid: self.link.compute(self.root, None if grid == own else grid) for grid in dict.fromkeys(grids)}
+        count = len(made[grids[0]])
+        padded = [
+            [F.pad(made[grid][i][0], (0, 0, 0, num_tokens - made[grid][i].shape[1])) for grid in grids]
+            for i in range(count)
+        ]
+        self.received = tuple(map(torch.stack, padded))
 
     def compute(self) -> None:
         self.learns = torch.is_grad_enabled()
@@ -149,7 +162,12 @@ class Link:
         if self.anatomy.table_slot is None:
             return None
         table: Tensor | None = owned(*place_of(root, self.anatomy.table_slot))
-        return None if table is None else rows_of(table)
+        return None if table is None else self.read(root, table)
+
+    def read(self, root: nn.Module, table: Tensor) -> Tensor:
+        """The rows (1, R, D) that a host's table stands for."""
+        form = self.anatomy.form
+        return form.read(table, *(owned(*place_of(root, path)) for path in form.beside))
 
     def is_away(self, root: nn.Module) -> bool:
         """Whether the table is elsewhere until the host's code reads it (offloading)."""
@@ -182,6 +200,9 @@ class Link:
             return here.grid
         if anatomy.shuffle is not None or not self.many_grids:
             return None
+        if anatomy.windows is not None:
+            grid = self.recall.only(anatomy.layout)
+            return None if grid == anatomy.layout.grid else grid
         return self.recall.grid(anatomy.layout, x.shape[1])
 
     def alone(self, place: int, x: Tensor) -> Tensor:
@@ -202,6 +223,11 @@ class Link:
         if (here := HERE.forward) is not None and here.link is self:
             here.begin(None if same_grid(grid, self.anatomy.layout.grid) else grid)
 
+    def tell_each(self, grids: list[Grid], num_tokens: int) -> None:
+        """The images of the forward of this thread have these grids."""
+        if (here := HERE.forward) is not None and here.link is self and self.listed:
+            here.begin_each(grids, num_tokens)
+
     def tell_kept(self, kept_Bk: Tensor, tokens_BkD: Tensor) -> None:
         """The forward of this thread goes on with these patches, numbered on the grid row by row, as these tokens."""
         self.recall.note_kept(kept_Bk, tokens_BkD)
@@ -218,8 +244,8 @@ class Link:
             return self.running.lape()  # type: ignore[operator]
         if isinstance(own, nn.Module):
             return None
-        if (here := HERE.forward) is not None and here.link is self:
-            here.table = rows_of(own)
+        if (here := HERE.forward) is not None and here.link is self and here.late and not self.anatomy.form.beside:
+            here.table = self.read(here.root, own)
         if isinstance(own, nn.Parameter):
             return _zeros(own, own.dtype)
         return _zeros(own, next((p.dtype for p in self.running.parameters()), own.dtype))  # idle: follow the living
@@ -248,7 +274,7 @@ def received(module: Any, x: Tensor) -> Tensor:
             here.compute()
     p = None
     if here is not None and here.link is link and here.received is not None:
-        usable = not link.anatomy.maps or link.grid_of(x, module._lape_place) is None
+        usable = not link.anatomy.maps or link.grid_of(x, module._lape_place) == here.grid
         usable = usable and not (isinstance(here.received, _OneByOne) and torch.compiler.is_compiling())
         if usable and (here.learns or not torch.is_grad_enabled()):
             p = here.received[module._lape_place]
@@ -258,9 +284,25 @@ def received(module: Any, x: Tensor) -> Tensor:
         p = link.alone(module._lape_place, x)
     if link.anatomy.maps:
         p = p.unflatten(1, x.shape[1:3])
+    if link.anatomy.windows is not None:
+        p = _in_windows(link, p, x, module._lape_place)
     if isinstance(x, Tensor) and (p.dtype != x.dtype or p.device != x.device):  # else a proxy of torch.fx
         p = p.to(device=x.device, dtype=x.dtype)
     return p
+
+
+def _in_windows(link: Link, p_1ND: Tensor, x: Tensor, place: int) -> Tensor:
+    """A position as the tokens x of a block stand: a map, windows image by image, or all of an image's at once."""
+    anatomy = link.anatomy
+    grid = link.grid_of(x, place) or anatomy.at(place)[0].grid
+    if x.ndim == 4 and tuple(x.shape[1:3]) == grid:
+        p: Tensor = p_1ND.unflatten(1, grid)
+        return p
+    assert anatomy.windows is not None
+    p = anatomy.windows(p_1ND, grid, place)
+    if p.shape[1:] != x.shape[1:]:
+        return p.flatten(0, 1)[None]
+    return p if len(p) == 1 else p.repeat(x.shape[0] // len(p), *(1 for _ in p.shape[1:]))
 
 
 def fits(module: Any, x: Tensor, p: Tensor) -> None:

@@ -35,13 +35,18 @@ class GridWatch(Joined):
 
     def forward(self, pixels_BCHW: Tensor, *args: Any, **kwargs: Any) -> Any:
         link: Any = self._lape  # type: ignore[attr-defined]
+        anatomy = link.anatomy
+        grids = anatomy.packed(pixels_BCHW, *args, **kwargs) if anatomy.packed else None
+        if grids is not None:
+            output = super().forward(pixels_BCHW, *args, **kwargs)  # type: ignore[misc]
+            link.tell_each(grids, anatomy.layout.num_prefix + pixels_BCHW.shape[1])
+            return output
         if pixels_BCHW.ndim != 4:
             raise LapeError(
                 f"patches of shape {tuple(pixels_BCHW.shape)} were given, whose place may differ from image to image: "
                 "give images (B, C, height, width) of one size"
             )
         output = super().forward(pixels_BCHW, *args, **kwargs)  # type: ignore[misc]
-        anatomy = link.anatomy
         if anatomy.grid_from is not None:
             link.tell(anatomy.grid_from(output))
         else:
@@ -54,15 +59,14 @@ class GridWatch(Joined):
 class Shuffled(Joined):
     """The owner of a host's method that shuffles and drops patches; tells which are kept.
 
-    The method takes (B, n, D) tokens and returns (the kept ones in their new order, ..., ids_restore): the place of
-    each patch in the shuffled order, (B, n).
+    Or that picks rows of its table for each image. What is kept is read in its call, see `Anatomy.kept`.
     """
 
-    def _around(self, host_method: Any, tokens_BnD: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = host_method(self, tokens_BnD, *args, **kwargs)
-        tokens_BkD, ids_restore_Bn = output[0], output[-1]
-        kept_Bk = ids_restore_Bn.argsort(dim=1)[:, : tokens_BkD.shape[1]]
-        self._lape.tell_kept(kept_Bk, tokens_BkD)  # type: ignore[attr-defined]
+    def _around(self, host_method: Any, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+        link: Any = self._lape  # type: ignore[attr-defined]
+        output = host_method(self, given, *args, **kwargs)
+        tokens_BkD = output[0] if isinstance(output, tuple) else output
+        link.tell_kept(link.anatomy.kept(given, output), tokens_BkD)
         return output
 
 
@@ -117,7 +121,7 @@ class Recall:
 
     def grid(self, layout: Layout, num_tokens: int) -> Grid | None:
         """The grid of so many tokens; None for the layout's own. Raises LapeError when it is not known."""
-        count = num_tokens - layout.num_prefix
+        count = num_tokens - layout.num_tokens + layout.num_patches
         grid = self._grids.get(count)
         if grid is None:
             if count == layout.num_patches:
@@ -129,6 +133,12 @@ class Recall:
                 "which is meant: use one of them a step, or no activation checkpointing"
             )
         return None if grid == layout.grid else grid
+
+    def only(self, layout: Layout) -> Grid | None:
+        """The one grid that went through the model. Raises LapeError when there were several."""
+        if len(set(self._grids.values())) > 1 or self._ambiguous:
+            raise LapeError("windows of two grids went through the model: use one image size, or call the whole model")
+        return next(iter(self._grids.values()), None)
 
     def kept(self, layout: Layout, device: torch.device, num_tokens: int) -> Tensor:
         """(B, k) patches that so many tokens are. Raises LapeError when they are not known."""
@@ -150,5 +160,5 @@ class Recall:
 def wrong_number(layout: Layout, num_tokens: int) -> LapeError:
     return LapeError(
         f"{num_tokens} tokens arrived, the position is for {layout.num_tokens} ({layout.num_prefix} prefix tokens and "
-        f"a grid of {layout.grid[0]} x {layout.grid[1]}): give images of the model's size"
+        f"a grid of {' x '.join(map(str, layout.grid))}): give images of the model's size"
     )

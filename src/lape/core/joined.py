@@ -67,11 +67,12 @@ def _made_again(host: type, roles: tuple[Role, ...]) -> Any:
 
 
 def join_module(module: nn.Module, role: type[Joined], link: Any, *names: str, **state: Any) -> None:
-    """Gives a module one more role, and the state that the role needs."""
+    """Gives a module one more role, or more names in one that it has, and the state that the role needs."""
     cls: Any = type(module)
-    host, roles = (cls._host, cls._roles) if isinstance(module, Joined) else (cls, ())
+    host, roles = (cls._host, dict(cls._roles)) if isinstance(module, Joined) else (cls, {})
     module.__dict__.update({LINK: link, **{f"_lape_{name}": value for name, value in state.items()}})
-    module.__class__ = subclass(host, *roles, (role, names))
+    roles[role] = tuple(dict.fromkeys((*roles.get(role, ()), *names)))
+    module.__class__ = subclass(host, *roles.items())
 
 
 def leave_module(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ Knows no host and no join. Shape legend: B batch, N tokens, R rows of a table, D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -17,44 +18,53 @@ from lape.core.fixed import alibi_2d, look_here
 from lape.errors import LapeError
 from lape.names import PE_NAMES, match_name
 
-Grid = tuple[int, int]
+Grid = tuple[int, ...]
+"""Patches along each axis: rows and columns; for a video, frames first."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """How the tokens of a model stand to the rows of its position table.
 
-    Tokens: `prefix_rows` prefix tokens that own a row (class, distillation), then `bare` prefix tokens that own none
-    (registers, `no_embed_class`), then the patches of `grid` in row-major order. Bare tokens receive no position.
+    Tokens: `lead` tokens that own no row (queries), `prefix_rows` prefix tokens that own one (class, distillation),
+    `bare` prefix tokens that own none (registers, `no_embed_class`), the patches of `grid` in row-major order, and
+    `suffix_rows` tokens that own a row (detection). Tokens without a row receive no position.
     """
 
     grid: Grid
     prefix_rows: int
     bare: int = 0
+    lead: int = 0
+    suffix_rows: int = 0
 
     @property
     def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
 
     @property
     def num_prefix(self) -> int:
         """Tokens before the first patch."""
-        return self.prefix_rows + self.bare
+        return self.lead + self.prefix_rows + self.bare
 
     @property
     def num_rows(self) -> int:
-        return self.prefix_rows + self.num_patches
+        return self.prefix_rows + self.num_patches + self.suffix_rows
 
     @property
     def num_tokens(self) -> int:
-        return self.num_prefix + self.num_patches
+        return self.num_prefix + self.num_patches + self.suffix_rows
+
+    @property
+    def patches(self) -> slice:
+        """Where the patches are among the tokens."""
+        return slice(self.num_prefix, -self.suffix_rows or None)
 
     def spread(self, p_1RD: Tensor) -> Tensor:
         """(1, R, D) rows -> (1, N, D) tokens: zero for the tokens that own no row."""
-        if not self.bare:
+        if not self.bare and not self.lead:
             return p_1RD
-        zeros = p_1RD.new_zeros(1, self.bare, p_1RD.shape[-1])
-        return torch.cat([p_1RD[:, : self.prefix_rows], zeros, p_1RD[:, self.prefix_rows :]], dim=1)
+        lead, bare = (p_1RD.new_zeros(1, count, p_1RD.shape[-1]) for count in (self.lead, self.bare))
+        return torch.cat([lead, p_1RD[:, : self.prefix_rows], bare, p_1RD[:, self.prefix_rows :]], dim=1)
 
 
 def same_grid(one: Grid, other: Grid) -> bool:
@@ -62,17 +72,34 @@ def same_grid(one: Grid, other: Grid) -> bool:
     return all(type(side) is int for side in (*one, *other)) and one == other
 
 
-def resample(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
-    """The table of `layout.grid` for another grid: bicubic with antialiasing in float32, prefix rows untouched.
+def resample(
+    p_1RD: Tensor,
+    layout: Layout,
+    grid: Grid,
+    *,
+    mode: str = "bicubic",
+    antialias: bool = True,
+    align_corners: bool = False,
+    square: bool = False,
+) -> Tensor:
+    """The table of `layout.grid` for another grid, in float32; rows of other tokens untouched.
 
-    An equal grid returns the very same tensor. (Equal token counts do not: (8, 32) -> (16, 16) is resampled.)
+    Bicubic with antialiasing over rows and columns, unless a host resamples its own in another way; then linear along
+    the axes before them (frames). With `square`, it is cut from a resampled square, which keeps the aspect ratio. An
+    equal grid returns the very same tensor. (Equal token counts do not: (8, 32) -> (16, 16) is resampled.)
     """
     if same_grid(grid, layout.grid):
         return p_1RD
-    prefix_1PD, patches_1nD = p_1RD[:, : layout.prefix_rows], p_1RD[:, layout.prefix_rows :]
-    image = patches_1nD.float().unflatten(1, layout.grid).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([prefix_1PD, image.flatten(2).transpose(1, 2).to(p_1RD.dtype)], dim=1)
+    last = p_1RD.shape[1] - layout.suffix_rows
+    patches_1nD = p_1RD[:, layout.prefix_rows : last]
+    image = patches_1nD.float().unflatten(1, (-1, *layout.grid[-2:]))[0].movedim(-1, 1)  # (frames, D, rows, columns)
+    size = (max(grid[-2:]),) * 2 if square else grid[-2:]
+    image = F.interpolate(image, size=size, mode=mode, antialias=antialias, align_corners=align_corners)
+    image = (image[:, :, : grid[-2], : grid[-1]] if square else image).flatten(2)  # (frames, D, patches)
+    if grid[:-2] != layout.grid[:-2]:
+        image = F.interpolate(image.permute(2, 1, 0), size=math.prod(grid[:-2]), mode="linear").permute(2, 1, 0)
+    patches_1nD = image.transpose(1, 2).flatten(0, 1)[None].to(p_1RD.dtype)
+    return torch.cat([p_1RD[:, : layout.prefix_rows], patches_1nD, p_1RD[:, last:]], dim=1)
 
 
 def sin_cos(coordinate_n: Tensor, width: int) -> Tensor:
@@ -91,9 +118,11 @@ def sin_1d(layout: Layout, width: int) -> Tensor:
 def sin_2d(layout: Layout, width: int) -> Tensor:
     """(1, R, D): the column in the first half of the width, the row in the second; prefix rows are zero."""
     _check_width("2D_sin", width, 4)
+    if len(layout.grid) != 2:
+        raise LapeError(f"pe='2D_sin' is for rows and columns, the grid is {layout.grid}: use pe='learnable'")
     row_n, column_n = torch.meshgrid(*(torch.arange(side) for side in layout.grid), indexing="ij")
     patches = torch.cat([sin_cos(axis.flatten(), width // 2) for axis in (column_n, row_n)], dim=1)
-    return F.pad(patches.float(), (0, 0, layout.prefix_rows, 0))[None]
+    return F.pad(patches.float(), (0, 0, layout.prefix_rows, layout.suffix_rows))[None]
 
 
 def learnable(layout: Layout, width: int, std: float = 0.02) -> Tensor:

@@ -13,14 +13,43 @@ from lape.core.forward import fits, received
 from lape.core.joined import Joined
 
 
+def _first(kwargs: dict[str, Any]) -> str:
+    """The name under which a module was handed its tokens."""
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+
+
+class Unfused(Joined):
+    """A block with an attribute that reads as 0, which keeps the host from a path without its modules."""
+
+    @classmethod
+    def takes_over(cls, host: type, name: str) -> Any:
+        return property(lambda self: 0, lambda self, value: self.__dict__.update({name: value}))
+
+
 class PositionalBlock(Joined):
     """Block_l(x + P): the position joins the residual stream (joins `share` and `unshare`)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x_BND: Tensor = args[0] if args else kwargs.pop("hidden_states")
+        x_BND: Tensor = args[0] if args else kwargs.pop(_first(kwargs))
+        if self._lape.anatomy.channels_first:  # type: ignore[attr-defined]
+            p_1DRC = received(self, x_BND.movedim(1, -1)).movedim(-1, 1)
+            return super().forward(x_BND + p_1DRC, *args[1:], **kwargs)  # type: ignore[misc]
         p_1ND = received(self, x_BND)
         fits(self, x_BND, p_1ND)
         return super().forward(x_BND + p_1ND, *args[1:], **kwargs)  # type: ignore[misc]
+
+
+class PositionalInput(Joined):
+    """LN_l(x) + P_(l+1) for attention alone, where its norm feeds the residual stream, too."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name = "" if args else _first(kwargs)
+        y: Tensor = args[0] if args else kwargs[name]
+        p = received(self, y)
+        fits(self, y, p)
+        if args:
+            return super().forward(y + p, *args[1:], **kwargs)  # type: ignore[misc]
+        return super().forward(**{**kwargs, name: y + p})  # type: ignore[misc]
 
 
 class PositionalStem(Joined):
@@ -37,7 +66,7 @@ class PositionalAttention(Joined):
     """The host's attention with a position bias on its logits, handed over in its mask."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x_BND: Tensor = args[0] if args else kwargs["hidden_states"]
+        x_BND: Tensor = args[0] if args else kwargs[_first(kwargs)]
         bias_1HNN = received(self, x_BND)
         args, kwargs = self._lape.anatomy.add_bias(bias_1HNN, args, kwargs)  # type: ignore[attr-defined]
         return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -9,11 +9,24 @@ merging is run on one (1, n, D) position beside the B images. Shape legend: B ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lape.core.position import Grid
+
+
+def over_map(merging: nn.Module, p_1nD: Tensor, grid: Grid) -> Tensor:
+    """By a module that takes a map (1, rows, columns, D)."""
+    merged: Tensor = merging(p_1nD.unflatten(1, grid))
+    return merged.flatten(1, 2)
+
+
+def over_tokens(merging: nn.Module, p_1nD: Tensor, grid: Grid) -> Tensor:
+    """By a module that takes tokens (1, n, D) and their grid."""
+    merged: Tensor = merging(p_1nD, grid)
+    return merged
 
 
 @dataclass(frozen=True)
@@ -24,12 +37,5 @@ class Stage:
     grid: Grid
     width: int
     merging: str | None = None  # path of what makes this stage's tokens of those before; None: the first stage
-    merges_map: bool = True  # whether it takes a map (1, rows, columns, D); else tokens (1, n, D) and their grid
-
-    def merge(self, merging: nn.Module, p_1nD: Tensor, grid: Grid) -> Tensor:
-        """The position (1, n, D) of the stage before, which has this grid, as the position of this stage."""
-        if self.merges_map:
-            merged: Tensor = merging(p_1nD.unflatten(1, grid))
-            return merged.flatten(1, 2)
-        merged = merging(p_1nD, grid)
-        return merged
+    way: Callable[[nn.Module, Tensor, Grid], Tensor] = over_map  # (that, P of the stage before, its grid) -> P
+    lead: int = 0  # tokens without a position that stand before all others in this stage

@@ -6,6 +6,7 @@ numbers, for 1 or 3 channels. Everything works on 8-bit PIL images of one mode (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -242,8 +243,10 @@ def _check_channels(in_chans: int, mean: tuple[float, ...], std: tuple[float, ..
             raise LapeError(
                 f"{name}={_join(values)} has {len(values)} value(s): give one for each of {in_chans} channel(s)"
             )
-    if min(std) <= 0:
-        raise LapeError(f"std={_join(std)} divides the pixels: every value must be positive")
+    if not all(0 < value < math.inf for value in std):
+        raise LapeError(f"std={_join(std)} divides the pixels: every value must be positive and finite")
+    if not all(map(math.isfinite, mean)):
+        raise LapeError(f"mean={_join(mean)} is taken off the pixels: every value must be finite")
 
 
 def _join(values: tuple[float, ...]) -> str:

@@ -134,6 +134,23 @@ def warp(images_nCHW: Tensor, matrix_n6: Tensor, fill_C: Tensor, cubic_n: Tensor
         fill_C: 8-bit colour of what lies outside.
         cubic_n: bool, bicubic (Pillow's kernel here has a = -1) or bilinear.
     """
+    same = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64, device=matrix_n6.device)
+    level, upright = (matrix_n6[:, 3:] == same[3:]).all(1), (matrix_n6[:, :3] == same[:3]).all(1)
+    turned = matrix_n6[:, [4, 3, 5, 1, 0, 2]]  # rows and columns exchanged
+    result = torch.empty_like(images_nCHW)
+    rest = ~(level | upright)
+    for along, chosen, maps in (("x", level, matrix_n6), ("y", upright & ~level, turned), ("", rest, matrix_n6)):
+        places = chosen.nonzero()[:, 0]
+        if len(places):
+            at = places.to(images_nCHW.device, non_blocking=True)
+            some = images_nCHW[at].mT if along == "y" else images_nCHW[at]
+            warped = _warped(some, maps[places], fill_C, cubic_n[places], level=along != "")
+            result[at] = warped.mT if along == "y" else warped
+    return result
+
+
+def _warped(images_nCHW: Tensor, matrix_n6: Tensor, fill_C: Tensor, cubic_n: Tensor, *, level: bool) -> Tensor:
+    """`warp` of maps that are alike; `level`: rows move along themselves, so that 4 of the 16 neighbours count."""
     n, channels, height, width = images_nCHW.shape
     device = images_nCHW.device
     a, b, c, d, e, f = matrix_n6.to(device, torch.float64, non_blocking=True).view(n, 6, 1, 1).unbind(1)
@@ -142,15 +159,20 @@ def warp(images_nCHW: Tensor, matrix_n6: Tensor, fill_C: Tensor, cubic_n: Tensor
     x_nHW, y_nHW = a * x + b * y + c, d * x + e * y + f
     inside = (x_nHW >= 0) & (x_nHW < width) & (y_nHW >= 0) & (y_nHW < height)
     columns, across = _taps(x_nHW - 0.5, width, cubic_n)
-    rows, down = _taps(y_nHW - 0.5, height, cubic_n)
-    flat = images_nCHW.flatten(2)
-    result = torch.zeros(n, channels, height, width, device=images_nCHW.device)
-    for row, weight in zip(rows, down, strict=True):
-        line = torch.zeros_like(result)
+    result = torch.zeros(n, channels, height, width, device=device)
+    if level:
         for column, part in zip(columns, across, strict=True):
-            places = (row * width + column).view(n, 1, -1).expand(n, channels, -1)
-            line.addcmul_(flat.gather(2, places).view_as(line).float(), part.unsqueeze(1))
-        result.addcmul_(line, weight.unsqueeze(1))
+            places = column.unsqueeze(1).expand(n, channels, height, width)
+            result.addcmul_(images_nCHW.gather(3, places).float(), part.unsqueeze(1))
+    else:
+        rows, down = _taps(y_nHW - 0.5, height, cubic_n)
+        flat = images_nCHW.flatten(2)
+        for row, weight in zip(rows, down, strict=True):
+            line = torch.zeros_like(result)
+            for column, part in zip(columns, across, strict=True):
+                places = (row * width + column).view(n, 1, -1).expand(n, channels, -1)
+                line.addcmul_(flat.gather(2, places).view_as(line).float(), part.unsqueeze(1))
+            result.addcmul_(line, weight.unsqueeze(1))
     pixels = (result + ROUNDED_OFF).clamp(0, 255).to(torch.uint8)
     return torch.where(inside.unsqueeze(1), pixels, fill_C.view(1, -1, 1, 1))
 
@@ -180,13 +202,15 @@ def resized_crop(images_nCHW: Tensor, box_n4: Tensor, size: tuple[int, int], cub
 
     The two passes are products with a matrix an image; the kernel is bilinear, or bicubic with a = -0.5 here.
     """
-    height, width = images_nCHW.shape[2:]
+    n, channels, height, width = images_nCHW.shape
     top, left, high, wide = box_n4.to(images_nCHW.device).double().unbind(1)
-    cubic = cubic_n.to(images_nCHW.device)
-    across = _resampling(left, wide, width, size[1], cubic).unsqueeze(1)
-    down = _resampling(top, high, height, size[0], cubic).unsqueeze(1)
-    narrow = (images_nCHW.float() @ across.mT + 0.5).floor().clamp(0, 255)
-    return (down @ narrow + 0.5).floor().clamp(0, 255).to(torch.uint8)
+    across = _resampling(left, wide, width, size[1], cubic_n)
+    down = _resampling(top, high, height, size[0], cubic_n)
+    lines = images_nCHW.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    lines = lines.view(n, height * channels, width)  # a row's channels are neighbours
+    narrow = lines.bmm(across.mT).add_(0.5).floor_().clamp_(0, 255).view(n, height, channels * size[1])
+    pixels = down.bmm(narrow).add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+    return pixels.view(n, size[0], channels, size[1]).permute(0, 2, 1, 3).contiguous()
 
 
 def shifted_crop(images_nCHW: Tensor, corner_n2: Tensor, size: tuple[int, int], mode: str) -> Tensor:
@@ -237,24 +261,46 @@ def _taps(at_nHW: Tensor, size: int, cubic_n: Tensor) -> tuple[list[Tensor], lis
     first = at_nHW.floor()
     d = (at_nHW - first).float()
     places = [(first.long() + offset).clamp(0, size - 1) for offset in (-1, 0, 1, 2)]
-    zero = torch.zeros_like(d)
-    linear = (zero, 1 - d, d, zero)
-    bent = (d * (-1 + d * (2 - d)), 1 + d * d * (d - 2), d * (1 + d * (1 - d)), d * d * (d - 1))
-    cubic = cubic_n.to(at_nHW.device).view(-1, 1, 1)
-    return places, [torch.where(cubic, one, other) for one, other in zip(bent, linear, strict=True)]
+
+    def linear() -> list[Tensor]:
+        zero = torch.zeros_like(d)
+        return [zero, 1 - d, d, zero]
+
+    def bent() -> list[Tensor]:
+        return [d * (-1 + d * (2 - d)), 1 + d * d * (d - 2), d * (1 + d * (1 - d)), d * d * (d - 1)]
+
+    return places, _chosen(cubic_n, bent, linear, at_nHW.device)
+
+
+def _chosen(
+    cubic_n: Tensor, bent: Callable[[], list[Tensor]], linear: Callable[[], list[Tensor]], device: torch.device
+) -> list[Tensor]:
+    """The bicubic weights or the bilinear ones; only those that are needed where the choice lies on the host."""
+    if cubic_n.device.type == "cpu" and bool(cubic_n.all()):
+        return bent()
+    if cubic_n.device.type == "cpu" and not bool(cubic_n.any()):
+        return linear()
+    cubic = cubic_n.to(device).view(-1, 1, 1)
+    return [torch.where(cubic, one, other) for one, other in zip(bent(), linear(), strict=True)]
 
 
 def _resampling(start_n: Tensor, length_n: Tensor, n_in: int, n_out: int, cubic_n: Tensor) -> Tensor:
     """Weights (n, n_out, n_in) of one pass; a row reads the pixels of its box only and adds up to 1."""
-    start, length, cubic = (values.view(-1, 1, 1) for values in (start_n, length_n, cubic_n))
+    start, length = (values.view(-1, 1, 1) for values in (start_n, length_n))
+    cubic = cubic_n.to(start.device).view(-1, 1, 1)
     scale = length / n_out
     stretch = scale.clamp(min=1)
     centre = (torch.arange(n_out, device=start.device, dtype=torch.float64).view(1, -1, 1) + 0.5) * scale
     support = torch.where(cubic, 2.0, 1.0) * stretch
     first, last = (centre - support + 0.5).trunc().clamp(min=0), (centre + support + 0.5).trunc().minimum(length)
     place = torch.arange(n_in, device=start.device, dtype=torch.float64).view(1, 1, -1) - start
-    t = ((place + 0.5 - centre) / stretch).abs().float()
-    near, far = 1 + t * t * (1.5 * t - 2.5), 2 - t * (4 - t * (2.5 - 0.5 * t))
-    bent = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
-    weights = torch.where(cubic, bent, (1 - t).clamp(min=0)) * ((place >= first) & (place < last))
+    t = ((place + 0.5) / stretch - centre / stretch).float().abs_()
+
+    def bent() -> list[Tensor]:
+        near, far = 1 + t * t * (1.5 * t - 2.5), 2 - t * (4 - t * (2.5 - 0.5 * t))
+        return [torch.where(t < 1, near, torch.where(t < 2, far, 0.0))]
+
+    (weights,) = _chosen(cubic_n, bent, lambda: [(1 - t).clamp(min=0)], start.device)
+    first, last, place = first.float(), last.float(), place.float()  # whole numbers
+    weights = weights * ((place >= first) & (place < last))
     return weights / weights.sum(2, keepdim=True)

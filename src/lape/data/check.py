@@ -2,8 +2,9 @@
 
 `D/train/<class>/*` and `D/val/<class>/*` are read by all processors. **Errors** forbid training: classes that differ,
 a class without an image, images outside class folders, files that cannot be decoded. **Warnings** are for the user to
-judge: images that are in both splits, kinds of pixels that are converted, folders whose names are numbers (their order
-is that of their spelling: 10 before 2), names that mix WordNet ids with others, and files that are no images.
+judge: images that are in both splits or twice in one, kinds of pixels that are converted and what is assumed of them,
+rotations in EXIF, folders whose names are numbers (their order is that of their spelling: 10 before 2), names that mix
+WordNet ids with others, files that are no images, and folders that are not entered.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from lape.data.folders import SPLITS, check_root, few, survey
-from lape.data.images import reason_of, to_mode
+from lape.data.folders import SPLITS, Survey, check_root, few, survey
+from lape.data.images import check_shape, decode, reason_of
 from lape.data.loaders import processors
 
 MACOS = ("._", ".DS_Store")
 WNID = re.compile(r"n\d{8}")
 TOGETHER = 64  # files a process takes at once
-USUAL, PLAIN = ("RGB",), ("RGB", "L")
+USUAL = ("RGB",)
+EXIF = (b"Exif", b"eXIf", b"EXIF", b"exif")  # of JPEG, PNG, WebP, and of older PNG
+ORIENTATION = 274  # the number of EXIF's tag
+TURNED = "a rotation or mirror image in EXIF, which is ignored, as by the original"
 # What PIL calls the pixels of a file, and what becomes of them.
 ODD = {
     "CMYK": "CMYK, converted to RGB",
@@ -40,8 +44,6 @@ ODD = {
     "P": "a palette, converted to RGB",
     "RGBA": "transparency, dropped",
     "LA": "transparency, dropped",
-    "I;16": "16-bit grayscale, scaled to 8 bits",
-    "I": "32-bit integers, scaled to 8 bits",
     "YCbCr": "YCbCr, converted to RGB",
     "LAB": "LAB, converted to RGB",
 }
@@ -58,6 +60,7 @@ class Report:
     corrupt: dict[str, str] = field(default_factory=dict)  # file -> reason
     odd: dict[str, list[str]] = field(default_factory=dict)  # kind -> files
     duplicates: list[list[str]] = field(default_factory=list)  # the same bytes: [training file, validation file]
+    copies: list[list[str]] = field(default_factory=list)  # the same bytes in one split: its files
     sizes: dict[str, int] = field(default_factory=dict)  # smallest and largest side, pixels
     seconds: float = 0.0
 
@@ -103,23 +106,24 @@ def check_data(root: str | Path, *, workers: int | None = None, progress: bool |
     folder = survey(root)
     counts = {split: {name: len(paths) for name, paths in classes.items()} for split, classes in folder.images.items()}
     report = Report(str(root), counts, folder.errors)
-    _judge_others([os.path.relpath(path, root) for path in folder.others], report)
+    _judge_others(folder, root, report)
     _judge_classes(report)
     files = [path for classes in folder.images.values() for paths in classes.values() for path in paths]
-    hashes: dict[str, dict[bytes, str]] = {split: {} for split in SPLITS}
+    hashes: dict[str, dict[bytes, list[str]]] = {split: {} for split in SPLITS}
     sides: set[int] = set()
     findings = _shown(_inspect_all(files, workers or processors()), len(files), progress)
     for path, finding in sorted(zip((os.path.relpath(file, root) for file in files), findings, strict=True)):
         if finding.reason:
             report.corrupt[path] = finding.reason
             continue
-        if finding.mode not in USUAL:
-            report.odd.setdefault(ODD.get(finding.mode, finding.mode), []).append(path)
+        for kind in finding.kinds:
+            report.odd.setdefault(kind, []).append(path)
         sides |= {finding.width, finding.height}
-        hashes[path.partition(os.sep)[0]].setdefault(finding.digest, path)
+        hashes[path.partition(os.sep)[0]].setdefault(finding.digest, []).append(path)
     report.odd = dict(sorted(report.odd.items()))
     both = hashes["train"].keys() & hashes["val"].keys()
-    report.duplicates = sorted([hashes["train"][digest], hashes["val"][digest]] for digest in both)
+    report.duplicates = sorted([hashes["train"][digest][0], hashes["val"][digest][0]] for digest in both)
+    report.copies = sorted(paths for of in hashes.values() for paths in of.values() if len(paths) > 1)
     if sides:
         report.sizes = {"smallest": min(sides), "largest": max(sides)}
     _judge_files(report)
@@ -127,7 +131,16 @@ def check_data(root: str | Path, *, workers: int | None = None, progress: bool |
     return report
 
 
-def _judge_others(others: list[str], report: Report) -> None:
+def _judge_others(folder: Survey, root: Path, report: Report) -> None:
+    others, hidden, circles = (
+        [os.path.relpath(path, root) for path in paths] for paths in (folder.others, folder.hidden, folder.circles)
+    )
+    if hidden:
+        report.warnings.append(f"{len(hidden)} folder(s) of the system or of a program, not read: {few(hidden)}")
+    if circles:
+        report.warnings.append(
+            f"{len(circles)} folder(s) not read, links to one that holds them or is read already: {few(circles)}"
+        )
     mac = [path for path in others if os.path.basename(path).startswith(MACOS)]
     rest = [path for path in others if not os.path.basename(path).startswith(MACOS)]
     if mac:
@@ -161,10 +174,10 @@ def _judge_classes(report: Report) -> None:
 
 
 class Finding(NamedTuple):
-    """What became of a file: why it is corrupt, or its mode, size in pixels and the hash of its bytes."""
+    """What became of a file: why it is corrupt, or what is odd, its size in pixels and the hash of its bytes."""
 
     reason: str = ""
-    mode: str = ""
+    kinds: tuple[str, ...] = ()
     width: int = 0
     height: int = 0
     digest: bytes = b""
@@ -190,16 +203,22 @@ def _inspect(path: str) -> Finding:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
-            mode, size = image.mode, image.size
-            image.draft("L", (1, 1))
-            image.load()
-            if image.mode not in PLAIN:
-                to_mode(image, 3)  # refuses pixels of unknown range
+            size = image.size
+            has_exif = image.format == "TIFF" or any(name in data for name in EXIF)  # to ask Pillow may decode a PNG
+            turned = has_exif and image.getexif().get(ORIENTATION, 1) not in (0, 1)
+            kind = "" if image.mode in USUAL else ODD.get(image.mode, image.mode)
+            if image.format == "JPEG":
+                check_shape(*size)
+                image.draft("L", (1, 1))
+                image.load()
+            else:
+                kind = decode(io.BytesIO(data), 3)[1] or kind
     except UnidentifiedImageError:
         return Finding("not an image")
     except Exception as error:
         return Finding(reason_of(error))
-    return Finding("", mode, *size, blake2b(data, digest_size=16).digest())
+    kinds = tuple(text for text in (kind, TURNED if turned else "") if text)
+    return Finding("", kinds, *size, blake2b(data, digest_size=16).digest())
 
 
 def _judge_files(report: Report) -> None:
@@ -214,9 +233,18 @@ def _judge_files(report: Report) -> None:
     if report.duplicates:
         pairs = [f"{val} = {train}" for train, val in report.duplicates]
         report.warnings.append(f"{len(pairs)} validation image(s) are training images, too: {few(pairs)}")
-        inside = Counter(train.split("/")[1] != val.split("/")[1] for train, val in report.duplicates)
+        inside = Counter(_class_of(train) != _class_of(val) for train, val in report.duplicates)
         if inside[True]:
             report.warnings.append(f"{inside[True]} of them under another class")
+    for across, where in ((True, "under two classes"), (False, "in one class")):
+        groups = [paths for paths in report.copies if (len({_class_of(path) for path in paths}) > 1) == across]
+        if groups:
+            names = [" = ".join(paths) for paths in groups]
+            report.warnings.append(f"{len(groups)} image(s) are there more than once {where}: {few(names)}")
+
+
+def _class_of(path: str) -> str:
+    return path.split(os.sep)[1]
 
 
 def _shown(findings: Iterable[Finding], total: int, progress: bool | None) -> Iterable[Finding]:

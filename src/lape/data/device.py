@@ -67,10 +67,11 @@ class Stream:
     def noise(self, chosen: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
         """Standard normal float32 (len(chosen), *shape) of the chosen images, made on the device."""
         first = self._bits()[chosen].to(device, non_blocking=True)
-        step = GOLDEN * torch.arange(1, math.prod(shape) + 1, device=device)
-        middle = (_unit(_mixed(first[:, None] + step)) + 2.0**-54).float().clamp(2.0**-25, 1 - 2.0**-24)
-        deviation: Tensor = torch.special.ndtri(middle)
-        return deviation.view(-1, *shape)
+        return _normal(first[:, None], torch.arange(1, math.prod(shape) + 1, device=device)).view(-1, *shape)
+
+    def noise_at(self, chosen_m: Tensor, index_mk: Tensor) -> Tensor:
+        """(m, k) on the host: of image `chosen` what `noise` has at these flat indices of its shape."""
+        return _normal(self._bits()[chosen_m][:, None], index_mk + 1)
 
     def _bits(self) -> Tensor:
         self.draws += 1
@@ -79,9 +80,16 @@ class Stream:
 
 def _mixed(bits: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64, which wraps around."""
-    bits = (bits ^ _shifted(bits, 30)) * MIX[0]
-    bits = (bits ^ _shifted(bits, 27)) * MIX[1]
-    return bits ^ _shifted(bits, 31)
+    bits = (bits ^ _shifted(bits, 30)).mul_(MIX[0])
+    bits = bits.bitwise_xor_(_shifted(bits, 27)).mul_(MIX[1])
+    return bits.bitwise_xor_(_shifted(bits, 31))
+
+
+def _normal(first: Tensor, step: Tensor) -> Tensor:
+    """Standard normal float32 number `step` of a stream within a stream, whose first bits are given."""
+    middle = (_unit(_mixed(first + GOLDEN * step)) + 2.0**-54).float().clamp(2.0**-25, 1 - 2.0**-24)
+    deviation: Tensor = torch.special.ndtri(middle)
+    return deviation
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
@@ -260,6 +268,12 @@ class Erase:
             inside = ((rows >= top) & (rows < top + h))[:, None, :, None] & ((columns >= left) & (columns < left + w))[
                 :, None, None, :
             ]
+            if self.mode == "pixel" and device.type == "cpu":  # where to look for the pixels does not make it wait
+                image, row, column = inside[:, 0].nonzero().unbind(1)
+                layers = height * width * torch.arange(channels)
+                index = (row * width + column)[:, None] + layers
+                images[places[image], :, row, column] = stream.noise_at(places[image], index)
+                continue
             shape = {"const": (), "rand": (channels, 1, 1), "pixel": (channels, height, width)}[self.mode]
             written: Tensor | float = stream.noise(places, shape, device) if shape else 0.0
             if len(places):

@@ -32,6 +32,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from lape.data.augment import SMALL, EvalTransform, Transform, operations
+from lape.data.images import check_shape, reading
 from lape.data.sets import Images
 from lape.errors import LapeError
 
@@ -64,6 +65,8 @@ def read_levels(path: str, in_chans: int, plain: Callable[[str], Image.Image]) -
             data = file.read()
         levels = _decoded(data) if data.startswith(JPEG) else None
         if levels is not None and levels.shape[0] in (1, in_chans):
+            with reading(path):
+                check_shape(levels.shape[2], levels.shape[1])
             return levels
     return F.pil_to_tensor(plain(path))
 

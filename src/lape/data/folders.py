@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lape.data.images import is_image
+from lape.data.images import is_hidden, is_image
 from lape.errors import DataError
 
 SPLITS = ("train", "val")
@@ -25,7 +25,10 @@ class Survey:
     """What lies in a folder. Classes and images are in the order of torchvision's `ImageFolder`."""
 
     images: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # split -> class -> paths
+    classes: list[str] = field(default_factory=list)  # in the order of their numbers
     others: list[str] = field(default_factory=list)  # paths of files that are not read
+    hidden: list[str] = field(default_factory=list)  # paths of folders that are not read
+    circles: list[str] = field(default_factory=list)  # paths of folders that are another one that is read, or around it
     errors: list[str] = field(default_factory=list)  # what forbids training, a line each with its fix
 
 
@@ -42,6 +45,8 @@ def check_root(root: Path) -> None:
 def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
     """Look through some splits of a folder; of another one that exists, only the names of its classes are compared.
 
+    Where val/ alone is looked through, for an evaluation, it may lack classes and images of classes.
+
     Raises:
         DataError: a folder that cannot be read.
     """
@@ -55,7 +60,7 @@ def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
         if (root / split).is_dir():
             classes[split] = _subfolders(root / split)
     train, val = (set(classes.get(split, [])) for split in SPLITS)
-    if train and val and train != val:
+    if train and val and train != val and ("train" in splits or val - train):
         alone = {"train": sorted(train - val), "val": sorted(val - train)}
         text = ", ".join(f"only in {split}: {few(names)}" for split, names in alone.items() if names)
         result.errors.append(f"classes of {root}/train and {root}/val differ: {text}; make both the same")
@@ -65,13 +70,15 @@ def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
         for name, paths in by_class.items()
         if not paths
     ]
-    if empty:
+    images = any(paths for by_class in result.images.values() for paths in by_class.values())
+    if empty and ("train" in splits or not images):
         kinds = " ".join(IMG_EXTENSIONS)
         result.errors.append(
             f"no image in class folder {few(empty)}: put images there ({kinds}) or remove it from train and val"
         )
     if "train" in splits and len(train) == 1:
         result.errors.append(one_class(root, classes["train"]))
+    result.classes = classes.get("train") or classes.get("val", [])
     return result
 
 
@@ -87,13 +94,13 @@ def few(items: Sequence[object], most: int = 5) -> str:
 
 def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
     """Enter the images of a split, and what is wrong with its layout; returns its classes."""
-    classes = _subfolders(folder)
+    classes = _subfolders(folder, result)
     result.images[split] = {name: [] for name in classes}
     for name, images in result.images[split].items():
-        for place, _, files in sorted(os.walk(folder / name, onerror=_unreadable, followlinks=True)):
+        for place, files in _walk(folder / name, result):
             for file in sorted(files):
                 (images if is_image(file) else result.others).append(os.path.join(place, file))
-    files = [name for name in _names(folder) if name not in result.images[split]]
+    files = [name for name in _names(folder) if not (folder / name).is_dir()]
     flat = [name for name in files if is_image(name)]
     result.others += [str(folder / name) for name in files if name not in flat]
     if flat:
@@ -104,8 +111,46 @@ def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
     return classes
 
 
-def _subfolders(folder: Path) -> list[str]:
-    return [name for name in _names(folder) if (folder / name).is_dir()]
+def _subfolders(folder: Path, result: Survey | None = None) -> list[str]:
+    """The names of the classes; folders that are none are entered into the result."""
+    around, classes, left = _around(folder), list[str](), result or Survey()
+    for name in _names(folder):
+        if not (folder / name).is_dir():
+            continue
+        place = str(folder / name)
+        if is_hidden(name):
+            left.hidden.append(place)
+        elif _identity(place) in around:
+            left.circles.append(place)
+        else:
+            classes.append(name)
+    return classes
+
+
+def _walk(top: Path, result: Survey) -> list[tuple[str, list[str]]]:
+    """Each folder of a class, and its files. Links are followed, as by torchvision, but into no folder twice."""
+    walked, entered = [], _around(top.parent)
+    for place, folders, files in os.walk(top, onerror=_unreadable, followlinks=True):
+        if _identity(place) in entered:
+            result.circles.append(place)
+            folders.clear()
+            continue
+        entered.add(_identity(place))
+        result.hidden += [os.path.join(place, name) for name in folders if is_hidden(name)]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        walked.append((place, files))
+    return sorted(walked)
+
+
+def _around(folder: Path) -> set[tuple[int, int]]:
+    """The folder and all those that it lies in, as it is named and as it is."""
+    ways = (folder.absolute(), folder.resolve())
+    return {_identity(place) for way in ways for place in (way, *way.parents)}
+
+
+def _identity(place: str | Path) -> tuple[int, int]:
+    status = os.stat(place)
+    return status.st_dev, status.st_ino
 
 
 def _names(folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from lape.data.augment import Transform, is_augmented
 from lape.data.device import OnDevice
 from lape.data.folders import check_root, few, survey
-from lape.data.images import load_image, to_mode
+from lape.data.images import assumption, load_image, to_mode
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -122,16 +122,21 @@ def _folders(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
     folder = survey(root, splits)
     if folder.errors:
         raise DataError(folder.errors[0])
-    images = {}
+    images, number = {}, {name: place for place, name in enumerate(folder.classes)}
     for split, by_class in folder.images.items():
-        targets = [number for number, paths in enumerate(by_class.values()) for _ in paths]
+        targets = [number[name] for name, paths in by_class.items() for _ in paths]
         images[split] = [path for paths in by_class.values() for path in paths], targets
-    return _files(recipe, images, list(folder.images[splits[0]]), str(root))
+    return _files(recipe, images, folder.classes, str(root))
 
 
 def _files(recipe: Recipe, images: dict[str, tuple[Any, list[int]]], classes: list[str], what: str) -> Listing:
     read = partial(load_image, in_chans=recipe.in_chans)
-    return Listing(images, read, classes, _counted(what, images, classes))
+    paths = next(iter(images.values()))[0]
+    note = assumption(paths[0]) if paths else ""
+    name = _counted(what, images, classes) + (
+        f"; the first image is {note} (lape check-data looks at all)" if note else ""
+    )
+    return Listing(images, read, classes, name)
 
 
 def _counted(what: str, images: dict[str, tuple[Any, list[int]]], classes: list[str]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,8 @@ def write_atomically(
 ) -> None:
     """Calls `write(file)` on a temporary file beside `path`, syncs it to disk and renames it: whole or not at all.
 
+    Temporary files that killed processes have left for the same `path` are removed.
+
     Args:
         previous: in the same folder; what was at `path` is kept under this name.
 
@@ -26,16 +29,17 @@ def write_atomically(
     path = Path(path)
     temporary = None
     try:
+        remove_left(path.parent, f".{glob.escape(path.name)}.*.tmp")
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        hold(descriptor)
         with os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        if previous is not None and path.exists():
-            _keep(path, Path(previous))
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+            os.chmod(temporary, 0o666 & ~_umask())
+            if previous is not None and path.exists():
+                _keep(path, Path(previous))
+            put_in_place({Path(temporary): path})
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -44,6 +48,52 @@ def write_atomically(
                 f"cannot write {path}: {error.strerror or error}; what was there before is untouched"
             ) from error
         raise
+
+
+def keep_inputs(outputs: Iterable[str | os.PathLike[str] | None], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Raises LapeError where writing an output would replace what is read; links count as what they point to.
+
+    What is in a folder that is read is read. None and "-" are no files.
+    """
+    there = [Path(path).resolve() for path in inputs if os.path.exists(path)]
+    for output in outputs:
+        if output in (None, "-") or not os.path.exists(str(output)):
+            continue
+        place = Path(str(output)).resolve()
+        for path in there:
+            if os.path.samefile(place, path) or place in path.parents or path in place.parents:
+                raise LapeError(f"{output} would replace what is read ({path}): give another file, nothing was done")
+
+
+def put_in_place(places: Mapping[Path, Path]) -> None:
+    """Renames whole files to where they belong, one straight after the other, and makes that durable."""
+    for new, place in places.items():
+        os.replace(new, place)
+    for folder in {place.parent for place in places.values()}:
+        _sync_folder(folder)
+
+
+def hold(descriptor: int) -> bool:
+    """Whether this open file or folder could be locked as this process's, until it is closed or the process ends."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # Windows; somebody else's; a file system without locks
+        return False
+    return True
+
+
+def remove_left(folder: Path, pattern: str) -> None:
+    """Removes what matches and no living process holds: it was left by one that was killed."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+            try:
+                if hold(descriptor):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _keep(path: Path, previous: Path) -> None:
@@ -71,3 +121,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `folder` for what is not finished, removed in the end, and what killed processes left of such."""
+    remove_left(folder, f"{glob.escape(prefix)}*")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=prefix) as place:
+        descriptor = os.open(place if os.name == "posix" else os.devnull, os.O_RDONLY)
+        try:
+            hold(descriptor)
+            yield Path(place)
+        finally:
+            os.close(descriptor)

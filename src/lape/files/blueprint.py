@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lape.convert.converted import Conversion, conversion_of
 from lape.core.joined import Joined
 from lape.errors import LapeError
 from lape.host import class_name, host_named
+from lape.host.timm import NOT_THE_MODEL
 
 COMPILED = "_orig_mod"
 _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel")
@@ -66,7 +68,7 @@ def blueprint_of(model: nn.Module, name: str | None, arguments: dict[str, Any]) 
 
 def _factory(model: nn.Module, conversion: Conversion, name: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     if name:
-        return {"library": "timm", "name": name, "kwargs": arguments}
+        return {"library": "timm", "name": name, "kwargs": _of_the_model(arguments)}
     if conversion.path and class_name(type(model)).startswith("torch."):
         inner = conversion.path.rstrip(".")
         raise LapeError(
@@ -84,16 +86,22 @@ def _factory(model: nn.Module, conversion: Conversion, name: str | None, argumen
     return {"library": host.package, "name": told[0], "kwargs": told[1]}
 
 
+def _of_the_model(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in NOT_THE_MODEL}
+
+
 def _twin(conversion: Conversion, factory: dict[str, Any]) -> nn.Module:
     """The model that the arguments make, without values."""
     keeps = conversion.warm_start or not (conversion.way.new or conversion.pe == "own")
     pe = None if keeps else conversion.pe
     arguments = (factory["library"], factory["name"], factory["kwargs"], conversion.join, pe)
+    where: dict[str, Any] = {"at": conversion.path.rstrip("."), "known_grid": conversion.layout.grid}
+    make = partial(build, *arguments, **where)
     try:
         with torch.device("meta"):
-            twin = build(*arguments, **conversion.chosen)
+            twin = make(**conversion.chosen)
     except (RuntimeError, NotImplementedError):  # constructors that compute with values
-        twin = build(*arguments, **conversion.chosen)
+        twin = make(**conversion.chosen)
     return fold_(twin) if conversion.folded else twin
 
 

@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from lape.convert.apply import fold_
 from lape.convert.converted import conversion_of
 from lape.convert.positions import describe
-from lape.errors import LapeError, needs
-from lape.files.atomic import write_atomically
-from lape.files.folder import load, save
-from lape.files.read import Checkpoint, read_checkpoint
+from lape.errors import LapeError, check_finite, needs
+from lape.files.atomic import keep_inputs, put_in_place, unfinished, write_atomically
+from lape.files.folder import load, put_folder_in_place, save
+from lape.files.read import CONFIG, WEIGHTS, Checkpoint, read_checkpoint
 from lape.files.restore import restore
 from lape.names import match_name
 
 FORMATS = ("folder", "torch", "onnx")
 REPORT = "export.json"
+_FILES = {"folder": "folder", "torch": "model.pt2", "onnx": "model.onnx"}
 BATCH = torch.export.Dim("batch", min=1, max=2**20)  # any number of images; torch 2.6 wants an upper end
 TOLERANCE = 1e-4  # on logits, relative to the largest of them
 
@@ -90,7 +91,7 @@ def export(
 
     Raises:
         LapeError: an unknown format, a missing package (with its pip line), images that do not fit, or a file that
-            differs by more than the tolerance; what was in `output_dir` before is untouched then.
+            differs by more than the tolerance or is not finite; what was in `output_dir` before is untouched then.
     """
     chosen = [match_name("format", name, FORMATS) for name in formats]
     if images_BCHW.ndim != 4 or len(images_BCHW) < 2:
@@ -104,29 +105,34 @@ def export(
     say(f"exporting {describe(eager)}")
     with torch.no_grad():
         expected_BC = _Outputs(eager)(images_BCHW)
+    check_finite(expected_BC, f"the outputs of {'the model' if checkpoint is None else checkpoint.path}")
     shipped = copy.deepcopy(eager)
     if fold and not conversion_of(shipped).folded:
         fold_(shipped)
     target = Path(output_dir).expanduser()
+    if checkpoint is not None:
+        keep_inputs((target / name for name in _FILES.values()), [checkpoint.path])
     _make(target)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".export.") as unfinished:
+    with unfinished(target, ".export.") as place:
         done = []
         for name in chosen:
             with torch.no_grad():  # torch writes another graph where a mask could get a gradient
-                path, run, operations = _WRITERS[name](shipped, checkpoint, images_BCHW, Path(unfinished))
-            result = _compare(name, path, run, operations, images_BCHW, expected_BC, Path(unfinished))
+                path, run, operations = _WRITERS[name](shipped, checkpoint, images_BCHW, place)
+            result = _compare(name, path, run, operations, images_BCHW, expected_BC, place)
             _judge(result, tolerance, say)
             done.append(result)
+        report = {"model": str(describe(shipped)), "tolerance": tolerance, "torch": torch.__version__, "files": done}
+        text = json.dumps(report, indent=2, default=asdict, allow_nan=False) + "\n"
+        write_atomically(place / REPORT, lambda file: file.write(text.encode()))
+        (target / REPORT).unlink(missing_ok=True)  # it says that all is in place, so it goes first and comes last
         for result in done:
-            _move(Path(unfinished) / result.path, target / result.path)
-    report = {"model": str(describe(shipped)), "tolerance": tolerance, "torch": torch.__version__, "files": done}
-    text = json.dumps(report, indent=2, default=asdict) + "\n"
-    write_atomically(target / REPORT, lambda file: file.write(text.encode()))
+            _move(place / result.path, target / result.path)
+        put_in_place({place / REPORT: target / REPORT})
     return done
 
 
 def _judge(result: Exported, tolerance: float, say: Callable[[str], None]) -> None:
-    if result.max_difference > tolerance:
+    if not result.max_difference <= tolerance:  # NaN fails, too
         raise LapeError(
             f"{result.format}: outputs differ from the eager model by {result.max_difference:.1e} of the largest, more "
             f"than the tolerance of {tolerance:.1e}: nothing was written. Raise `tolerance` if that is enough"
@@ -147,13 +153,11 @@ def _make(folder: Path) -> None:
 
 
 def _move(new: Path, place: Path) -> None:
-    """Puts a finished file in its place; a folder's files go one by one."""
+    """Puts a finished file in its place; a folder as `save` does."""
     if new.is_dir():
-        place.mkdir(exist_ok=True)
-        for file in new.iterdir():
-            os.replace(file, place / file.name)
+        put_folder_in_place({name: (new / name).read_bytes() for name in (WEIGHTS, CONFIG)}, place)
     else:
-        os.replace(new, place)
+        put_in_place({new: place})
 
 
 def _compare(
@@ -186,12 +190,12 @@ Written = tuple[Path, Callable[[Tensor], Tensor], dict[str, int]]
 
 def _write_folder(model: nn.Module, checkpoint: Checkpoint | None, _images: Tensor, folder: Path) -> Written:
     classes, transform = (checkpoint.classes, checkpoint.transform) if checkpoint is not None else (None, None)
-    path = save(model, folder / "folder", classes=classes, transform=transform)
+    path = save(model, folder / _FILES["folder"], classes=classes, transform=transform)
     return path, _Outputs(load(path)), {}
 
 
 def _write_torch(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: Tensor, folder: Path) -> Written:
-    path = folder / "model.pt2"
+    path = folder / _FILES["torch"]
     with _quiet():
         program = torch.export.export(_Outputs(model), (images_BCHW[:2],), dynamic_shapes=({0: BATCH},))
         torch.export.save(program, path)
@@ -200,11 +204,13 @@ def _write_torch(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: 
 
 
 def _write_onnx(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: Tensor, folder: Path) -> Written:
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime would look up an address, and write into the home folder
     with needs("export", ", or leave onnx out of `formats`"):
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401  (the exporter needs it)
-    path = folder / "model.onnx"
+    onnxruntime.disable_telemetry_events()
+    path = folder / _FILES["onnx"]
     with _quiet():
         torch.onnx.export(
             _Outputs(model),

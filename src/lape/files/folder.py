@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import operator
 import tempfile
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import nn
 
 from lape.convert.converted import Conversion, conversion_of
 from lape.convert.positions import Size
+from lape.convert.tended import DIGESTS
 from lape.errors import LapeError, arguments_as
-from lape.files.atomic import write_atomically
+from lape.files.atomic import put_in_place, remove_left, write_atomically
 from lape.files.blueprint import COMPILED, blueprint_of, unwrapped
 from lape.files.names import to_reference_state_dict
-from lape.files.read import CONFIG, FORMAT, HUB, WEIGHTS, _hub
+from lape.files.read import CONFIG, FORMAT, HUB, WEIGHTS, _hub, waiting_name
 from lape.files.restore import SIZE_NAMES, restore
+from lape.files.vet import check_entries
 
 
 def save(
@@ -46,6 +52,7 @@ def save(
     conversion, factory = conversion_of(model), blueprint_of(model, name, timm_kwargs)
     names = to_reference_state_dict(model)
     state = {key.replace(f"{COMPILED}.", ""): tensor.contiguous() for key, tensor in names.items()}
+    weights = to_bytes(state)
     config = {
         "format": FORMAT,
         "library": factory["library"],
@@ -55,25 +62,44 @@ def save(
         "input_size": _pixels(conversion),
         "classes": classes,
         "transform": transform,
+        DIGESTS: {WEIGHTS: hashlib.sha256(weights).hexdigest()},
     }
     try:
         text = json.dumps(config, indent=2) + "\n"
     except TypeError as error:
         raise LapeError(f"config.json takes plain values only: {error} in {factory['kwargs']} or {transform}") from None
+    check_entries(Path(path), {"model_kwargs": factory["kwargs"], "model": factory["name"]}, config)
     path = Path(path).expanduser()
+    put_folder_in_place({WEIGHTS: weights, CONFIG: text.encode()}, path)
+    return path
+
+
+def put_folder_in_place(contents: Mapping[str, bytes], path: Path) -> None:
+    """Writes weights and config.json of a model, over an earlier one where there is one.
+
+    One transaction: when config.json is in place the folder is the new model, whose weights still wait beside the
+    earlier ones'; until then it is the earlier model. Raises LapeError when the folder cannot be written.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LapeError(f"cannot create the folder {path}: {error.strerror}") from error
-    write_atomically(path / WEIGHTS, lambda file: file.write(to_bytes(state)))
-    write_atomically(path / CONFIG, lambda file: file.write(text.encode()))
-    return path
+    waiting = waiting_name(path / WEIGHTS, hashlib.sha256(contents[WEIGHTS]).hexdigest())
+    for place, content in ((waiting, contents[WEIGHTS]), (path / CONFIG, contents[CONFIG])):
+        write_atomically(place, partial(_write, content))
+    put_in_place({waiting: path / WEIGHTS})
+    remove_left(path, f".{'[0-9a-f]' * 16}.{WEIGHTS}")  # by saves that were killed
+    remove_left(path, f"..{'[0-9a-f]' * 16}.{WEIGHTS}.*.tmp")
 
 
-def _pixels(conversion: Conversion) -> tuple[int, int]:
-    """(height, width) of the images that a model is made for."""
-    (rows, columns), (height, width) = conversion.layout.grid, conversion.anatomy.patch_size
-    return rows * height, columns * width
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
+
+
+def _pixels(conversion: Conversion) -> tuple[int, ...]:
+    """(height, width) of the images that a model is made for, behind the frames of a video."""
+    anatomy = conversion.anatomy
+    return anatomy.pixels or tuple(map(operator.mul, anatomy.layout.grid, anatomy.patch_size))
 
 
 def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, **save_kwargs: Any) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from lape.convert.converted import CHOSEN
+from lape.convert.tended import DIGESTS, digest_of
 from lape.core.joins import join_named
 from lape.core.position import kind_named
 from lape.errors import CheckpointError, needs
+from lape.files.vet import check_entries, check_state, first_line, is_flag, read_json
+from lape.names import shown
 
 HEADS = ("head.weight", "head.fc.weight")  # of a classifier: in most models of timm, in those of stages
 CONFIG = "config.json"
@@ -84,23 +87,29 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _read_folder(_download(str(path).removeprefix(HUB)))
     if not isinstance(path, str | os.PathLike):
         raise CheckpointError(f"{path!r} is no path: give a .pth file or a folder written by lape.save")
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        raise CheckpointError(f"no such checkpoint: {path}; give a .pth file or a folder written by lape.save")
+    path = Path(os.path.expanduser(path))
+    try:
+        if path.is_dir():
+            return _read_folder(path)
+        if not path.is_file():
+            what = "is no regular file" if path.exists() else "no such checkpoint"
+            raise CheckpointError(f"{what}: {path}; give a .pth file or a folder written by lape.save")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
     return _from_contents(path, _unpickle_safely(path))
 
 
-def _unpickle_safely(path: Path) -> Any:
+def _unpickle_safely(path: Path, digest: Any = None) -> Any:
     if path.suffix == ".safetensors":
+        _check_digest(path, _digests(path.parent).get(path.name) if digest is None else digest)
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a whole safetensors file: {_first_line(error)}") from error
+            raise CheckpointError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
+    _check_records(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on foreign pickle protocols: what cannot be read raises anyway
@@ -115,21 +124,69 @@ def _unpickle_safely(path: Path) -> Any:
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read without running code from it: refused, nothing was executed"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint, the file is cut off or damaged: copy or save it again"
-        ) from error
+    except Exception as error:
+        raise CheckpointError(_damaged(path)) from error
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} is not a whole checkpoint, the file is cut off or damaged: copy or save it again"
+
+
+def _check_records(path: Path) -> None:
+    """Raises CheckpointError where a record of a zip is not as it was written (CRC-32), or is compressed: none is."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return  # torch's format from before 1.6, which has no checksums
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            stored = all(r.compress_type == zipfile.ZIP_STORED for r in records)
+            fits = sum(r.file_size for r in records) <= path.stat().st_size  # records may be made to overlap
+            if not (stored and fits and archive.testzip() is None) or len({r.filename for r in records}) < len(records):
+                raise CheckpointError(_damaged(path))
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError, EOFError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(_damaged(path)) from error
+
+
+def _digests(folder: Path) -> Mapping[str, Any]:
+    """The SHA-256 of the files of weights that a folder's config.json holds, where there is one that does."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    return _said_digests(config) if isinstance(config, dict) else {}
+
+
+def _said_digests(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    record = config.get("lape") if "transformers_version" in config else config
+    said = record.get(DIGESTS) if isinstance(record, Mapping) else None
+    if said is not None and not isinstance(said, Mapping):
+        raise CheckpointError(f"{CONFIG} says that its folder was not written to its end: save the model again")
+    return said or {}
+
+
+def _check_digest(path: Path, wanted: Any) -> None:
+    try:
+        if wanted is None or wanted == digest_of(path):
+            return
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+    raise CheckpointError(
+        f"{path} does not hold the weights that {CONFIG} was written for (SHA-256): it is damaged, or another model's; "
+        "copy or save the folder again"
+    )
+
+
+def waiting_name(file: Path, digest: Any) -> Path:
+    """Where weights lie from when config.json speaks of them until they have replaced the earlier ones: `save`."""
+    fits = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
+    return file.with_name(f".{digest[:16]}.{file.name}") if fits else file
 
 
 def _refused_global(message: str) -> str | None:
     for marker in ("Unsupported global: GLOBAL ", "Unsupported class ", "Trying to load unsupported GLOBAL "):
         if marker in message:
-            return message.split(marker, 1)[1].split()[0].rstrip(".,")
+            return shown(message.split(marker, 1)[1].split()[0].rstrip(".,"))
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _from_contents(path: Path, contents: Any) -> Checkpoint:
@@ -146,21 +203,27 @@ def _from_contents(path: Path, contents: Any) -> Checkpoint:
             )
         state, rest = rest, {}
     args = rest.pop("args", None) or {}
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
     ema = rest.pop("model_ema", None) or None
+    if not isinstance(args, dict) or not all(isinstance(key, str) for key in (*args, *rest)):
+        raise CheckpointError(f"{path}: 'args' are not flags by name")
+    args = {name: value for name, value in args.items() if name == "model_kwargs" or is_flag(value)}
+    if isinstance(args.get("model_kwargs"), dict):  # a run that began with weights of the library holds its own
+        args["model_kwargs"] = {key: value for key, value in args["model_kwargs"].items() if key != "pretrained"}
+    check_entries(path, args, rest)
     return Checkpoint(
         path=path,
         kind="pth",
         model=_plain_names(path, state),
         model_ema=None if ema is None else _plain_names(path, ema),
-        args=_known_args(vars(args) if isinstance(args, argparse.Namespace) else dict(args)),
+        args=_known_args(args),
         raw=rest,
     )
 
 
-def _plain_names(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+def _plain_names(path: Path, state: Any) -> dict[str, Tensor]:
     """Names without the prefixes of DistributedDataParallel and torch.compile."""
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        raise CheckpointError(f"{path}: 'model' is not a state dict of named tensors")
+    check_state(path, state)
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
@@ -175,20 +238,33 @@ def _known_args(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_folder(path: Path) -> Checkpoint:
-    try:
-        config = json.loads((path / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no saved model: {CONFIG} cannot be read ({_first_line(error)})") from error
+    config = read_json(path / CONFIG)
     if isinstance(config, dict) and "transformers_version" in config:
         return _read_pretrained(path, config)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path / CONFIG} is not of format {FORMAT!r}")
-    state = _unpickle_safely(path / WEIGHTS)
-    kwargs = dict(config["model_kwargs"])
-    args = {"model": config["model"], "join_type": config["join"], "pe": config["pe"], "model_kwargs": kwargs}
-    args |= {name: config.get(name) for name in CHOSEN.values()}
-    raw = {key: config.get(key) for key in ("library", "folded", "classes", "transform", "grid", "input_size")}
-    return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
+    args = {"model": config.get("model"), "join_type": config.get("join"), "pe": config.get("pe")}
+    args |= {"model_kwargs": config.get("model_kwargs"), **_chosen(config)}
+    names = ("library", "folded", "own_table", "at", "classes", "transform", "grid", "input_size")
+    raw = {key: config.get(key) for key in names}
+    return _folder(path, args, raw, [WEIGHTS], config)
+
+
+def _folder(
+    path: Path, args: dict[str, Any], raw: dict[str, Any], files: list[str], config: Mapping[str, Any]
+) -> Checkpoint:
+    """What a folder says, held against the tables, and then its weights."""
+    missing = [name for name in ("model", "join_type", "pe", "model_kwargs") if args.get(name) is None]
+    if missing:
+        raise CheckpointError(f"{path / CONFIG} does not say its {missing[0]}: it is not whole; save the model again")
+    check_entries(path / CONFIG, args, raw)
+    state: dict[str, Tensor] = {}
+    for name in files:
+        digest = _said_digests(config).get(name)
+        waiting = waiting_name(path / name, digest)
+        state |= _unpickle_safely(waiting if waiting.is_file() else path / name, digest)
+    check_state(path, state)
+    return Checkpoint(path=path, kind="folder", model=state, args=_known_args(args), raw=raw)
 
 
 def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
@@ -200,15 +276,34 @@ def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
             "lape.apply_; a converted model that was passed to lape.apply_ as a part of another one is written by "
             "lape.save"
         )
-    index = path / f"{WEIGHTS}.index.json"
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS]
-    state: dict[str, Tensor] = {}
-    for shard in shards:
-        state |= _unpickle_safely(path / Path(shard).name)
-    args = {"model": config["architectures"][0], "join_type": record["join"], "pe": record["pe"]}
-    args |= {"model_kwargs": config, **{name: record.get(name) for name in CHOSEN.values()}}
-    raw = {"library": "transformers", "folded": record["folded"], "grid": record["grid"], "transform": _processor(path)}
-    return Checkpoint(path=path, kind="folder", model=state, args=args, raw=raw)
+    index, shards = path / f"{WEIGHTS}.index.json", [WEIGHTS]
+    if index.is_file():
+        listed = read_json(index)
+        names = listed.get("weight_map") if isinstance(listed, dict) else None
+        if not isinstance(names, dict) or not all(str(shard).endswith(".safetensors") for shard in names.values()):
+            raise CheckpointError(f"{index} is no list of files of weights: save the model again")
+        shards = sorted({Path(str(shard)).name for shard in names.values()})
+    named = config.get("architectures")
+    args = {"model": named[0] if isinstance(named, list) and named else None, "model_kwargs": _without_origin(config)}
+    args |= {"join_type": record.get("join"), "pe": record.get("pe"), **_chosen(record)}
+    raw = {"library": "transformers", "transform": _processor(path), **{k: record.get(k) for k in _OF_THE_MODEL}}
+    return _folder(path, args, raw, shards, {**config, "lape": record})
+
+
+def _without_origin(value: Any) -> Any:
+    """A configuration without the names of where it came from, which nothing is read from."""
+    if isinstance(value, dict):
+        return {key: _without_origin(inner) for key, inner in value.items() if key not in _ORIGIN}
+    return value
+
+
+_OF_THE_MODEL = ("folded", "grid", "own_table", "at")
+_ORIGIN = ("_name_or_path", "name_or_path", "_commit_hash")
+
+
+def _chosen(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What was chosen beside join and kind, by the names of flags."""
+    return {name: record.get(name) for name in CHOSEN.values()}
 
 
 def _processor(path: Path) -> dict[str, Any] | None:
@@ -221,7 +316,7 @@ def _processor(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        config = json.loads(file.read_text())
+        config = read_json(file)
         size, crop = config["size"], config.get("crop_size") if config.get("do_center_crop") else None
         area = crop or size
         height, width = (area["height"], area["width"]) if "height" in area else [area["shortest_edge"]] * 2
@@ -235,7 +330,7 @@ def _processor(path: Path) -> dict[str, Any] | None:
             "std": config["image_std"] if normal else [1.0] * len(config["image_std"]),
             "in_chans": len(config["image_mean"]),
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (CheckpointError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         raise CheckpointError(
             f"{file} is no image processor with size, image_mean and image_std: remove it, or save with lape.save"
         ) from None
@@ -252,7 +347,7 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(_hub().snapshot_download(repo_id, allow_patterns=list(_FETCHED)))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{HUB}{repo_id} cannot be downloaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{HUB}{repo_id} cannot be downloaded: {first_line(error)}") from error
 
 
 def _hub() -> Any:

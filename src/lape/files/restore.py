@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial, wraps
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,14 @@ from lape.data.augment import EvalTransform, eval_transform
 from lape.errors import CheckpointError, DataError, arguments_as
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
+from lape.files.vet import bounded, of_file
+from lape.host import host_of_library
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SIZE_NAMES = ("img_size", "image_size")  # of timm; of torchvision and transformers
 
@@ -57,19 +64,40 @@ def restore(
     if state is None:
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
     chosen = {name: checkpoint.args.get(stored) for name, stored in CHOSEN.items()}
-    result = build(
-        checkpoint.package,
-        _agreed(checkpoint, "model", model),
-        _arguments(checkpoint, size, timm_kwargs),
-        _agreed(checkpoint, "join", None if join is None else join_named(join).name),
-        None if chosen["warm_start"] else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
-        **{**chosen, "warm_start": bool(chosen["warm_start"])},
-    )
-    if checkpoint.raw.get("folded"):
-        fold_(result)
-    resized = size is not None and _sides(size) != size_of(checkpoint)
-    grid = source_grid(checkpoint, result) if resized else None
-    return load_reference_state_dict(result, state, source_grid=grid).eval()
+    chosen["warm_start"] = bool(chosen["warm_start"])
+    keeps = chosen["warm_start"] or checkpoint.raw.get("own_table")
+    with of_file(checkpoint.path):
+        make = partial(
+            build,
+            checkpoint.package,
+            _agreed(checkpoint, "model", model),
+            _arguments(checkpoint, size, timm_kwargs),
+            _agreed(checkpoint, "join", None if join is None else join_named(join).name),
+            None if keeps else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
+            at=checkpoint.raw.get("at"),
+            known_grid=checkpoint.raw.get("grid"),
+            **chosen,
+        )
+        result = _built(checkpoint, make, size)
+        if checkpoint.raw.get("folded"):
+            fold_(result)
+        resized = size is not None and _sides(size) != size_of(checkpoint)
+        grid = source_grid(checkpoint, result) if resized else None
+        return load_reference_state_dict(result, state, source_grid=grid).eval()
+
+
+def _built(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: Size | None) -> nn.Module:
+    """The model, after one without values has shown that it is no larger than what the weights of the file are for."""
+    if host_of_library(checkpoint.package).check_arguments is None:  # a host of the user's own
+        return make()
+    own = size_of(checkpoint)
+    times = 1 if size is None or own is None else max(1, math.prod(_sides(size)) / math.prod(own))
+    elements = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.model.values())
+    limits = (checkpoint.path, int(times * (2 * elements + 2**26)), 10_000 + 100 * len(checkpoint.model))
+    with suppress(RuntimeError, NotImplementedError), bounded(*limits), torch.device("meta"):
+        make()  # raises the CheckpointError of `bounded`; constructors that compute with values fail otherwise
+    with bounded(*limits):
+        return make()
 
 
 def restore_with(checkpoint: Checkpoint, recipe: Recipe, size: Size) -> nn.Module:
@@ -110,17 +138,30 @@ def restore_to_draw(
         size: where neither the file nor its table says one.
     """
     args = checkpoint.args
+    dimensions = {} if "model_kwargs" in args else _dimensions(checkpoint.model)
+    width = dimensions.get("embed_dim")
     model = restore(
         checkpoint,
         size=None if checkpoint.kind == "folder" or size_of(checkpoint) else size,
         ema=ema,
-        model=args.get("model") or deit_named(model_name),
-        join=join,
-        pe=pe,
-        **({} if "model_kwargs" in args else _dimensions(checkpoint.model)),
+        model=args.get("model") or deit_named(model_name, width if isinstance(width, int) else None),
+        join=join or args.get("join_type") or _join_told(checkpoint, model_name),
+        pe=pe or args.get("pe") or _pe_told(checkpoint),
+        **dimensions,
     )
     name = re.sub(r"[/\\]", "_", str(args.get("model", type(model).__name__)))
     return model, model_name or f"{name}_{describe(model).join}"
+
+
+def of_this_file(read: Callable[Concatenate[Checkpoint, P], T]) -> Callable[Concatenate[Checkpoint, P], T]:
+    """What goes wrong in reading an entry of a checkpoint is a CheckpointError."""
+
+    @wraps(read)
+    def guarded(checkpoint: Checkpoint, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with of_file(checkpoint.path):
+            return read(checkpoint, *args, **kwargs)
+
+    return guarded
 
 
 def _agreed(checkpoint: Checkpoint, name: str, given: str | None) -> str:
@@ -165,7 +206,7 @@ def _size_argument(checkpoint: Checkpoint, size: Grid, own: Grid | None) -> str:
     return "image_size"
 
 
-def size_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
+def size_of(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """(height, width) in pixels of the images that the model of a file is for: by its flags, its arguments, its folder,
     or the grid of its position table, taken for a square. None where none of them tells."""
     kwargs = _renamed(checkpoint.args.get("model_kwargs") or {})
@@ -180,13 +221,15 @@ def size_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
 def _table_side(checkpoint: Checkpoint) -> int | None:
     """The rows of the square grid that a file's position table is for, whose first rows may be those of one or two
     other tokens: n^2 + 1 and n^2 + 2 are no squares, so only one number fits."""
-    table = checkpoint.model.get("pos_embed")
+    names = ("pos_embed", "pos_embed0", "blocks.0.attn.relative_position_index")  # (n, n) in the authors' files
+    table = next((checkpoint.model[name] for name in names if name in checkpoint.model), None)
     if table is None:
         return None
     counts = [table.shape[-2] - prefix for prefix in (0, 1, 2)]
     return next((math.isqrt(n) for n in counts if n > 0 and math.isqrt(n) ** 2 == n), None)
 
 
+@of_this_file
 def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
     """The (rows, columns) that a file's position table is for, None when it has no table or `model` is not known.
 
@@ -215,6 +258,7 @@ IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOSEN.values())
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
 
+@of_this_file
 def transform_of(checkpoint: Checkpoint) -> EvalTransform:
     """The stored evaluation transform; else a recipe's, at the model's own size, (height, width) where not square."""
     if checkpoint.transform:
@@ -223,7 +267,8 @@ def transform_of(checkpoint: Checkpoint) -> EvalTransform:
 
     transform = eval_transform(settings_of(checkpoint, Recipe()))
     size = size_of(checkpoint)
-    return transform if size is None or size[0] == size[1] else replace(transform, input_size=size)
+    square = size is None or len(set(size)) == 1
+    return transform if size is None or square else replace(transform, input_size=(size[-2], size[-1]))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -257,6 +302,7 @@ def labels_of(model: nn.Module) -> list[str] | None:
     return None if not labels else [labels[number] for number in sorted(labels)]
 
 
+@of_this_file
 def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """The recipe, with what the checkpoint says of itself wherever the user gave no flag.
 
@@ -295,8 +341,8 @@ def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {flags.get(name, name): value for name, value in arguments.items()}
 
 
-def _sides(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _sides(size: int | Sequence[int]) -> tuple[int, ...]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def check_classes(checkpoint: Checkpoint, classes: list[str]) -> None:
@@ -339,10 +385,38 @@ def _dimensions(state: dict[str, Tensor]) -> dict[str, int | float]:
     }
 
 
-def deit_named(model_name: str | None) -> str | None:
-    """The timm model that the authors' --model_name stands for: deit_t_LaPE, deit_s_distill_basic, ...; else None."""
-    match = re.match(r"deit_([tsb])_(distill_)?", model_name or "")
+_NAMED = re.compile(r"deit_([tsb])_(distill_)?(.*)")
+
+
+def deit_named(model_name: str | None, width: int | None = None) -> str | None:
+    """The timm model that the authors' --model_name stands for: deit_t_LaPE, deit_s_distill_basic, ...; else None.
+
+    `width`: of the weights, which decide where they are those of a DeiT.
+    """
+    match = _NAMED.match(model_name or "")
     if not match:
         return None
-    width = {"t": "tiny", "s": "small", "b": "base"}[match[1]]
-    return f"deit_{width}_{'distilled_' if match[2] else ''}patch16_224"
+    size = {192: "tiny", 384: "small", 768: "base"}.get(width or 0, {"t": "tiny", "s": "small", "b": "base"}[match[1]])
+    return f"deit_{size}_{'distilled_' if match[2] else ''}patch16_224"
+
+
+def _join_told(checkpoint: Checkpoint, model_name: str | None) -> str | None:
+    """The join of a file without flags: by norms of position, tables, or the authors' --model_name; else None."""
+    names = checkpoint.model
+    if any(".pe_norm." in name for name in names):
+        return "LaPE"
+    if "pos_embed1" in names:
+        return "unshare"
+    match = _NAMED.match(model_name or "")
+    return match[3] if match and match[3] in ("basic", "share") else None
+
+
+def _pe_told(checkpoint: Checkpoint) -> str:
+    """The kind of a file without flags, by its table: 1D_sin has two axes there, 2D_sin zeros for the class token."""
+    table = checkpoint.model.get("pos_embed")
+    if table is None:
+        biased = any(name.endswith("relative_position_bias_table") for name in checkpoint.model)
+        return "2D_RPE" if biased else "learnable"
+    if table.ndim == 2:
+        return "1D_sin"
+    return "learnable" if table[0, 0].any() else "2D_sin"

@@ -6,7 +6,7 @@ strings, so that no library is imported before a model of it is at hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from lape.core.anatomy import Anatomy
 from lape.core.position import Grid
 from lape.errors import LapeError, UnsupportedModelError
 
-ANOTHER = "another one is added by lape.register_host(lape.Host(...))"
+ANOTHER = "another one is added by lape.register_host, lape.suggest_host(model) says how"
 
 Blueprint = tuple[str, dict[str, Any]]
 """A name of the library and plain (JSON) arguments."""
@@ -26,21 +26,25 @@ Blueprint = tuple[str, dict[str, Any]]
 class Host:
     """One family of models: how it is recognised and how its parts are found.
 
-    `examine(root)` returns the anatomy or raises UnsupportedModelError with the true reason.
+    `examine(root)` returns the anatomy or raises UnsupportedModelError with the true reason. What only a user knows,
+    such as the grid, is named in `given` and handed over by keyword.
     """
 
     name: str
     root_classes: tuple[str, ...]  # "module.Class" of the module that owns table and blocks, subclasses included
     block_classes: tuple[str, ...]  # "module.Class" of blocks whose norm stands before attention, exact
-    examine: Callable[[nn.Module], Anatomy]
-    measure: Callable[[nn.Module], tuple[Grid, tuple[int, int]]] | None = None  # grid and patch size after a resize
+    examine: Callable[..., Anatomy]
+    measure: Callable[[nn.Module], tuple[Grid, tuple[int, ...]]] | None = None  # grid and patch size after a resize
     note: str = ""
     package: str = ""  # the name under which saved models say who can build them again
     blueprint: Callable[[nn.Module], Blueprint | None] | None = None  # how to build a whole model again, if it tells
     build: Callable[[str, dict[str, Any]], nn.Module] | None = None  # builds it, unconverted, with random weights
     current: Callable[[nn.Module], dict[str, Any]] | None = None  # arguments of `build` that the root is made with now
+    check_arguments: Callable[[str, Mapping[str, Any]], None] | None = None  # raises for what no file may ask `build`
     root_child: str | None = None  # when given, `root_classes` name the class of this child instead of the root's
     tested: tuple[str, ...] = ()  # versions that the tests ran with
+    given: tuple[str, ...] = ()
+    last: bool = False  # whether it counts only in a model in which no other host is found
     refused: dict[str, str] = field(default_factory=dict)  # "module.Class" of blocks -> the reason
 
 
@@ -52,8 +56,8 @@ def class_name(cls: type) -> str:
 _HOSTS: dict[str, Host] = {}
 
 
-def register_host(host: Host) -> Host:
-    """Adds a host to the table, for models of your own. Raises LapeError when the name or a root class is taken."""
+def add_host(host: Host) -> Host:
+    """Adds a host to the table. Raises LapeError when the name or a root class is taken."""
     for other in _HOSTS.values():
         if other.name == host.name or set(other.root_classes) & set(host.root_classes):
             twice = f"host {host.name!r} is registered already, as {other.name!r}"
@@ -84,16 +88,21 @@ def hosts() -> tuple[Host, ...]:
 def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
     """The host of the one convertible model inside `model` (often `model` itself), and that model.
 
-    Raises UnsupportedModelError when there is none or more than one.
+    Raises UnsupportedModelError when there is none or more than one. Of one inside another, the outer one counts.
     """
     check_module(model)
     name = class_name(type(model))
-    roots = [(host, module) for module in model.modules() for host in _HOSTS.values() if _is_root(module, host)]
+    roots = [(p, m, host) for p, m in model.named_modules() for host in _HOSTS.values() if _is_root(m, host)]
+    roots = [root for root in roots if not root[2].last] or roots
+    roots = [
+        (p, m, host) for p, m, host in roots if not any(p != q and (not q or p.startswith(f"{q}.")) for q, *_ in roots)
+    ]
     if len(roots) == 1:
-        return roots[0]
+        return roots[0][2], roots[0][1]
     if roots:
-        advice = "pass the one you mean, not the whole"
-        raise UnsupportedModelError(f"{name} holds {len(roots)} convertible models: {advice}")
+        paths = ", ".join(path for path, *_ in roots)
+        advice = f"name one, lape.apply_(model, at={roots[0][0]!r})"
+        raise UnsupportedModelError(f"{name} holds {len(roots)} convertible models ({paths}): {advice}")
     reasons = {block: reason for host in _HOSTS.values() for block, reason in host.refused.items()}
     for path, module in model.named_modules():
         if (block := class_name(type(module))) in reasons:

@@ -8,24 +8,49 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape.core.anatomy import Anatomy
+from lape.core.anatomy import Anatomy, Form
 from lape.core.bias import OwnBias, masked
-from lape.core.position import Grid, Layout
-from lape.core.stages import Stage
+from lape.core.grids import grid_of_map
+from lape.core.position import Grid, Layout, resample
+from lape.core.stages import Stage, over_tokens
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host.base import Blueprint, Host, class_name
-from lape.host.parts import POST_NORM, RELATIVE, SHARED, Call, anatomy, check_blocks, children, instances, table_in
+from lape.host.parts import (
+    POST_NORM,
+    RELATIVE,
+    ROTARY,
+    SHARED,
+    Call,
+    anatomy,
+    check_blocks,
+    children,
+    instances,
+    table_in,
+)
 
 
 def _class(folder: str, name: str, file: str = "") -> str:
     """The full name of a class of the library, whose file is mostly named as its folder."""
     return f"transformers.models.{folder}.modeling_{file or folder}.{name}"
+
+
+Sizes = tuple[Grid, tuple[int, ...]]
+"""Grid and patch size."""
+
+
+def _sizes(root: Any) -> Sizes:
+    (height, width), (ph, pw) = _pair(root.config.image_size), _pair(root.config.patch_size)
+    return (height // ph, width // pw), (ph, pw)
 
 
 @dataclass(frozen=True)
@@ -37,23 +62,267 @@ class Family:
     layers: str | None = None  # their list is in one place
     norm: str = "layernorm_before"
     attention: str = "attention"
-    table: str = "embeddings.position_embeddings"
+    table: str | None = "embeddings.position_embeddings"  # None: the encoder adds none
     patch_embed: str | None = "embeddings.patch_embeddings"
     prefix_rows: int | str = 1  # or the name of the config's entry
+    bare: int = 0  # class tokens without a row
     registers: bool = False  # whether config.num_register_tokens tokens stand between class token and patches
     shuffle: str | None = None  # a method that shuffles and drops patches
     frozen_kind: str = "learnable"  # what the family's own table is while it is frozen
     read: Callable[[Any, list[str], Layout], dict[str, Any]] = lambda root, blocks, layout: {}
+    sizes: Callable[[Any], Sizes] = _sizes
+    suffix_rows: int | str = 0  # tokens behind the patches that own a row, or the name of the config's entry
 
 
 def _family(folder: str, name: str, file: str = "", **more: Any) -> Family:
     return Family(_class(folder, f"{name}Embeddings", file), _class(folder, f"{name}Layer", file), **more)
 
 
-def _clip_like(folder: str, name: str, layer: str = "EncoderLayer", weight: str = ".weight", rows: int = 1) -> Family:
+def _clip_like(
+    folder: str, name: str, layer: str = "EncoderLayer", weight: str = ".weight", rows: int = 1, **more: Any
+) -> Family:
     table, patches = f"embeddings.position_embedding{weight}", "embeddings.patch_embedding"
     classes = _class(folder, f"{name}VisionEmbeddings"), _class(folder, f"{name}{layer}")
-    return Family(*classes, None, "layer_norm1", "self_attn", table, patches, rows)
+    more = {"norm": "layer_norm1", "attention": "self_attn", "table": table, "patch_embed": patches, **more}
+    return Family(*classes, prefix_rows=rows, **more)
+
+
+# ---------------------------------------------------------------- encoders without a table, and with rotary position
+
+
+def _rotary(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    return {"beside": ROTARY, "input": "embeddings"}
+
+
+def _dinov3_like(folder: str, name: str, **more: Any) -> Family:
+    """As timm's: a new table has rows for class token and registers, too."""
+    return _family(folder, name, norm="norm1", table=None, registers=True, read=_rotary, **more)
+
+
+# ------------------------------------------------------ tables read or resampled in ways of their own
+
+
+def _without_class_row(table_1RD: Tensor) -> Tensor:
+    return table_1RD[:, 1:]
+
+
+def _class_row_everywhere(table_1RD: Tensor) -> Tensor:
+    return table_1RD[:, 1:] + table_1RD[:, :1]
+
+
+def _vitpose(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    return {"form": Form(_class_row_everywhere), "add_bias": None, "input": "embeddings"}
+
+
+def _for_image(table_1RD: Tensor, skip: int, before: Grid, grid: Grid, way: Callable[..., Tensor]) -> Tensor:
+    """A table of the grid of pretraining, as the model adds it."""
+    rows_1RD: Tensor = way(table_1RD[:, skip:], Layout(before, 0), grid)
+    return rows_1RD
+
+
+def _pretrained_grid(root: Any, layout: Layout, skip: int, way: Callable[..., Tensor]) -> dict[str, Any]:
+    height, width = _pair(root.config.pretrain_image_size)
+    side, columns = _pair(root.config.patch_size)
+    before = (height // side, width // columns)
+    return {"form": Form(partial(_for_image, skip=skip, before=before, grid=layout.grid, way=way)), "resample": way}
+
+
+_bicubic = partial(resample, antialias=False)
+
+
+def _vitdet(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    """On maps, whose table has the row of a class token that the model does not have."""
+    beside = RELATIVE if root.config.use_relative_position_embeddings else None
+    table = "embeddings.position_embeddings" if root.embeddings.position_embeddings is not None else None
+    how = _pretrained_grid(root, layout, 1, _bicubic) if table else {}
+    return {"slot": table, "beside": beside, "add_bias": None, "maps": True, "channels_first": True, **how}
+
+
+def _tiled(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
+    """The table side by side with itself, cut at the border."""
+    tile = p_1RD.unflatten(1, layout.grid)
+    times = [1, *(side // own + 1 for side, own in zip(grid, layout.grid, strict=True)), 1]
+    rows_1RD: Tensor = tile.repeat(*times)[:, : grid[0], : grid[1]].flatten(1, 2)
+    return rows_1RD
+
+
+def _sam3(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    return {"beside": ROTARY, "add_bias": None, "maps": True, **_pretrained_grid(root, layout, 0, _tiled)}
+
+
+def _in_windows(p_1ND: Tensor, grid: Grid, layer: int, side: int, prefix: int) -> Tensor:
+    """(1, N, D) -> (side x side, n, D): the patches of each window, behind the prefix tokens."""
+    (rows, columns), patches_1nD = grid, p_1ND[:, prefix:]
+    cut = patches_1nD.reshape(side, rows // side, side, columns // side, -1).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    return torch.cat([p_1ND[:, :prefix].expand(side**2, -1, -1), cut], dim=1)
+
+
+def _lw_detr(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    windows = partial(_in_windows, side=root.config.num_windows_side, prefix=0)
+    return {"windows": windows, "add_bias": None, **_pretrained_grid(root, layout, 1, _bicubic)}
+
+
+def _rf_detr(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    windows = partial(_in_windows, side=root.config.num_windows, prefix=1)
+    return {"windows": windows if root.config.num_windows > 1 else None, "add_bias": None}
+
+
+def _yolos(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    between = "a table added to the stream between blocks" if root.config.use_mid_position_embeddings else None
+    return {"resample": _bicubic, "beside": between, "add_bias": None}
+
+
+# ---------------------------------------------------------------- images of several grids
+
+
+def _picked(ids_BN: Tensor, rows: Any) -> Tensor:
+    """The host looks up the rows of each image itself, and patches are rows."""
+    return ids_BN
+
+
+def _nearest_rows(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
+    """As the host picks them: the row in which the upper left corner of a patch lies."""
+    places = [
+        (torch.arange(n) * (side / n)).clamp(max=side - 1e-6).long() for n, side in zip(grid, layout.grid, strict=True)
+    ]
+    rows_1RD: Tensor = p_1RD.unflatten(1, layout.grid)[:, places[0]][:, :, places[1]].flatten(1, 2)
+    return rows_1RD
+
+
+def _picks(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    method = "embeddings.position_embedding.forward"
+    return {"shuffle": method, "kept": _picked, "resample": _nearest_rows, "add_bias": None}
+
+
+def _grids_of_shapes(pixels: Tensor, spatial_shapes: Tensor) -> list[Grid]:
+    return [tuple(shape) for shape in spatial_shapes.tolist()]
+
+
+def _siglip2(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    bilinear = partial(resample, mode="bilinear")
+    return {"packed": _grids_of_shapes, "patch_embed": "embeddings", "resample": bilinear, "add_bias": None}
+
+
+def _siglip2_sizes(root: Any) -> Sizes:
+    side = math.isqrt(root.config.num_patches)
+    return (side, side), _pair(root.config.patch_size)
+
+
+# ---------------------------------------------------------------- sound and video
+
+
+def _ast_sizes(root: Any) -> Sizes:
+    config, (frequency, time) = root.config, (root.config.frequency_stride, root.config.time_stride)
+    rows, columns = (config.num_mel_bins - config.patch_size), (config.max_length - config.patch_size)
+    return (rows // frequency + 1, columns // time + 1), (frequency, time)
+
+
+def _ast(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    return {"pixels": (root.config.num_mel_bins, root.config.max_length)}
+
+
+def _video_sizes(root: Any) -> Sizes:
+    config: Any = root.config
+    tubelet = config.tubelet_size
+    patch = (tubelet, *_pair(config.patch_size)) if isinstance(tubelet, int) else tuple(tubelet)
+    frames = getattr(config, "num_frames", None) or config.frames_per_clip
+    pixels = (frames, *_pair(getattr(config, "image_size", None) or config.crop_size))
+    return tuple(side // step for side, step in zip(pixels, patch, strict=True)), patch
+
+
+def _videomae(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    """Its sine table is a plain tensor, in whose place a table can be joined; pe='1D_sin' has the same values."""
+    return {"encoder": ("embeddings.position_embeddings",), "input": "embeddings", "add_bias": None}
+
+
+# ---------------------------------------------------------------- Hiera: attention pools its queries at a border
+
+
+def _by_border(block: Any, p_1nD: Tensor, grid: Grid, norm: str, strides: tuple[int, ...]) -> Tensor:
+    """The position as the block at a border makes the stream: normed, projected and pooled by its largest values."""
+    projected = block.proj(getattr(block, norm)(p_1nD)).transpose(1, 2).unflatten(2, grid)
+    return F.max_pool2d(projected, strides).flatten(2).transpose(1, 2)
+
+
+def _hiera_like(root: Any, blocks: list[str], layout: Layout, dims: tuple[str, str], norm: str) -> dict[str, Any]:
+    """Stages that begin behind the block whose attention pools; its norm feeds the stream, too."""
+    layers: list[Any] = [root.get_submodule(path) for path in blocks]
+    stages: list[Stage] = []
+    grid, merging, start, way = layout.grid, None, 0, over_tokens
+    for i, layer in enumerate([*layers[1:], None], 1):
+        width, widened = (getattr(layers[i - 1], name) for name in dims)
+        if widened == width and layer is not None:
+            continue
+        stages.append(Stage(i - start, grid, getattr(layers[start], dims[0]), merging, way))
+        stride = layers[i - 1].query_stride
+        pools = stride is not None and stride != 1
+        strides = tuple(root.config.query_stride) if pools else (1, 1)
+        merging, start, way = blocks[i - 1], i, partial(_by_border, norm=norm, strides=strides)
+        grid = tuple(side // step for side, step in zip(grid, strides, strict=True))
+    return {"stages": tuple(stages), "norm_feeds_more": True, "patch_embed": None, "add_bias": None}
+
+
+def _hiera(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    config, fields = (
+        root.config,
+        _hiera_like(root, blocks, layout, ("hidden_size", "hidden_size_output"), "layernorm_before"),
+    )
+    fields["windows"] = partial(
+        _unrolled, strides=tuple(config.query_stride), stages=len(config.depths), grid0=layout.grid
+    )
+    return {**fields, "width": config.embed_dim, "num_heads": config.num_heads[0]}
+
+
+def _unrolled(p_1nD: Tensor, grid: Grid, layer: int, strides: tuple[int, int], stages: int, grid0: Grid) -> Tensor:
+    """In the order of Hiera's tokens: the places within a window in front, the windows behind."""
+    pooled = round(math.log(grid0[0] / grid[0], strides[0]))
+    cells = p_1nD.unflatten(1, grid)
+    for _ in range(stages - 1 - pooled):
+        (rows, columns), (down, along) = cells.shape[1:3], strides
+        cells = cells.reshape(-1, rows // down, down, columns // along, along, p_1nD.shape[-1])
+        cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    unrolled: Tensor = cells.reshape(1, -1, p_1nD.shape[-1])
+    return unrolled
+
+
+def _stride_sizes(root: Any) -> Sizes:
+    stride = _pair(root.config.patch_stride)
+    return tuple(side // step for side, step in zip(_pair(root.config.image_size), stride, strict=True)), stride
+
+
+def _sam2(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    """On maps; attention gets windows, padded at the border. Its table is one of the image and one of a window."""
+    fields = _hiera_like(root, blocks, layout, ("dim", "dim_out"), "layer_norm1")
+    sizes = tuple(root.get_submodule(path).window_size for path in blocks)
+    form = Form(partial(_image_and_window, grid=layout.grid), ("pos_embed_window",))
+    watch = {"patch_embed": "patch_embed", "grid_from": grid_of_map}
+    adds = {"adds": ("_get_pos_embed",), "form": form}
+    return {**fields, **watch, **adds, "windows": partial(_padded_windows, sizes=sizes)}
+
+
+def _image_and_window(image_1DHW: Tensor, window_1DHW: Tensor, grid: Grid) -> Tensor:
+    image = F.interpolate(image_1DHW, size=grid, mode="bicubic")
+    times = [side // own for side, own in zip(image.shape, window_1DHW.shape, strict=True)]
+    return (image + window_1DHW.tile(times)).flatten(2).transpose(1, 2)
+
+
+def _padded_windows(p_1nD: Tensor, grid: Grid, layer: int, sizes: tuple[int, ...]) -> Tensor:
+    """(1, n, D) -> (W, side, side, D), zero where an image is padded to whole windows."""
+    side, cells = sizes[layer], p_1nD.unflatten(1, grid)
+    cells = F.pad(cells, (0, 0, 0, -grid[1] % side, 0, -grid[0] % side))
+    rows, columns = cells.shape[1] // side, cells.shape[2] // side
+    return cells[0].reshape(rows, side, columns, side, -1).transpose(1, 2).flatten(0, 1)
+
+
+# ---------------------------------------------------------------- queries that enter in the last blocks
+
+
+def _eomt(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    config, width, count = root.config, root.config.hidden_size, len(blocks)
+    first = Stage(count - config.num_blocks, layout.grid, width)
+    stages = (first, Stage(config.num_blocks, layout.grid, width, lead=config.num_queries))
+    rotary = {"beside": ROTARY, "input": "embeddings"} if hasattr(root, "rope_embeddings") else {}
+    return {"stages": stages, "patch_embed": None, "add_bias": None, **rotary}
 
 
 def _sam(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
@@ -71,7 +340,7 @@ def _swin(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     for path in instances(root, f"{prefix}Stage"):
         inside = children(root, f"{path}.blocks")
         width = root.get_submodule(f"{inside[0]}.layernorm_before").normalized_shape[0]
-        stages.append(Stage(len(inside), grid, width, merging, merges_map=False))
+        stages.append(Stage(len(inside), grid, width, merging, over_tokens))
         merging, grid = f"{path}.downsample", ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
     # Earlier versions and the copies compute the bias inline.
     modules, paths = dict(root.named_modules()), [f"{path}.attention.relative_position_bias" for path in blocks]
@@ -87,6 +356,7 @@ def _swin(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     }
 
 
+_EOMT: dict[str, Any] = {"norm": "norm1", "table": "embeddings.position_embeddings.weight"}
 _ENCODERS = (
     _family("vit", "ViT"),
     _family("deit", "DeiT", prefix_rows=2),
@@ -110,6 +380,50 @@ _ENCODERS = (
     _clip_like("blip", "Blip", weight=""),
     _clip_like("blip_2", "Blip2", weight=""),
     _clip_like("siglip", "Siglip", rows=0),
+    _clip_like("kosmos2", "Kosmos2", layer="VisionEncoderLayer"),
+    _clip_like("git", "Git", layer="VisionEncoderLayer"),
+    _clip_like("instructblip", "InstructBlip", weight=""),
+    _clip_like("instructblipvideo", "InstructBlipVideo", weight=""),
+    _clip_like("janus", "Janus", layer="VisionEncoderLayer", rows=0),
+    _clip_like("phi4_multimodal", "Phi4Multimodal", layer="VisionEncoderLayer", rows=0),
+    _clip_like("ovis2", "Ovis2", layer="VisionEncoderLayer", rows=0, norm="rms_norm1", attention="attention"),
+    _clip_like("aimv2", "Aimv2", rows=0, norm="rms_norm1", attention="attention", patch_embed="embeddings.patch_embed"),
+    replace(
+        _clip_like("idefics", "Idefics"),
+        owner="transformers.models.idefics.vision.IdeficsVisionEmbeddings",
+        layer="transformers.models.idefics.vision.IdeficsVisionEncoderLayer",
+    ),
+    *(
+        _clip_like(folder, name, rows=0, patch_embed=None, read=_picks)
+        for folder, name in (("idefics2", "Idefics2"), ("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
+    ),
+    _clip_like("siglip2", "Siglip2", rows=0, read=_siglip2, sizes=_siglip2_sizes),
+    _clip_like("mlcd", "MLCD", table=None, read=_rotary),
+    _family("internvl", "InternVLVision"),
+    _family("vitpose_backbone", "VitPoseBackbone", prefix_rows=0, read=_vitpose),
+    _family("vitdet", "VitDet", norm="norm1", patch_embed="embeddings.projection", prefix_rows=0, read=_vitdet),
+    _family("lw_detr", "LwDetrViT", patch_embed="embeddings.projection", prefix_rows=0, read=_lw_detr),
+    _family("rf_detr", "RfDetrDinov2", norm="norm1", read=_rf_detr),
+    _family("sam3", "Sam3ViT", norm="layer_norm1", patch_embed=None, prefix_rows=0, read=_sam3),
+    _family("hiera", "Hiera", attention="attn", prefix_rows=0, read=_hiera, sizes=_stride_sizes),
+    _family("yolos", "Yolos", suffix_rows="num_detection_tokens", read=_yolos),
+    _dinov3_like("dinov3_vit", "DINOv3ViT"),
+    _dinov3_like("sapiens2", "Sapiens2"),
+    _family("eomt", "Eomt", prefix_rows=0, bare=1, registers=True, read=_eomt, **_EOMT),
+    _family("eomt_dinov3", "EomtDinov3", norm="norm1", table=None, registers=True, read=_eomt),
+    _family("audio_spectrogram_transformer", "AST", patch_embed=None, prefix_rows=2, sizes=_ast_sizes, read=_ast),
+    _family("vivit", "Vivit", patch_embed=None, sizes=_video_sizes),
+    _family("videomae", "VideoMAE", table=None, patch_embed=None, prefix_rows=0, read=_videomae, sizes=_video_sizes),
+    _family(
+        "vjepa2",
+        "VJEPA2",
+        norm="norm1",
+        table=None,
+        patch_embed=None,
+        prefix_rows=0,
+        read=_rotary,
+        sizes=_video_sizes,
+    ),
 )
 _SWIN: dict[str, Any] = {"patch_embed": None, "prefix_rows": 0, "read": _swin}
 _SWINS = (  # with its copies
@@ -122,31 +436,34 @@ _SAMS = (
     Family(_class("sam", "SamVisionEncoder"), _class("sam", "SamVisionLayer"), *_SAM, read=_sam),
     Family(_class("sam_hq", "SamHQVisionEncoder"), _class("sam_hq", "SamHQVisionLayer"), *_SAM, read=_sam),
 )
-FAMILIES = {family.owner: family for family in (*_ENCODERS, *_SWINS, *_SAMS)}
+_LLAMA_4 = Family(
+    _class("llama4", "Llama4VisionModel"),
+    _class("llama4", "Llama4VisionEncoderLayer"),
+    norm="input_layernorm",
+    attention="self_attn",
+    table="positional_embedding_vlm",
+    patch_embed=None,
+    prefix_rows=0,
+    suffix_rows=1,
+    read=lambda root, blocks, layout: {"beside": ROTARY, "adds": ("forward",), "add_bias": None},
+)
+_SAM_2 = Family(
+    _class("sam2", "Sam2HieraDetModel"),
+    _class("sam2", "Sam2MultiScaleBlock"),
+    norm="layer_norm1",
+    attention="attn",
+    table="pos_embed",
+    prefix_rows=0,
+    read=_sam2,
+    sizes=_stride_sizes,
+)
+FAMILIES = {family.owner: family for family in (*_ENCODERS, *_SWINS, *_SAMS, _LLAMA_4, _SAM_2)}
 
-_ROTARY = "it has rotary position embedding inside attention and no table to join"
-_WINDOWS = "it cuts an image into windows, which stand side by side in the batch before its layers"
-_VIDEO = "its tokens are those of a video: a grid has rows and columns only"
 _REFUSED = {
-    _class("siglip2", "Siglip2VisionEmbeddings"): (
-        "it packs images of different grids into one batch, so that the position differs from image to image"
+    _class("timesformer", "TimesformerEmbeddings"): (
+        "its blocks attend along time and within a frame in turn, each with a norm of its own over other tokens"
     ),
-    _class("dinov3_vit", "DINOv3ViTEmbeddings"): _ROTARY,
-    _class("yolos", "YolosEmbeddings"): (
-        "its position table covers detection tokens behind the patches, and it resamples for every image size"
-    ),
-    _class("vitdet", "VitDetEmbeddings"): (
-        "its blocks take maps with channels first, and its table has the row of a class token that it does not have"
-    ),
-    _class("vitpose_backbone", "VitPoseBackboneEmbeddings"): "it adds the class row of its table to every patch",
-    _class("rf_detr", "RfDetrDinov2Embeddings"): _WINDOWS,
-    _class("lw_detr", "LwDetrViTEmbeddings"): _WINDOWS,
-    _class("mlcd", "MLCDVisionEmbeddings"): _ROTARY,
-    _class("sapiens2", "Sapiens2Embeddings"): _ROTARY,
-    _class("aimv2", "Aimv2VisionEmbeddings"): "its RMSNorm is the library's own; timm's AIMv2 can be converted",
-    _class("videomae", "VideoMAEEmbeddings"): _VIDEO,
-    _class("vivit", "VivitEmbeddings"): _VIDEO,
-    _class("timesformer", "TimesformerEmbeddings"): _VIDEO,
+    _class("videomt", "VideomtEmbeddings"): "its last blocks run once a frame, on queries of the frame before",
 }
 
 
@@ -160,18 +477,23 @@ def examine(root: nn.Module) -> Anatomy:
     check_blocks("Hugging Face", root, blocks, (family.layer,))
     first = root.get_submodule(blocks[0])
     norm, attention = getattr(first, family.norm), getattr(first, family.attention)
-    if not isinstance(norm, nn.LayerNorm):
-        raise UnsupportedModelError(f"{blocks[0]}.{family.norm} is a {class_name(type(norm))}, not a LayerNorm")
+    if not isinstance(norm, nn.LayerNorm) and not type(norm).__name__.endswith("RMSNorm"):
+        reason = "the norm before attention must be a LayerNorm or an RMSNorm"
+        raise UnsupportedModelError(f"{blocks[0]}.{family.norm} is a {class_name(type(norm))}: {reason}")
     config: Any = root.config
-    grid, patch_size = measure(root)
+    grid, patch_size = family.sizes(root)
     rows = family.prefix_rows if isinstance(family.prefix_rows, int) else getattr(config, family.prefix_rows)
-    layout = Layout(grid, rows, config.num_register_tokens if family.registers else 0)
-    table = table_in(root, family.table)
+    registers = family.bare + (config.num_register_tokens if family.registers else 0)
+    if family.registers and family.table is None:  # a new table
+        rows, registers = rows + registers, 0
+    suffix = family.suffix_rows if isinstance(family.suffix_rows, int) else getattr(config, family.suffix_rows)
+    layout = Layout(grid, rows, registers, suffix_rows=suffix)
+    table = None if family.table is None else table_in(root, family.table)
     shared = getattr(config, "use_shared_relative_position_bias", False)
     fields: dict[str, Any] = {
         "slot": family.table,
-        "width": config.hidden_size,
-        "num_heads": config.num_attention_heads,
+        "width": getattr(config, "hidden_size", None),
+        "num_heads": getattr(config, "num_attention_heads", None),
         "patch_embed": family.patch_embed,
         "add_bias": add_to_attention_mask if _takes_bias(attention) else None,
         "own_kind": "learnable" if table is None or table.requires_grad else family.frozen_kind,
@@ -210,11 +532,9 @@ def add_to_attention_mask(bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict
     return args, {**kwargs, "attention_mask": masked(bias_1HNN, kwargs.get("attention_mask"))}
 
 
-def measure(root: nn.Module) -> tuple[Grid, tuple[int, int]]:
+def measure(root: nn.Module) -> Sizes:
     """Grid and patch size that the model was made for."""
-    config: Any = root.config
-    (height, width), (ph, pw) = _pair(config.image_size), _pair(config.patch_size)
-    return (height // ph, width // pw), (ph, pw)
+    return FAMILIES[class_name(type(root._modules.get("embeddings", root)))].sizes(root)
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -230,15 +550,54 @@ def blueprint(model: nn.Module) -> Blueprint | None:
     return cls.__name__, json.loads(config.to_json_string(use_diff=False))
 
 
-def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """One of the library's own model classes from a configuration, with random weights."""
+# Entries of a configuration that name weights, files or code: a backbone of the Hub, a kernel, a class to import.
+_ELSEWHERE = frozenset(
+    "backbone use_timm_backbone use_pretrained_backbone backbone_kwargs auto_map custom_pipelines trust_remote_code "
+    "quantization_config compression_config model_args architecture pretrained_cfg adapter_kwargs use_kernels "
+    "kernel_config base_model_name_or_path".split()
+)
+_ATTENTION = ("eager", "sdpa")
+
+
+def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises LapeError for an entry, at any depth, that has the library fetch weights, a kernel or code, or that
+    is named like a method of configurations."""
+    config_class = _model_class(name).config_class
+    for key, value in _entries(kwargs):
+        if key in _ELSEWHERE and value not in (None, False, "", {}, []):
+            raise LapeError(f"{key!r} names weights or code of somewhere else")
+        if "attn_implementation" in key and value not in (None, False, *_ATTENTION):
+            raise LapeError(f"{key!r} may be {' or '.join(_ATTENTION)}, not {value!r}")
+        if key.startswith("__") or callable(getattr(config_class, key, None)):
+            raise LapeError(f"{key!r} is no entry of a configuration")
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key), inner
+            if key not in ("id2label", "label2id"):
+                yield from _entries(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _entries(inner)
+
+
+def _model_class(name: str) -> Any:
     import transformers
 
     cls: Any = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise LapeError(f"{name!r} is not a model class of transformers {transformers.__version__}")
-    config_class: Any = cls.config_class
-    model: nn.Module = cls(config_class.from_dict(kwargs))
+    return cls
+
+
+def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """One of the library's own model classes from a configuration, with random weights."""
+    cls = _model_class(name)
+    config = cls.config_class.from_dict(kwargs)
+    check_arguments(name, config.to_dict())  # what the file does not say is the library's default
+    model: nn.Module = cls(config)
     return model
 
 
@@ -248,16 +607,19 @@ def _host(name: str, families: tuple[Family, ...], note: str, refused: dict[str,
     layers = tuple(family.layer for family in families)
     child = "embeddings" if roots[0].endswith("Embeddings") else None
     host = Host(name, tuple(roots), layers, examine, measure, note, "transformers", blueprint, build)
-    return replace(host, root_child=child, tested=(*earlier, "transformers 5.23.0"), refused=refused)
+    host = replace(host, root_child=child, check_arguments=check_arguments, refused=refused)
+    return replace(host, tested=(*earlier, "transformers 5.24.0"))
 
 
 HOSTS = (
     _host(
         "Hugging Face vision encoder",
         _ENCODERS,
-        "ViT, DeiT, DINOv2 (with registers), BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, DPT, TIPSv2, Pixio, the "
-        "vision encoders of CLIP, MetaCLIP 2, AltCLIP, ChineseCLIP, CLIPSeg, OWL-ViT, OWLv2, BLIP, BLIP-2, SigLIP; "
-        "what holds one",
+        "ViT, DeiT, DINOv2 (with registers), DINOv3, BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, DPT, TIPSv2, Pixio, "
+        "EoMT, Hiera, ViTPose, VitDet, YOLOS, LW-DETR, RF-DETR, Sapiens 2, SAM 3, AST (sound), ViViT, VideoMAE, "
+        "V-JEPA 2, the vision encoders of CLIP, MetaCLIP 2, MLCD, AltCLIP, ChineseCLIP, CLIPSeg, OWL-ViT, OWLv2, BLIP, "
+        "BLIP-2, InstructBLIP, SigLIP, SigLIP 2, AIMv2, InternVL, Idefics (1 to 3), SmolVLM, Ovis 2, Janus, Kosmos-2, "
+        "GIT, Phi-4; what holds one",
         _REFUSED,
         "transformers 4.49.0 (without relative bias)",
     ),
@@ -271,6 +633,18 @@ HOSTS = (
         "Hugging Face SAM",
         _SAMS,
         "SAM and SAM-HQ: the table of the image encoder, beside its relative bias; one size",
+        {},
+    ),
+    _host(
+        "Hugging Face SAM 2",
+        (_SAM_2,),
+        "the table of the image encoder, of image and window, pooled from stage to stage; one size",
+        {},
+    ),
+    _host(
+        "Hugging Face Llama 4 vision",
+        (_LLAMA_4,),
+        "the table of the vision encoder, beside rotary position embedding; the class token stands last; one size",
         {},
     ),
 )

@@ -12,6 +12,7 @@ from lape.errors import UnsupportedModelError
 from lape.host.base import ANOTHER, class_name
 
 RELATIVE = "relative position bias in attention"
+ROTARY = "rotary position embedding in attention"
 SHARED = "relative position bias in attention (one for all blocks)"
 POST_NORM = "its norm stands behind attention (post-norm), so no norm feeds attention"
 
@@ -37,9 +38,9 @@ def anatomy(
     Raises UnsupportedModelError when the table is not one of this layout, with `reason` in place of the grid.
     """
     table = None if slot is None else table_in(root, slot)
-    rows = layout.num_rows
-    if table is not None and tuple(table.shape[:-1]) not in ((rows,), (1, rows), (1, *layout.grid)):
-        grid = f"grid {layout.grid[0]} x {layout.grid[1]} and {layout.prefix_rows} prefix rows"
+    rows, plain = layout.num_rows, "form" not in more
+    if plain and table is not None and tuple(table.shape[:-1]) not in ((rows,), (1, rows), (1, *layout.grid)):
+        grid = f"grid {' x '.join(map(str, layout.grid))} and {layout.prefix_rows} prefix rows"
         raise UnsupportedModelError(f"{slot} has shape {tuple(table.shape)}, expected {rows} rows: {reason or grid}")
     path = None if table is None else slot
     return Anatomy(root=root, blocks=tuple(blocks), table=path, table_slot=slot, layout=layout, **more)

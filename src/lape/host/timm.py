@@ -5,31 +5,31 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lape.core.anatomy import Anatomy
+from lape.core.anatomy import Anatomy, Form
 from lape.core.bias import AddBias, OwnBias, add_to_attn_mask, masked
 from lape.core.grids import grid_beside, grid_of_map
 from lape.core.norm import NEW_OUTPUT
-from lape.core.position import Grid, Layout
+from lape.core.position import Grid, Layout, resample
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host import parts
 from lape.host.base import Blueprint, Host, class_name, find_host
-from lape.host.parts import POST_NORM, RELATIVE, SHARED, Call, check_blocks, children
+from lape.host.parts import POST_NORM, RELATIVE, ROTARY, SHARED, Call, check_blocks, children
 from lape.names import nearest
 
 NEW_OUTPUT.add("timm.layers.norm")
 
 # Norms over each token's width, which stay: LN' is a LayerNorm beside any of them, as in Eq. 11, with the host's eps.
 _TOKEN_NORMS = ("RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm")
-ROTARY = "rotary position embedding in attention"
 _NO_MASK = ("timm.layers.diff_attention.DiffAttention",)  # its two paths disagree on the heads of a mask
 
 
@@ -39,7 +39,8 @@ def anatomy(root: nn.Module, blocks: list[str], layout: Layout, **more: Any) -> 
     `more` are further fields of `Anatomy`, and `slot`, the path of the table, which the model may lack; None: its
     forward adds none.
     """
-    for path in (f"{block}.norm1" for block in blocks):
+    norm_name = "norm" if more.get("branches") else "norm1"
+    for path in (f"{block}.{norm_name}" for block in blocks):
         norm = root.get_submodule(path)
         if not isinstance(norm, nn.LayerNorm) and type(norm).__name__ not in _TOKEN_NORMS:
             reason = "the norm before attention must be a LayerNorm or an RMSNorm"
@@ -51,8 +52,8 @@ def anatomy(root: nn.Module, blocks: list[str], layout: Layout, **more: Any) -> 
         )
     first: Any = root.get_submodule(blocks[0])
     more = {"slot": "pos_embed", "add_bias": mask_of(first.attn), **more}
-    width, heads = first.norm1.normalized_shape[-1], first.attn.num_heads
-    return parts.anatomy(root, blocks, layout, norm="norm1", attention="attn", width=width, num_heads=heads, **more)
+    sizes = {"width": getattr(first, norm_name).normalized_shape[-1], "num_heads": first.attn.num_heads}
+    return parts.anatomy(root, blocks, layout, norm=norm_name, attention="attn", **sizes, **more)
 
 
 def own_biases(methods: list[str], layout: Layout) -> tuple[OwnBias, ...]:
@@ -138,6 +139,42 @@ def current(root: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in shown.items() if name in arguments and value is not None}
 
 
+# Arguments that say where weights come from and where the model lies, not what it is: no file holds them.
+NOT_THE_MODEL = frozenset(
+    "pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict pretrained_filter_fn pretrained_model_args "
+    "checkpoint_path cache_dir default_cfg model_cfg feature_cfg kwargs_filter pruned scriptable exportable no_jit "
+    "device dtype".split()
+)
+_OF_ALL_MODELS = {"features_only", "feature_cls", "out_indices", "use_naflex"}
+
+
+def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises LapeError for an argument that is none of the constructors in the file of this model's entry."""
+    import timm
+
+    import lape.models  # noqa: F401
+
+    arch = name.split(".")[0]
+    if not timm.is_model(arch):
+        raise unknown_model(name)
+    classes = [c for c in vars(sys.modules[timm.model_entrypoint(arch).__module__]).values() if isinstance(c, type)]
+    ours = {base for c in classes for base in c.__mro__ if base.__module__.startswith(("timm.", "lape."))}
+    made = [vars(base)["__init__"] for base in ours if "__init__" in vars(base)]
+    allowed = {argument for constructor in made for argument in inspect.signature(constructor).parameters}
+    for argument in kwargs:
+        if argument not in (allowed | _OF_ALL_MODELS) - NOT_THE_MODEL:
+            raise LapeError(f"{argument!r} is no argument of {arch} that says what the model is")
+
+
+def unknown_model(name: str) -> LapeError:
+    import timm
+
+    asked, known = name.split(".")[0], timm.list_models()
+    guess = nearest(asked, known) or next((model for model in known if asked and model.startswith(asked)), None)
+    hint = f"did you mean {guess!r}? " if guess else ""
+    return LapeError(f"unknown model {name!r}: {hint}timm.list_models() has all names")
+
+
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """A timm model by name. Raises LapeError: an unknown name (the nearest is named), wrong arguments or size."""
     import timm
@@ -145,10 +182,7 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     import lape.models  # noqa: F401  they are known to timm from here on
 
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
-        asked, known = str(name).split(".")[0], timm.list_models()
-        guess = nearest(asked, known) or next((model for model in known if asked and model.startswith(asked)), None)
-        hint = f"did you mean {guess!r}? " if guess else ""
-        raise LapeError(f"unknown model {name!r}: {hint}timm.list_models() has all names")
+        raise unknown_model(str(name))
     try:
         model: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, AssertionError) as error:
@@ -202,23 +236,28 @@ def _host(name: str, module: str, root: str, blocks: str, read: Callable[[Any], 
         if "layout" not in fields:
             fields |= {"layout": layout_of(root), "patch_size": measure(root)[1]}
         check_blocks("timm", root, paths, allowed, refused)
+        if all("attns" in root.get_submodule(path)._modules for path in paths):  # several attentions side by side
+            paths, fields["branches"] = [branch for path in paths for branch in children(root, f"{path}.attns")], True
         return anatomy(root, paths, **fields)
 
     size = measure if resizes else None
     host = Host(name, (f"{models}.{module}.{root}",), allowed, examine, size, _NOTES[name], "timm", blueprint, build)
-    return replace(host, current=current, tested=("timm 1.0.31",), refused=refused)
+    return replace(host, current=current, check_arguments=check_arguments, tested=("timm 1.0.31",), refused=refused)
 
 
 _RELPOS = "vision_transformer_relpos"
 _NOTES = {
     "timm VisionTransformer": (
-        "plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled, behind a CNN (hybrid)"
+        "plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled, behind a CNN (hybrid), "
+        "several attentions side by side"
     ),
     "timm BEiT": "its table, or its relative bias",
     "timm CaiT": "the blocks between patches; class attention comes behind them and gets no position",
     "timm EVA": "the absolute table, also beside rotary position embedding",
     "timm relative-position ViT": "on its relative bias, or a new table beside it, pe='learnable'",
-    "timm NaFlexViT": "images of one size a batch, any size; patches of mixed sizes are refused at run time",
+    "timm NaFlexViT": "images of any size, also packed patches of several sizes in a batch",
+    "timm PiT": "its table, pooled from stage to stage as the tokens are; class tokens have no position; one size",
+    "timm Qwen3-ViT": "the absolute table beside rotary position embedding, images of any size",
     "timm SAM ViT": "beside its relative bias, global and windowed attention",
     "timm VOLO": "the transformer blocks behind its table; class attention gets no position",
     "timm XCiT": (
@@ -228,14 +267,12 @@ _NOTES = {
     "lape CompactTransformer": "ViT-Lite, CVT and CCT for small images, see lape.models",
 }
 _PARALLEL = "one norm feeds attention and MLP at once, and the MLP must get no position"
-_SEVERAL = "it runs several attentions side by side, each with a norm of its own"
 _PIXELS = "it has no position embedding, and attends between the pixels of one place in all patches"
 _REFUSED = {  # classes of timm.models
     "timm VisionTransformer": {
         "vision_transformer.ResPostBlock": POST_NORM,
         "vision_transformer.ParallelScalingBlock": _PARALLEL,
         "vision_transformer.DiffParallelScalingBlock": _PARALLEL,
-        "vision_transformer.ParallelThingsBlock": _SEVERAL,
         # Models that hold blocks like the above in another arrangement.
         "crossvit.MultiScaleBlock": (
             "two branches with a position table each exchange their class tokens, so there is no one position to hand "
@@ -243,13 +280,6 @@ _REFUSED = {  # classes of timm.models
         ),
         "mobilevit.MobileVitBlock": _PIXELS,
         "mobilevit.MobileVitV2Block": _PIXELS,
-        "pit.PoolingVisionTransformer": (
-            "a convolution pools tokens and widens them between its stages, so that the position of a stage is not "
-            "that of the next"
-        ),
-        "qwen3_vit.Qwen3VitEncoder": (
-            "it resamples its position table for every image in a way of its own, beside rotary position embedding"
-        ),
     },
     "timm EVA": {"eva.EvaBlockPostNorm": POST_NORM},
     "timm relative-position ViT": {f"{_RELPOS}.ResPostRelPosBlock": POST_NORM},
@@ -301,16 +331,18 @@ def _patches(root: Any) -> Fields:
 def _naflex(root: Any) -> Fields:
     """On images (B, C, height, width): prefix tokens own no rows, the grid follows the image."""
     kind, grid = root.embeds.pos_embed_type, root.embeds.pos_embed_grid_size
-    if kind == "factorized" or grid is None:
-        factorized = "its position is the sum of a table of rows and one of columns: use pos_embed='learned'"
-        no_grid = "the model does not know a grid: create it with pos_embed_grid_size=(rows, columns)"
-        raise UnsupportedModelError(factorized if kind == "factorized" else no_grid)
-    if kind == "learned":
-        _check_resampling(root.embeds)
+    if grid is None:
+        raise UnsupportedModelError(
+            "the model does not know a grid: create it with pos_embed_grid_size=(rows, columns)"
+        )
+    factorized = {"form": Form(_sum_of_axes, ("embeds.pos_embed_x",))} if kind == "factorized" else {}
     return {
         "layout": Layout(tuple(grid), 0, root.num_prefix_tokens),
         "patch_size": root.embeds.patch_size,
-        "slot": "embeds.pos_embed" if kind == "learned" else None,
+        "slot": {"learned": "embeds.pos_embed", "factorized": "embeds.pos_embed_y"}.get(kind),
+        "resample": _naflex_resampling(root.embeds, factorized=kind == "factorized"),
+        "packed": None if root.embeds.pos_embed_use_grid_sample else _grids_of_coordinates,
+        **factorized,
         "patch_embed": "embeds",
         "grid_from": grid_beside,
         "adds": ("embeds.forward",),
@@ -319,15 +351,72 @@ def _naflex(root: Any) -> Fields:
     }
 
 
-def _check_resampling(embeds: nn.Module) -> None:
-    """The table is resampled for nearly every image here, so the way of it is part of the model."""
-    usual = {"interp_mode": "bicubic", "antialias": True, "align_corners": False, "ar_preserving": False}
-    for name, value in usual.items():
-        if (own := getattr(embeds, f"pos_embed_{name}")) != value:
-            raise UnsupportedModelError(
-                f"its position table is resampled with {name}={own!r}, which the join would not keep: "
-                f"create the model with pos_embed_{name}={value!r}"
-            )
+def _sum_of_axes(rows_1HD: Tensor, columns_1WD: Tensor) -> Tensor:
+    return (rows_1HD[:, :, None] + columns_1WD[:, None]).flatten(1, 2)
+
+
+def _naflex_resampling(embeds: Any, *, factorized: bool) -> Callable[..., Tensor]:
+    """As the model resamples its table for nearly every image; the axes of a factorized one, linearly."""
+    square = embeds.pos_embed_ar_preserving
+    if factorized:
+        return partial(resample, mode="bilinear", antialias=False, square=square)
+    names = ("mode", "antialias", "align_corners")
+    own = (embeds.pos_embed_interp_mode, embeds.pos_embed_antialias, embeds.pos_embed_align_corners)
+    return partial(resample, square=square, **dict(zip(names, own, strict=True)))
+
+
+def _grids_of_coordinates(
+    patches: Tensor, patch_coord: Tensor | None = None, patch_valid: Tensor | None = None
+) -> list[Grid] | None:
+    """The grid of each image of packed patches, as the model reads it in their coordinates; None for images."""
+    return None if patch_coord is None else [tuple(grid) for grid in (patch_coord.amax(1) + 1).tolist()]
+
+
+def _pit(root: Any) -> Fields:
+    """The table is that of the patches of the first stage; between stages a convolution pools the position, too.
+
+    Class tokens own no row.
+    """
+    embed, stages, blocks = root.patch_embed, [], []
+    grid = tuple(embed.grid_size)
+    for number, path in enumerate(children(root, "transformers")):
+        pool = f"{path}.pool" if number else None
+        if pool is not None:
+            (stride, _), before = root.get_submodule(pool).conv.stride, grid
+            grid = tuple((side + 2 * (stride // 2) - stride - 1) // stride + 1 for side in before)
+        inside = children(root, f"{path}.blocks")
+        width = root.get_submodule(inside[0]).norm1.normalized_shape[0]
+        stages.append(Stage(len(inside), grid, width, pool, _pooled))
+        blocks += inside
+    layout, place = (
+        Layout(stages[0].grid, 0, root.num_tokens),
+        {"patch_size": embed.conv.stride, "pixels": embed.img_size},
+    )
+    form = Form(_of_channels_first)
+    return {"blocks": blocks, "layout": layout, "stages": tuple(stages), "form": form, "add_bias": None, **place}
+
+
+def _of_channels_first(table_1DHW: Tensor) -> Tensor:
+    return table_1DHW.flatten(2).transpose(1, 2)
+
+
+def _pooled(pool: Any, p_1nD: Tensor, grid: Grid) -> Tensor:
+    pooled: Tensor = pool.conv(p_1nD.transpose(1, 2).unflatten(2, grid))
+    return _of_channels_first(pooled)
+
+
+def _qwen3(root: Any) -> Fields:
+    """Beside rotary position; the table of a square grid is resampled for nearly every image."""
+    side = root.pos_embed_grid_size
+    return {
+        "layout": Layout((side, side), 0),
+        "patch_size": measure(root)[1],
+        "patch_embed": "patch_embed",
+        "grid_from": grid_of_map,
+        "adds": ("_pos_embed",),
+        "resample": partial(resample, mode="bilinear", antialias=False, align_corners=True),
+        "beside": ROTARY,
+    }
 
 
 def _sam(root: Any) -> Fields:
@@ -353,7 +442,7 @@ def _xcit(root: Any) -> Fields:
     """Its position comes from a module, in whose place a table can be joined; attention is over channels."""
     side, (height, width) = root.patch_embed.patch_size, root.patch_embed.img_size
     place = {"layout": Layout((height // side, width // side), prefix_rows=0), "patch_size": (side, side)}
-    encoder = "pos_embed" if root.pos_embed is not None else None
+    encoder = ("pos_embed",) if root.pos_embed is not None else ()
     return {**place, "slot": None, "encoder": encoder, "patch_embed": "patch_embed", "grid_from": grid_beside}
 
 
@@ -384,12 +473,21 @@ def _compact(root: Any) -> Fields:
 
 
 HOSTS = (
-    _host("timm VisionTransformer", "vision_transformer", "VisionTransformer", "Block", _plain, resizes=True),
+    _host(
+        "timm VisionTransformer",
+        "vision_transformer",
+        "VisionTransformer",
+        "Block ParallelThingsBlock",
+        _plain,
+        resizes=True,
+    ),
     _host("timm BEiT", "beit", "Beit", "Block", _beit, resizes=True),
     _host("timm CaiT", "cait", "Cait", "LayerScaleBlock", _patches),
     _host("timm EVA", "eva", "Eva", "EvaBlock", _plain, resizes=True),
     _host("timm relative-position ViT", _RELPOS, "VisionTransformerRelPos", "RelPosBlock", _relpos, resizes=True),
     _host("timm NaFlexViT", "naflexvit", "NaFlexVit", "vision_transformer.Block eva.EvaBlock", _naflex),
+    _host("timm PiT", "pit", "PoolingVisionTransformer", "vision_transformer.Block", _pit),
+    _host("timm Qwen3-ViT", "qwen3_vit", "Qwen3VitEncoder", "eva.EvaBlock", _qwen3),
     _host("timm SAM ViT", "vision_transformer_sam", "VisionTransformerSAM", "Block", _sam),
     _host("timm VOLO", "volo", "VOLO", "Transformer", _volo),
     _host("timm XCiT", "xcit", "Xcit", "XCABlock", _xcit),

@@ -1,18 +1,22 @@
-"""torchvision's `VisionTransformer`: vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14."""
+"""torchvision's `VisionTransformer` (vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14) and Swin (swin_t, ...)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy
-from lape.core.bias import masked
-from lape.core.position import Layout
-from lape.errors import LapeError
+from lape.core.bias import OwnBias, masked
+from lape.core.position import Grid, Layout
+from lape.core.stages import Stage
+from lape.errors import LapeError, UnsupportedModelError
 from lape.host.base import Blueprint, Host, class_name
-from lape.host.parts import POST_NORM, Call, anatomy, check_blocks, children
+from lape.host.parts import POST_NORM, RELATIVE, Call, anatomy, check_blocks, children, instances
 
+_SWIN = "torchvision.models.swin_transformer"
 _VIT = "torchvision.models.vision_transformer"
 _BLOCKS = (f"{_VIT}.EncoderBlock",)
 
@@ -52,13 +56,80 @@ def blueprint(model: nn.Module) -> Blueprint | None:
     return "VisionTransformer", {**arguments, "num_layers": len(layers), "num_heads": layers[0].num_heads}
 
 
-def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """A torchvision VisionTransformer with random weights."""
-    from torchvision.models import VisionTransformer
+def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises LapeError for an argument that `blueprint` does not write."""
+    for argument in kwargs:
+        if argument not in (*_ARGUMENTS, "num_layers", "num_heads"):
+            raise LapeError(f"{argument!r} is no argument of VisionTransformer that says what the model is")
 
-    if name != "VisionTransformer":
-        raise LapeError(f"torchvision model {name!r} is not known here: VisionTransformer is")
-    return VisionTransformer(**kwargs)
+
+def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A torchvision VisionTransformer or Swin with random weights."""
+    from torchvision.models import SwinTransformer, VisionTransformer
+
+    known: dict[str, Any] = {"VisionTransformer": VisionTransformer, "SwinTransformer": SwinTransformer}
+    if name not in known:
+        raise LapeError(f"torchvision model {name!r} is not known here: {' and '.join(known)} are")
+    model: nn.Module = known[name](**kwargs)
+    return model
+
+
+def examine_swin(root: nn.Module, grid: Grid | None = None) -> Anatomy:
+    """A torchvision Swin, which does not know the size of its images: `grid` is that of the first stage.
+
+    Its relative bias stays, or is joined itself; a table is new. Raises UnsupportedModelError without a grid.
+    """
+    features, stages, blocks = children(root, "features"), [], []
+    for path in instances(root, f"{_SWIN}.SwinTransformerBlockV2"):
+        raise UnsupportedModelError(f"{path} is a {_SWIN}.SwinTransformerBlockV2: {POST_NORM}")
+    if grid is None:
+        raise UnsupportedModelError(
+            "the model does not know the size of its images, over whose grid a position is laid: name it, for instance "
+            "lape.apply_(model, grid=(56, 56)) for 224 x 224 pixels and patches of 4"
+        )
+    first, merging, at = grid, None, grid
+    for path in features[1:]:
+        if class_name(type(root.get_submodule(path))) == f"{_SWIN}.PatchMerging":
+            merging, at = path, tuple((side + 1) // 2 for side in at)
+            continue
+        inside = children(root, path)
+        check_blocks("torchvision", root, inside, (f"{_SWIN}.SwinTransformerBlock",))
+        norm: Any = root.get_submodule(f"{inside[0]}.norm1")
+        width = norm.normalized_shape[0]
+        stages.append(Stage(len(inside), at, width, merging))
+        blocks += inside
+    attentions: list[Any] = [root.get_submodule(f"{path}.attn") for path in blocks]
+    own = [
+        OwnBias(f"{path}.attn.get_relative_position_bias", math.prod(attention.window_size))
+        for path, attention in zip(blocks, attentions, strict=True)
+    ]
+    conv: Any = root.get_submodule("features.0.0")
+    sizes = {"patch_size": conv.kernel_size, "width": conv.out_channels, "num_heads": attentions[0].num_heads}
+    new = {"slot": None, "input": "features.0", "beside": RELATIVE, "own_bias": tuple(own), "maps": True, **sizes}
+    layout, names = Layout(first, prefix_rows=0), {"norm": "norm1", "attention": "attn"}
+    return anatomy(root, blocks, layout, add_bias=None, stages=tuple(stages), **names, **new)
+
+
+def swin_blueprint(model: nn.Module) -> Blueprint | None:
+    """The arguments of a Swin, read off its modules; None for a model around one."""
+    if class_name(type(model)) != f"{_SWIN}.SwinTransformer":
+        return None
+    features: Any = model.features
+    stages: list[Any] = [stage for stage in features[1:] if isinstance(stage, nn.Sequential)]
+    first, last = stages[0][0], stages[-1][-1]
+    arguments = {
+        "patch_size": list(features[0][0].kernel_size),
+        "embed_dim": features[0][0].out_channels,
+        "depths": [len(stage) for stage in stages],
+        "num_heads": [stage[0].attn.num_heads for stage in stages],
+        "window_size": list(first.attn.window_size),
+        "mlp_ratio": first.mlp[0].out_features / first.mlp[0].in_features,
+        "dropout": first.attn.dropout,
+        "attention_dropout": first.attn.attention_dropout,
+        "stochastic_depth_prob": last.stochastic_depth.p,
+        "num_classes": model.num_classes,
+    }
+    return "SwinTransformer", arguments
 
 
 VISION_TRANSFORMER = Host(
@@ -69,12 +140,20 @@ VISION_TRANSFORMER = Host(
     package="torchvision",
     blueprint=blueprint,
     build=build,
+    check_arguments=check_arguments,
     note="vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14, at one size",
     tested=("torchvision 0.29.2",),
-    refused={
-        "torchvision.models.swin_transformer.SwinTransformerBlock": (
-            "the model does not know the size of its images, over whose grid a position is laid; timm's Swin does"
-        ),
-        "torchvision.models.swin_transformer.SwinTransformerBlockV2": POST_NORM,
-    },
+)
+SWIN = Host(
+    name="torchvision Swin",
+    root_classes=(f"{_SWIN}.SwinTransformer",),
+    block_classes=(f"{_SWIN}.SwinTransformerBlock",),
+    examine=examine_swin,
+    package="torchvision",
+    blueprint=swin_blueprint,
+    build=build,
+    note="swin_t, swin_s, swin_b, with grid=(rows, columns): on its relative bias, or a new table; one size",
+    tested=("torchvision 0.29.1",),
+    given=("grid",),
+    refused={f"{_SWIN}.SwinTransformerBlockV2": POST_NORM},
 )

@@ -136,12 +136,12 @@ def debias_(model: nn.Module, images_BCHW: Tensor, *, depth: int = -1, energy: f
         raise LapeError(f"depth={depth} is none of the model's: choose 0 to {depths - 1}, or -1 for the last")
     _, means, within = _sums(watch, images_BCHW)
     subspace = subspace_of(means[depth], within[depth], len(images_BCHW), energy)
-    prefix = watch.num_prefix
+    first, behind_them = watch.patches.start, watch.patches.stop
 
     def clean(tokens: Tensor) -> Tensor:
         x_BND = tokens.flatten(1, -2)
-        cleaned = torch.cat([x_BND[:, :prefix], subspace.without(x_BND[:, prefix:])], dim=1)
-        return cleaned.reshape(tokens.shape)
+        patches = subspace.without(x_BND[:, watch.patches])
+        return torch.cat([x_BND[:, :first], patches, x_BND[:, behind_them:]], dim=1).reshape(tokens.shape)
 
     def before(_block: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
@@ -169,20 +169,23 @@ class Watch:
         tokens = [x.shape[1:] for x in self._tokens(images_BCHW[:1])]
         if len(set(tokens)) > 1:
             raise LapeError("the model's tokens change their number or width on the way: there is no one grid to probe")
-        count = tokens[0][0]
+        count, extra = tokens[0][0], 0
         if anatomy is None:
             self.grid = _grid_like(height, width, count if prefix is None else count - prefix)
         else:
-            (up, left), extra = anatomy.patch_size, anatomy.pads
-            self.grid = ((height + (up - 1) * extra) // up, (width + (left - 1) * extra) // left)
-        self.num_prefix = count - self.grid[0] * self.grid[1]
+            if len(anatomy.patch_size) != 2:
+                raise LapeError("the model takes videos: a probe reads rows and columns of images")
+            (down, right), pads, extra = anatomy.patch_size, anatomy.pads, anatomy.layout.suffix_rows
+            self.grid = ((height + (down - 1) * pads) // down, (width + (right - 1) * pads) // right)
+        self.num_prefix = count - self.grid[0] * self.grid[1] - extra
+        self.patches = slice(self.num_prefix, self.num_prefix + self.grid[0] * self.grid[1])
         if self.num_prefix != prefix and (prefix is not None or not 0 <= self.num_prefix <= MOST_PREFIX):
             raise LapeError(f"{count} tokens are no grid of an image of {height} x {width} pixels: give another size")
         sides = ((height // self.grid[0], -2), (width // self.grid[1], -1))
         self.steps = [step for step, side in zip(sides, self.grid, strict=True) if side > 1]
 
     def __call__(self, images_BCHW: Tensor) -> list[Tensor]:
-        return [x[:, self.num_prefix :] for x in self._tokens(images_BCHW)]
+        return [x[:, self.patches] for x in self._tokens(images_BCHW)]
 
     @torch.no_grad()
     def _tokens(self, images_BCHW: Tensor) -> list[Tensor]:

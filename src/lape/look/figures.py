@@ -1,7 +1,8 @@
 """Positions as pictures: the numbers of `lape.look.similarity`, drawn; nothing is derived from a model's weights here.
 
 One colour scale throughout: -1..1 for cosine similarity, symmetric about zero for biases, on a diverging map that
-colour-blind readers can tell apart. Figures are built without pyplot: no window system, no global state.
+colour-blind readers can tell apart; another range is on a map from dark to light. Figures are built without pyplot: no
+window system, no global state.
 Shape suffixes: L layers, N tokens, n patches (prefix tokens left out), D width, H heads.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -16,18 +18,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from lape.convert.positions import Description, View, describe, position_bias
+from lape.convert.converted import conversion_of
+from lape.convert.positions import Description, View, describe
 from lape.core.position import KINDS, Grid
-from lape.errors import LapeError, needs
-from lape.files.atomic import write_atomically
+from lape.errors import LapeError, check_finite, needs
+from lape.files.atomic import keep_inputs, write_atomically
 from lape.files.read import read_checkpoint
 from lape.files.restore import restore_to_draw
 from lape.look.colours import COLOURS
 from lape.look.measures import MEASURES, measure_all
 from lape.look.options import DrawOptions
-from lape.look.similarity import Maps, center_token, check_token, similarity_by_distance, token_map
+from lape.look.similarity import Maps, bias_to_show, center_token, check_token, similarity_by_distance, token_map
 
 with needs("plot"):
     from matplotlib import rc_context
@@ -36,9 +40,11 @@ with needs("plot"):
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.text import Text
     from matplotlib.ticker import MaxNLocator
 
-COLOUR_MAP = "RdBu_r"
+COLOUR_MAP, ONE_SIDED = "RdBu_r", "viridis"
+LETTERS = 0.8  # of their usual size, in a figure of a given width
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 WHO: dict[View, str] = {
     "seen": "each layer sees them",
@@ -57,7 +63,8 @@ def draw_map(axes: Axes, values: Tensor, grid: Grid, token: int | None, norm: No
     Ticks count patches; those of an n x n map stand where a row of the grid begins. Returns the image.
     """
     height, width = values.shape
-    image = axes.imshow(values.numpy(), cmap=COLOUR_MAP, norm=norm, interpolation="antialiased", aspect="equal")
+    colours = COLOUR_MAP if norm.vmin == -(norm.vmax or 0) else ONE_SIDED
+    image = axes.imshow(values.numpy(), cmap=colours, norm=norm, interpolation="antialiased", aspect="equal")
     unit = 1 if token is not None else grid[1]
     axes.set_xticks(_ticks(width, unit, most_ticks))
     axes.set_yticks(_ticks(height, unit, most_ticks))
@@ -86,15 +93,50 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def fit(figure: Figure, width: float | None) -> Figure:
+    """The figure with everything in it larger or smaller, so that it is `width` inches wide; None: as it is."""
+    old_width, old_height = map(float, figure.get_size_inches())
+    factor = 1.0 if width is None else width / old_width
+    if factor == 1.0:
+        return figure
+    figure.set_size_inches(old_width * factor, old_height * factor)
+    letters: Any = figure.findobj(Text)
+    sizes = [(text, text.get_fontsize() * factor) for text in letters]
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            size = float(axis.get_tick_params().get("labelsize", 10.0)) * factor
+            axis.set_tick_params(labelsize=size, length=3 * factor, width=0.8 * factor, pad=2 * factor)
+        for edge in (*axes.spines.values(), *axes.patches):
+            edge.set_linewidth(edge.get_linewidth() * factor)
+        lines: Any = axes.lines
+        for line in lines:
+            line.set(linewidth=line.get_linewidth() * factor, markersize=line.get_markersize() * factor)
+    for text, size in sizes:
+        text.set_fontsize(size)
+    return figure
+
+
+def ends(choice: str | None, maps: Iterable[Tensor], usual: Normalize) -> Normalize:
+    """The ends of the colours; for `auto` the least and the largest value of the maps (n, n) off their diagonals."""
+    if choice is None:
+        return usual
+    if choice != "auto":
+        least, largest = map(float, choice.split(".."))
+        return Normalize(least, largest)
+    values = [m[~torch.eye(m.shape[-1], dtype=torch.bool)] for m in maps if m.shape[-1] > 1]
+    low, high = min(v.min().item() for v in values), max(v.max().item() for v in values)
+    return Normalize(low, high if high > low else low + 1.0)
+
+
 class Sheet:
     """A figure with one map and its colour bar, drawn again and again with other values: laid out only once."""
 
-    def __init__(self, values: Tensor, grid: Grid, token: int | None, norm: Normalize, unit: str):
+    def __init__(self, values: Tensor, grid: Grid, token: int | None, norm: Normalize, unit: str, options: DrawOptions):
         aspect = values.shape[-1] / values.shape[-2]
         width = min(4.2 * math.sqrt(max(aspect, 1.0)), 8.5) * min(aspect, 1.0)
         height = max(width / aspect, 1.2)
-        left, right, bottom, top = 0.75, 1.05, 0.6, 0.65
-        slack = max(0.0, 5.6 - (left + width + right)) / 2  # room for the title above a narrow map
+        left, right, bottom, top = 0.75, 1.05, 0.6, 0.65 if options.title else 0.1
+        slack = max(0.0, 5.6 - (left + width + right)) / 2 if options.title else 0.0  # for a title above a narrow map
         self.figure = _figure(2 * slack + left + width + right, bottom + height + top)
         axes = self.figure.add_axes(_box(self.figure, slack + left, bottom, width, height))
         self._image = draw_map(axes, values, grid, token, norm)
@@ -104,10 +146,16 @@ class Sheet:
         self.figure.colorbar(self._image, cax=bar).set_label(unit)
         top_y = 1 - 0.1 / self.figure.get_size_inches()[1]
         self._title = self.figure.text(0.5, top_y, "", ha="center", va="top", fontsize=10.5)
+        self._letters = 12 * self.figure.get_size_inches()[0]  # in a line of the title
+        self._titled = options.title
+        fit(self.figure, options.inches)
+        self._size = self._title.get_fontsize()
 
     def show(self, values: Tensor, title: str) -> Figure:
         self._image.set_data(values.numpy())
-        self._title.set_text(title)
+        if self._titled:
+            longest = max(map(len, title.splitlines()))
+            self._title.set(text=title, fontsize=self._size * min(1.0, self._letters / longest))
         return self.figure
 
 
@@ -133,18 +181,32 @@ class Strip:
         return "patch" if self.token is None else "row, column"
 
 
-def overview(title: str, strips: Sequence[Strip], columns: Sequence[str], norm: Normalize, unit: str) -> Figure:
-    """Strips under each other with one colour range and one bar; too many columns are broken into bands."""
-    cell = 1.4 * min(max(math.sqrt(max(strip.aspect for strip in strips)), 1.0), 2.0)
-    bands = _bands(len(columns), most=int(18 / cell))
+def overview(
+    title: str, strips: Sequence[Strip], columns: Sequence[str], norm: Normalize, unit: str, width: float | None = None
+) -> Figure:
+    """Strips under each other with one colour range and one bar; too many columns are broken into bands.
+
+    `title` may be empty; `width` in inches.
+    """
+    gap, left, right, head = 0.12, 0.85, 0.95, 0.3
+    stretch = min(max(math.sqrt(max(strip.aspect for strip in strips)), 1.0), 2.0)
+    cell = 1.4 * stretch
+    if width is None:
+        bands = _bands(len(columns), most=int(18 / cell))
+    else:
+        inside = width / LETTERS - left - right
+        bands = _bands(len(columns), most=int(inside / (0.6 * stretch + gap)))
+        cell = min(cell, max(inside / len(bands[0]) - gap, 0.3))
     heights = [cell / max(strip.aspect, 1.0) for strip in strips]
     labelled = [k + 1 == len(strips) or strips[k + 1].axes_label != strips[k].axes_label for k in range(len(strips))]
-    gap, left, right, top, head = 0.12, 0.85, 0.95, 0.55, 0.3
     band_height = head + sum(heights) + sum(0.3 if ticks else gap for ticks in labelled) + 0.1
-    width = max(left + len(bands[0]) * (cell + gap) + right, 7.0)
+    total = left + len(bands[0]) * (cell + gap) + right
+    total = max(total, 7.0) if title and width is None else total
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(12.2 * total))]
+    top = 0.15 + 0.2 * len(lines)
     height = top + len(bands) * band_height + 0.05
 
-    figure = _figure(width, height)
+    figure = _figure(total, height)
     for number, band in enumerate(bands):
         y = height - top - number * band_height - head
         for strip, strip_height, ticks in zip(strips, heights, labelled, strict=True):
@@ -163,12 +225,12 @@ def overview(title: str, strips: Sequence[Strip], columns: Sequence[str], norm: 
                     axes.set_title(columns[column], fontsize=9, pad=4)
             y -= strip_height + (0.3 if ticks else gap)
     bar_height = min(height - top - head - 0.4, 4.0)
-    bar = figure.add_axes(_box(figure, width - right + 0.1, height - top - head - bar_height, 0.14, bar_height))
+    bar = figure.add_axes(_box(figure, total - right + 0.1, height - top - head - bar_height, 0.14, bar_height))
     shown = next(axes.images[0] for axes in figure.axes if axes.images)
     figure.colorbar(shown, cax=bar).set_label(unit, fontsize=8)
     bar.tick_params(labelsize=7)
-    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=11)
-    return figure
+    figure.text(0.5, 1 - 0.12 / height, "\n".join(lines), ha="center", va="top", fontsize=11)
+    return fit(figure, width)
 
 
 def _bands(count: int, most: int) -> list[range]:
@@ -189,8 +251,8 @@ def visualize(
     Tables: `<join>_layer<i>_sim_overall.jpg` (cosine similarity of all patches), `<join>_layer<i>_sim_<k>thToken.jpg`
     (patch k with all, on the grid) and `PE_token_sim.jpg` (the same of the raw table, where there is one). Relative
     biases: `<join>_layer<i>_head<j>.jpg`. Both: `overview` (all layers), tables also `places` (corner, edge and centre)
-    and `measures` (curves over depth), each as PNG, PDF and SVG; and the numbers in `positions.npz`.
-    Layers count from 0. The names are those of the LaPE authors' script.
+    and `measures` (curves over depth), each as PNG, PDF and SVG; what they show in words, `caption.txt`; and the
+    numbers of all layers, `positions.npz`. Layers count from 0. The names are those of the LaPE authors' script.
 
     `source` is a converted model, or a checkpoint that `lape.files.read.read_checkpoint` reads; of the options, join,
     pe and ema are for checkpoints: what it must hold (None: what it says), and whose weights. As model_name,
@@ -219,14 +281,14 @@ def visualize(
     about = describe(model)
     if name in ("", ".", "..") or Path(name).name != name:
         raise LapeError(f"model_name={name!r} is not the name of a folder: put the path into save_dir")
-    pictures = Pictures(Path(save_dir) / name)
+    pictures = Pictures(Path(save_dir) / name, options, () if isinstance(source, nn.Module) else (source,))
     if KINDS[about.pe].is_bias:
         if options.size is not None or options.view is not None:
             raise LapeError(f"pe={about.pe!r} is a bias on attention logits of one grid: leave size and view out")
         return _draw_biases(pictures, model, about, check_token(about.grid, options.token))
     view = options.view or "seen"
     maps = Maps.of(model, options.sides, view)
-    return _draw_positions(pictures, maps, about, check_token(maps.grid, options.token), view)
+    return _draw_positions(pictures, model, maps, about, check_token(maps.grid, options.token), view)
 
 
 def left_over(written: Sequence[Path]) -> list[str]:
@@ -241,27 +303,42 @@ _DRAWN = re.compile(
 )
 
 
-def _draw_positions(pictures: Pictures, maps: Maps, about: Description, token: int, view: View) -> list[Path]:
-    what = _what(pictures.folder, about, maps.grid)
-    layers = maps.columns
-    table = layers.pop("table P", None)
+def _draw_positions(
+    pictures: Pictures, model: nn.Module, maps: Maps, about: Description, token: int, view: View
+) -> list[Path]:
+    what, options = _what(model, about, maps.grid), pictures.options
+    chosen = options.chosen(len(maps.layers_Lnn))
+    layers = {f"layer {layer}": maps.layers_Lnn[layer] for layer in chosen}
+    table = maps.table_nn if options.layers is None else None
+    shown = layers if table is None else {"table P": table, **layers}
+    scale = ends(options.range, shown.values(), COSINE[0]), COSINE[1]
+    seen = f"cosine similarity between positions as {WHO[view]}, {_range(scale[0])}"
     overall = Strip("all patches", list(layers.values()), maps.grid)
     single = _strip_of_token(f"token {token}", layers.values(), maps.grid, token)
-    for strip, suffix in ((overall, "sim_overall"), (single, f"sim_{token}thToken")):
-        pictures.add_maps(
-            strip, list(layers), what, [f"{about.join}_layer{i}_{suffix}.jpg" for i in range(len(layers))]
-        )
+    for strip, suffix, of in (
+        (overall, "sim_overall", "all patches with all"),
+        (single, f"sim_{token}thToken", f"{_place(token, maps.grid)} with all patches, on the grid"),
+    ):
+        names = [f"{about.join}_layer{layer}_{suffix}.jpg" for layer in chosen]
+        pictures.add_maps(strip, list(layers), what, names, *scale)
+        pictures.captions[f"{about.join}_layer*_{suffix}"] = f"{what}; {seen}; {of}"
     if table is not None:
         raw = _strip_of_token(single.label, [table], maps.grid, token)
-        pictures.add_maps(raw, ["table P"], what, ["PE_token_sim.jpg"])
-    every, columns = list(maps.columns.values()), list(maps.columns)
+        pictures.add_maps(raw, ["table P"], what, ["PE_token_sim.jpg"], *scale)
+        pictures.captions["PE_token_sim"] = f"{what}; the same of the raw table P"
+    every, columns = list(shown.values()), list(shown)
     strips = [replace(overall, maps=every), _strip_of_token(single.label, every, maps.grid, token)]
     title = f"{what}\npositions as {WHO[view]}"
-    pictures.add_figure(overview(f"{title}; {_place(token, maps.grid)}", strips, columns, *COSINE), "overview")
+    head = pictures.title(f"{title}; {_place(token, maps.grid)}")
+    caption = f"{what}; {seen}. Above all patches with all, below {_place(token, maps.grid)} with all, on the grid"
+    pictures.add_figure(overview(head, strips, columns, *scale, options.inches), "overview", caption)
     strips = [_strip_of_token(f"{name}\n{k}", every, maps.grid, k) for name, k in places(maps.grid).items()]
-    pictures.add_figure(overview(title, strips, columns, *COSINE), "places")
+    figure = overview(pictures.title(title), strips, columns, *scale, options.inches)
+    where = ", ".join(f"{name} ({_place(k, maps.grid)})" for name, k in places(maps.grid).items())
+    pictures.add_figure(figure, "places", f"{what}; {seen}. A patch with all, on the grid: {where}")
     measures = measure_all(maps.layers_Lnn, maps.patches_LnD, maps.grid)
-    pictures.add_figure(curves(what, {about.join: measures}), "measures")
+    figure = curves(pictures.title(what), {about.join: measures}, options.inches)
+    pictures.add_figure(figure, "measures", f"{what}; {_measured(measures)}")
     distance_K, similarity_LK = similarity_by_distance(maps.layers_Lnn, maps.grid)
     numbers = {
         "positions": maps.positions_LND,
@@ -271,8 +348,8 @@ def _draw_positions(pictures: Pictures, maps: Maps, about: Description, token: i
         "similarity_by_distance": similarity_LK,
         **measures,
     }
-    if maps.table_ND is not None and table is not None:
-        numbers |= {"table": maps.table_ND, "table_correlation": table}
+    if maps.table_ND is not None and maps.table_nn is not None:
+        numbers |= {"table": maps.table_ND, "table_correlation": maps.table_nn}
     return pictures.finish(numbers, about, grid=maps.grid, token=token, view=view)
 
 
@@ -287,12 +364,13 @@ def places(grid: Grid) -> dict[str, int]:
     return {"corner": 0, "edge": center % grid[1], "centre": center}
 
 
-def curves(title: str, series: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """Measures over depth, a panel a measure and a line a model: name -> measure -> (L,) numbers."""
+def curves(title: str, series: Mapping[str, Mapping[str, Tensor]], width: float | None = None) -> Figure:
+    """Measures over depth, a panel a measure and a line a model: name -> measure -> (L,) numbers; width in inches."""
     names = [name for name in MEASURES if any(name in measured for measured in series.values())]
-    wide = min(4, len(names))
+    panel = 3.0 if width is None else 1.85
+    wide = min(4, len(names), 4 if width is None else max(1, int(width / LETTERS / panel)))
     high = math.ceil(len(names) / wide)
-    figure = _figure(3.0 * wide + 0.3, 2.15 * high + 0.75 + 0.2 * (len(series) > 1))
+    figure = _figure(panel * wide + 0.3, 2.15 * high + (0.75 if title else 0.2) + 0.2 * (len(series) > 1))
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.99))
     panels = figure.subplots(high, wide, squeeze=False).flatten()
     for axes in panels[len(names) :]:
@@ -306,25 +384,34 @@ def curves(title: str, series: Mapping[str, Mapping[str, Tensor]]) -> Figure:
             axes.plot(
                 range(len(values)), values.numpy(), label=label, linewidth=1.6, marker="o", markersize=2.6, **style
             )
-        axes.set_title(MEASURES[name].label, fontsize=9.5)
+        axes.set_title(textwrap.fill(MEASURES[name].label, int(13 * panel)), fontsize=9.5)
         axes.set_xlabel("layer", fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(labelsize=7.5)
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10.5)
+    if title:
+        lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(12 * (panel * wide + 0.3)))]
+        figure.suptitle("\n".join(lines), fontsize=10.5)
     if len(series) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(series), 4), frameon=False, fontsize=9)
-    return figure
+    return fit(figure, width)
 
 
-def draw_together(models: Mapping[str, nn.Module], save_dir: str | PathLike[str], *, view: View = "seen") -> list[Path]:
+def draw_together(
+    models: Mapping[str, nn.Module],
+    save_dir: str | PathLike[str],
+    *,
+    view: View = "seen",
+    options: DrawOptions | None = None,
+) -> list[Path]:
     """Draws several models layer by layer in one figure with one colour scale, into `save_dir`.
 
     `comparison_overall` (all patches), `comparison_centre`, `comparison_corner`, `comparison_edge` (that patch with
     all) and `comparison_measures` (curves over depth), each as PNG, PDF and SVG; for two or more models with relative
-    biases the same places as `comparison_bias_centre`, ..., mean over the heads. Models may differ in depth and grid.
+    biases the same places as `comparison_bias_centre`, ..., mean over the heads; `comparison_caption.txt` says what is
+    shown. Models may differ in depth and grid. Of the options, those count that say how figures look, and `layers`.
 
     Returns the files. Raises LapeError for fewer than two models of one sort, or a folder that cannot be written.
     """
@@ -334,11 +421,12 @@ def draw_together(models: Mapping[str, nn.Module], save_dir: str | PathLike[str]
             f"{len(tables)} of {len(models)} models have positions to compare, {len(biased)} a bias: give two or more "
             "of one sort"
         )
-    pictures = Pictures(Path(save_dir))
+    pictures = Pictures(Path(save_dir), options or DrawOptions())
     if len(tables) > 1:
         _compare_tables(pictures, tables, view)
     if len(biased) > 1:
         _compare_biases(pictures, biased)
+    pictures.write_captions("comparison_caption.txt")
     return pictures.written
 
 
@@ -350,74 +438,110 @@ def sorts(models: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[s
 
 
 def _compare_biases(pictures: Pictures, models: Mapping[str, nn.Module]) -> None:
-    biases = {name: position_bias(model).detach().float().cpu().mean(1) for name, model in models.items()}
-    limit = max(_largest(bias) for bias in biases.values()) or 1.0
-    rows = {name: (describe(models[name]).grid, list(bias_Lnn)) for name, bias_Lnn in biases.items()}
-    columns = [f"layer {layer}" for layer in range(max(map(len, biases.values())))]
+    biases = {name: bias_to_show(model).mean(1) for name, model in models.items()}
+    for name, bias in biases.items():
+        check_finite(bias, f"the biases of {name}")
+    limit = max(bias.abs().max().item() for bias in biases.values()) or 1.0
+    maps = {name: (describe(models[name]).grid, None, bias_Lnn) for name, bias_Lnn in biases.items()}
+    rows, columns, norm = _rows(pictures.options, maps, Normalize(-limit, limit))
     for place in PLACES:
         title = f"bias of the patch in the {place}, mean of the heads"
-        figure = _side_by_side(title, rows, columns, place, Normalize(-limit, limit), "bias on attention logits")
-        pictures.add_figure(figure, f"comparison_bias_{place}")
+        _side_by_side(pictures, title, rows, columns, place, (norm, "bias on attention logits"), f"bias_{place}")
 
 
 def _compare_tables(pictures: Pictures, models: Mapping[str, nn.Module], view: View) -> None:
     maps = {name: Maps.of(model, view=view) for name, model in models.items()}
-    columns = ["table P", *(f"layer {layer}" for layer in range(max(len(m.layers_Lnn) for m in maps.values())))]
-    rows = {name: (m.grid, [m.table_nn, *m.layers_Lnn]) for name, m in maps.items()}
+    parts = {name: (m.grid, m.table_nn, m.layers_Lnn) for name, m in maps.items()}
+    rows, columns, norm = _rows(pictures.options, parts, COSINE[0])
     title = f"positions as {WHO[view]}"
-    pictures.add_figure(_side_by_side(f"{title}, all patches", rows, columns, None, *COSINE), "comparison_overall")
+    _side_by_side(pictures, f"{title}, all patches", rows, columns, None, (norm, COSINE[1]), "overall")
     for place in PLACES:
-        figure = _side_by_side(f"{title}: patch in the {place}", rows, columns, place, *COSINE)
-        pictures.add_figure(figure, f"comparison_{place}")
+        _side_by_side(pictures, f"{title}: patch in the {place}", rows, columns, place, (norm, COSINE[1]), place)
     measures = {name: measure_all(m.layers_Lnn, m.patches_LnD, m.grid) for name, m in maps.items()}
-    pictures.add_figure(curves(title, measures), "comparison_measures")
+    figure = curves(pictures.title(title), measures, pictures.options.inches)
+    caption = f"{', '.join(models)}; {title}; {_measured(next(iter(measures.values())))}"
+    pictures.add_figure(figure, "comparison_measures", caption)
+
+
+Rows = dict[str, tuple[Grid, list[Tensor | None]]]
+
+
+def _rows(
+    options: DrawOptions, maps: Mapping[str, tuple[Grid, Tensor | None, Tensor]], usual: Normalize
+) -> tuple[Rows, list[str], Normalize]:
+    """Of each model its grid, table and layers, those to draw; what stands above them; and the ends of the colours."""
+    chosen = options.chosen(max(len(layers_Lnn) for _, _, layers_Lnn in maps.values()))
+    rows: Rows = {}
+    for name, (grid, table, layers_Lnn) in maps.items():
+        rows[name] = grid, [layers_Lnn[layer] if layer < len(layers_Lnn) else None for layer in chosen]
+        if options.layers is None and any(table is not None for _, table, _ in maps.values()):
+            rows[name][1].insert(0, table)
+    columns = [f"layer {layer}" for layer in chosen]
+    columns = ["table P"] * (len(next(iter(rows.values()))[1]) - len(chosen)) + columns
+    return rows, columns, ends(options.range, [m for _, row in rows.values() for m in row if m is not None], usual)
 
 
 PLACES = ("centre", "corner", "edge")
 
 
 def _side_by_side(
+    pictures: Pictures,
     title: str,
-    rows: Mapping[str, tuple[Grid, Sequence[Tensor | None]]],
+    rows: Rows,
     columns: Sequence[str],
     place: str | None,
-    norm: Normalize,
-    unit: str,
-) -> Figure:
+    scale: tuple[Normalize, str],
+    stem: str,
+) -> None:
     """Each model's maps (n, n) in a row, or those of its patch in that place; a model of fewer layers ends earlier."""
-    strips = []
-    for name, (grid, maps) in rows.items():
-        maps = [*maps, *[None] * (len(columns) - len(maps))]
-        strips.append(
-            Strip(name, maps, grid) if place is None else _strip_of_token(name, maps, grid, places(grid)[place])
-        )
-    return overview(title, strips, columns, norm, unit)
-
-
-def _largest(bias: Tensor) -> float:
-    """Of the absolute values; where a head may not look, the bias is minus infinity."""
-    return bias.where(bias.isfinite(), 0.0).abs().max().item()
+    strips = [
+        Strip(name, maps, grid) if place is None else _strip_of_token(name, maps, grid, places(grid)[place])
+        for name, (grid, maps) in rows.items()
+    ]
+    figure = overview(pictures.title(title), strips, columns, *scale, pictures.options.inches)
+    caption = f"{title}: {scale[1]}, {_range(scale[0])}. From above: {', '.join(rows)}"
+    pictures.add_figure(figure, f"comparison_{stem}", caption)
 
 
 def _draw_biases(pictures: Pictures, model: nn.Module, about: Description, token: int) -> list[Path]:
-    bias_LHnn = position_bias(model).detach().float().cpu()
-    limit = _largest(bias_LHnn) or 1.0
-    scale = Normalize(-limit, limit), "bias on attention logits"
-    layers = [f"layer {layer}" for layer in range(len(bias_LHnn))]
-    what = _what(pictures.folder, about, about.grid)
-    strips = [Strip(f"head {head}", list(bias_Lnn), about.grid) for head, bias_Lnn in enumerate(bias_LHnn.unbind(1))]
+    bias_LHnn, options = bias_to_show(model), pictures.options
+    check_finite(bias_LHnn, "the biases")
+    limit = bias_LHnn.abs().max().item() or 1.0
+    chosen = options.chosen(len(bias_LHnn))
+    scale = ends(options.range, bias_LHnn[chosen].flatten(0, 1), Normalize(-limit, limit)), "bias on attention logits"
+    layers = [f"layer {layer}" for layer in chosen]
+    what = _what(model, about, about.grid)
+    heads = bias_LHnn[chosen].unbind(1)
+    strips = [Strip(f"head {head}", list(bias_Lnn), about.grid) for head, bias_Lnn in enumerate(heads)]
     for head, strip in enumerate(strips):
-        names = [f"{about.join}_layer{layer}_head{head}.jpg" for layer in range(len(layers))]
+        names = [f"{about.join}_layer{layer}_head{head}.jpg" for layer in chosen]
         pictures.add_maps(strip, layers, what, names, *scale)
+    seen = f"{what}; {scale[1]}, {_range(scale[0])}"
+    pictures.captions[f"{about.join}_layer*_head*"] = f"{seen}; of all patches between all"
     strips = [_strip_of_token(strip.label, strip.maps, about.grid, token) for strip in strips]
     title = f"{what}\nbias of {_place(token, about.grid)}, head by head"
-    pictures.add_figure(overview(title, strips, layers, *scale), "overview")
+    figure = overview(pictures.title(title), strips, layers, *scale, options.inches)
+    pictures.add_figure(figure, "overview", f"{seen}; {_place(token, about.grid)} with all patches, head by head")
     numbers = {"bias": bias_LHnn, "token_maps": token_map(bias_LHnn, about.grid, token)}
     return pictures.finish(numbers, about, grid=about.grid, token=token)
 
 
-def _what(folder: Path, about: Description, grid: Grid) -> str:
-    return f"{folder.name}: join {about.join}, pe {about.pe}, {grid[0]} x {grid[1]} patches"
+def _range(norm: Normalize) -> str:
+    return f"colours from {norm.vmin:.3g} to {norm.vmax:.3g}"
+
+
+def _measured(measures: Mapping[str, Tensor]) -> str:
+    """In words, what the panels of `curves` show."""
+    return "measures over the layers: " + ", ".join(MEASURES[name].label for name in MEASURES if name in measures)
+
+
+def _what(model: nn.Module, about: Description, grid: Grid) -> str:
+    """What is drawn, by the model's own name: that of the folder may be any."""
+    factory = conversion_of(model).factory
+    name, kwargs = factory.get("name") or type(model).__name__, factory.get("kwargs") or {}
+    sizes = [f"{word} {kwargs[key]}" for key, word in (("embed_dim", "width"), ("depth", "depth")) if key in kwargs]
+    size = f" ({', '.join(sizes)})" if sizes else ""
+    return f"{name}{size}: join {about.join}, pe {about.pe}, {grid[0]} x {grid[1]} patches"
 
 
 def _place(token: int, grid: Grid) -> str:
@@ -427,15 +551,23 @@ def _place(token: int, grid: Grid) -> str:
 class Pictures:
     """A folder being written: each file appears whole or not at all. Raises LapeError when it cannot be written."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, options: DrawOptions, inputs: Sequence[str | PathLike[str]] = ()):
+        self.folder, self.options, self.inputs = folder, options, inputs
         self.written: list[Path] = []
+        self.captions: dict[str, str] = {}  # of files, by their names without kind
+
+    def title(self, text: str) -> str:
+        """What stands above a figure, if anything does."""
+        return text if self.options.title else ""
 
     def add(self, figure: Figure, name: str, **options: Any) -> None:
         kind = name.rpartition(".")[2]
+        if kind in ("jpg", "png"):
+            options["dpi"] = self.options.dpi
         if kind == "jpg":
             options["pil_kwargs"] = {"quality": 92, "subsampling": 0}
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lape"}):  # text stays text; the same ids every time
+        # text stays text, letters are TrueType (publishers refuse Type 3), the ids are the same every time
+        with rc_context({"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "lape"}):
             self._write(name, lambda file: figure.savefig(file, format=kind, **options))
 
     def add_maps(
@@ -449,14 +581,15 @@ class Pictures:
     ) -> None:
         """One picture a map."""
         maps = [values for values in strip.maps if values is not None]
-        sheet = Sheet(maps[0], strip.grid, strip.token, norm, unit)
+        sheet = Sheet(maps[0], strip.grid, strip.token, norm, unit, self.options)
         for values, column, name in zip(maps, columns, names, strict=True):
             label = strip.label if strip.token is None else _place(strip.token, strip.grid)
             self.add(sheet.show(values, f"{column}, {label}\n{what}"), name)
 
-    def add_figure(self, figure: Figure, stem: str) -> None:
+    def add_figure(self, figure: Figure, stem: str, caption: str) -> None:
         """PNG, PDF and SVG, without a date in them: the same numbers give the same files."""
-        self.add(figure, f"{stem}.png", dpi=150)
+        self.captions[stem] = caption
+        self.add(figure, f"{stem}.png")
         self.add(figure, f"{stem}.pdf", metadata={"CreationDate": None})
         self.add(figure, f"{stem}.svg", metadata={"Date": None})
 
@@ -465,12 +598,19 @@ class Pictures:
         facts |= {"join": about.join, "pe": about.pe, "num_prefix_tokens": about.prefix_tokens}
         arrays: dict[str, Any] = facts | {name: value.cpu().numpy() for name, value in numbers.items()}
         self._write("positions.npz", lambda file: np.savez_compressed(file, **arrays))
+        self.write_captions("caption.txt")
         return self.written
+
+    def write_captions(self, name: str) -> None:
+        """What each file shows, a line a file."""
+        text = "".join(f"{stem}: {caption}.\n" for stem, caption in self.captions.items())
+        self._write(name, lambda file: file.write(text.encode()))
 
     def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LapeError(f"cannot create the folder {self.folder} ({error.strerror}): choose another one") from None
+        keep_inputs([self.folder / name], self.inputs)
         write_atomically(self.folder / name, write)
         self.written.append(self.folder / name)

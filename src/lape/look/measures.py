@@ -135,5 +135,5 @@ MEASURES: dict[str, Measure] = {
 
 def measure_all(correlation_Lnn: Tensor, positions_LnD: Tensor, grid: Grid) -> dict[str, Tensor]:
     """Every measure of `MEASURES`, by name, (L,) each; positions without prefix tokens."""
-    given = {"s": correlation_Lnn, "p": positions_LnD, "g": grid}
-    return {name: measure.of(*(given[key] for key in measure.takes)) for name, measure in MEASURES.items()}
+    arguments = {"s": correlation_Lnn, "p": positions_LnD, "g": grid}
+    return {name: measure.of(*(arguments[key] for key in measure.takes)) for name, measure in MEASURES.items()}

@@ -3,10 +3,14 @@
 The command line makes its flags of the fields, and their `help` is what `--help` says.
 """
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lape.errors import LapeError
+
+INCHES = {"in": 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72}
 
 
 def option(default: Any, text: str) -> Any:
@@ -27,6 +31,38 @@ class DrawOptions:
     join_type: str | None = option(None, "must agree with the checkpoint, if it says")
     pe: str | None = option(None, "must agree with the checkpoint, if it says")
     ema: bool = option(False, "draw the averaged weights")
+    layers: tuple[int, ...] | None = option(None, "layers to draw, from 0 (default: all, and the raw table)")
+    range: Literal["-1..1", "0..1", "auto"] | None = option(
+        None, "values between the ends of the colours; auto: those of what is drawn (default: -1..1; biases: symmetric)"
+    )
+    title: bool = option(True, "write above each figure what it shows")
+    width: str | None = option(None, "width of each figure, such as 3.25in or 8.3cm (default: as the layers need)")
+    dpi: int = option(300, "dots an inch in PNG and JPEG")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.dpi <= 2400:
+            raise LapeError(f"dpi={self.dpi!r} is not allowed: give 1 to 2400 dots an inch, such as 300")
+        if self.range not in (None, "-1..1", "0..1", "auto"):
+            raise LapeError(f"range={self.range!r} is not known: use -1..1, 0..1 or auto")
+        _ = self.inches
+
+    @property
+    def inches(self) -> float | None:
+        """The width in inches. Raises LapeError for what is no length between 1 and 50 inches."""
+        if self.width is None:
+            return None
+        match = re.fullmatch(r"(\d*\.?\d+) ?(in|cm|mm|pt)", self.width)
+        inches = float(match[1]) * INCHES[match[2]] if match else math.nan
+        if not 1 <= inches <= 50:
+            raise LapeError(f"width={self.width!r} is not allowed: give 1 to 50 inches as 3.25in, 8.3cm, 83mm or 234pt")
+        return inches
+
+    def chosen(self, count: int) -> list[int]:
+        """The layers to draw, of `count`. Raises LapeError where there is no such layer."""
+        for layer in self.layers or ():
+            if not 0 <= layer < count:
+                raise LapeError(f"layer {layer} is not one of the model's {count}: choose 0 to {count - 1}")
+        return list(range(count)) if self.layers is None else sorted(set(self.layers))
 
     @property
     def sides(self) -> int | tuple[int, int] | None:

@@ -22,7 +22,7 @@ from lape.convert.positions import positions
 from lape.core.joined import host_forward
 from lape.core.joins import JOINS
 from lape.core.position import Grid
-from lape.errors import LapeError
+from lape.errors import LapeError, check_finite
 
 BATCH = 16  # images at a time: what is watched is used at once, not kept
 
@@ -267,6 +267,7 @@ def last_norm(model: nn.Module, images_BCHW: Tensor) -> LastNorm:
         raise LapeError("no LayerNorm of the tokens behind the last block: this model norms its pooled features")
     norm = calls[0][0]
     before, after = (torch.cat([call[k] for call in calls_of_all]) for k in (1, 2))  # type: ignore[misc]
+    check_finite(after, "the tokens behind the last norm")
     length = [x[:, layout.num_prefix :].norm(dim=-1).unflatten(-1, layout.grid) for x in (before, after)]
     return LastNorm(
         weight=None if norm.weight is None else norm.weight.detach().cpu(),
@@ -320,6 +321,8 @@ def _tokens(model: nn.Module, images_BCHW: Tensor) -> list[_Seen]:
         hooks.append((norm, keep(layer)))
     with watching(hooks):
         _forward(model, images_BCHW)
+    for layer, entry in enumerate(layers):
+        check_finite(entry["attended"], f"the tokens of layer {layer}")
     return [_Seen(**{name: value.float() for name, value in entry.items()}) for entry in layers]
 
 
@@ -330,6 +333,7 @@ def _run(model: nn.Module, images_BCHW: Tensor, use: Callable[[int, Tensor], Non
     def numbered(weights: Tensor) -> None:
         nonlocal count
         if count < layers:
+            check_finite(weights, f"the attention weights of layer {count}")
             use(count, weights)
             count += 1
 
@@ -359,6 +363,8 @@ def _check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
             "weights into ViTModel or ViTForImageClassification and convert that"
         )
     patch, grid = conversion.anatomy.patch_size, conversion.layout.grid
+    if len(grid) != 2:
+        raise LapeError("the model takes videos, its attention is not drawn: figures are of rows and columns")
     size = (grid[0] * patch[0], grid[1] * patch[1])
     if images_BCHW.ndim != 4 or not len(images_BCHW) or tuple(images_BCHW.shape[-2:]) != size:
         raise LapeError(

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lape.convert.converted import conversion_of
-from lape.convert.positions import Size, View, num_prefix_tokens, positions, table_of
+from lape.convert.positions import Size, View, grid_for, position_bias, positions, table_of
 from lape.convert.positions import grid as default_grid
 from lape.core.joins import JOINS
 from lape.core.position import Grid
-from lape.errors import LapeError, needs
+from lape.errors import LapeError, check_finite, needs
 
 
 def correlation(model: nn.Module, size: Size | None = None, view: View = "seen", *, stage: int | None = None) -> Tensor:
@@ -27,28 +27,34 @@ def correlation(model: nn.Module, size: Size | None = None, view: View = "seen",
     `model` is a converted model; `size` the image size in pixels (None: the model's own); `view` and
     `stage` as in `lape.positions`. Returns (L, n, n) in [-1, 1], float32 on the CPU. Raises what `lape.positions` does.
     """
-    return cosine(positions(model, size, view, stage=stage)[:, num_prefix_tokens(model) :])
+    anatomy = conversion_of(model).anatomy
+    first = 0 if stage is None or stage not in range(len(anatomy.stages)) else anatomy.layers_of(stage).start
+    layout = anatomy.at(first)[0]
+    return cosine(positions(model, size, view, stage=stage)[:, layout.patches])
 
 
 def cosine(positions_LnD: Tensor) -> Tensor:
     """Cosine similarity of the rows, (..., n, D) -> (..., n, n), float32 on the CPU.
 
     Summed in float64, so the diagonal is exactly 1. A row of zeros has no direction: its similarity to every row,
-    itself included, is 0.
+    itself included, is 0. Raises NotFiniteError for NaN and infinite ones.
     """
     rows = positions_LnD.detach().to("cpu", torch.float64)
+    check_finite(rows, "positions")
     length = rows.norm(dim=-1, keepdim=True)
     direction = torch.where(length > 0, rows / length.where(length > 0, 1.0), 0.0)
     return (direction @ direction.mT).clamp(-1, 1).float()
 
 
+def bias_to_show(model: nn.Module) -> Tensor:
+    """`lape.position_bias`, float32 on the CPU; -inf, where a head may not look, as the lowest value that is finite."""
+    bias_LHnn = position_bias(model).detach().float().cpu()
+    return bias_LHnn.clamp(min=bias_LHnn.where(bias_LHnn.isfinite(), 0.0).min())
+
+
 def grid_at(model: nn.Module, size: Size | None = None) -> Grid:
     """(rows, columns) of patches of an image of `size` pixels that `lape.positions` accepts; None: the model's."""
-    if size is None:
-        return default_grid(model)
-    patch = conversion_of(model).anatomy.patch_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return height // patch[0], width // patch[1]
+    return default_grid(model) if size is None else grid_for(conversion_of(model), size) or ()
 
 
 def raw_table(model: nn.Module, size: Size | None = None) -> Tensor | None:
@@ -67,7 +73,7 @@ class Maps:
     """Positions of one model on one grid, and the similarity between those of its patches."""
 
     grid: Grid
-    prefix_tokens: int
+    patches: slice  # where they are among the tokens
     positions_LND: Tensor  # prefix tokens first
     layers_Lnn: Tensor
     table_ND: Tensor | None  # the raw table, where one is left
@@ -77,14 +83,20 @@ class Maps:
     def of(cls, model: nn.Module, size: Size | None = None, view: View = "seen") -> Maps:
         """Arguments and errors are those of `lape.positions`."""
         positions_LND = positions(model, size, view).detach()
-        prefix, table_ND = num_prefix_tokens(model), raw_table(model, size)
-        table_nn = None if table_ND is None else cosine(table_ND[prefix:])
-        return cls(grid_at(model, size), prefix, positions_LND, cosine(positions_LND[:, prefix:]), table_ND, table_nn)
+        if len(grid_at(model, size)) != 2:
+            grid = " x ".join(map(str, grid_at(model, size)))
+            raise LapeError(
+                f"figures are of rows and columns, the grid is {grid}: lape.correlation(model) has the numbers"
+            )
+        patches, table_ND = conversion_of(model).layout.patches, raw_table(model, size)
+        table_nn = None if table_ND is None else cosine(table_ND[patches])
+        maps_Lnn = cosine(positions_LND[:, patches])
+        return cls(grid_at(model, size), patches, positions_LND, maps_Lnn, table_ND, table_nn)
 
     @property
     def patches_LnD(self) -> Tensor:
         """The positions of the patches alone."""
-        return self.positions_LND[:, self.prefix_tokens :]
+        return self.positions_LND[:, self.patches]
 
     @property
     def columns(self) -> dict[str, Tensor]:

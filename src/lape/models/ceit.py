@@ -43,6 +43,7 @@ from lape.core.position import Grid
 from lape.errors import LapeError
 from lape.models.registry import create, imagenet_cfg
 
+Pair = tuple[int, int]
 PATCH = 4  # of the stem's map, which has a quarter of the image's sides
 
 
@@ -58,7 +59,7 @@ def stem(in_chans: int, channels: int = 64, device: Any = None, dtype: Any = Non
 class ImageToTokens(HybridEmbed):
     """timm's patches of a feature map, here of the stem's."""
 
-    def __init__(self, img_size: int | Grid = 224, patch_size: int | Grid = 16, in_chans: int = 3, **kwargs: Any):
+    def __init__(self, img_size: int | Pair = 224, patch_size: int | Pair = 16, in_chans: int = 3, **kwargs: Any):
         if patch_size not in (16, (16, 16)):
             raise LapeError(f"patch_size={patch_size}: the stem of CeiT makes patches of 16 pixels only")
         dd: dict[str, Any] = {key: kwargs.get(key) for key in ("device", "dtype")}

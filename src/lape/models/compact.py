@@ -331,7 +331,9 @@ default_cfgs = generate_default_cfgs({name: _cfg(name) for name in MODELS})
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if pretrained:
-            raise LapeError(f"{name} has no pretrained weights: leave pretrained=True out and train it, see recipes/")
+            raise LapeError(
+                f"{name} has no pretrained weights: leave pretrained=True out and train it (`lape recipes`)"
+            )
         settings = {**MODELS[name], "num_classes": _cfg(name)["num_classes"], **kwargs}
         model: nn.Module = build_model_with_cfg(CompactTransformer, name, False, **settings)
         return model

@@ -339,8 +339,11 @@ def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Rec
         path = cell_folder(folder, recipe) / "result.json"
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
-            used = Recipe().model_dump(mode="json") | cell["recipe"]  # what an older recipe had not was the default
+            older = Recipe(as_original=()).model_dump(mode="json")  # what an older recipe had not
+            used = older | cell["recipe"]
             run = Run(**{"model": recipe.model, "pe": recipe.pe} | cell["run"])
+            if not (0 <= run.accuracy <= 100 and 0 <= run.best <= 100):
+                raise ValueError
         except FileNotFoundError:
             waiting.append(recipe)
             continue
@@ -366,7 +369,7 @@ def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Run:
 
     home = cell_folder(folder, recipe)
     run = _train(recipe.replace(output_dir=str(home / "training"), resume="auto"), home, tick)
-    text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1) + "\n"
+    text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1, allow_nan=False) + "\n"
     write_atomically(home / "result.json", report.text_writer(text))
     shutil.rmtree(home / "training")
     return run
@@ -405,7 +408,9 @@ def _other(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
             lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             accuracies = [float(line["test_acc1"]) for line in lines]
             final, best = accuracies[-1], max(accuracies)
-        except (ValueError, KeyError, IndexError, TypeError):
+            if not all(0 <= accuracy <= 100 for accuracy in accuracies):
+                raise ValueError
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, OSError):
             raise LapeError(
                 f"{log} is no log of a training: one JSON line an epoch with test_acc1 is expected"
             ) from None
@@ -444,6 +449,8 @@ def demo(options: DemoOptions) -> Study:
     Raises LapeError before any training when `output_dir` cannot be written or holds files of these names that no demo
     wrote, or when a number makes no sense.
     """
+    from lape.train.schedule import fit_warm_up
+
     for name, least, most in (
         ("seeds", 1, None),
         ("long_factor", 2, None),
@@ -455,7 +462,8 @@ def demo(options: DemoOptions) -> Study:
             allowed = f"{least} or more" if most is None else f"{least} to {most}, the number of seeds"
             raise LapeError(f"{name}={value} is not allowed: choose {allowed}")
     recipe = Recipe.from_yaml("digits", threads=1, num_workers=0, device="cpu")
-    recipe = recipe if options.epochs is None else recipe.replace(epochs=options.epochs)
+    if options.epochs is not None:
+        recipe = fit_warm_up(recipe.replace(epochs=options.epochs), print, given=False)
     _check_figures()
     folder = claim(Path(options.output_dir))
     stages = demo_stages(recipe, options.seeds, recipe.epochs * options.long_factor, options.long_seeds)

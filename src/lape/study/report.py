@@ -336,7 +336,7 @@ def write(folder: Path, results: dict[str, Any], page: Iterator[str], figures: M
     """Writes results.json (first: it says whose the folder is), report.md and the figures, each whole; their paths."""
     from lape.files.atomic import write_atomically
 
-    texts = {"results.json": json.dumps(results, indent=1), "report.md": "\n".join(page)}
+    texts = {"results.json": json.dumps(results, indent=1, allow_nan=False), "report.md": "\n".join(page)}
     for name, text in texts.items():
         write_atomically(folder / name, text_writer(text + "\n"))
     for name, figure in figures.items():

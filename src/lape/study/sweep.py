@@ -23,18 +23,19 @@ from torchvision import transforms
 from lape.data.augment import eval_transform
 from lape.data.changes import CORRUPTIONS, Change, occluded, shifted, shuffled
 from lape.data.loaders import eval_loader
+from lape.data.open import Data
 from lape.data.sets import Images, reader_of
 from lape.errors import CheckpointError, LapeError, needs
 from lape.files.atomic import write_atomically
 from lape.files.read import Checkpoint, read_checkpoint
-from lape.files.restore import check_classes, check_classifier, check_outputs, restore_with, settings_of, size_of
+from lape.files.restore import check_classifier, labels_of, restore_with, settings_of, size_of
 from lape.look.features import Watch
 from lape.recipe import Recipe
 from lape.study.options import SweepOptions
 from lape.study.pictures import check_writable, write_figure
 from lape.study.report import plain_table, text_writer
 from lape.train.distributed import join_world
-from lape.train.evaluate import evaluate
+from lape.train.evaluate import evaluate, number_as
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,24 +145,24 @@ def evaluate_at(checkpoint: Checkpoint, recipe: Recipe, options: SweepOptions, s
             torch.set_num_threads(recipe.threads)
         reader, root = reader_of(recipe)
         sources, read, classes, name = reader(recipe, root, ("val",))
-        check_classes(checkpoint, classes)
 
         def model_at(size: Size) -> nn.Module:
-            made = restore_with(checkpoint, recipe, size)
-            check_outputs(checkpoint, classes, check_classifier(checkpoint, made, size, recipe.in_chans))
-            return made.to(world.device)
+            return restore_with(checkpoint, recipe, size).to(world.device)
 
         model = model_at(own)
+        plain = Images(*sources["val"], read, eval_transform(recipe).build())
+        outputs = check_classifier(checkpoint, model, own, recipe.in_chans)
+        note = number_as(Data(None, plain, classes, name), checkpoint, labels_of(model), outputs)
         patch = patch_of(model, own, recipe.in_chans) if options.shuffle_patches or options.occlude else own
         conditions = conditions_of(options, own, patch)
         for size in {condition.size for condition in conditions} - {own}:
-            model_at(size)  # refused now, not after the others
-        say(f"Data: {name}")
+            check_classifier(checkpoint, model_at(size), size, recipe.in_chans)  # refused now, not after the others
+        say(f"Data: {name}\n{note}".rstrip())
         outcomes: list[Outcome] = []
         for condition in conditions:
             transform = eval_transform(recipe)
             transform = transform if condition.size == own else replace(transform, input_size=condition.size)
-            images = Images(*sources["val"], read, transform.build())
+            images = Images(plain.sources, plain.targets, read, transform.build())
             data: Any = images if condition.change is None else Changed(images, condition.change)
             at = model if condition.size == own else model_at(condition.size)
             loader = eval_loader(data, recipe, device=world.device)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.device import DeviceLoader
-from lape.errors import CheckpointError, DataError, LapeError
-from lape.files.read import read_checkpoint
+from lape.data.folders import few
+from lape.errors import CheckpointError, DataError, LapeError, NotFiniteError, check_finite
+from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import (
-    check_classes,
     check_classifier,
     check_outputs,
     labels_of,
@@ -29,6 +29,7 @@ from lape.files.restore import (
     settings_of,
     transform_of,
 )
+from lape.names import tell
 from lape.options import PredictOptions
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
@@ -36,6 +37,8 @@ from lape.train.progress import Say, silence
 
 if TYPE_CHECKING:
     from lape.data.open import Data
+
+T = TypeVar("T")
 
 PREDICT_BATCH = 32  # images that `predict` decodes and classifies at a time
 
@@ -111,6 +114,7 @@ def evaluate(
 
     Raises:
         DataError: an image cannot be read. Where the data is shared every process raises, once all are done.
+        NotFiniteError: outputs are NaN or infinite; every process raises.
     """
     model.eval()
     rank, size = rank_and_size() if shared else (0, 1)
@@ -138,6 +142,10 @@ def evaluate(
         outcome = sum_over_ranks(outcome)
     seen, hit1, hit5, losses = outcome
     assert bool((seen == 1).all()), f"{int((seen != 1).sum())} of {len(seen)} images did not count once"
+    if lost := int((~losses.isfinite()).sum()):
+        raise NotFiniteError(
+            f"the outputs for {lost} of {len(losses)} images are NaN or infinite: they have no accuracy"
+        )
     batches = losses.split(loader.batch_sampler.batch_size)  # type: ignore[union-attr]
     return Metrics(
         acc1=100 * hit1.mean().item(),
@@ -159,7 +167,7 @@ def evaluate_data(model: nn.Module, data: Data, recipe: Recipe, world: World) ->
     return evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval)
 
 
-def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
+def evaluate_checkpoint(recipe: Recipe, *, say: Say = tell) -> Metrics:
     """Evaluate `recipe.resume` on the validation images of `recipe`, as the original's `--eval --resume` does.
 
     What the user gave no flag for (model, join, position embedding, image size, transform) the file decides; the
@@ -167,7 +175,8 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
 
     Raises:
         CheckpointError: no such file, or a flag contradicts it.
-        DataError: the data has other classes than the model.
+        DataError: the data has classes that the model has not; one that lacks some is evaluated, and they are said.
+        NotFiniteError: the model's outputs are NaN or infinite.
     """
     from lape.data.open import load_data
 
@@ -192,11 +201,12 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
         recipe = settings_of(checkpoint, recipe)
         autocast(recipe.amp, world.device)
         data = load_data(recipe, train=False, device=world.device)
-        check_classes(checkpoint, data.classes)
         model = restore_with(checkpoint, recipe, recipe.input_size).to(world.device)
         outputs = check_classifier(checkpoint, model, recipe.input_size, recipe.in_chans)
-        check_outputs(checkpoint, data.classes, outputs)
+        note = number_as(data, checkpoint, labels_of(model), outputs)
         say(f"Data: {data.name}")
+        if note:
+            say(note)
         weights = "averaged (EMA) weights of " if recipe.ema else ""
         say(f"Model: {recipe.model} from {weights}{recipe.resume}")
         say(f"{describe(model)}\nTransform: {eval_transform(recipe)}")
@@ -207,6 +217,42 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = print) -> Metrics:
         say(f"Accuracy of the network on the {metrics.count} test images: {metrics.acc1:.1f}%")
         say(f"Loss over all images: {metrics.loss:.4f} (the line above averages the means of batches)")
         return metrics
+
+
+def number_as(data: Data, checkpoint: Checkpoint, labels: list[str] | None, outputs: int) -> str:
+    """Give the validation images the class numbers of a checkpoint, by the names it stores; without names, their own.
+
+    Args:
+        labels: of a transformers model; used where every class of the data is among them.
+        outputs: of the head.
+
+    Returns a line on what could not be matched, "" if all was.
+
+    Raises:
+        DataError: images of a class that the checkpoint does not know, or more classes than it has outputs.
+    """
+    names = checkpoint.classes or (labels if labels and set(data.classes) <= set(labels) else None)
+    if not names:
+        check_outputs(checkpoint, data.classes, outputs)
+        if outputs == len(data.classes):
+            return ""
+        return (
+            f"{checkpoint.path} stores no class names and has {outputs} outputs: the first {len(data.classes)} are "
+            "taken for the classes of the data, in their order"
+        )
+    targets = torch.as_tensor(data.val.targets)
+    present = [data.classes[number] for number in targets.unique().tolist()]
+    odd = [name for name in present if name not in names]
+    if odd:
+        raise DataError(
+            f"the data has images of {len(odd)} class(es) that {checkpoint.path} was not trained on ({few(odd)}; it "
+            f"knows {len(names)}: {few(names)}): give the data it was trained on"
+        )
+    numbers = torch.tensor([names.index(name) if name in names else -1 for name in data.classes])
+    renumbered = numbers.to(targets.device)[targets]
+    data.val.targets = renumbered if isinstance(data.val.targets, torch.Tensor) else renumbered.tolist()
+    missing = [name for name in names if name not in present]
+    return f"{len(missing)} of the {len(names)} classes have no image here: {few(missing)}" if missing else ""
 
 
 def predict(checkpoint_path: str | Path, image_paths: Sequence[str | Path], **options: Any) -> list[Prediction]:
@@ -221,33 +267,50 @@ def predict(checkpoint_path: str | Path, image_paths: Sequence[str | Path], **op
         LapeError: an option is not allowed.
         DataError: a file is missing or no image; the message names it.
         CheckpointError: the checkpoint cannot be read, or its model is no classifier.
+        NotFiniteError: probabilities are NaN or infinite; the message names the first image.
     """
     return list(predictions(image_paths, PredictOptions(checkpoint=str(checkpoint_path), **options)))
 
 
-def predictions(image_paths: Sequence[str | Path], options: PredictOptions) -> Iterator[Prediction]:
+def predictions(
+    image_paths: Sequence[str | Path], options: PredictOptions, problems: list[str] | None = None
+) -> Iterator[Prediction]:
     """As `predict`, one after the other: images are decoded and classified in batches of `PREDICT_BATCH`.
 
     Before the first one is classified, every file is opened and its header read, so that a missing file or one that is
-    no image costs no work. A file that is cut off shows in its batch only.
+    no image costs no work. A file that is cut off shows in its batch only. With a list for `problems`, files that are
+    there and cannot be read are named in it and left out.
     """
     from lape.data.images import check_header, load_image
+
+    def readable(paths: Sequence[str | Path], read: Callable[[str | Path], T]) -> Iterator[tuple[str | Path, T]]:
+        for path in paths:
+            try:
+                yield path, read(path)
+            except DataError as error:
+                if problems is None or not Path(path).exists():
+                    raise
+                problems.append(str(error))
 
     checkpoint = read_checkpoint(options.checkpoint)
     transform = transform_of(checkpoint)
     prepare = transform.build()
-    for path in image_paths:
-        check_header(path)
+    image_paths = [path for path, _ in readable(image_paths, check_header)]
     with join_world(options.device) as world:
         model = restore_with(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size).to(world.device)
         outputs = check_classifier(checkpoint, model, transform.input_size, transform.in_chans)
         names = checkpoint.classes or labels_of(model) or []
         names = [*names, *(str(number) for number in range(len(names), outputs))]
         for first in range(0, len(image_paths), PREDICT_BATCH):
-            paths = image_paths[first : first + PREDICT_BATCH]
-            pixels_BCHW = torch.stack([prepare(load_image(path, transform.in_chans)) for path in paths])
+            batch = image_paths[first : first + PREDICT_BATCH]
+            images = list(readable(batch, lambda path: prepare(load_image(path, transform.in_chans))))
+            if not images:
+                continue
+            pixels_BCHW = torch.stack([image for _, image in images])
             with torch.no_grad():
                 probabilities_BK = logits_of(model(pixels_BCHW.to(world.device))).float().softmax(dim=1)
+            for (path, _), probabilities_K in zip(images, probabilities_BK, strict=True):
+                check_finite(probabilities_K, f"the outputs of {options.checkpoint} for {path}")
             best = probabilities_BK.topk(min(options.top_k, outputs))
-            for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
+            for (path, _), values, indices in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
                 yield Prediction(str(path), [names[index] for index in indices], values)

@@ -38,10 +38,12 @@ from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.loaders import BatchPlan, batch_plan, steps_per_epoch, train_loader
 from lape.data.open import Data, load_data
-from lape.errors import DataError, LapeError
+from lape.errors import DataError, LapeError, NotFiniteError
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classes, settings_of
+from lape.files.vet import of_file
+from lape.names import tell
 from lape.recipe import Recipe
 from lape.train.distributed import World, expect_answers, join_world, on_main, sum_over_ranks
 from lape.train.evaluate import Metrics, autocast, evaluate_data
@@ -49,6 +51,7 @@ from lape.train.faults import explained, make_deterministic, sigterm
 from lape.train.logs import check_services, open_curves, write_log
 from lape.train.losses import classification_loss, distillation_loss
 from lape.train.progress import Progress, Say, silence
+from lape.train.schedule import fit_warm_up, remarks
 from lape.train.start import build_model, check_warm_start, load_teacher, trainable
 from lape.train.state import (
     BEST,
@@ -61,6 +64,7 @@ from lape.train.state import (
     peak_lr,
     resume,
     save,
+    set_rate,
 )
 
 
@@ -126,7 +130,7 @@ class StepReport(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None = None, say: Say = print) -> TrainResult:
+def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None = None, say: Say = tell) -> TrainResult:
     """Train as the recipe says, evaluate after every epoch, and leave the files named above.
 
     Under `torchrun` every process calls this; files and output are those of the first.
@@ -227,10 +231,10 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
                 _exit_after_save(run)
             if report.save and report.good and state.next_step < run.steps:
                 run.save()
-    if state.scheduler is not None:
-        state.scheduler.step(epoch + 1)
+    set_rate(state, recipe, epoch + 1)
     line = _epoch_line(run, epoch, lr, progress)
-    run.say(f"Averaged stats: lr: {lr:.6f}  loss: {line['train_loss']}")
+    loss = line["train_loss"]
+    run.say(f"Averaged stats: lr: {lr:.6f}  loss: {loss if loss is None else round(loss, 4)}")
     return line
 
 
@@ -378,7 +382,8 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
     checkpoint = checkpoint_to_resume(recipe, say)
     agree(checkpoint, world)
     if checkpoint is not None:
-        recipe = settings_of(checkpoint, recipe)
+        recipe = _as_it_began(checkpoint, settings_of(checkpoint, recipe))
+    recipe = fit_warm_up(recipe, say)
     check_warm_start(recipe, checkpoint)
     data = load_data(recipe, world_size=world.size, device=world.device)
     plan = batch_plan(recipe, world.size)
@@ -387,15 +392,25 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
     if checkpoint is not None:
         check_classes(checkpoint, data.classes)
         num_classes = checkpoint.num_classes or num_classes  # the authors' files have 1000 outputs for any data
-    state = initial_state(recipe, build_model(recipe, num_classes, say).to(world.device), world)
-    teacher = load_teacher(recipe, num_classes, world.device, say)
+    state = initial_state(recipe, build_model(recipe, num_classes, say, data.classes).to(world.device), world)
+    teacher = load_teacher(recipe, num_classes, world.device, say, data.classes)
     if checkpoint is not None:
-        resume(state, checkpoint, recipe, plan, say)
+        with of_file(checkpoint.path):
+            resume(state, checkpoint, recipe, plan, say)
         if "max_accuracy" not in checkpoint.raw:
             state.best_accuracy = _accuracy_of_best(state, data, recipe, world)
+    for line in remarks(recipe, peak_lr(recipe, world.size), state):
+        say(line)
     net = _parallel(state.model, recipe, world, plan)
     mixup = _mixup(recipe, num_classes)
     return Training(recipe, world, stop, say, data, plan, steps, state, net, mixup, teacher, checkpoint)
+
+
+def _as_it_began(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
+    """A run goes on with the habits it began with, unless told otherwise; one of version 0.1.0 had none."""
+    if "as_original" in recipe.model_fields_set:
+        return recipe
+    return recipe.replace(as_original=checkpoint.args.get("as_original", ()))
 
 
 def _check(recipe: Recipe, device: torch.device) -> None:
@@ -426,12 +441,17 @@ def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -
     net: nn.Module = computing
     if world.size == 1:
         return net
-    net = DistributedDataParallel(net, device_ids=[world.device] if world.device.type == "cuda" else None)
+    # the second head of a distilled model does not learn without a teacher
+    idle = getattr(model, "distilled_training", False) and recipe.distillation_type == "none"
+    net = DistributedDataParallel(
+        net, device_ids=[world.device] if world.device.type == "cuda" else None, find_unused_parameters=idle
+    )
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     nothing = torch.zeros(plan.size, recipe.in_chans, recipe.input_size, recipe.input_size, device=world.device)
     with autocast(recipe.amp, world.device):
         output = net.train(recipe.train_mode)(nothing)
-    sum(one.float().sum() for one in (output if isinstance(output, tuple) else (output,))).backward()
+    outputs = output if isinstance(output, tuple) else (output,)
+    sum(one.float().sum() for one in (outputs[:1] if idle else outputs)).backward()
     model.zero_grad()
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
@@ -461,11 +481,11 @@ def _evaluate_epoch(run: Training, epoch: int, lr: float) -> tuple[Metrics, Metr
     except DataError:  # in all processes
         run.save()
         raise
-    if not math.isfinite(raw.loss):
-        raise LapeError(
-            f"the validation loss is {raw.loss} after epoch {epoch} at learning rate {lr:.3g}: training stops, the "
-            "last checkpoint stands; lower --lr, add --clip-grad 1, or use --amp off or bf16"
-        )
+    except NotFiniteError as error:
+        raise NotFiniteError(
+            f"{error} (validation after epoch {epoch} at learning rate {lr:.3g}); training stops, the last checkpoint "
+            "stands; lower --lr, add --clip-grad 1, or use --amp off or bf16"
+        ) from None
     return raw, ema
 
 
@@ -514,7 +534,8 @@ def _introduce(run: Training) -> None:
     say(f"Evaluation transform: {eval_transform(recipe)}")
     if recipe.data_on_device:
         size = data.train.images.nbytes + data.val.images.nbytes
-        say(f"Images are held on {world.device} as bytes ({size / 2**20:.1f} MiB) and augmented there")
+        kind = "bytes" if data.train.images.dtype == torch.uint8 else "floats"
+        say(f"Images are held on {world.device} as {kind} ({size / 2**20:.1f} MiB) and augmented there")
     say(f"Model: {recipe.model}\n{describe(state.model)}")
     say(f"number of params: {trainable(state.model)}")
     parts = f" x {plan.parts} parts" if plan.parts > 1 else ""

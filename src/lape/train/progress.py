@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
+from lape.names import tell
 from lape.train.faults import peak_memory
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]  # takes a line of output
 STARVED = 0.3  # part of an epoch spent on waiting for images from which on the output gives advice
+BAR = 10  # characters of the bar itself
+BAR_AND_TIME = BAR + len("/") + len("0:00:00") + 4  # and what stands between the columns
 MATTERS = 10.0  # seconds; a shorter epoch is dominated by starting the loader
 
 
@@ -34,7 +37,7 @@ class Progress:
         plan: the images of a step.
         world: whose device's memory is watched.
         every: steps between two lines.
-        say: where lines go. A bar is drawn only where it is print and stdout a terminal.
+        say: where lines go. A bar is drawn only where it is print or tell, and stdout a terminal.
     """
 
     def __init__(self, title: str, first: int, steps: int, plan: BatchPlan, world: World, every: int, say: Say) -> None:
@@ -49,7 +52,7 @@ class Progress:
     def over(self, loader: Iterable[Any]) -> Generator[Any, None, None]:
         """The batches of a loader, with the time that was spent on waiting for them."""
         self._start = mark = time.perf_counter()
-        if self.say is print and sys.stdout.isatty():
+        if self.say in (print, tell) and sys.stdout.isatty():
             self._bar = _open_bar(self.title, self.first, self.steps)
         batches = iter(loader)
         try:
@@ -78,16 +81,31 @@ class Progress:
         each = (time.perf_counter() - self._start) / self.reports
         data = self.wait / self.reports
         mean = self.loss_sum / max(self.finite, 1)
-        speed = f"{self.images / each:.0f} img/s  mem: {peak_memory(self.device):.0f} MiB"
-        values = f"lr: {lr:.6f}  loss: {loss:.4f} ({mean:.4f})  grad: {grad_norm:.3f}"
+        speed, memory = f"{self.images / each:.0f} img/s", f"mem: {peak_memory(self.device):.0f} MiB"
+        rate, losses, gradient = f"lr: {lr:.6f}", f"loss: {loss:.4f} ({mean:.4f})", f"grad: {grad_norm:.3f}"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], advance=1, values=f"{values}  data: {data / each:.0%}  {speed}")
+            fields = (
+                f"loss: {loss:.4f}",
+                f"mean: {mean:.4f}",
+                speed,
+                rate,
+                gradient,
+                f"data: {data / each:.0%}",
+                memory,
+            )
+            # the last go first on a narrow terminal
+            room = self._bar.console.width - len(self.title) - 2 * len(str(self.steps)) - BAR_AND_TIME
+            most = max((n for n in range(len(fields) + 1) if len("  ".join(fields[:n])) <= room), default=0)
+            self._bar.update(self._bar.task_ids[0], advance=1, values="  ".join(fields[:most]))
             return
         step = self.first + self.reports - 1
         if step % self.every == 0 or step == self.steps - 1:
             eta = datetime.timedelta(seconds=int(each * (self.steps - 1 - step)))
             place = f"[{step:{len(str(self.steps))}d}/{self.steps}]"
-            self.say(f"{self.title}  {place}  eta: {eta}  {values}  time: {each:.4f}  data: {data:.4f}  {speed}")
+            self.say(
+                f"{self.title}  {place}  eta: {eta}  {rate}  {losses}  {gradient}  "
+                f"time: {each:.4f}  data: {data:.4f}  {speed}  {memory}"
+            )
 
     def timing(self) -> dict[str, float]:
         """Seconds of training and of waiting for data in it; images a second of all processes; the most memory used."""
@@ -105,7 +123,7 @@ def _open_bar(title: str, first: int, steps: int) -> Any:
 
     bar = RichProgress(
         TextColumn(title.replace("[", r"\[")),
-        BarColumn(),
+        BarColumn(BAR),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[values]}"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,16 +14,23 @@ from torch import Tensor, nn
 import lape.models  # noqa: F401  a teacher may be one of them
 from lape.convert.apply import create_model
 from lape.convert.converted import conversion_of
+from lape.core.position import Grid, Layout, resample, rows_of
 from lape.data.augment import eval_transform
-from lape.errors import CheckpointError, LapeError
-from lape.files.names import load_reference_state_dict, to_reference_state_dict
+from lape.errors import CheckpointError, LapeError, check_finite
+from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import source_grid
+from lape.files.vet import of_file
 from lape.names import nearest
 from lape.recipe import Recipe
 from lape.train.progress import Say
 
 PATCHES = "patch_embed.proj.weight"
+OTHER_THERE = {
+    "vit_small_patch16_224": "width 768, depth 8, 48.8 M parameters: --model-kwargs embed_dim=768 depth=8 num_heads=8 "
+    "mlp_ratio=3 qkv_bias=False"
+}
+"""Names that mean another model in the LaPE authors' code, and how to get it."""
 
 
 def check_warm_start(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
@@ -43,12 +52,20 @@ def check_warm_start(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
         )
 
 
-def build_model(recipe: Recipe, num_classes: int, say: Say = print) -> nn.Module:
-    """The model of a recipe, the same in every process; with the weights of `finetune` where it names a file."""
+def build_model(recipe: Recipe, num_classes: int, say: Say = print, classes: Sequence[str] | None = None) -> nn.Module:
+    """The model of a recipe, the same in every process; with the weights of `finetune` where it names a file.
+
+    `classes`: the data's, in the order of the outputs.
+    """
     flags = {"num_classes": "the data says it", "img_size": "--input-size", "in_chans": "--in-chans"}
     flags |= {"drop_rate": "--drop", "drop_path_rate": "--drop-path"}
     for name in recipe.model_kwargs.keys() & flags.keys():
         raise LapeError(f"model_kwargs {name}={recipe.model_kwargs[name]!r} has a place of its own: {flags[name]}")
+    if recipe.model in OTHER_THERE and not recipe.model_kwargs:
+        say(f"This is timm's {recipe.model}; the LaPE authors' has {OTHER_THERE[recipe.model]}")
+    drop = {"drop_rate": recipe.drop}
+    if recipe.drop and "drop" in recipe.as_original and recipe.model.startswith(("deit_", "vit_")):
+        drop = {"pos_drop_rate": recipe.drop, "proj_drop_rate": recipe.drop}  # timm's drop_rate is the head's
     torch.manual_seed(recipe.seed)
     model = create_model(
         recipe.model,
@@ -60,12 +77,14 @@ def build_model(recipe: Recipe, num_classes: int, say: Say = print) -> nn.Module
         num_classes=num_classes,
         img_size=recipe.input_size,
         in_chans=recipe.in_chans,
-        drop_rate=recipe.drop,
         drop_path_rate=recipe.drop_path,
-        **recipe.model_kwargs,
+        **{**drop, **recipe.model_kwargs},
     )
+    if "init" in recipe.as_original and not recipe.model_kwargs.keys() & {"pretrained", "checkpoint_path"}:
+        _start_as_original(model)
     if recipe.finetune:
-        load_weights(model, read_checkpoint(recipe.finetune), say)
+        antialias = "resize" not in recipe.as_original
+        load_weights(model, read_checkpoint(recipe.finetune), say, classes, antialias=antialias)
     if recipe.attn_only:
         _train_attention_only(model)
     if recipe.grad_checkpointing:
@@ -77,20 +96,40 @@ def build_model(recipe: Recipe, num_classes: int, say: Say = print) -> nn.Module
                 "deit_tiny_distilled_patch16_224, or --distillation-type none"
             )
         model.set_distilled_training(True)  # type: ignore[operator]
+    elif "heads" in recipe.as_original and hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)  # type: ignore[operator]
     return model
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> None:
+def _start_as_original(model: nn.Module) -> None:
+    """The class token from std 0.02 (timm's 1e-6 leaves it nothing under LaPE), new biases on logits from 0."""
+    for name, parameter in model.named_parameters():
+        if name == "cls_token":
+            nn.init.trunc_normal_(parameter, std=0.02)
+        elif name.startswith("lape.") and name.endswith(".relative_position_bias_table"):
+            nn.init.zeros_(parameter)
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    say: Say = print,
+    classes: Sequence[str] | None = None,
+    *,
+    antialias: bool = True,
+) -> None:
     """Start a model from another's weights, as far as they can be carried over.
 
     A position table is resampled to the model's grid, a patch embedding to its patch size (pseudo-inverse resize,
     FlexiViT: Beyer et al. 2023). The distillation token of the file, with its row of the table and its head, is left
     out where the model has none. A head for another number of classes starts anew, and so do PE norms, gates and a
-    head that the file lacks. What is left out, resized or anew is said in one line, by reason.
+    head that the file lacks. The outputs of a head for the same `classes` in another order are put into theirs; that
+    of as many others is kept, as in DeiT. What is left out, resized, moved or anew is said in one line, by reason.
 
     Raises:
         CheckpointError: any other difference between file and model; weights of another join for a warm start, whose
             function it could not keep.
+        NotFiniteError: weights that are NaN or infinite.
     """
     if checkpoint.package != "timm":
         raise CheckpointError(
@@ -103,14 +142,20 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
         )
     _check_kept_function(model, checkpoint)
     ours, theirs = to_reference_state_dict(model), dict(checkpoint.model)
+    for name, tensor in theirs.items():
+        check_finite(tensor, f"the weights {name} of {checkpoint.path}")
+    moved = _order_head(theirs, checkpoint.classes, classes)
     grid = source_grid(checkpoint, model)
     foreign = _leave_distillation(ours, theirs)
     resized = _resize_patches(ours, theirs)
     reasons = {name: _why_anew(name, tensor, theirs.get(name)) for name, tensor in ours.items()}
     fresh = {name: tensor for name, tensor in ours.items() if reasons[name]}
     rest = {name: tensor for name, tensor in theirs.items() if name not in fresh}
+    own_grid = conversion_of(model).layout.grid
+    plain = {} if antialias else _resized_plainly(conversion_of(model).layout, rest, grid)
+    rest |= plain
     try:
-        load_reference_state_dict(model, fresh | rest, source_grid=grid)
+        load_reference_state_dict(model, fresh | rest, source_grid=None if plain else grid)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_advice(ours, theirs)}") from None
     notes = [
@@ -120,11 +165,39 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, say: Say = print) -> 
         ),
         f"left out: {short(foreign)}" if foreign else "",
         resized,
+        moved,
         f"position table resampled from a grid of {grid[0]} x {grid[1]}"
-        if grid is not None and grid != conversion_of(model).layout.grid and "pos_embed" in theirs
+        if grid not in (None, own_grid) and "pos_embed" in theirs
         else "",
     ]
     say(f"Fine-tuning from {checkpoint.path}. {'; '.join(note for note in notes if note)}".rstrip(". ") + ".")
+
+
+def _resized_plainly(layout: Layout, tensors: Mapping[str, Tensor], grid: Grid | None) -> dict[str, Tensor]:
+    """The tables of a file for `grid` at the model's, as DeiT resizes them: bicubic without antialiasing."""
+    if grid is None or grid == layout.grid:
+        return {}
+    source = replace(layout, grid=grid)
+    tables = {name: rows_of(table) for name, table in tensors.items() if re.fullmatch(r"pos_embed\d*", name)}
+    return {
+        name: resample(rows_1RD, source, layout.grid, antialias=False)
+        for name, rows_1RD in tables.items()
+        if rows_1RD.shape[1] == source.num_rows
+    }
+
+
+def _order_head(theirs: dict[str, Tensor], stored: Sequence[str] | None, classes: Sequence[str] | None) -> str:
+    """Put a head's outputs into the order of the data's classes, where both have the same; what there is to say."""
+    if not stored or not classes or list(stored) == list(classes) or len(stored) != len(classes):
+        return ""
+    if set(stored) != set(classes):
+        odd = [name for name in classes if name not in stored]
+        return f"the head is that of other classes ({short(odd)} were not among them), as many, and is kept"
+    order = torch.tensor([list(stored).index(name) for name in classes])
+    for name, tensor in theirs.items():
+        if name.startswith(("head.", "head_dist.")) and len(tensor) == len(order):
+            theirs[name] = tensor[order]
+    return "the outputs of the head put into the order of the data's classes"
 
 
 def _why_anew(name: str, ours: Tensor, theirs: Tensor | None) -> str:
@@ -206,8 +279,9 @@ def _train_attention_only(model: nn.Module) -> None:
     heads = model.get_classifier()  # type: ignore[operator]
     heads = heads if isinstance(heads, tuple) else (heads,)
     head_ids = {id(parameter) for head in heads for parameter in head.parameters()}
+    names = reference_names(model)
     for name, parameter in model.named_parameters():
-        learns = ".attn." in name or name.endswith("pos_embed") or id(parameter) in head_ids
+        learns = ".attn." in names.get(name, name) or name.endswith("pos_embed") or id(parameter) in head_ids
         parameter.requires_grad_(parameter.requires_grad and learns)
 
 
@@ -217,9 +291,13 @@ class Teacher(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: nn.Module, student: tuple[Any, Any], own: tuple[Any, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, student: tuple[Any, Any], own: tuple[Any, Any], order: list[int] | None = None
+    ) -> None:
+        """`order`: the teacher's outputs of the student's classes."""
         super().__init__()
         self.model = model
+        self.order = order
         self.same = student == own
         (mean, std), (own_mean, own_std) = (
             (torch.tensor(m).view(1, -1, 1, 1), torch.tensor(s).view(1, -1, 1, 1)) for m, s in (student, own)
@@ -230,15 +308,24 @@ class Teacher(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images if self.same else images * self.scale + self.shift)
-        return logits
+        return logits if self.order is None else logits[:, self.order]
 
 
-def load_teacher(recipe: Recipe, num_classes: int, device: torch.device, say: Say = print) -> Teacher | None:
+def load_teacher(
+    recipe: Recipe,
+    num_classes: int,
+    device: torch.device,
+    say: Say = print,
+    classes: Sequence[str] | None = None,
+) -> Teacher | None:
     """The teacher of a recipe. Its normalisation is that of its checkpoint, else that of timm's configuration.
+
+    Its outputs are those of the data's `classes`, by the names that its file stores; it may know more classes.
 
     Raises:
         LapeError: unknown name, or a model that cannot see images of this size.
         CheckpointError: the file is not of that model and these classes.
+        NotFiniteError: its outputs are NaN or infinite.
     """
     if recipe.distillation_type == "none":
         return None
@@ -248,8 +335,10 @@ def load_teacher(recipe: Recipe, num_classes: int, device: torch.device, say: Sa
     if not timm.is_model(name.split(".")[0]):
         guess = nearest(name, timm.list_models())
         raise LapeError(f"unknown teacher_model {name!r}{f'; did you mean {guess!r}?' if guess else ''}")
-    model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=recipe.in_chans)
     checkpoint = read_checkpoint(recipe.teacher_path)
+    order = _outputs_of(checkpoint, classes)
+    num_classes = len(checkpoint.classes or []) if order else num_classes
+    model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=recipe.in_chans)
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
@@ -263,13 +352,32 @@ def load_teacher(recipe: Recipe, num_classes: int, device: torch.device, say: Sa
         ("its checkpoint", checkpoint.transform) if checkpoint.transform else ("timm", model.pretrained_cfg)
     )
     assert isinstance(config, dict)
-    own = (tuple(config["mean"]), tuple(config["std"]))
+    with of_file(checkpoint.path):
+        own = (tuple(config["mean"]), tuple(config["std"]))
     if len(own[0]) != recipe.in_chans:
         source, own = "the student: its own has other channels", student
-    teacher = Teacher(model, student, own).to(device)
+    teacher = Teacher(model, student, own, None if order == [*range(num_classes)] else order).to(device)
     try:
-        teacher(torch.zeros(1, recipe.in_chans, recipe.input_size, recipe.input_size, device=device))
+        logits = teacher(torch.zeros(1, recipe.in_chans, recipe.input_size, recipe.input_size, device=device))
     except (AssertionError, RuntimeError) as error:
         raise LapeError(f"teacher_model {name!r} cannot see images of {recipe.input_size} pixels: {error}") from None
-    say(f"Teacher: {name} from {recipe.teacher_path}; normalisation of {source}: mean {own[0]}, std {own[1]}")
+    check_finite(logits, f"the outputs of the teacher {recipe.teacher_path}")
+    say(
+        f"Teacher: {name} from {recipe.teacher_path}; normalisation of {source}: mean {own[0]}, std {own[1]}"
+        + ("" if order else "; no class names are stored, its outputs are taken for the data's classes in their order")
+    )
     return teacher
+
+
+def _outputs_of(checkpoint: Checkpoint, classes: Sequence[str] | None) -> list[int] | None:
+    """The outputs of a teacher for the data's classes, None where its file names none. Raises CheckpointError."""
+    stored = checkpoint.classes
+    if not stored or not classes:
+        return None
+    lacking = [name for name in classes if name not in stored]
+    if lacking:
+        raise CheckpointError(
+            f"the teacher {checkpoint.path} was trained on other classes, it lacks {short(lacking)}: give one that "
+            "knows the classes of the data"
+        )
+    return [stored.index(name) for name in classes]

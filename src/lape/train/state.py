@@ -10,8 +10,11 @@ as `previous_checkpoint.pth`. `--resume auto` takes the newest whole one of them
 from __future__ import annotations
 
 import json
+import os
+import re
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +31,10 @@ from lape.data.augment import eval_transform
 from lape.data.loaders import BatchPlan, batch_plan
 from lape.data.open import Data
 from lape.errors import CheckpointError, LapeError
-from lape.files.atomic import write_atomically
+from lape.files.atomic import remove_left, write_atomically
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
+from lape.host.timm import NOT_THE_MODEL
 from lape.names import nearest
 from lape.recipe import Recipe
 from lape.train.distributed import World, sum_over_ranks
@@ -81,18 +85,54 @@ def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
     if recipe.opt.lower().split("_")[-1] not in names:
         guess = nearest(recipe.opt, names)
         raise LapeError(f"unknown opt {recipe.opt!r}{f'; did you mean {guess!r}?' if guess else ''}: a name of timm")
-    optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(recipe), "lr": peak_lr(recipe, world.size)})
+    with _decay_of(model, recipe):
+        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(recipe), "lr": peak_lr(recipe, world.size)})
     _scale_lr_of_position(optimizer, model, recipe.pe_lr_scale)
     # timm's function of the epoch stays at min_lr behind the end of its own epochs.
     scheduler, _ = create_scheduler(recipe.replace(epochs=recipe.schedule_epochs or recipe.epochs), optimizer)
-    if scheduler is not None:
-        scheduler.step(recipe.start_epoch)
     ema = None
     if recipe.model_ema:
         device = torch.device("cpu") if recipe.model_ema_force_cpu else None
         ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup, device=device)
     half = recipe.amp in ("fp16", "auto") and world.device.type == "cuda"
-    return State(model, ema, optimizer, scheduler, torch.amp.GradScaler("cuda", enabled=half), recipe.start_epoch)
+    state = State(model, ema, optimizer, scheduler, torch.amp.GradScaler("cuda", enabled=half), recipe.start_epoch)
+    set_rate(state, recipe, recipe.start_epoch)
+    return state
+
+
+def set_rate(state: State, recipe: Recipe, epoch: int) -> None:
+    """Give the optimizer the learning rate of an epoch, a function of its number alone.
+
+    With the original's schedule, epoch e > 0 has the rate that the formula gives for e - 1: it is stepped with `epoch`
+    when that epoch has ended, so that the epochs 0 and 1 both have the first rate.
+    """
+    late = "schedule" in recipe.as_original
+    if state.scheduler is not None and not (late and epoch == 0):
+        state.scheduler.step(epoch - late)
+
+
+@contextmanager
+def _decay_of(model: Any, recipe: Recipe) -> Iterator[None]:
+    """Let weight decay spare what the original spares: class token, the one table, and all of one dimension.
+
+    timm spares the distillation token, too; `lape` all of position: the tables of unshare, new biases on logits.
+    """
+    names = reference_names(model)
+    decayed = {
+        name
+        for name, in_files in names.items()
+        if re.fullmatch(r"dist_token|pos_embed\d+", in_files)
+        or (name.startswith("lape.") and name.endswith(".relative_position_bias_table"))
+    }
+    if not decayed or "decay" not in recipe.as_original:
+        yield
+        return
+    spared = model.no_weight_decay() - decayed
+    model.no_weight_decay = lambda: spared
+    try:
+        yield
+    finally:
+        del model.no_weight_decay
 
 
 def _scale_lr_of_position(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float) -> None:
@@ -133,9 +173,8 @@ def check_output(recipe: Recipe, checkpoint: Checkpoint | None, at_end: ExitStac
     except OSError as error:
         raise LapeError(f"output_dir {folder} cannot be written ({error.strerror}): choose another folder") from None
     _hold(folder, at_end)
-    for stale in folder.glob(".*.tmp"):  # what a run that was killed while writing has left
-        if stale.name.startswith(tuple(f".{name}." for name in (CHECKPOINT, BEST, LOG, TABLE, RUN))):
-            stale.unlink(missing_ok=True)
+    for name in (CHECKPOINT, BEST, LOG, TABLE, RUN):  # what a run that was killed while writing has left
+        remove_left(folder, f".{name}.*.tmp")
 
 
 def _hold(folder: Path, at_end: ExitStack) -> None:
@@ -144,7 +183,12 @@ def _hold(folder: Path, at_end: ExitStack) -> None:
         import fcntl
     except ImportError:  # Windows
         return
-    file = at_end.enter_context((folder / LOCK).open("w"))
+    # A link is not followed, and nothing is written: whatever lies there keeps its content.
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = at_end.enter_context(os.fdopen(descriptor, "rb+"))
+    except OSError as error:
+        raise LapeError(f"{folder / LOCK} cannot be opened ({error.strerror}): remove it") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not handed on to the loader's processes
     except (BlockingIOError, PermissionError):
@@ -172,10 +216,10 @@ def save(state: State, data: Data, recipe: Recipe, plan: BatchPlan, *, better: b
         "images_per_step": plan.total,
         "model_ema": to_reference_state_dict(state.ema.module) if state.ema is not None else None,
         "scaler": state.scaler.state_dict(),
-        "args": recipe.model_dump(mode="json"),
+        "args": _flags(recipe),
         "classes": data.classes,
         "transform": eval_transform(recipe).to_dict(),
-        "model_kwargs": recipe.model_kwargs,
+        "model_kwargs": _flags(recipe)["model_kwargs"],
         "max_accuracy": state.best_accuracy,
         "best": {"weights": recipe.best_by, "epoch": state.best_epoch, "acc1": state.best_accuracy},
         "history": state.history,
@@ -284,8 +328,7 @@ def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan
     state.next_step, state.loss_sum = step, raw.get("loss_sum", 0.0)
     for name in ("skipped_steps", "skipped_images", "bad_in_row"):
         setattr(state, name, raw.get(name, 0))
-    if state.scheduler is not None:
-        state.scheduler.step(state.next_epoch)
+    set_rate(state, recipe, state.next_epoch)
     state.best_accuracy = raw.get("max_accuracy", state.best_accuracy)
     state.best_epoch = (raw.get("best") or {}).get("epoch")
     state.history = raw["history"] if "history" in raw else _earlier_log(recipe, state.next_epoch)
@@ -304,8 +347,15 @@ _INDIFFERENT = {
 }
 
 
+def _flags(recipe: Recipe) -> dict[str, Any]:
+    """The flags that a checkpoint holds: where the first weights came from is no part of the model."""
+    flags = recipe.model_dump(mode="json")
+    kwargs = {name: value for name, value in flags["model_kwargs"].items() if name not in NOT_THE_MODEL}
+    return {**flags, "model_kwargs": kwargs}
+
+
 def _changed_settings(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    now = recipe.model_dump(mode="json")
+    now = _flags(recipe)
     changes = {name: (was, now[name]) for name, was in checkpoint.args.items() if name in now and was != now[name]}
     return ", ".join(f"{name} {was} -> {new}" for name, (was, new) in changes.items() if name not in _INDIFFERENT)
 

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from lape.convert.converted import conversion_of
-from lape.convert.positions import Size, View, describe, position_bias
+from lape.convert.positions import Size, View, describe
 from lape.core.position import KINDS, Grid
-from lape.errors import LapeError, needs
-from lape.files.atomic import write_atomically
+from lape.errors import LapeError, check_finite, needs
+from lape.files.atomic import keep_inputs, write_atomically
 from lape.files.read import read_checkpoint
 from lape.look.measures import MEASURES, measure_all
-from lape.look.similarity import Maps, grid_at, half_distance, locality_radius, monotonicity
+from lape.look.similarity import Maps, bias_to_show, grid_at, half_distance, locality_radius, monotonicity
 
 BUDGET = 6_000_000  # bytes of the whole file; what would not fit is kept coarser, and the page says so
 PHOTO_SIDE = 448  # pixels of the longer side of a photograph in the page
@@ -86,6 +86,8 @@ def explore(
     target = Path(path)
     if not target.parent.is_dir():
         raise LapeError(f"there is no folder {target.parent}: make it, or choose another file for the explorer")
+    named = _named(models)
+    keep_inputs([target], [*images, *(source for source in named.values() if isinstance(source, Path))])
 
     def open_model(source: nn.Module | Path) -> tuple[nn.Module, dict[str, Any] | None]:
         if isinstance(source, nn.Module):
@@ -96,7 +98,7 @@ def explore(
         model, _ = restore_to_draw(checkpoint, model_name, size=size, ema=ema, join=join, pe=pe)
         return model, checkpoint.transform
 
-    cards = [_Card(name, *open_model(source), images, size) for name, source in _named(models).items()]
+    cards = [_Card(name, *open_model(source), images, size) for name, source in named.items()]
     page = page_text(title, cards, intro, budget)
     write_atomically(target, lambda file: file.write(page.encode()))
     return target
@@ -174,8 +176,8 @@ class _Card:
                     self._add_measure(MEASURES[name].label, MEASURES[name].hint, value_L)
 
     def add_bias(self, budget: int) -> None:
-        bias_LHnn = position_bias(self.model).detach().float().cpu()
-        bias_LHnn = bias_LHnn.clamp(min=bias_LHnn.where(bias_LHnn.isfinite(), 0.0).min())  # -inf: may not look there
+        bias_LHnn = bias_to_show(self.model)
+        check_finite(bias_LHnn, f"the biases of {self.data['name']}")
         for measure in (locality_radius, monotonicity, half_distance):
             about = MEASURES[measure.__name__]
             value_L = measure(bias_LHnn.mean(1), self.grid)

@@ -1,0 +1,114 @@
+"""Rows of results as JSON and CSV files that grow as results come and are whole after each of them."""
+
+import csv
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from lape.errors import LapeError
+from lape.names import shown
+
+Row = dict[str, Any]
+
+
+@contextmanager
+def written(json_path: str | None, csv_path: str | None) -> Iterator[Callable[[list[Row]], None]]:
+    """What takes rows and writes them to these files ("-": stdout, None: nowhere). A file that was there before is
+    replaced by the first rows. Raises LapeError where it cannot be written."""
+    with ExitStack() as at_end:
+        tables = [
+            at_end.enter_context(_table(path, *form))
+            for path, form in ((json_path, (json_text, "\n]\n")), (csv_path, (csv_text, "")))
+            if path is not None
+        ]
+
+        def add(rows: list[Row]) -> None:
+            for table in tables:
+                table(rows)
+
+        yield add
+
+
+@contextmanager
+def _table(path: str, text: Callable[[list[Row], bool], str], tail: str) -> Iterator[Callable[[list[Row]], None]]:
+    """`tail` ends the file after each addition, and the next one is written over it."""
+    if path == "-" or (os.path.exists(path) and not os.path.isfile(path)):  # a pipe: nothing can be written over
+        pieces: list[str] = []
+        yield lambda rows: pieces.append(text(rows, not pieces))
+        write_directly(path, "".join(pieces) + tail if pieces else "")
+        return
+    place = Path(path)
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent)
+    except OSError as error:
+        raise LapeError(f"{path!r} cannot be written ({error.strerror}): give another file") from None
+    first = True
+
+    def add(rows: list[Row]) -> None:
+        nonlocal first
+        end = file.seek(0 if first else -len(tail), os.SEEK_END)
+        try:
+            file.write((text(rows, first) + tail).encode())
+            if first:
+                os.replace(temporary, place)
+                first = False
+        except OSError as error:
+            if not first:
+                file.seek(end)
+                file.truncate()
+                file.write(tail.encode())
+            raise LapeError(f"{path!r} cannot be written ({error.strerror}): the rows before are") from None
+
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        try:
+            os.chmod(temporary, 0o644)
+            yield add
+            os.fsync(file.fileno())
+        finally:
+            if first:
+                os.unlink(temporary)
+
+
+def write_directly(path: str, text: str) -> None:
+    """To stdout ("-"), or into what is no regular file."""
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise LapeError(f"{path!r} cannot be written ({error.strerror}): give another file") from None
+
+
+def json_text(rows: list[Row], first: bool) -> str:
+    body = ",\n".join(indent(json.dumps(row, indent=1, ensure_ascii=False), " ") for row in rows)
+    return ("[\n" if first else ",\n") + escaped(body)
+
+
+def escaped(text: str) -> str:
+    """JSON without characters that steer a terminal or that UTF-8 lacks, as file names in other encodings have them."""
+    return re.sub(r"[^\n]", lambda m: m[0] if m[0].isprintable() else json.dumps(m[0])[1:-1], text)
+
+
+def csv_text(rows: list[Row], first: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    if first:
+        writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula is quoted as one that it takes for a text."""
+    text = shown(value) if isinstance(value, str) else value
+    return f"'{text}" if isinstance(text, str) and text.startswith(("=", "+", "-", "@")) else text
