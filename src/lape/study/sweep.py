@@ -125,7 +125,7 @@ def conditions_of(options: SweepOptions, own: Size, patch: Size) -> list[Conditi
     return found
 
 
-def name_of(size: Size) -> str:
+def name_of(size: tuple[int, ...]) -> str:
     """The size as it is written: 224, or 224x320."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
@@ -262,8 +262,10 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
         for name, trainings in models.items():
             _draw_sizes(axes, name, trainings, colours[name])
         axes.axvline(training_size, color="0.5", linestyle=":", linewidth=1)
-        axes.annotate("training size", (training_size, 0.02), xycoords=("data", "axes fraction"), fontsize=7.5,
-                      rotation=90, ha="right", color="0.4")  # fmt: skip
+        names_at = {side_of(o.size): name_of(o.size) for o in sizes if o.size[0] != o.size[1]}
+        for side, text in {**names_at, training_size: "training size"}.items():
+            how: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right"}
+            axes.annotate(text, (side, 0.02), fontsize=7.5, color="0.4", **how)
         axes.set_xlabel("image size, square root of the pixels", fontsize=9)
         axes.set_ylabel("accuracy, %", fontsize=9)
     if shown[1]:
@@ -282,7 +284,8 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=8.5)
+    wide = min(len(labels), 2 * sum(shown))
+    figure.legend(handles, labels, loc="outside lower center", ncols=wide, frameon=False, fontsize=8.5)
     return figure
 
 
@@ -302,6 +305,9 @@ def _draw_sizes(axes: Any, name: str, trainings: Sequence[Sequence[Outcome]], co
         axes.fill_between([size[0] for size in square], low, high, color=colour, alpha=0.15, linewidth=0)
     for size in by_size:
         if size not in square:
-            point = ((size[0] * size[1]) ** 0.5, statistics.fmean(by_size[size]))
-            axes.plot(*point, marker="D", ms=5, color=colour, fillstyle="none")
-            axes.annotate(name_of(size), point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axes.plot(side_of(size), statistics.fmean(by_size[size]), "D", ms=5, color=colour, fillstyle="none")
+
+
+def side_of(size: Size) -> float:
+    """Of the square with as many pixels."""
+    return float((size[0] * size[1]) ** 0.5)
