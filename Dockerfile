@@ -4,5 +4,6 @@ FROM ${BASE}
 WORKDIR /app
 COPY . .
 RUN pip install --no-cache-dir '.[all]'
-# No entry point: `docker run lape bash` and `docker run lape python main.py ...` run as they stand.
+# No entry point, the base's neither: `docker run lape bash` and `docker run lape python main.py ...` run as they stand.
+ENTRYPOINT []
 CMD ["lape", "--help"]

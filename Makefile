@@ -28,7 +28,7 @@ docs:  ## tables and pages that are written from files
 	$(BIN)/python benchmarks/host_table.py
 
 site:  ## the documentation as a site, in the folder site
-	$(BIN)/pip install -q -e '.[train,docs]'
+	$(BIN)/pip install -q -e '.[train,plot,docs]'
 	$(BIN)/mkdocs build --strict
 
 package:  ## wheel and sdist in dist, as they would be published

@@ -34,6 +34,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from attack_runs import full_disks, launchers
+from attack_runs import kills as ends
 from PIL import Image
 
 import lape
@@ -447,6 +449,11 @@ def main() -> int:
             for what, count in results[title].items():
                 print(f"{title}: {what}: {', '.join(f'{n} {name}' for name, n in count.items())}", flush=True)
         os.chdir(home)
+    if not given.quick:  # processes of their own, and minutes
+        for title, run in (("launchers", launchers), ("full disks", full_disks), ("runs ended from outside", ends)):
+            count = run()
+            results[title] = {"lape": {"right": count["right"], **{f"WRONG {n}": 1 for n in count["wrong"]}}}
+            print(f"{title}: {count}", flush=True)
     wrong = sum(
         n for counts in results.values() for count in counts.values() for name, n in count.items() if must_not_be(name)
     )

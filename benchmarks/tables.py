@@ -358,6 +358,26 @@ def attack() -> str:
     return "\n".join(lines)
 
 
+def attention() -> str:
+    """Plain attention beside torch's fused one, on a CPU."""
+    found = _read(next(RESULTS.glob("attention_*.json")))
+    lines = ["| model | precision | training step | inference |", "|---|---|---|---|"]
+    for row in found["rows"]:
+        cells = (
+            "{:.2f} [{:.2f}, {:.2f}]".format(row[k]["median"], *row[k]["quartiles"]) for k in ("training", "inference")
+        )
+        lines.append(f"| {row['shape']} | {row['precision']} | {' | '.join(cells)} |")
+    hardware = found["machine"]["hardware"]
+    lines += [
+        "",
+        f"Processor time of plain attention as a ratio to fused, median [quartiles] of {found['rounds']} rounds, "
+        f"{found['threads']} thread, beside other work; {hardware['processor']}, "
+        f"torch {found['machine']['versions']['torch']}; "
+        "`benchmarks/results/attention_cpu1.json`.",
+    ]
+    return "\n".join(lines)
+
+
 PAGES = {
     ROOT / "docs" / "trust.md": (attack,),
     ROOT / "README.md": (worth,),
@@ -371,7 +391,7 @@ PAGES = {
     ),
     ROOT / "docs" / "small-data.md": (device_path,),
     ROOT / "docs" / "dense.md": (dense,),
-    ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost, folded, input_pipeline),
+    ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost, folded, input_pipeline, attention),
 }
 
 

@@ -537,6 +537,14 @@ def test_hosts_lists_every_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, shown.splitlines())) <= 110
 
 
+def test_hosts_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from lape.host import hosts
+
+    assert cli.run(cli.app, ["hosts", "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["refused"]) for row in rows] == [(host.name, host.refused) for host in hosts()]
+
+
 # --- as processes -----------------------------------------------------------------------------------------------------
 
 HELP_WITHOUT_TORCH = """

@@ -283,14 +283,15 @@ import sys, time
 from pathlib import Path
 from lape.recipe import Recipe
 from lape.study.workers import Agenda, Stage, run_all
-from lape.train.faults import sigterm
+from lape.train.faults import Stop
 
 folder = Path(sys.argv[1])
 
 
 def job(recipe, tick):
     (folder / f"training {recipe.seed}").touch()
-    with sigterm() as stop:  # as a training does
+    stop = Stop()
+    with stop.on_signals():  # as a training does
         while not stop.is_set():
             time.sleep(0.01)
         raise SystemExit(143)

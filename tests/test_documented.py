@@ -105,6 +105,7 @@ KEPT = "depth=2 embed_dim=16 num_heads=2 patch_size=4"  # of the checkpoint that
 SMALLER = {  # beginning of a command -> flags that make it small
     "lape demo": "--seeds 1 --epochs 1 --long-seeds 0 --workers 1",
     "lape train --finetune": f"{SIZE} --input-size 16 --batch-size 512 {DEIT} --model-kwargs {KEPT}",
+    "lape train --data-path": f"{SIZE} --model-kwargs {NARROW}",
     "lape train --model": f"{SIZE} --batch-size 512 --model-kwargs {NARROW}",
     "lape train --data-set": f"{SIZE} --model-kwargs depth=1 embed_dim=32 num_heads=2",
     "lape train": f"{SIZE} --batch-size 512 --model-kwargs {KEPT}",
@@ -122,7 +123,7 @@ SMALLER = {  # beginning of a command -> flags that make it small
     "python examples/": "--steps 1 --batch-size 2 --scenes 2 2",
 }
 CHANGES = {  # a piece of a command -> what stands in its place
-    "--recipe ...": "--recipe recipes/deit_tiny_imagenet.yaml",
+    "--recipe ...": "--recipe deit_tiny_imagenet",
     "...": "",
     "[--cifar FOLDER]": "--cifar FOLDER",
     "--global-batch 1024": "--global-batch 4",

@@ -22,7 +22,7 @@ CASES = [
     (family, join, pe)
     for family, (*_, needed, _rows, _bare, _beside) in WIDE.items()
     for join in ("basic", "share", "unshare", "LaPE-sharing", "LaPE")
-    for pe in {needed, "learnable"}
+    for pe in dict.fromkeys((needed, "learnable"))
     if not (join == "basic" and pe and family in (*NO_INPUT, "llama4"))
 ]
 

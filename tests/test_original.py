@@ -139,7 +139,7 @@ def test_dropout_is_where_the_original_has_it(model):
         ({"join_type": "unshare"}, {"pos_embed0", "pos_embed1"}),
         ({"pe": "2D_RPE"}, {f"blocks.{block}.attn.relative_position_bias_table" for block in range(2)}),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(map(str, value))),
 )
 @pytest.mark.parametrize("original", [True, False])
 def test_weight_decay_spares_what_the_original_spares(settings, decayed, original):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -266,12 +267,16 @@ def test_processes_that_see_different_files_are_refused(tmp_path):
     torch.manual_seed(0)
     checkpoint = Checkpoint(tmp_path / "c.pth", "pth", {}, raw={"epoch": 3, "step": 2})
     agree(checkpoint, World(0, 1, torch.device("cpu")))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "lape.train.state.sum_over_ranks", lambda mine: mine.double() + torch.tensor([3.0, 5.0, 9.0, 25.0])
-        )
-        with pytest.raises(LapeError, match="all machines share"):
-            agree(checkpoint, World(0, 2, torch.device("cpu")))
+    large = Checkpoint(tmp_path / "c.pth", "pth", {}, raw={"epoch": 2**53, "step": 2**62 + 1})
+    for others, wrong in (
+        ([], ""),
+        (["nothing"], "process 1 from nothing"),
+        ([f"epoch {2**53}, step {2**62}"], "step"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lape.train.state.all_of", lambda mine, others=others: [mine, *others])
+            with pytest.raises(LapeError, match=wrong) if others else nullcontext():
+                agree(large, World(0, 3, torch.device("cpu")))
 
 
 def test_a_file_without_training_state_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ import lape
 from lape.core.position import resample
 from lape.data.loaders import steps_per_epoch
 from lape.data.open import load_data
+from lape.data.processes import SIGNALS
 from lape.errors import CheckpointError, LapeError
 from lape.recipe import Recipe
 from lape.train.evaluate import evaluate_checkpoint
+from lape.train.faults import TWICE
 from lape.train.logs import BOARD, LOG, RUN, TABLE
 from lape.train.loop import train, training_loss
 from lape.train.losses import classification_loss, distillation_loss
@@ -209,24 +212,70 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, workers)
     assert log_without_times(tmp_path) == log_without_times(uninterrupted)
 
 
+@pytest.fixture
+def heeds_signals():
+    """A job in the background would inherit deafness to Ctrl-C."""
+    usual = {one: signal.default_int_handler if one == signal.SIGINT else signal.SIG_DFL for one in SIGNALS}
+    before = {one: signal.signal(one, handler) for one, handler in usual.items()}
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
 @pytest.mark.slow
-def test_sigterm_saves_within_the_epoch_and_the_run_goes_on_with_the_same_bits(uninterrupted, tmp_path):
+@pytest.mark.usefixtures("heeds_signals")
+@pytest.mark.parametrize(
+    ("number", "line", "steps"),
+    [
+        (signal.SIGTERM, "Epoch: [1]  [2/5]", 4),  # seen at the step after the signal
+        (signal.SIGHUP, "Epoch: [1]  [2/5]", 4),
+        (signal.SIGINT, "Epoch: [1]  [2/5]", 4),
+        (signal.SIGTERM, "Averaged stats", 5),  # all of them, not evaluated
+    ],
+)
+def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_with_the_same_bits(
+    uninterrupted, tmp_path, number, line, steps
+):
     recipe = tiny(**FULL, output_dir=str(tmp_path), log_every=1)
+    said: list[str] = []
 
     def say(text: str) -> None:
-        if text.startswith("Epoch: [1]  [2/5]"):
-            os.kill(os.getpid(), signal.SIGTERM)
+        said.append(text)
+        if text.startswith(line) and sum(one.startswith("Averaged stats") for one in said) == 1 + (steps == 5):
+            os.kill(os.getpid(), number)
 
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit):
+    before = {one: signal.getsignal(one) for one in SIGNALS}
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as stop:
         train(recipe, say=say)
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert number == signal.SIGINT or stop.value.code == 128 + number
+    assert {one: signal.getsignal(one) for one in SIGNALS} == before
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    where = f"saved after step {steps} of epoch 1 in {tmp_path / CHECKPOINT}"
+    assert said[-1] == f"{name}: {where}; to go on: the same command with --resume auto"
     stopped = read(tmp_path / CHECKPOINT)
-    assert (stopped["epoch"], stopped["step"]) == (0, 4)  # seen at the step after the signal
+    assert (stopped["epoch"], stopped["step"]) == (0, steps)
     train(recipe.replace(resume=str(tmp_path / CHECKPOINT)), say=quiet)
     found, wanted = read(tmp_path / CHECKPOINT), read(uninterrupted / CHECKPOINT)
     assert all(same(found[key], wanted[key]) for key in ("model", "model_ema", "optimizer", "max_accuracy"))
     assert log_without_times(tmp_path) == log_without_times(uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("heeds_signals")
+def test_ctrl_c_twice_does_not_wait_and_what_is_ignored_stays_ignored(tmp_path):
+    def press(text: str) -> None:
+        if text.startswith("Epoch: [0]  [1/5]"):
+            os.kill(os.getpid(), signal.SIGHUP)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1.2 * TWICE)
+            raise AssertionError("the second had no effect")
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(log_every=1, output_dir=str(tmp_path)), say=press)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert not (tmp_path / CHECKPOINT).exists()
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ The command line prints a `LapeError` as one line and exits with 2, so each mess
 given, what is allowed, and the fix.
 """
 
+import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -45,6 +47,16 @@ def check_finite(values: "Tensor", what: str) -> None:
             f"{what} are not finite: {bad} of {values.numel()} values are NaN or infinite; use weights from before "
             "they were lost"
         )
+
+
+def check_file(path: str | os.PathLike[str], kind: type[LapeError] = LapeError) -> None:
+    """Raises `kind` for a pipe or a device, which could be read for ever. What is no path, or missing, passes."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise kind(f"{path} is a pipe or a device, no file that can be read as a whole: copy it into a file")
 
 
 @contextmanager

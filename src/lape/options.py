@@ -24,6 +24,9 @@ class Options(BaseModel):
     )
 
     def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            if "\0" in str(value):
+                raise LapeError(f"{name}={value!r} holds a NUL character, which no path or name can: leave it out")
         try:
             super().__init__(**values)
         except ValidationError as error:

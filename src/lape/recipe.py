@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from lape.errors import LapeError, needs
+from lape.errors import LapeError, check_file, needs
 from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, match_name, nearest
 from lape.options import Options
 
@@ -29,6 +29,7 @@ Schedule = Literal["cosine", "tanh", "step", "plateau", "poly", "constant", "non
 Habit = Literal["init", "resize", "drop", "schedule", "decay", "heads", "none"]
 Interpolation = Literal["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
+DEEPEST = 20  # nesting of a recipe's values
 DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:\d+)?")
 
 
@@ -104,7 +105,7 @@ class Recipe(Options):
         0, "images of a step over all processes, in parts of at most --batch-size; 0: --batch-size each", ge=0
     )
     max_skipped: int = _training(10, "stop after so many steps in a row without a finite loss and gradient", gt=0)
-    seed: int = _training(0, "seed of everything random", ge=0)
+    seed: int = _training(0, "seed of everything random", ge=0, lt=2**64)
     start_epoch: int = _training(0, "first epoch to run, when not resuming", ge=0)
     bce_loss: bool = _training(False, "binary cross-entropy instead of softmax cross-entropy")
     smoothing: float = _training(0.1, "label smoothing", ge=0, lt=1)
@@ -268,6 +269,13 @@ class Recipe(Options):
             raise LapeError(f"scale={list(self.scale)} is not allowed: must be two areas, 0 < least <= most <= 1")
         if self.scale is not None and self.src:
             raise LapeError("scale and src=True are two crops: leave one of them out")
+        if self.cutmix_minmax is not None:
+            least, most = self.cutmix_minmax
+            if not (0 <= least <= most <= 1 and int(self.input_size * least) < int(self.input_size * most)):
+                raise LapeError(
+                    f"cutmix_minmax={list(self.cutmix_minmax)} is not allowed: must be two parts of the side, "
+                    f"0 <= least < most <= 1, at least a pixel of {self.input_size} apart"
+                )
         if self.schedule_epochs is not None and self.schedule_epochs > self.epochs:
             raise LapeError(
                 f"schedule_epochs={self.schedule_epochs} is more than epochs={self.epochs}: the schedule would not "
@@ -358,9 +366,11 @@ def _read(path: str | Path) -> tuple[str, str]:
     try:
         if not Path(path).exists() and name in packaged():
             return text_of(name), f"recipe {name}"
+        check_file(path)
         return Path(path).read_text(encoding="utf-8"), str(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = "not a text file" if isinstance(error, UnicodeDecodeError) else reason
         guess = nearest(Path(path).stem, packaged())
         hint = f"; did you mean {guess!r}?" if guess else ""
         raise LapeError(
@@ -373,6 +383,11 @@ def _mapping(text: str) -> dict[str, Any]:
     import yaml
 
     try:
+        depth = 0
+        for event in yaml.parse(text):  # a nesting costs time as the square of its depth, a reference more
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
+                raise LapeError("a recipe is a mapping of flag names to values, without *references and deep nesting")
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise LapeError(f"not YAML: {' '.join(str(error).split())}") from None

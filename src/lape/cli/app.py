@@ -6,6 +6,7 @@ were given reach it: a YAML recipe keeps the others, and an evaluation takes the
 
 import ast
 import contextlib
+import errno
 import inspect
 import io
 import json
@@ -34,6 +35,7 @@ from lape.recipe import Recipe, spelling_of, topic_of, topics
 
 USER_ERROR = 2
 INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 CLOSED_PIPE = 128 + 13  # as if by SIGPIPE
 
 Command = Callable[..., None]
@@ -94,8 +96,8 @@ def _keywords(_type: Any, tokens: Sequence[Any]) -> dict[str, Any]:
         if text.lstrip().startswith("{"):
             try:
                 keywords |= json.loads(text)
-            except ValueError as error:
-                raise LapeError(f"{text!r} is not JSON ({error}); KEY=VALUE pairs do as well") from None
+            except (ValueError, RecursionError) as error:
+                raise LapeError(f"{text[:80]!r} is not JSON ({error}); KEY=VALUE pairs do as well") from None
         elif equals and key.replace("-", "_").isidentifier():
             keywords[key.replace("-", "_")] = _literal(value)
         else:
@@ -105,7 +107,7 @@ def _keywords(_type: Any, tokens: Sequence[Any]) -> dict[str, Any]:
 
 def _literal(text: str) -> Any:
     for parse in (ast.literal_eval, json.loads):
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(text)
     return text
 
@@ -146,6 +148,13 @@ def run(command: App, tokens: Sequence[str]) -> int:
     except BrokenPipeError:  # `lape hosts | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes nowhere
         return CLOSED_PIPE
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        with contextlib.suppress(OSError):  # where stdout is what is full, Python's end would fail on it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _report(f"cannot write {error.filename or 'the output'}: {error.strerror}; make room, or write elsewhere")
+        return USER_ERROR
     except (LapeError, CycloptsError) as error:
         _report(_one_line(error), isinstance(error, LostError))
         return USER_ERROR
@@ -168,7 +177,8 @@ def _dashes(tokens: Sequence[str]) -> list[str]:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0  # what is no number is refused where processes meet
 
 
 @contextlib.contextmanager

@@ -326,10 +326,19 @@ def recipes(
 
 
 @app.command
-def hosts() -> None:
+def hosts(
+    *,
+    json: Annotated[
+        str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
+    ] = None,
+) -> None:
     """List the models that can be converted, by the class of their blocks."""
     from lape.host import hosts as table
 
+    if json is not None:
+        fields = ("name", "tested", "root_classes", "block_classes", "note", "refused")
+        _write(json, _as_json([{field: getattr(host, field) for field in fields} for host in table()]))
+        return
     for host in table():
         reasons: dict[str, list[str]] = {}
         for name, reason in host.refused.items():

@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -28,6 +29,8 @@ from PIL import Image, UnidentifiedImageError
 from lape.data.folders import SPLITS, Survey, check_root, few, survey
 from lape.data.images import check_shape, decode, reason_of
 from lape.data.loaders import processors
+from lape.data.processes import end_with_parent
+from lape.errors import LapeError, check_file
 
 MACOS = ("._", ".DS_Store")
 WNID = re.compile(r"n\d{8}")
@@ -187,14 +190,20 @@ def _inspect_all(paths: list[str], workers: int) -> Iterator[Finding]:
     if workers == 1 or len(paths) <= TOGETHER:
         yield from map(_inspect, paths)
         return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(_inspect, paths, chunksize=TOGETHER)
+    try:
+        with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
+            yield from pool.map(_inspect, paths, chunksize=TOGETHER)
+    except BrokenProcessPool:
+        raise LapeError("a process that reads images was killed, mostly for lack of memory: use --workers 1") from None
 
 
 def _inspect(path: str) -> Finding:
     """Decode a file. JPEG is decoded at an eighth of its size: all of its bytes are read, few pixels are computed."""
     try:
+        check_file(path)
         data = Path(path).read_bytes()
+    except LapeError:
+        return Finding("a pipe or a device")
     except OSError as error:
         return Finding(error.strerror or "cannot be read")
     if not data:

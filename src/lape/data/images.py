@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from lape.errors import DataError
+from lape.errors import DataError, check_file
 
 MODES = {1: "L", 3: "RGB"}
 BITS = (8, 12, 16)  # that values in 16 or 32 bits are taken for
@@ -147,12 +147,14 @@ def load_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
     Raises:
         DataError: not an image, corrupt, truncated, a strip, or pixels of unknown range; names the file.
     """
+    check_file(path, DataError)
     with reading(path), open(path, "rb") as file:
         return decode(file, in_chans)[0]
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
     """Read the header of an image file, not its pixels. Raises DataError where it is missing or no image."""
+    check_file(path, DataError)
     with reading(path), Image.open(path) as image:
         check_shape(*image.size)
 

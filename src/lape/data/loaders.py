@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -29,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lape.data.device import DeviceLoader, OnDevice
+from lape.data.processes import begin_loader, end_loaders, loader_context
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -273,34 +272,30 @@ class Loader(DataLoader[Any]):
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=recipe.pin_mem and recipe.device != "cpu" and torch.cuda.is_available(),
-            # fork: a fresh interpreter would import torch again in every worker of every epoch
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            worker_init_fn=_outlive_sigterm,
+            multiprocessing_context=loader_context() if workers else None,
+            worker_init_fn=begin_loader,
             generator=torch.Generator(),  # its own, or starting an epoch would advance the caller's
         )
         self.skipped: list[str] = []  # a line for each image that was left out of the batches handed out so far
         self.samples, self.device = samples, device  # the device: where 8-bit batches are finished
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+    def __iter__(self) -> Generator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         with warnings.catch_warnings():
             # the workers decode images only, none of the locks that a forked thread may hold
             warnings.filterwarnings("ignore", message=".*fork.*may lead to deadlocks", category=DeprecationWarning)
             batches: Iterator[Batch] = super().__iter__()
         finish = getattr(self.samples.dataset, "finish", None)  # of 8-bit images
-        for batch in batches:
-            if batch.unreadable:
-                del batches  # stops the workers; left to the garbage collector, that takes torch ten seconds
-                raise DataError(batch.unreadable)
-            self.skipped += batch.left_out
-            images = batch.images
-            if finish is not None:
-                images = finish(images, batch.patches, self.device)
-            yield images, batch.targets
-
-
-def _outlive_sigterm(_worker: int) -> None:
-    """A launcher sends SIGTERM to loader processes, too; they end with the training process, which saves first."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            for batch in batches:
+                if batch.unreadable:
+                    raise DataError(batch.unreadable)
+                self.skipped += batch.left_out
+                images = batch.images
+                if finish is not None:
+                    images = finish(images, batch.patches, self.device)
+                yield images, batch.targets
+        finally:
+            end_loaders(batches)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -108,9 +109,10 @@ def _put_on_device(dataset: Any, steps: list[Step], recipe: Recipe, device: torc
     n = len(dataset)
     images, targets = room_for(n, dataset[0][0].shape, device), torch.empty(n, dtype=torch.long, device=device)
     first = 0
-    for some, numbers in Loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe, CPU):
-        images[first : first + len(some)], targets[first : first + len(some)] = some, numbers
-        first += len(some)
+    with closing(iter(Loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe, CPU))) as batches:
+        for some, numbers in batches:
+            images[first : first + len(some)], targets[first : first + len(some)] = some, numbers
+            first += len(some)
     return OnDevice(images, targets, steps)
 
 

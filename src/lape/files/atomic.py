@@ -9,9 +9,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
-from lape.errors import LapeError
+from lape.errors import LapeError, check_file
 
 
 def write_atomically(
@@ -27,14 +27,20 @@ def write_atomically(
     Raises LapeError when the folder cannot be written; an earlier file at `path` is untouched then.
     """
     path = Path(path)
+    check_file(path)  # a device would be replaced
     temporary = None
+    problem: OSError | None = None
     try:
         remove_left(path.parent, f".{glob.escape(path.name)}.*.tmp")
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         hold(descriptor)
         with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
+            checked = _Checked(file)
+            try:
+                write(cast(BinaryIO, checked))
+                file.flush()
+            finally:
+                problem = checked.problem
             os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_umask())
             if previous is not None and path.exists():
@@ -43,9 +49,10 @@ def write_atomically(
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        problem = problem or (error if isinstance(error, OSError) else None)
+        if problem is not None:
             raise LapeError(
-                f"cannot write {path}: {error.strerror or error}; what was there before is untouched"
+                f"cannot write {path}: {problem.strerror or problem}; what was there before is untouched"
             ) from error
         raise
 
@@ -94,6 +101,24 @@ def remove_left(folder: Path, pattern: str) -> None:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             finally:
                 os.close(descriptor)
+
+
+class _Checked:
+    """A file that remembers why it could not be written: torch's writer says it in other words, as a RuntimeError."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.problem: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.problem = error
+            raise
 
 
 def _keep(path: Path, previous: Path) -> None:

@@ -26,6 +26,7 @@ _NO_MATTER = {
     "p",
     "drop_prob",
     "grad_checkpointing",
+    "fused_attn",
     "gradient_checkpointing",
 }
 

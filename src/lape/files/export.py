@@ -7,6 +7,7 @@ no norm of a position and no resampling left in it. Nothing is kept whose output
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import os
@@ -113,7 +114,7 @@ def export(
     if checkpoint is not None:
         keep_inputs((target / name for name in _FILES.values()), [checkpoint.path])
     _make(target)
-    with unfinished(target, ".export.") as place:
+    with _writing(target), unfinished(target, ".export.") as place:
         done = []
         for name in chosen:
             with torch.no_grad():  # torch writes another graph where a mask could get a gradient
@@ -150,6 +151,17 @@ def _make(folder: Path) -> None:
             pass
     except OSError as error:
         raise LapeError(f"cannot write into {folder}: {error.strerror}; give another folder") from error
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full disk, a quota or a limit is one line; others are no LapeError."""
+    try:
+        yield
+    except OSError as error:
+        raise LapeError(
+            f"cannot write into {folder}: {error.strerror or error}; what was there before is untouched"
+        ) from error
 
 
 def _move(new: Path, place: Path) -> None:
@@ -198,7 +210,9 @@ def _write_torch(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: 
     path = folder / _FILES["torch"]
     with _quiet():
         program = torch.export.export(_Outputs(model), (images_BCHW[:2],), dynamic_shapes=({0: BATCH},))
-        torch.export.save(program, path)
+        content = io.BytesIO()  # torch ends the process where it cannot write a file
+        torch.export.save(program, content)
+        path.write_bytes(content.getbuffer())
         module = torch.export.load(path).module()
     return path, module, {}
 

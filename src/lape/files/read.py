@@ -6,10 +6,12 @@ import argparse
 import os
 import pickle
 import re
+import socket
 import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +31,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "lape-1"
 PROCESSOR = "preprocessor_config.json"  # of transformers
+PATIENCE = 10.0  # seconds in which a server has to answer
 HUB = "hf-hub:"  # in front of OWNER/NAME, as timm spells it
 
 _JOIN_ALIASES = {"ln": "LaPE"}  # the reference's name for LaPE on relative position bias
@@ -79,10 +82,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises CheckpointError: no such file, not a checkpoint, torn, or a pickle that wants to run code.
     """
     if str(path).startswith("https://"):
-        return _from_contents(
-            Path(str(path)),
-            torch.hub.load_state_dict_from_url(str(path), map_location="cpu", check_hash=True, weights_only=True),
-        )
+        return _from_contents(Path(str(path)), _fetch(str(path)))
     if str(path).startswith(HUB):
         return _read_folder(_download(str(path).removeprefix(HUB)))
     if not isinstance(path, str | os.PathLike):
@@ -97,6 +97,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
     return _from_contents(path, _unpickle_safely(path))
+
+
+def _fetch(address: str) -> Any:
+    """What torch's cache or the network has at an address. Raises CheckpointError."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        return torch.hub.load_state_dict_from_url(address, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, HTTPException, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{address} cannot be downloaded: {first_line(error)}; give a file") from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _unpickle_safely(path: Path, digest: Any = None) -> Any:

@@ -187,6 +187,16 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
         model: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, AssertionError) as error:
         raise _explained(name, kwargs, error) from error
+    except Exception as error:  # of a download: the hub's clients raise what they like
+        if kwargs.get("pretrained"):
+            raise LapeError(
+                f"the pretrained weights of {name!r} cannot be had ({' '.join(str(error).split())[:160]}): look at the "
+                "network, or give a file with --finetune"
+            ) from error
+        if "pretrained tag" not in str(error):
+            raise
+        tags = ", ".join(one for one in timm.list_pretrained() if one.split(".")[0] == name.split(".")[0])
+        raise LapeError(f"unknown model {name!r}, of this one there are: {tags or 'none with a tag'}") from error
     patch_embed = getattr(model, "patch_embed", None)
     size, patch = getattr(patch_embed, "img_size", None), getattr(patch_embed, "patch_size", None)
     patch = (patch, patch) if isinstance(patch, int) else patch

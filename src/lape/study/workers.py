@@ -7,20 +7,19 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from lape.data.processes import GRACE, end_with_parent
 from lape.errors import LapeError
 from lape.recipe import Recipe
 from lape.study.numbers import Run, Variant
-
-GRACE = 10.0  # seconds in which a worker that is asked to end may finish its step and save
+from lape.train.faults import Stop
 
 Job = Callable[[Recipe, Callable[[], None]], Run]
 """Trains by a recipe, and calls its second argument after every epoch."""
@@ -98,15 +97,16 @@ class Agenda:
 def run_all(agenda: Agenda, job: Job, line_of: Callable[[Run], str]) -> list[Run]:
     """Trains what the agenda hands out, and says how far it is: a bar on a terminal, a line a training."""
     runs: list[Run] = []
-    with _progress(agenda) as (tick, say), suppress(TimeIsUp):
-        for run in (_in_turn if agenda.workers == 1 else _side_by_side)(agenda, job, tick):
+    way = _in_turn if agenda.workers == 1 else _side_by_side
+    with _progress(agenda) as (tick, say), suppress(TimeIsUp), closing(way(agenda, job, tick)) as done:
+        for run in done:
             agenda.finished(run)
             runs.append(run)
             say(line_of(run))
     return runs
 
 
-def _in_turn(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterator[Run]:
+def _in_turn(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Generator[Run]:
     import torch
 
     def in_time() -> None:
@@ -122,19 +122,22 @@ def _in_turn(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterator[Run
         torch.set_num_threads(threads)
 
 
-def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterator[Run]:
+def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Generator[Run]:
     context = multiprocessing.get_context("spawn")  # a fork of a process that ran torch can hang
     ticks, places = context.SimpleQueue(), context.SimpleQueue()
     for place in range(agenda.workers):
         places.put(place)
     others = set(multiprocessing.active_children())
+    stop = Stop()  # rather than an exception anywhere, also in the start of a worker, which would be in no list then
     try:
-        with ProcessPoolExecutor(agenda.workers, context, _start_worker, (ticks, places)) as pool:
+        with stop.on_signals(), ProcessPoolExecutor(agenda.workers, context, _start_worker, (ticks, places)) as pool:
             try:
                 pending: set[Future[Run]] = set()
                 while True:
+                    if stop.is_set():
+                        stop.leave()
                     while len(pending) < agenda.workers and (recipes := agenda.take()):
-                        with _ctrl_c_later():
+                        with _deaf_children():
                             pending |= {pool.submit(_work, job, recipe) for recipe in recipes}
                     if not pending:
                         return
@@ -145,13 +148,8 @@ def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterato
                     for future in done:
                         yield future.result()
                     agenda.check_time()
-            except BaseException:  # Ctrl-C above all: do not wait for what runs
-                workers = set(multiprocessing.active_children()) - others
-                for worker in workers:
-                    worker.terminate()
-                for worker in workers:
-                    worker.join(GRACE)
-                    worker.kill()
+            except BaseException:  # a signal above all: do not wait for what runs
+                _end(set(multiprocessing.active_children()) - others)
                 raise
     except BrokenProcessPool:
         raise LapeError(
@@ -160,20 +158,27 @@ def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Iterato
         ) from None
 
 
+def _end(workers: Collection[Any]) -> None:
+    """Each may finish its step and save, all in the same time."""
+    for worker in workers:
+        worker.terminate()
+    until = time.monotonic() + GRACE
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
+        worker.kill()
+
+
 @contextmanager
-def _ctrl_c_later() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: a process whose start it interrupts would be in no list of children."""
-    if threading.current_thread() is not threading.main_thread():  # where it never comes
+def _deaf_children() -> Iterator[None]:
+    """What starts in here never hears Ctrl-C, not while it imports either; this process hears it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    pressed = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda _number, _frame: pressed.set())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed.is_set():
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _ticks: Any = None  # in a worker: where it says that an epoch is over
@@ -182,8 +187,9 @@ _ticks: Any = None  # in a worker: where it says that an epoch is over
 def _start_worker(ticks: Any, places: Any) -> None:
     global _ticks
     _ticks = ticks
-    _take_gpu(places.get())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
+    end_with_parent(GRACE)
+    _take_gpu(places.get())
 
 
 def _take_gpu(place: int) -> None:
@@ -197,15 +203,8 @@ def _take_gpu(place: int) -> None:
 
 
 def _work(job: Job, recipe: Recipe) -> Run:
-    parent = multiprocessing.parent_process()
-
-    def tick() -> None:
-        if parent is not None and not parent.is_alive():
-            raise SystemExit("the parent process is gone")
-        _ticks.put(None)
-
     try:
-        return job(recipe, tick)
+        return job(recipe, lambda: _ticks.put(None))
     except SystemExit:  # SIGTERM, above all: the pool would catch it, and this process take the next recipe
         os._exit(128 + signal.SIGTERM)
 

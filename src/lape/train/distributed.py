@@ -9,6 +9,9 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lape.data.processes import GRACE, end_with_parent
 from lape.errors import LapeError, LostError
 
 T = TypeVar("T")
 # Joining, reading a folder and the like may take one machine longer than another; a step may not.
 SETUP_SECONDS = 900.0
+LAUNCH = "start with torchrun, which sets what is needed, or unset RANK, WORLD_SIZE and LOCAL_RANK for one process"
 # How the backends say that another process is gone, or silent for too long.
 _LOST = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|socket|recvValue failed", re.IGNORECASE
@@ -54,15 +59,17 @@ def join_world(device: str = "auto", timeout: float | None = None) -> Iterator[W
         timeout: seconds that `expect_answers` allows to later exchanges, for the message.
 
     Raises:
-        LapeError: the device does not exist, or there are more processes than GPUs.
+        LapeError: the launcher's variables make no sense, the device does not exist, or there are more processes than
+            GPUs.
         LostError: another process has ended or does not answer.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
+    rank, size, local_rank = _launched()
     ours = size > 1 and not dist.is_initialized()
     if ours:
-        backend, wait = "nccl" if place.type == "cuda" else "gloo", datetime.timedelta(seconds=SETUP_SECONDS)
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=wait)
+        _check_address()
+    place = _device(device, local_rank, size)
+    if ours:
+        _open_group("nccl" if place.type == "cuda" else "gloo", rank, size)
     try:
         yield World(rank, size, place)
     except RuntimeError as error:
@@ -77,6 +84,73 @@ def join_world(device: str = "auto", timeout: float | None = None) -> Iterator[W
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _launched() -> tuple[int, int, int]:
+    """Rank, number of processes and rank on this machine, as the launcher's variables say. Raises LapeError."""
+    numbers = {}
+    for name, least, otherwise in (("WORLD_SIZE", 1, 1), ("RANK", 0, 0), ("LOCAL_RANK", 0, 0)):
+        text = os.environ.get(name)
+        numbers[name] = otherwise if text is None else int(text) if text.isdecimal() else -1
+        if numbers[name] < least:
+            raise LapeError(f"{name}={text!r} in the environment must be a number from {least} on: {LAUNCH}")
+    rank, size, local_rank = numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"]
+    if rank >= size:
+        raise LapeError(f"RANK={rank} in the environment, of WORLD_SIZE={size}: ranks count from 0; {LAUNCH}")
+    if size > 1 and "RANK" not in os.environ:
+        raise LapeError(f"WORLD_SIZE={size} without RANK in the environment: {LAUNCH}")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "")
+    if "WORLD_SIZE" not in os.environ and "SLURM_PROCID" in os.environ and tasks not in ("", "1"):
+        raise LapeError(
+            f"SLURM started {tasks} tasks, and without WORLD_SIZE each would do all of the work alone: start torchrun "
+            "once a machine (recipes/slurm.sbatch), or set RANK=0 WORLD_SIZE=1 for one process"
+        )
+    return rank, size, local_rank
+
+
+def _check_address() -> None:
+    """Raises LapeError where the variables name no place to meet."""
+    host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise LapeError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment with MASTER_ADDR={host!r} and MASTER_PORT="
+            f"{port!r}, which name no place to meet: {LAUNCH}"
+        )
+    problems = ["no answer within 10 s"]
+
+    def look_up() -> None:
+        try:
+            socket.getaddrinfo(host, int(port))
+            problems.clear()
+        except (OSError, UnicodeError) as error:
+            problems[:] = [str(error)]
+
+    thread = threading.Thread(target=look_up, daemon=True)  # which may take minutes
+    thread.start()
+    thread.join(10)
+    if problems:
+        raise LapeError(f"MASTER_ADDR={host!r} in the environment is not found ({problems[0]}): {LAUNCH}")
+
+
+def _open_group(backend: str, rank: int, size: int) -> None:
+    """Meet the other processes. Raises LapeError."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # what else starts processes may rightly end before them
+        end_with_parent(2 * GRACE)
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    usual = usual and threading.current_thread() is threading.main_thread()
+    if usual:  # torch waits in C++, deaf to Python's way of Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        wait = datetime.timedelta(seconds=SETUP_SECONDS)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        what = f"port {os.environ['MASTER_PORT']} is in use" if "EADDRINUSE" in text else "the processes do not meet"
+        raise LapeError(f"{what} at {place} (MASTER_ADDR, MASTER_PORT; {text[:120]}): {LAUNCH}") from error
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def expect_answers(seconds: float) -> None:

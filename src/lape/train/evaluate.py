@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,14 @@ from lape.names import tell
 from lape.options import PredictOptions
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
+from lape.train.faults import Stopped, explained
 from lape.train.progress import Say, silence
+from lape.train.speed import attention_for
 
 if TYPE_CHECKING:
     from lape.data.open import Data
 
+STOPPED = "stopped"  # in place of what a process could not read
 T = TypeVar("T")
 
 PREDICT_BATCH = 32  # images that `predict` decodes and classifies at a time
@@ -100,6 +104,7 @@ def evaluate(
     *,
     amp: str = "off",
     shared: bool = True,
+    stop: threading.Event | None = None,
 ) -> Metrics:
     """Top-1, top-5 and cross entropy of a model, which is left in eval mode.
 
@@ -111,19 +116,25 @@ def evaluate(
         loader: batches of (images (B, C, H, W), class numbers (B,)), from `lape.data.loaders.eval_loader`.
         shared: the processes' loaders split the data set (image i to process i modulo their number); False when each
             has the whole of it.
+        stop: ends the evaluation when it is set.
 
     Raises:
         DataError: an image cannot be read. Where the data is shared every process raises, once all are done.
         NotFiniteError: outputs are NaN or infinite; every process raises.
+        Stopped: by `stop`; where the data is shared, that of any process.
     """
     model.eval()
     rank, size = rank_and_size() if shared else (0, 1)
     place = rank
     outcome = torch.zeros(4, len(loader.dataset), dtype=torch.float64)  # type: ignore[arg-type]
     problem = ""
+    batches = iter(loader)
     try:
         with autocast(amp, device):
-            for images, targets in loader:
+            for images, targets in batches:
+                if stop is not None and stop.is_set():
+                    problem = STOPPED
+                    break
                 targets = targets.to(device, non_blocking=True)
                 logits = logits_of(model(images.to(device, non_blocking=True))).float()
                 hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
@@ -132,13 +143,18 @@ def evaluate(
                 outcome[:, places] += torch.stack([torch.ones_like(loss), hit[:, 0], hit.any(dim=1), loss]).cpu()
                 place = int(places[-1]) + size
     except DataError as error:
-        if not shared:
-            raise
         problem = str(error)
+    finally:
+        if isinstance(batches, Generator):  # its processes; an error would keep it
+            batches.close()
+    if problem and shared:
         wait_for_others()
+    problems = [text for text in (all_of(problem) if shared else [problem]) if text]
+    if STOPPED in problems:
+        raise Stopped
+    if problems:
+        raise DataError("; ".join(problems))  # every process names it: the launcher ends the others with the first
     if shared:
-        if problems := [text for text in all_of(problem) if text]:
-            raise DataError("; ".join(problems))  # every process names it: the launcher ends the others with the first
         outcome = sum_over_ranks(outcome)
     seen, hit1, hit5, losses = outcome
     assert bool((seen == 1).all()), f"{int((seen != 1).sum())} of {len(seen)} images did not count once"
@@ -156,15 +172,17 @@ def evaluate(
     )
 
 
-def evaluate_data(model: nn.Module, data: Data, recipe: Recipe, world: World) -> Metrics:
-    """Evaluate on the validation images; with `dist_eval` the processes share them."""
+def evaluate_data(
+    model: nn.Module, data: Data, recipe: Recipe, world: World, stop: threading.Event | None = None
+) -> Metrics:
+    """Evaluate on the validation images; with `dist_eval` the processes share them. `stop`: as in `evaluate`."""
     from lape.data.loaders import eval_loader
 
     rank, size = (world.rank, world.size) if recipe.dist_eval else (0, 1)
     loader = eval_loader(data.val, recipe, rank=rank, world_size=size, device=world.device)
     if next(model.parameters()).device != world.device:  # an EMA in host memory
         model = copy.deepcopy(model).to(world.device)
-    return evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval)
+    return evaluate(model, loader, world.device, amp=recipe.amp, shared=recipe.dist_eval, stop=stop)
 
 
 def evaluate_checkpoint(recipe: Recipe, *, say: Say = tell) -> Metrics:
@@ -182,7 +200,7 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = tell) -> Metrics:
 
     if not recipe.resume:
         raise CheckpointError("evaluation needs a checkpoint: give --resume CHECKPOINT")
-    with join_world(recipe.device) as world:
+    with join_world(recipe.device) as world, explained(recipe):
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         say = say if world.is_main else silence
@@ -212,7 +230,8 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = tell) -> Metrics:
         say(f"{describe(model)}\nTransform: {eval_transform(recipe)}")
         if recipe.decode == "fast":
             say("Decode: fast, resized pixels may differ by 2 of 255 levels; published numbers use --decode exact")
-        metrics = evaluate_data(model, data, recipe, world)
+        with attention_for(model, recipe, world.device):
+            metrics = evaluate_data(model, data, recipe, world)
         say(str(metrics))
         say(f"Accuracy of the network on the {metrics.count} test images: {metrics.acc1:.1f}%")
         say(f"Loss over all images: {metrics.loss:.4f} (the line above averages the means of batches)")

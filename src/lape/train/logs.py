@@ -10,7 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import sys
+import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,8 @@ class Curves:
         with needs("train"):
             from torch.utils.tensorboard import SummaryWriter
 
+        self._usual = threading.excepthook  # TensorBoard's own thread meets a full disk; what waits for it is told
+        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self._usual(args)
         folder = Path(recipe.output_dir) / BOARD
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
@@ -64,8 +70,9 @@ class Curves:
 
     def add(self, line: dict[str, Any]) -> None:
         """Draw an epoch."""
-        self._draw(line)
-        self.board.flush()
+        with _full_disk():
+            self._draw(line)
+            self.board.flush()
         for service in self.services:
             service.log(_points(line), step=line["epoch"])
 
@@ -74,9 +81,20 @@ class Curves:
             self.board.add_scalar(tag, value, line["epoch"])
 
     def close(self) -> None:
-        self.board.close()
+        with _full_disk():
+            self.board.close()
+        threading.excepthook = self._usual
         for service in self.services:
             service.finish()
+
+
+@contextmanager
+def _full_disk() -> Iterator[None]:
+    """Curves can be drawn again from the log; a disk that is full ends no run for them."""
+    try:
+        yield
+    except OSError as error:
+        print(f"no curves: {error.strerror or error}", file=sys.stderr)
 
 
 def _points(line: dict[str, Any]) -> dict[str, float]:

@@ -18,9 +18,7 @@ from __future__ import annotations
 import copy
 import datetime
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
@@ -45,19 +43,21 @@ from lape.files.restore import check_classes, settings_of
 from lape.files.vet import of_file
 from lape.names import tell
 from lape.recipe import Recipe
-from lape.train.distributed import World, expect_answers, join_world, on_main, sum_over_ranks
+from lape.train.distributed import World, expect_answers, join_world, on_main, sum_over_ranks, wait_for_others
 from lape.train.evaluate import Metrics, autocast, evaluate_data
-from lape.train.faults import explained, make_deterministic, sigterm
+from lape.train.faults import Stop, Stopped, explained, make_deterministic
 from lape.train.logs import check_services, open_curves, write_log
 from lape.train.losses import classification_loss, distillation_loss
 from lape.train.progress import Progress, Say, silence
 from lape.train.schedule import fit_warm_up, remarks
+from lape.train.speed import advice_on_precision, attention_for
 from lape.train.start import build_model, check_warm_start, load_teacher, trainable
 from lape.train.state import (
     BEST,
     CHECKPOINT,
     State,
     agree,
+    check_optimizer,
     check_output,
     checkpoint_to_resume,
     initial_state,
@@ -90,7 +90,7 @@ class Training:
 
     recipe: Recipe  # with what the checkpoint says where the user gave no flag
     world: World
-    stop: threading.Event  # set by SIGTERM
+    stop: Stop
     say: Say
     data: Data
     plan: BatchPlan
@@ -118,7 +118,7 @@ class StepReport(NamedTuple):
 
     loss: float
     grad_norm: float
-    stop: float  # more than 0: SIGTERM came to one of them
+    stop: float  # more than 0: a signal came to one of them
     corrupt: float  # images that could not be read
     save: float  # more than 0: a checkpoint is due
 
@@ -143,16 +143,18 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
         LapeError: the recipe, the data, the device or a file is wrong (before anything is written), a file cannot be
             written, memory does not suffice, another process is gone, or too many steps in a row have no finite loss
             and gradient. The last checkpoint stands.
-        SystemExit: SIGTERM came; the run was saved after the step and can be resumed within its epoch.
+        SystemExit, KeyboardInterrupt: SIGTERM or SIGHUP came, or Ctrl-C; the run was saved after the step and can be
+            resumed within its epoch. Ctrl-C twice does not wait for that.
     """
     clock = time.perf_counter()
     with ExitStack() as at_end:
         world = at_end.enter_context(join_world(recipe.device, recipe.dist_timeout))
-        stop = at_end.enter_context(sigterm())
         at_end.enter_context(explained(recipe))
         say = say if world.is_main else silence
-        run = _prepare(recipe, world, stop, say)  # all that can be wrong is seen here, before a file is touched
+        run = _prepare(recipe, world, say)  # all that can be wrong is seen here, before a file is touched
         recipe, state = run.recipe, run.state
+        for net in [state.model] if state.ema is None else [state.model, state.ema.module]:
+            at_end.enter_context(attention_for(net, recipe, world.device))
         on_main(lambda: check_output(recipe, run.checkpoint, at_end))
         if state.next_epoch >= recipe.epochs:
             on_main(lambda: _complete_files(run))
@@ -163,6 +165,7 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
             at_end.callback(curves.close)
         _introduce(run)
         expect_answers(recipe.dist_timeout)
+        at_end.enter_context(run.stop.on_signals())  # before, there is nothing to save: they end the process at once
         run.last_save = time.monotonic()
 
         first = state.next_epoch
@@ -185,8 +188,6 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
             if epoch + 1 < recipe.epochs:
                 each = (time.perf_counter() - clock) / (epoch + 1 - first)
                 say(f"About {_duration(each * (recipe.epochs - epoch - 1))} to go")
-                if sum_over_ranks(torch.tensor([float(stop.is_set())])).item():
-                    _exit_after_save(run)
 
         seconds = time.perf_counter() - clock
         say(f"Training time {_duration(seconds)}")
@@ -226,9 +227,7 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
             if not report.good:
                 _count_bad_step(run, report, f"learning rate {lr:.3g} in epoch {epoch}, step {step}")
             if report.stop:
-                if not state.bad_in_row:
-                    run.save()
-                _exit_after_save(run)
+                _save_and_leave(run)
             if report.save and report.good and state.next_step < run.steps:
                 run.save()
     set_rate(state, recipe, epoch + 1)
@@ -358,21 +357,26 @@ def _save_is_due(recipe: Recipe, step: int, seconds: float) -> bool:
     return bool(by_steps or (recipe.save_minutes and seconds >= 60 * recipe.save_minutes))
 
 
-def _exit_after_save(run: Training) -> NoReturn:
-    where = f"step {run.state.next_step} of epoch {run.state.next_epoch}"
-    if run.recipe.output_dir and not run.state.bad_in_row:
-        run.say(f"SIGTERM: saved after {where}; go on with --resume")
-    elif run.recipe.output_dir:
-        run.say(
-            f"SIGTERM after {where}: not saved, its loss was not finite; go on with --resume from the last checkpoint"
-        )
-    raise SystemExit(128 + signal.SIGTERM)
+def _save_and_leave(run: Training) -> NoReturn:
+    """Say where the run stands, and how it goes on. All processes call it."""
+    state, folder = run.state, Path(run.recipe.output_dir)
+    if not state.bad_in_row:
+        run.save()
+    where = f"step {state.next_step} of epoch {state.next_epoch}"
+    if not run.recipe.output_dir:
+        what = f"{run.stop.name} after {where}: nothing is saved without --output-dir"
+    elif state.bad_in_row:
+        what = f"{run.stop.name} after {where}: not saved, its loss was not finite; the last checkpoint stands"
+    else:
+        what = f"{run.stop.name}: saved after {where} in {folder / CHECKPOINT}"
+    run.say(what + ("; to go on: the same command with --resume auto" if run.recipe.output_dir else ""))
+    run.stop.leave()
 
 
 # ------------------------------------------------------------------------------------------------ around the loop
 
 
-def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> Training:
+def _prepare(recipe: Recipe, world: World, say: Say) -> Training:
     """Build all that a run needs, from its start or from a checkpoint. Nothing is written."""
     _check(recipe, world.device)
     if recipe.threads:
@@ -399,11 +403,12 @@ def _prepare(recipe: Recipe, world: World, stop: threading.Event, say: Say) -> T
             resume(state, checkpoint, recipe, plan, say)
         if "max_accuracy" not in checkpoint.raw:
             state.best_accuracy = _accuracy_of_best(state, data, recipe, world)
-    for line in remarks(recipe, peak_lr(recipe, world.size), state):
-        say(line)
+    for line in [*remarks(recipe, peak_lr(recipe, world.size), state), advice_on_precision(recipe, world.device)]:
+        if line:
+            say(line)
     net = _parallel(state.model, recipe, world, plan)
     mixup = _mixup(recipe, num_classes)
-    return Training(recipe, world, stop, say, data, plan, steps, state, net, mixup, teacher, checkpoint)
+    return Training(recipe, world, Stop(), say, data, plan, steps, state, net, mixup, teacher, checkpoint)
 
 
 def _as_it_began(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
@@ -417,6 +422,7 @@ def _check(recipe: Recipe, device: torch.device) -> None:
     """Refuse what cannot be trained. Raises LapeError."""
     autocast(recipe.amp, device)
     check_services(recipe)
+    check_optimizer(recipe, device)
     if recipe.bce_loss and recipe.smoothing:
         raise LapeError(
             f"bce_loss with smoothing={recipe.smoothing} would make every class of every image a target: "
@@ -472,12 +478,13 @@ def _evaluate_epoch(run: Training, epoch: int, lr: float) -> tuple[Metrics, Metr
     Raises:
         DataError: a validation image cannot be read; the epoch that was just trained is saved.
         LapeError: the weights are lost.
+        SystemExit, KeyboardInterrupt: a signal; that epoch is saved, and evaluated when the run goes on.
     """
     state, ema = run.state, None
     try:
-        raw = evaluate_data(state.model, run.data, run.recipe, run.world)
+        raw = evaluate_data(state.model, run.data, run.recipe, run.world, run.stop)
         if state.ema is not None:
-            ema = evaluate_data(state.ema.module, run.data, run.recipe, run.world)
+            ema = evaluate_data(state.ema.module, run.data, run.recipe, run.world, run.stop)
     except DataError:  # in all processes
         run.save()
         raise
@@ -486,6 +493,10 @@ def _evaluate_epoch(run: Training, epoch: int, lr: float) -> tuple[Metrics, Metr
             f"{error} (validation after epoch {epoch} at learning rate {lr:.3g}); training stops, the last checkpoint "
             "stands; lower --lr, add --clip-grad 1, or use --amp off or bf16"
         ) from None
+    except Stopped:
+        wait_for_others()
+    if sum_over_ranks(torch.tensor([float(run.stop.is_set())])).item():
+        _save_and_leave(run)
     return raw, ema
 
 

@@ -332,8 +332,8 @@ def load_teacher(
     import timm
 
     name = recipe.teacher_model
-    if not timm.is_model(name.split(".")[0]):
-        guess = nearest(name, timm.list_models())
+    if not timm.is_model(name.split(".")[0]) or ("." in name and name not in timm.list_pretrained()):
+        guess = nearest(name, timm.list_pretrained() if "." in name else timm.list_models())
         raise LapeError(f"unknown teacher_model {name!r}{f'; did you mean {guess!r}?' if guess else ''}")
     checkpoint = read_checkpoint(recipe.teacher_path)
     order = _outputs_of(checkpoint, classes)

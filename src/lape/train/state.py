@@ -37,7 +37,7 @@ from lape.files.read import Checkpoint, read_checkpoint
 from lape.host.timm import NOT_THE_MODEL
 from lape.names import nearest
 from lape.recipe import Recipe
-from lape.train.distributed import World, sum_over_ranks
+from lape.train.distributed import World, all_of
 from lape.train.logs import LOG, RUN, TABLE, write_log
 from lape.train.progress import Say
 from lape.train.start import short
@@ -79,12 +79,30 @@ def peak_lr(recipe: Recipe, world_size: int) -> float:
     return recipe.lr if recipe.unscale_lr else recipe.lr * batch_plan(recipe, world_size).total / 512
 
 
-def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
-    """Optimizer, schedule, EMA and gradient scaler for a model, at the first epoch."""
+def check_optimizer(recipe: Recipe, device: torch.device) -> None:
+    """Take a step of the optimizer on a few numbers, before any data is read.
+
+    Raises:
+        LapeError: timm has none of this name, or it cannot run here: a package or CUDA is missing, it takes no such
+            arguments, or needs second derivatives (which attention does not give).
+    """
     names = [str(name) for name in list_optimizers()]
     if recipe.opt.lower().split("_")[-1] not in names:
         guess = nearest(recipe.opt, names)
         raise LapeError(f"unknown opt {recipe.opt!r}{f'; did you mean {guess!r}?' if guess else ''}: a name of timm")
+    probe = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Linear(2, 2)).to(device)
+    try:
+        optimizer = create_optimizer_v2(probe, **optimizer_kwargs(recipe))
+        for parameter in probe.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    except Exception as error:  # they raise what they like, from what they are made of
+        text = " ".join(str(error).split())[:160] or type(error).__name__
+        raise LapeError(f"opt={recipe.opt!r} cannot run here ({text}): choose another, such as --opt adamw") from error
+
+
+def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
+    """Optimizer, schedule, EMA and gradient scaler for a model, at the first epoch."""
     with _decay_of(model, recipe):
         optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(recipe), "lr": peak_lr(recipe, world.size)})
     _scale_lr_of_position(optimizer, model, recipe.pe_lr_scale)
@@ -243,7 +261,7 @@ def checkpoint_to_resume(recipe: Recipe, say: Say = print) -> Checkpoint | None:
         if not recipe.resume:
             return None
         checkpoint = read_checkpoint(recipe.resume)
-        _check_resumable(checkpoint)  # before a model is built from what the file says
+        _check_resumable(checkpoint, recipe)  # before a model is built from what the file says
         return checkpoint
     if not recipe.output_dir:
         raise LapeError("--resume auto looks into the output folder: add --output-dir")
@@ -253,7 +271,7 @@ def checkpoint_to_resume(recipe: Recipe, say: Say = print) -> Checkpoint | None:
             continue
         try:
             candidate = read_checkpoint(path)
-            _check_resumable(candidate)
+            _check_resumable(candidate, recipe)
         except CheckpointError as error:
             problems.append(str(error))
             say(f"{error}; skipped")
@@ -272,7 +290,8 @@ def _place(checkpoint: Checkpoint) -> tuple[int, int]:
     return checkpoint.raw.get("epoch", -1), checkpoint.raw.get("step", 0)
 
 
-def _check_resumable(checkpoint: Checkpoint) -> None:
+def _check_resumable(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raises CheckpointError for a file that no run can go on from, LapeError for one that this run cannot."""
     missing = [key for key in ("optimizer", "epoch") if key not in checkpoint.raw]
     if missing:
         raise CheckpointError(f"{checkpoint.path} has no {' and no '.join(missing)}: start from it with --finetune")
@@ -281,18 +300,25 @@ def _check_resumable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} was not written by this project (DeiT's and the authors' files do not name the "
             "parameters of their optimizer): start from it with --finetune"
         )
+    was = str(checkpoint.args.get("opt", recipe.opt))
+    if was.lower() != recipe.opt.lower():
+        raise LapeError(
+            f"{checkpoint.path} was trained with opt={was!r}, whose state opt={recipe.opt!r} cannot take over: add "
+            f"--opt {was}, or start from its weights with --finetune"
+        )
 
 
 def agree(checkpoint: Checkpoint | None, world: World) -> None:
-    """Make sure that every process goes on from the same place. Raises LapeError."""
-    place = _place(checkpoint) if checkpoint is not None else (-2, 0)
-    mine = torch.tensor([float(n) for n in (*place, place[0] ** 2, place[1] ** 2)])
-    mean = sum_over_ranks(mine) / world.size
-    if (mean[:2] ** 2 != mean[2:]).any():
+    """Make sure that every process goes on from the same place. Raises LapeError in all of them."""
+    place = "nothing" if checkpoint is None else "epoch {}, step {}".format(*_place(checkpoint))
+    places = all_of(place)
+    if len(set(places)) > 1:
+        first = {text: rank for rank, text in reversed(list(enumerate(places)))}
+        said = ", ".join(f"process {rank} from {text}" for text, rank in sorted(first.items(), key=lambda one: one[1]))
         raise LapeError(
-            f"the processes see different checkpoints (this one, {world.rank}: "
-            f"{checkpoint.path if checkpoint else 'none'}): --output-dir and --resume must name a folder that all "
-            "machines share"
+            f"the processes would go on from different places ({said}; this one, {world.rank}: "
+            f"{checkpoint.path if checkpoint else 'no checkpoint'}): --output-dir and --resume must name a folder that "
+            "all machines share"
         )
 
 
@@ -304,10 +330,10 @@ def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan
 
     Raises:
         CheckpointError: the file holds weights only, or does not fit the model.
-        LapeError: its run has finished, or was stopped within an epoch of steps of another size.
+        LapeError: its run has finished, was stopped within an epoch of steps of another size, or had another optimizer.
     """
     raw = checkpoint.raw
-    _check_resumable(checkpoint)
+    _check_resumable(checkpoint, recipe)
     if raw["epoch"] + 1 >= recipe.epochs and recipe.resume != "auto":
         raise LapeError(
             f"{checkpoint.path} has finished epoch {raw['epoch'] + 1} of {recipe.epochs}: raise --epochs, or use --eval"
@@ -409,7 +435,7 @@ def _resume_optimizer(state: State, checkpoint: Checkpoint) -> None:
         average = theirs["state"].get(number_of[name], {}).get("exp_avg")
         if average is not None and average.shape != shapes[name]:
             raise CheckpointError(f"the optimizer of {checkpoint.path} does not fit its model at {name}")
-    state.optimizer.load_state_dict({**ours, "state": states, "param_groups": groups})
+    state.optimizer.load_state_dict({**ours, **theirs, "state": states, "param_groups": groups})
 
 
 _GROUP_SETTINGS = ("params", "lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")

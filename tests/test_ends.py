@@ -1,0 +1,345 @@
+"""A run ends, with one line, and no process is left: lost loader processes, launchers, full disks, gone parents."""
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training import KWARGS, quiet, read, tiny
+
+from lape.cli.app import USER_ERROR, app, run
+from lape.data.loaders import Batch, Samples
+from lape.errors import LapeError
+from lape.files.atomic import write_atomically
+from lape.train.distributed import join_world
+from lape.train.loop import train
+from lape.train.state import CHECKPOINT
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 120.0  # seconds until a test says that something hangs
+FLAGS = "--model vit_tiny_patch16_224 --input-size 16 --device cpu --batch-size 64 --no-repeated-aug --aa none"
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def command(*more: str) -> list[str]:
+    return ["train", *FLAGS.split(), "--model-kwargs", json.dumps(KWARGS), "--num-workers", "2", *more]
+
+
+def session_of(leader: int) -> list[int]:
+    """The processes that a session's leader started and what those started, whoever is their parent by now."""
+    pids = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == leader and fields[0] != "Z":
+                pids.append(int(stat.parent.name))
+    return pids
+
+
+def begin(*arguments: str) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=settings, start_new_session=True, **pipes)
+
+
+def all_end(leader: int, seconds: float = LIMIT) -> bool:
+    until = time.monotonic() + seconds
+    while (left := session_of(leader)) and time.monotonic() < until:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return not left
+
+
+# ------------------------------------------------------------------------------------------------ loader processes
+
+
+class Unsendable:
+    def __reduce__(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_room(_samples, _keys):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+
+
+FAULTS = {
+    "killed": lambda _samples, _keys: os.kill(os.getpid(), signal.SIGKILL),
+    "no memory for the bus": lambda _samples, _keys: os.kill(os.getpid(), signal.SIGBUS),
+    "ended": lambda _samples, _keys: os._exit(3),
+    "no shared memory": no_room,
+    "a batch that cannot be sent": lambda _samples, _keys: Batch(Unsendable(), Unsendable()),
+    "no memory": lambda _samples, _keys: [bytearray(2**60)],
+}
+
+
+@LINUX
+@pytest.mark.parametrize("what", ["training", "its evaluation", "an evaluation", "reading once"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_lost_loader_process_is_one_line_and_the_others_end(tmp_path, monkeypatch, capsys, fault, what):
+    out = tmp_path / "out"
+    if what == "an evaluation":
+        train(tiny(output_dir=str(out)), say=quiet)
+    whole = Samples.__getitems__
+
+    def batch(samples, keys):
+        fails = (samples.stream is None) == (what != "training") and multiprocessing.parent_process() is not None
+        return FAULTS[fault](samples, keys) if fails else whole(samples, keys)
+
+    monkeypatch.setattr(Samples, "__getitems__", batch)
+    monkeypatch.setattr("lape.data.loaders.processors", lambda: 2)
+    monkeypatch.setattr("lape.data.sets.CACHE_BYTES", 0)
+    evaluation = ["eval", str(out / CHECKPOINT), "--device", "cpu", "--num-workers", "2"]
+    once = ["--data-on-device"] if what == "reading once" else []
+    capsys.readouterr()
+    code = run(app, evaluation if what == "an evaluation" else command("--epochs", "2", *once))
+    shown = capsys.readouterr().err
+    assert code == USER_ERROR, shown
+    assert shown.count("\n") == 1, shown
+    assert "Traceback" not in shown
+    assert ("out of memory" if fault == "no memory" else "--num-workers") in shown
+    assert not multiprocessing.active_children()
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["ValueError('a bug')", "KeyboardInterrupt", "SystemExit(7)"])
+def test_python_ends_though_loader_processes_run_and_an_error_keeps_them(error):
+    code = f"""
+from lape.data.loaders import train_loader
+from lape.data.open import load_data
+from lape.recipe import Recipe
+recipe = Recipe(num_workers=2, batch_size=8, input_size=16, repeated_aug=False)
+batches = iter(train_loader(load_data(recipe).train, recipe, epoch=0))
+next(batches)
+kept = batches.gi_frame.f_locals["batches"]  # beyond the reach of the garbage collector
+kept.itself = kept
+print("begun", flush=True)
+raise {error}
+"""
+    process = begin("-c", code)
+    output, errors = process.communicate(timeout=LIMIT)
+    assert output == "begun\n", errors
+    assert process.returncode in (1, 7, -signal.SIGINT), errors
+    assert all_end(process.pid)
+
+
+# ------------------------------------------------------------------------------------------------ parents that are gone
+
+
+def wait_for_line(process: subprocess.Popen, text: str) -> None:
+    assert process.stdout is not None
+    while text not in (line := process.stdout.readline()):
+        assert line or process.poll() is None, process.stderr.read() if process.stderr else ""
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_whatever_ends_a_training_its_loader_processes_end(tmp_path, number):
+    process = begin("-m", "lape", *command("--epochs", "500", "--output-dir", str(tmp_path), "--log-every", "1"))
+    wait_for_line(process, "Epoch: [0]")
+    process.send_signal(number) if number == signal.SIGKILL else os.killpg(process.pid, number)  # as a terminal does
+    output, errors = process.communicate(timeout=LIMIT)
+    assert all_end(process.pid)
+    assert "Traceback" not in errors
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert f"in {tmp_path / CHECKPOINT}; to go on: the same command with --resume auto" in output
+        assert read(tmp_path / CHECKPOINT)["step"] + read(tmp_path / CHECKPOINT)["epoch"] > -1
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("when", ["workers start", "workers train"])
+def test_whatever_ends_a_comparison_its_workers_end(tmp_path, number, when):
+    model = ["--models", "vit_tiny_patch16_224", "--model-kwargs", json.dumps(KWARGS), "--input-size", "16"]
+    process = begin(
+        "-m", "lape", "compare", "--output-dir", str(tmp_path), "--epochs", "500", "--device", "cpu", *model
+    )
+    until = time.monotonic() + LIMIT
+    while (
+        process.poll() is None
+        and time.monotonic() < until
+        and (
+            len(session_of(process.pid)) < 3
+            if when == "workers start"
+            else len(list(tmp_path.glob(f"cells/*/training/{CHECKPOINT}"))) < 2
+        )
+    ):
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert all_end(process.pid)
+    _, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), errors
+    assert number == signal.SIGKILL or "Traceback" not in errors  # a child that starts may miss its parent
+
+
+@LINUX
+@pytest.mark.distributed
+def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lape"]
+    process = begin(*launch, *command("--epochs", "500", "--output-dir", str(tmp_path), "--log-every", "1"))
+    wait_for_line(process, "Epoch: [0]")
+    process.kill()
+    assert all_end(process.pid)
+    process.communicate(timeout=LIMIT)
+    assert read(tmp_path / CHECKPOINT)["epoch"] < 499
+
+
+# ------------------------------------------------------------------------------------------------ launchers
+
+
+BUSY = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "busy"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR=''"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"WORLD_SIZE": "2"}, "without RANK"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
+        ({"RANK": "1"}, "RANK=1"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        (BUSY | {"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
+        (BUSY | {"MASTER_PORT": "65536"}, "MASTER_PORT='65536'"),
+        (BUSY | {"MASTER_ADDR": "host.invalid", "MASTER_PORT": "29511"}, "MASTER_ADDR='host.invalid'"),
+        (BUSY | {"MASTER_ADDR": "a..b", "MASTER_PORT": "29511"}, "MASTER_ADDR='a..b'"),
+        (BUSY, "is in use"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, "SLURM started 4 tasks"),
+    ],
+)
+def test_a_launch_that_cannot_work_is_one_line(monkeypatch, capsys, variables, said):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("lape.cli.app.time.sleep", quiet)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(server.getsockname()[1]) if value == "busy" else value)
+        assert run(app, command()) == USER_ERROR
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1, shown
+    assert not torch.distributed.is_initialized()
+
+
+def test_one_task_of_slurm_is_a_process_like_any_other(monkeypatch):
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with join_world("cpu") as world:
+        assert world.size == 1
+
+
+@LINUX
+@pytest.mark.slow
+def test_ctrl_c_ends_a_process_that_waits_for_others():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from lape.train import distributed"
+    code += "; print('ready', flush=True)\nwith distributed.join_world('cpu'): pass"
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in launched.items():
+            patch.setenv(name, value)
+        process = begin("-c", code)
+    wait_for_line(process, "ready")
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=LIMIT)
+    assert process.returncode != 0
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seed", str(2**64)], "must be less than"),
+        (["--cutmix-minmax", "0.9", "0.1"], "least < most"),
+        (["--cutmix-minmax", "0.5", "0.51"], "a pixel of 16 apart"),
+        (["--model", "vit_tiny_patch16_224.nope"], "vit_tiny_patch16_224.augreg_in21k"),
+        (["--resume", "https://lape.invalid/x.pth"], "cannot be downloaded"),
+        (["--resume", "/dev/zero"], "a pipe or a device"),
+        (["--finetune", "PIPE"], "a pipe or a device"),
+        (["--recipe", "PIPE"], "a pipe or a device"),
+        (["--recipe", "/dev/zero"], "a pipe or a device"),
+        (["--recipe", "NUL"], "NUL character"),
+        (["--recipe", "DEEP"], "deep nesting"),
+        (["--recipe", "REFERS"], "without *references"),
+        (["--model-kwargs", '{"a":' * 20000], "is not JSON"),
+        (["--opt", "fusedadam"], "cannot run here"),
+        (["--opt", "adahessian"], "cannot run here"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(value)[:40],
+)
+def test_a_value_that_cannot_be_is_one_line_before_data_is_read(tmp_path, monkeypatch, capsys, flags, said):
+    if "--opt" in flags and flags[1] == "fusedadam" and torch.cuda.is_available():
+        pytest.skip("it may run on CUDA")
+    texts = {"NUL": 'data_path: "a\\0b"', "DEEP": "lr: " + "[" * 100_000, "REFERS": "lr: &a [1]\nmin_lr: *a"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    os.mkfifo(tmp_path / "PIPE")
+    monkeypatch.chdir(tmp_path)
+    if flags[0] not in ("--model", "--finetune"):  # a model is built for the classes of the data
+        monkeypatch.setattr("lape.train.loop.load_data", None)
+    assert run(app, command(*flags)) == USER_ERROR
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("resume", ["auto", CHECKPOINT])
+def test_another_optimizer_than_the_files_is_refused_by_name(tmp_path, resume):
+    recipe = tiny(opt="momentum", output_dir=str(tmp_path))
+    train(recipe, say=quiet)
+    resume = resume if resume == "auto" else str(tmp_path / resume)
+    with pytest.raises(LapeError, match=r"opt='momentum'.*opt='adamw'.*--opt momentum"):
+        train(tiny(epochs=2, output_dir=str(tmp_path), resume=resume), say=quiet)
+    train(recipe.replace(opt="Momentum", epochs=2, resume=resume), say=quiet)
+
+
+# ------------------------------------------------------------------------------------------------ full disks
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond 100 kB, which every writer meets as it does a full disk or a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_disk")
+@pytest.mark.parametrize("writer", [torch.save, lambda content, file: file.write(pickle.dumps(content[0].tolist()))])
+def test_a_file_larger_than_the_disk_is_one_line_and_nothing_is_left(tmp_path, writer):
+    path = tmp_path / "c.pth"
+    path.write_bytes(b"before")
+    content = [torch.zeros(50_000), torch.zeros(500_000), torch.zeros(50_000)]
+    with pytest.raises(LapeError, match=r"cannot write .*c.pth: File too large; what was there before is untouched"):
+        write_atomically(path, lambda file: writer(content, file))
+    assert [one.name for one in tmp_path.iterdir()] == ["c.pth"]
+    assert path.read_bytes() == b"before"
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LapeError, match="a pipe or a device"):
+        write_atomically(tmp_path / "pipe", lambda file: file.write(b"x"))
+    assert (tmp_path / "pipe").is_fifo()
