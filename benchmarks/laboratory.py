@@ -44,7 +44,7 @@ def main() -> None:
         for name, each in found["sizes"].items()
     }
     kept = {key: found[key] for key in ("data", "recipe", "probe", "versions", "hardware", "commit")}
-    about = {"made_by": "benchmarks/laboratory.py", "seeds": given.seeds, "sizes": sizes}
+    about = {"made_by": "benchmarks/laboratory.py", "seeds": given.seeds, "epochs": recipe.epochs, "sizes": sizes}
     (RESULTS / "laboratory_digits.json").write_text(json.dumps({**about, **kept}, indent=1) + "\n", encoding="utf-8")
 
 
