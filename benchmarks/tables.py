@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -378,6 +379,32 @@ def attention() -> str:
     return "\n".join(lines)
 
 
+def laboratory() -> str:
+    """Accuracy over the size, and what the last depth of the first seed's models keeps of position."""
+    found = _read(RESULTS / "laboratory_digits.json")
+    first = next(iter(found["sizes"].values()))[0]
+    sizes = ["×".join(map(str, dict.fromkeys(o["size"]))) + " px" for o in first]
+    measures = {"row": "row, R²", "column": "column, R²", "share": "share", "rank": "rank", "shift": "shift"}
+    lines = [f"| | {' | '.join([*sizes, *measures.values()])} |", "|---" * (len(sizes) + len(measures) + 1) + "|"]
+    for name, trainings in found["sizes"].items():
+        at = [[o["acc1"] for o in outcomes] for outcomes in zip(*trainings, strict=True)]
+        cells = [f"{statistics.fmean(a):.1f}" + (f" ± {statistics.stdev(a):.1f}" if len(a) > 1 else "") for a in at]
+        probed = found["probe"][name]
+        for measure in measures:
+            cell = f"{probed['plain'][measure][-1]:.2f}"
+            cells.append(f"{cell} ({probed['without'][measure][-1]:.2f})" if measure in probed["without"] else cell)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    images = next(iter(found["probe"].values()))["images"]
+    lines += [
+        "",
+        f"Accuracy in percent, mean ± standard deviation of {len(found['seeds'])} seeds (trained at the first size for "
+        f"{found['epochs']} epochs); the features of seed {found['seeds'][0]} at the last depth on {images} test "
+        "images, in brackets without the position subspace. `benchmarks/results/laboratory_digits.json`, by "
+        f"`python benchmarks/laboratory.py --seeds {' '.join(map(str, found['seeds']))}`.",
+    ]
+    return "\n".join(lines)
+
+
 PAGES = {
     ROOT / "docs" / "trust.md": (attack,),
     ROOT / "README.md": (worth,),
@@ -392,6 +419,7 @@ PAGES = {
     ROOT / "docs" / "small-data.md": (device_path,),
     ROOT / "docs" / "dense.md": (dense,),
     ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost, folded, input_pipeline, attention),
+    ROOT / "docs" / "laboratory.md": (laboratory,),
 }
 
 

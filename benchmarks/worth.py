@@ -20,7 +20,7 @@ from typing import Any
 
 from gallery import subset
 
-from lape.names import PE_NORM_NAMES
+from lape.names import TABLE8_NAMES
 from lape.recipe import Recipe
 from lape.study.compare import cell_folder, compare
 from lape.study.numbers import Variant
@@ -38,7 +38,7 @@ MAIN: tuple[Row, ...] = (
     *(("LaPE-sharing", None, None), ("LaPE", None, None)),
 )
 TABLE_8: tuple[Row, ...] = tuple(
-    ("LaPE", norm, std) for norm in PE_NORM_NAMES if norm not in ("none", "layernorm") for std in (None, 1.0)
+    ("LaPE", norm, std) for norm in TABLE8_NAMES if norm not in ("none", "layernorm") for std in (None, 1.0)
 )  # "none" is `beside`
 MPVG: Row = ("MPVG", None, None)
 PAPER = ("vit_lite_7_4_32", "cvt_7_4_32", "cct_7_3x1_32")

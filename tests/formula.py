@@ -21,7 +21,8 @@ ANYWHERE = [join.name for join in JOINS.values() if not join.needs_pooling]
 
 
 for _join, _kind in itertools.product(JOINS.values(), KINDS.values()):
-    if _join.needs_pooling or _kind.conditional or _kind.untouched:  # tests/test_pooled.py, tests/test_rivals.py
+    elsewhere = _kind.conditional or _kind.untouched or _kind.fixed_bias or _kind.rotary  # tests/test_rivals.py
+    if _join.needs_pooling or elsewhere:  # tests/test_pooled.py
         continue
     try:
         check_combination(_join, _kind)
@@ -83,6 +84,8 @@ def written_out(
     def normed(p: torch.Tensor, home: str) -> torch.Tensor:
         weight, bias = (state.get(f"{home}.pe_norm.{name}") for name in ("weight", "bias"))
         y = F.layer_norm(p, (width,), eps=1e-6) if pe_norm.endswith("norm") else p
+        if pe_norm == "learned-norm":
+            y = p / (p.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         y = (1 if weight is None else weight) * y + (0 if bias is None else bias)
         if model.no_embed_class:
             y[:, :prefix] = 0

@@ -52,6 +52,7 @@ EVAL_FLAGS = """
 --model --join-type --pe --in-chans --model-kwargs --input-size --eval-crop-ratio --mean --std
 --data-path --data-set --inat-category --batch-size --num-workers --pin-mem --no-pin-mem --decode
 --ema --no-ema --dist-eval --no-dist-eval --device --amp --attention --threads
+--sizes --corruptions --severities --shuffle-patches --shift --occlude --json --plot
 """
 # Fields that the original has not.
 OURS = {
@@ -61,7 +62,7 @@ OURS = {
     *("scale", "mixup_off_epoch", "schedule_epochs", "as_original", "attention"),
     *("pe_std", "pe_norm", "pe_lr_scale"),
 }
-COMMANDS = {"bench", "check-data", "compare", "demo", "train", "eval", "export", "predict", "visualize", "hosts"}
+COMMANDS = set("bench check-data compare demo train eval export hosts predict probe visualize".split())
 COMMANDS |= {"recipes", "version", "completion"}
 
 # Every flag of the original's main.py in its own spelling, with a value that is not its default.

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lape"
 
 PUBLIC = """
-Anatomy Checkpoint CheckpointError DataError Description Host LapeError Layout Suggestion UnsupportedModelError apply_
-correlation create_model describe explore fold_ grid hosts last_position load load_reference_state_dict
-num_prefix_tokens position_bias positions push_to_hub read_checkpoint register_host remove_ save suggest_host
+Anatomy Checkpoint CheckpointError DataError Description Features Host LapeError Layout Suggestion UnsupportedModelError
+apply_ correlation create_model debias_ describe explore fold_ grid hosts last_position load load_reference_state_dict
+num_prefix_tokens position_bias positions probe push_to_hub read_checkpoint register_host remove_ save suggest_host
 to_reference_state_dict
 """.split()
 

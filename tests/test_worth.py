@@ -47,7 +47,8 @@ def test_each_row_of_table_8_is_its_equation(join, pe_norm, tmp_path):
 @pytest.mark.parametrize("pe_norm", PE_NORMS)
 def test_parameters_of_each_row(pe_norm):
     model = lape.apply_(make(), "LaPE", "learnable", pe_norm=pe_norm)
-    kind = {"norm": "none", "scalar-norm": "scalar", "scale-norm": "scale", "layernorm": "affine"}.get(pe_norm, pe_norm)
+    kind = {"norm": "none", "scalar-norm": "scalar", "scale-norm": "scale", "layernorm": "affine",
+            "learned-norm": "scalar"}.get(pe_norm, pe_norm)  # fmt: skip
     added = sum(p.numel() for name, p in model.named_parameters() if "lape.norms" in name)
     assert added == ADDED[kind] * len(model.blocks)
 

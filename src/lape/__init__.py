@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lape.files.read import Checkpoint, read_checkpoint
     from lape.host import Host, Suggestion, hosts, register_host, suggest_host
     from lape.look.explorer import explore
+    from lape.look.features import Features, debias_, probe
     from lape.look.similarity import correlation
 
 __version__ = "0.2.0"
@@ -47,6 +48,7 @@ _HOME = {
     "files.read": ("Checkpoint", "read_checkpoint"),
     "host": ("Host", "Suggestion", "hosts", "register_host", "suggest_host"),
     "look.explorer": ("explore",),
+    "look.features": ("Features", "debias_", "probe"),
     "look.similarity": ("correlation",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -19,7 +19,7 @@ from lape.look.options import DrawOptions
 from lape.names import shown, tell
 from lape.options import ExportOptions, PredictOptions
 from lape.recipe import Recipe
-from lape.study.options import BenchOptions, CompareOptions, DemoOptions
+from lape.study.options import BenchOptions, CompareOptions, DemoOptions, SweepOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,18 +95,28 @@ def compare(
 
 
 @app.command(name="eval")
+@takes_options(SweepOptions)
 @takes(EVALUATION, STORED)
 def evaluate(
+    sweep: SweepOptions,
     checkpoint: Annotated[str | None, Parameter(help=".pth file or folder written by lape.save")] = None,
     *,
     resume: Annotated[str | None, Parameter(help="the same as CHECKPOINT, the original's spelling")] = None,
     **given: Any,
 ) -> None:
-    """Evaluate a checkpoint. What is not given (model, join, PE, input size) comes from the checkpoint."""
+    """Evaluate a checkpoint, with more flags at other sizes and on changed images as well.
+
+    What is not given (model, join, PE, input size) comes from the checkpoint.
+    """
     paths = [path for path in (checkpoint, resume) if path is not None]
     if len(paths) != 1:
         raise LapeError("give one checkpoint: lape eval CHECKPOINT (or --resume CHECKPOINT)")
     settings = Recipe(eval=True, resume=paths[0], **given)
+    if sweep.asks:
+        from lape.study.sweep import sweep as run_sweep
+
+        run_sweep(settings, sweep)
+        return
 
     from lape.train.evaluate import evaluate_checkpoint
 

@@ -37,7 +37,7 @@ def takes_options(kind: type[Any]) -> Callable[[Command], Command]:
     def extend(command: Command) -> Command:
         signature = inspect.signature(command)
         _first, *others = signature.parameters.values()
-        places = [p for p in others if p.kind is p.VAR_POSITIONAL]
+        places = [p for p in others if p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_OR_KEYWORD)]
         keywords = [p for p in others if p.kind is p.KEYWORD_ONLY]
 
         def call(*args: Any, **given: Any) -> None:

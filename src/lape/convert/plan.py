@@ -117,7 +117,7 @@ def check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: bool
     if anatomy.own_bias and kind.name == "2D_RPE":
         return
     plain = len(anatomy.layout.grid) == 2 and not (anatomy.layout.suffix_rows or anatomy.windows)
-    if not plain and (kind.is_bias or kind.conditional):
+    if not plain and (kind.is_bias or kind.rotary or kind.conditional):
         raise LapeError(f"pe={kind.name!r} is for one grid of rows and columns, which the blocks of {name} do not have")
     if anatomy.branches and join.site == "block":
         raise LapeError(
@@ -128,8 +128,21 @@ def check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: bool
         means = "a second bias would join it" if kind.is_bias else "the model would not be without a position"
         use = "pe='learnable', or pe='2D_RPE' for its own" if anatomy.own_bias else "pe='learnable'"
         raise LapeError(f"pe={kind.name!r}: {name} keeps its {anatomy.beside}, {means}: use {use}")
+    if kind.rotary:
+        check_rotary(name, anatomy, kind)
     if new and kind.is_table and join.at_input and anatomy.table_slot is None and anatomy.input is None:
         raise LapeError(f"join={join.name!r}: {name} has no place where it adds a table to its tokens: use join='LaPE'")
+
+
+def check_rotary(name: str, anatomy: Anatomy, kind: Kind) -> None:
+    """Raises UnsupportedModelError where queries and keys pass nothing behind which they could be turned."""
+    attentions = [anatomy.root.get_submodule(f"{path}.{anatomy.attention}") for path in anatomy.blocks]
+    parts = all({"q_norm", "k_norm"} <= set(attention._modules) for attention in attentions)
+    if not parts or not hasattr(attentions[0], "head_dim") or anatomy.shuffle or anatomy.stages or anatomy.maps:
+        raise UnsupportedModelError(
+            f"pe={kind.name!r} turns queries and keys behind q_norm and k_norm, which {name} has not in every block of "
+            "one grid: use pe='2D_RPE', or a model with rotary embedding of its own and pe='own'"
+        )
 
 
 def check_pooling(name: str, anatomy: Anatomy, join: Join) -> None:

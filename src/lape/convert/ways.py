@@ -16,11 +16,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy, place_of
 from lape.core.bias import OwnBiasMethod, PositionBias, normalise
 from lape.core.conditional import PEG, Generating
+from lape.core.constants import constant
 from lape.core.forward import Adding, Asked, Link, Slot, Spanning, owned
 from lape.core.grids import GridWatch, Shuffled
 from lape.core.joined import Joined, join_module
@@ -28,6 +30,7 @@ from lape.core.joins import Join
 from lape.core.norm import Entered, PositionalNorm, beside, chain, makes_new
 from lape.core.pe_norms import PE_NORMS
 from lape.core.position import Kind, Layout, resized
+from lape.core.rotary import Rotating, axial, mixed, places, rotation
 from lape.core.sites import PositionalAttention, PositionalBlock, PositionalInput, PositionalStem, Unfused
 from lape.errors import LapeError
 
@@ -380,6 +383,78 @@ class NewBias(Way):
             bias.resize_(new)  # type: ignore[operator]
 
 
+class GivenBias(Way):
+    """A bias on the logits of each block that nothing learns."""
+
+    here: Tensor  # empty, goes where the model goes
+
+    listed, mixin, site = True, PositionalAttention, "attention biases"
+
+    def __init__(self, wish: Wish):
+        super().__init__(wish)
+        assert wish.kind.fixed_bias is not None
+        self.make = wish.kind.fixed_bias
+        self.make(wish.anatomy.layout.grid, wish.anatomy.num_heads, 0, 1)  # refused now, not in a forward
+        self.register_buffer("here", wish.like.new_empty(0), persistent=False)
+
+    def homes(self, anatomy: Anatomy) -> list[str]:
+        return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
+
+    def each(self, asked: Asked) -> Iterator[Tensor]:
+        """The bias of each block, (1, H, N, N); none where a prefix token takes part."""
+        anatomy = asked.anatomy
+        grid, prefix, layers = asked.grid or anatomy.layout.grid, anatomy.layout.num_prefix, len(anatomy.blocks)
+        for layer in range(layers)[: asked.number]:
+            bias_Hnn = constant(self.make, self.here.device, grid, anatomy.num_heads, layer, layers)
+            yield F.pad(bias_Hnn, (prefix, 0, prefix, 0))[None]
+
+    def fold(self, link: Link) -> Way:
+        return Folded(self, link, link.compute(link.root, None), "folded_bias")
+
+
+class Rotary(Way):
+    """Queries and keys are turned behind the host's own norms of them."""
+
+    here: Tensor  # empty, goes where the model goes
+
+    listed, mixin, site = True, Rotating, "queries and keys"
+
+    def __init__(self, wish: Wish):
+        super().__init__(wish)
+        anatomy, like = wish.anatomy, wish.like
+        first: Any = anatomy.root.get_submodule(f"{anatomy.blocks[0]}.{anatomy.attention}")
+        self.head_width = first.head_dim
+        axial(self.head_width)  # refused now, not in a forward
+        self.register_buffer("here", like.new_empty(0), persistent=False)
+        self.learned = wish.kind.rotary == "mixed"
+        for layer in range(len(anatomy.blocks) if self.learned else 0):
+            start = mixed(self.head_width, anatomy.num_heads).to(device=like.device, dtype=like.dtype)
+            self.register_parameter(f"frequencies_{layer}", nn.Parameter(start))
+
+    def homes(self, anatomy: Anatomy) -> list[str]:
+        return [f"{path}.{anatomy.attention}.{norm}" for path in anatomy.blocks for norm in ("q_norm", "k_norm")]
+
+    def each(self, asked: Asked) -> Iterator[Tensor]:
+        """Cosine and sine, (2, H, N, d / 2) or alike for all heads, for the queries and for the keys of each block."""
+        anatomy, device = asked.anatomy, self.here.device
+        place_2n = constant(places, device, asked.grid or anatomy.layout.grid)
+        made: Tensor | None = None
+        for place in range(2 * len(anatomy.blocks))[: asked.number]:
+            if self.learned and place % 2 == 0:
+                made = rotation(self.get_parameter(f"frequencies_{place // 2}"), place_2n, anatomy.layout.num_prefix)
+            elif made is None:
+                frequencies = constant(axial, device, self.head_width)
+                made = rotation(frequencies, place_2n, anatomy.layout.num_prefix)
+            yield made
+
+    def fold(self, link: Link) -> Way:
+        return Folded(self, link, link.compute(link.root, None), "folded_rotation")
+
+    def file_names(self, anatomy: Anatomy) -> dict[str, str]:
+        homes = enumerate(f"{path}.{anatomy.attention}" for path in anatomy.blocks)
+        return {f"lape.frequencies_{layer}": f"{home}.rotary_frequencies" for layer, home in homes if self.learned}
+
+
 class HostBias(Way):
     """The host's own relative bias: nothing new, or with join `LaPE`, a LayerNorm over its rows."""
 
@@ -459,8 +534,8 @@ class Folded(Way):
             setattr(self, attribute, getattr(way, attribute))
         self.folded, self.name = True, name
         self._places, self._homes = way.places(link.anatomy), way.homes(link.anatomy)
-        for place, constant in enumerate(constants):
-            self.register_buffer(f"constant_{place}", constant.detach().clone())
+        for place, made in enumerate(constants):
+            self.register_buffer(f"constant_{place}", made.detach().clone())
 
     def places(self, anatomy: Anatomy) -> list[str]:
         return self._places
@@ -490,6 +565,8 @@ def way_for(wish: Wish) -> Way:
     order: list[tuple[bool, type[Way]]] = [
         (kind.untouched, Untouched),
         (kind.conditional, Generated),
+        (kind.fixed_bias is not None, GivenBias),
+        (bool(kind.rotary), Rotary),
         (kind.is_bias and bool(anatomy.own_bias), HostBias),
         (kind.is_bias, NewBias),
         (not kind.is_table, Way),

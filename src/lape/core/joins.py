@@ -92,6 +92,11 @@ def check_combination(join: Join, kind: Kind, pe_norm: str | None = None) -> Non
             f"join={join.name!r} with pe={kind.name!r} means nothing: each block has its own bias on attention logits; "
             "use join='basic' (plain bias) or join='LaPE' (LayerNorm over its rows)"
         )
+    if kind.fixed_bias is not None and join.name != "basic":
+        raise LapeError(
+            f"join={join.name!r} with pe={kind.name!r}: its bias is given and its rows are not to be normalised; "
+            "use join='basic'"
+        )
     if not kind.is_bias and not kind.is_table and join.name != "basic":
         raise LapeError(
             f"join={join.name!r} with pe={kind.name!r}: there is no position to join, {kind.missing}; use join='basic'"

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lape.core.fixed import alibi_2d, look_here
 from lape.errors import LapeError
 from lape.names import PE_NAMES, match_name
 
@@ -145,6 +147,8 @@ class Kind:
     frozen: bool = False
     bias_axes: int = 0  # biases only: 1 offset along the raster order, 2 row and column offsets
     conditional: bool = False  # made of the tokens of each image
+    fixed_bias: Callable[..., Tensor] | None = None  # (H, n, n) of grid, heads, layer, number of layers
+    rotary: Literal["", "axial", "mixed"] = ""  # queries and keys turned
     untouched: bool = False  # whatever the model itself does
     note: str = ""
 
@@ -165,13 +169,15 @@ class Kind:
 
     @property
     def is_bias(self) -> bool:
-        return self.bias_axes > 0
+        return self.bias_axes > 0 or self.fixed_bias is not None
 
     @property
     def missing(self) -> str:
         """Why there is no position to show, join or fold, for kinds without table and bias."""
         if self.conditional:
             return "its position is made of the tokens of each image"
+        if self.rotary:
+            return "its position turns queries and keys"
         return "the model was left as it is" if self.untouched else "it has none"
 
 
@@ -183,6 +189,10 @@ KINDS: dict[str, Kind] = {
         Kind("2D_sin", sin_2d, frozen=True, note="fixed sine and cosine of column and row"),
         Kind("1D_RPE", bias_axes=1, note="learned bias on attention logits by offset in raster order"),
         Kind("2D_RPE", bias_axes=2, note="learned bias on attention logits by row and column offset"),
+        Kind("RoPE", rotary="axial", note="queries and keys turned by column and row"),
+        Kind("RoPE-mixed", rotary="mixed", note="queries and keys turned by learned frequencies of column and row"),
+        Kind("ALiBi-2D", fixed_bias=alibi_2d, note="fixed bias on attention logits: minus the distance, by head"),
+        Kind("LookHere", fixed_bias=look_here, note="as ALiBi-2D, and heads look up, down, left or right only"),
         Kind("PEG", conditional=True, note="made of the tokens behind block 0 by a depth-wise convolution (CPVT)"),
         Kind("none", note="no position at all, the control"),
         Kind("own", untouched=True, note="the model stays as it is, whatever its position: a rival in a comparison"),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.convert.converted import conversion_of
-from lape.convert.positions import Description, View, describe, position_bias
+from lape.convert.positions import Description, View, describe
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError, check_finite, needs
 from lape.files.atomic import keep_inputs, write_atomically
@@ -31,7 +31,7 @@ from lape.files.restore import restore_to_draw
 from lape.look.colours import COLOURS
 from lape.look.measures import MEASURES, measure_all
 from lape.look.options import DrawOptions
-from lape.look.similarity import Maps, center_token, check_token, similarity_by_distance, token_map
+from lape.look.similarity import Maps, bias_to_show, center_token, check_token, similarity_by_distance, token_map
 
 with needs("plot"):
     from matplotlib import rc_context
@@ -438,7 +438,7 @@ def sorts(models: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[s
 
 
 def _compare_biases(pictures: Pictures, models: Mapping[str, nn.Module]) -> None:
-    biases = {name: position_bias(model).detach().float().cpu().mean(1) for name, model in models.items()}
+    biases = {name: bias_to_show(model).mean(1) for name, model in models.items()}
     for name, bias in biases.items():
         check_finite(bias, f"the biases of {name}")
     limit = max(bias.abs().max().item() for bias in biases.values()) or 1.0
@@ -504,7 +504,7 @@ def _side_by_side(
 
 
 def _draw_biases(pictures: Pictures, model: nn.Module, about: Description, token: int) -> list[Path]:
-    bias_LHnn, options = position_bias(model).detach().float().cpu(), pictures.options
+    bias_LHnn, options = bias_to_show(model), pictures.options
     check_finite(bias_LHnn, "the biases")
     limit = bias_LHnn.abs().max().item() or 1.0
     chosen = options.chosen(len(bias_LHnn))

@@ -185,7 +185,7 @@ def where_am_i(
         raise LapeError(f"unknown tokens {what!r}: known are 'stream' and 'seen'")
     conversion = conversion_of(model)
     prefix = conversion.layout.num_prefix
-    place_n2 = _places(conversion.layout.grid)
+    place_n2 = places(conversion.layout.grid)
     width, layers = conversion.anatomy.width, len(conversion.anatomy.blocks)
     half = len(images_BCHW) // 2
 
@@ -199,9 +199,7 @@ def where_am_i(
     for layer, x in tokens(images_BCHW[:half]):
         gram[layer] += x.T @ x
         cross[layer] += x.T @ place_n2.repeat(len(x) // len(place_n2), 1)
-    penalty = ridge * gram.diagonal(dim1=-2, dim2=-1)[:, :-1].mean(-1)
-    damp = torch.diag_embed(F.pad(penalty[:, None].expand(-1, width), (0, 1)))  # the constant is not damped
-    readout = torch.linalg.lstsq(gram + damp, cross, driver="gelsd").solution
+    readout = fit_places(gram, cross, ridge)
 
     wrong = torch.zeros(layers, 2).double()
     for layer, x in tokens(images_BCHW[half:]):
@@ -210,7 +208,18 @@ def where_am_i(
     return torch.where(total > 0, 1 - wrong / total.clamp(min=1e-12), torch.nan)
 
 
-def _places(grid: Grid) -> Tensor:
+def fit_places(gram: Tensor, cross: Tensor, ridge: float, measure: Tensor | None = None) -> Tensor:
+    """Ridge regressions (L, D + 1, 2) from products of tokens that end in a 1: x^T x (L, D + 1, D + 1), x^T place.
+
+    The penalty is `ridge` times the mean eigenvalue, of `measure` where that is given; the constant is not damped.
+    """
+    penalty = ridge * (gram if measure is None else measure).diagonal(dim1=-2, dim2=-1)[:, :-1].mean(-1)
+    damp = torch.diag_embed(F.pad(penalty[:, None].expand(-1, gram.shape[-1] - 1), (0, 1)))
+    solution: Tensor = torch.linalg.lstsq(gram + damp, cross, driver="gelsd").solution
+    return solution
+
+
+def places(grid: Grid) -> Tensor:
     """(n, 2) row and column, their middle taken off."""
     row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
     place = torch.stack([row.flatten(), column.flatten()], -1).double()
@@ -250,7 +259,7 @@ def last_norm(model: nn.Module, images_BCHW: Tensor) -> LastNorm:
     last = anatomy.root.get_submodule(anatomy.blocks[-1])
     hooks = [*((norm, keep) for norm in norms), (last, lambda *_: calls.clear())]  # not what runs before the last block
     calls_of_all = []
-    with _hooks(hooks):
+    with watching(hooks):
         for batch in torch.split(images_BCHW, BATCH):
             _forward(model, batch)
             calls_of_all += calls
@@ -276,7 +285,7 @@ Hook = tuple[nn.Module, Callable[..., None]]
 
 
 @contextmanager
-def _hooks(hooks: Sequence[Hook]) -> Iterator[None]:
+def watching(hooks: Sequence[Hook]) -> Iterator[None]:
     """Calls each hook after its module's forward."""
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
@@ -310,7 +319,7 @@ def _tokens(model: nn.Module, images_BCHW: Tensor) -> list[_Seen]:
     for layer, path in enumerate(anatomy.blocks):
         norm = getattr(anatomy.root.get_submodule(path), anatomy.norm)
         hooks.append((norm, keep(layer)))
-    with _hooks(hooks):
+    with watching(hooks):
         _forward(model, images_BCHW)
     for layer, entry in enumerate(layers):
         check_finite(entry["attended"], f"the tokens of layer {layer}")
@@ -341,7 +350,7 @@ def _forward(model: nn.Module, images_BCHW: Tensor) -> None:
     conversion = conversion_of(model)
     _check_size(conversion, images_BCHW)
     like = next(model.parameters())
-    with _evaluating(model):
+    with evaluating(model):
         model(images_BCHW.to(like.device, like.dtype))
 
 
@@ -365,7 +374,7 @@ def _check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.convert.converted import conversion_of
-from lape.convert.positions import Size, View, grid_for, positions, table_of
+from lape.convert.positions import Size, View, grid_for, position_bias, positions, table_of
 from lape.convert.positions import grid as default_grid
 from lape.core.joins import JOINS
 from lape.core.position import Grid
@@ -44,6 +44,12 @@ def cosine(positions_LnD: Tensor) -> Tensor:
     length = rows.norm(dim=-1, keepdim=True)
     direction = torch.where(length > 0, rows / length.where(length > 0, 1.0), 0.0)
     return (direction @ direction.mT).clamp(-1, 1).float()
+
+
+def bias_to_show(model: nn.Module) -> Tensor:
+    """`lape.position_bias`, float32 on the CPU; -inf, where a head may not look, as the lowest value that is finite."""
+    bias_LHnn = position_bias(model).detach().float().cpu()
+    return bias_LHnn.clamp(min=bias_LHnn.where(bias_LHnn.isfinite(), 0.0).min())
 
 
 def grid_at(model: nn.Module, size: Size | None = None) -> Grid:

@@ -19,17 +19,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lape.errors import LapeError, UnsupportedModelError, needs
-from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, match_name
+from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, TABLE8_NAMES, match_name
 from lape.recipe import Recipe
 from lape.study import report
 from lape.study.numbers import Run, Variant, differences, summarise
-from lape.study.options import CompareOptions, DemoOptions
+from lape.study.options import CompareOptions, DemoOptions, SweepOptions
+from lape.study.probing import draw as draw_probe
+from lape.study.probing import validation_images
+from lape.study.sweep import Outcome, evaluate_at, size_named
+from lape.study.sweep import draw as draw_sizes
 from lape.study.workers import Agenda, Stage, run_all
 from lape.train.machine import environment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
+
+    from lape.look.features import Features
 
 VARIED = {"model", "pe", "join_type", "pe_norm", "pe_std", "seed", "output_dir", "resume"}
 ALONE = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}  # of each training, one thread's only work
@@ -65,7 +71,14 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
         baseline = match_name("baseline", options.baseline, joins)
     _check_figures()
     stds = options.pe_stds or (None,)
-    rows = rows or rows_of(options.models or (recipe.model,), pes, joins, norms or (None,), stds)
+    models = options.models or (recipe.model,)
+    if options.preset == "rivals" and not rows:
+        rows = [Variant(model, *row) for model in models for row in RIVALS]
+    rows = rows or rows_of(models, pes, joins, norms or (None,), stds)
+    for size in options.sizes:
+        size_named(size)
+    if options.probe and options.probe < 4:
+        raise LapeError(f"probe={options.probe} is not allowed: choose 4 images or more, or 0 for none")
     variants, meaningless = combinations(recipe, rows)
     recipes = dict.fromkeys(variants, recipe) | _rivals(recipe, options, variants)
     folder = _writable(Path(options.output_dir))
@@ -87,6 +100,8 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     order = list(recipes)
     runs.sort(key=lambda run: (order.index(run.variant), run.seed))
     gaps = differences(runs, baseline)
+    sizes = _at_sizes(folder, runs, recipes, options) if options.sizes else {}
+    probed = _probed(folder, runs, recipe, options.probe) if options.probe else {}
     rivals = {"models": list(options.rivals), "model_kwargs": recipes[order[-1]].model_kwargs}
     results = {
         "made_by": "lape compare",
@@ -98,6 +113,8 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
         "differences": gaps,
         "meaningless": [{**variant._asdict(), "why": why} for variant, why in meaningless.items()],
         "others": others,
+        "sizes": {name: [[asdict(o) for o in outcomes] for outcomes in each] for name, each in sizes.items()},
+        "probe": {name: features.to_dict() for name, features in probed.items()},
         "cells": [asdict(run) for run in runs],
         "workers": options.workers,
         "gpus": _gpus(recipe),
@@ -105,12 +122,58 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
         "sentences": report.sentences(gaps),
     }
     curves = report.accuracy_curves(runs, lambda run: f"{run.model}, {run.pe}")
-    files = report.write(folder, results, report.comparison_page(results), {"curves.png": curves})
-    if models := _explorable(folder, runs):
-        files.append(report.explorer_page(folder / "report.html", results, models, curves))
+    figures = {"curves.png": curves}
+    if sizes:
+        figures["sizes.png"] = draw_sizes(sizes, recipe.input_size)
+    if probed:
+        figures["probe.png"] = draw_probe(probed)
+    files = report.write(folder, results, report.comparison_page(results), figures)
+    if shown := _explorable(folder, runs):
+        files.append(report.explorer_page(folder / "report.html", results, shown, curves))
     table = report.plain_table(report.rows_of_variants(results))
-    print("\n".join(["", *table, "", *results["sentences"], "", "Written:", *(f"  {file}" for file in files)]))
+    at_sizes = ["", *report.plain_table(report.rows_of_sizes(results))] if sizes else []
+    lines = ["", *table, *at_sizes, "", *results["sentences"], "", "Written:", *(f"  {file}" for file in files)]
+    print("\n".join(lines))
     return Study(folder, results, files)
+
+
+def _at_sizes(
+    folder: Path, runs: Sequence[Run], recipes: Mapping[Variant, Recipe], options: CompareOptions
+) -> dict[str, list[list["Outcome"]]]:
+    """The models that are still there, by name and seed, at the sizes that are asked for."""
+    from lape.files.read import read_checkpoint
+
+    outcomes: dict[str, list[list[Outcome]]] = {}
+    names = _names(runs)
+    for run in runs:
+        home = _cell_name(folder, run.variant, run.seed) / "model"
+        if home.exists():
+            recipe = run.variant.recipe(recipes[run.variant])
+            wanted = SweepOptions(sizes=options.sizes)
+            found = evaluate_at(read_checkpoint(home), recipe, wanted, say=lambda _text: None)
+            outcomes.setdefault(names[run.variant], []).append(found)
+    return outcomes
+
+
+def _probed(folder: Path, runs: Sequence[Run], recipe: Recipe, count: int) -> dict[str, "Features"]:
+    """What the features of the first model of each variant that is still there keep of position, by name."""
+    from lape.data.augment import eval_transform
+    from lape.files.folder import load
+    from lape.look.features import probe
+
+    images, _name = validation_images(eval_transform(recipe), recipe, count)
+    names, features = _names(runs), {}
+    for run in runs:
+        home = _cell_name(folder, run.variant, run.seed) / "model"
+        if names[run.variant] not in features and home.exists():
+            features[names[run.variant]] = probe(load(home), images)
+    return features
+
+
+def _names(runs: Sequence[Run]) -> dict[Variant, str]:
+    """What each variant is called where those of all kinds stand together."""
+    several = len({run.model for run in runs}) > 1
+    return {run.variant: f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else "") for run in runs}
 
 
 def _check_figures() -> None:
@@ -133,15 +196,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "joins": ("basic", "share", "unshare", "LaPE-sharing", "LaPE"),
         "pes": ("learnable", "1D_sin", "2D_sin", "1D_RPE", "2D_RPE"),
     },
-    "table8": {"joins": ("basic", "LaPE"), "pe_norms": PE_NORM_NAMES, "pe_stds": (0.02, 1.0)},
+    "table8": {"joins": ("basic", "LaPE"), "pe_norms": TABLE8_NAMES, "pe_stds": (0.02, 1.0)},
 }
 """The tables of the paper that a comparison trains anew."""
+
+RIVALS: tuple[tuple[str, str, str | None, float | None], ...] = (
+    ("none", "basic", None, None),
+    ("learnable", "basic", None, None),
+    ("learnable", "basic", None, 1.0),
+    ("learnable", "LaPE", None, None),
+    ("learnable", "LaPE-sharing", "learned-norm", None),
+    ("2D_sin", "basic", None, None),
+    ("2D_RPE", "basic", None, None),
+    ("2D_RPE", "LaPE", None, None),
+    *((pe, "basic", None, None) for pe in ("RoPE", "RoPE-mixed", "ALiBi-2D", "LookHere", "PEG")),
+)
+"""Kind, join, norm of position and start of the table: the rows of the preset `rivals`."""
 
 
 def with_preset(options: CompareOptions) -> CompareOptions:
     """What was left at its default follows the preset."""
     defaults = CompareOptions(output_dir=options.output_dir)
-    chosen = PRESETS[options.preset] if options.preset else {}
+    chosen = PRESETS.get(options.preset or "", {})
     return replace(options, **{k: v for k, v in chosen.items() if getattr(options, k) == getattr(defaults, k)})
 
 
@@ -232,9 +308,9 @@ def _explorable(folder: Path, runs: Sequence[Run]) -> dict[str, Path]:
     from lape.core.position import KINDS
 
     models: dict[str, Path] = {}
-    several = len({run.model for run in runs}) > 1
+    names = _names(runs)
     for run in runs:
-        name = f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else "")
+        name = names[run.variant]
         kind = KINDS[run.pe]
         home = _cell_name(folder, run.variant, run.seed) / "model"  # may be removed, the results stay
         if run.drawable and (kind.is_table or kind.is_bias) and len(models) < 6 and home.exists():
@@ -303,6 +379,7 @@ def _train(recipe: Recipe, home: Path, tick: Callable[[], None]) -> Run:
     """Trains by one recipe, measures the positions of the model, and keeps it as `home`/model."""
     from lape.convert.converted import conversion_of
     from lape.core.position import KINDS
+    from lape.data.augment import eval_transform
     from lape.files.folder import save
     from lape.look.measures import measure_all
     from lape.look.similarity import Maps
@@ -315,7 +392,7 @@ def _train(recipe: Recipe, home: Path, tick: Callable[[], None]) -> Run:
     if KINDS[recipe.pe].is_table and drawable:
         maps = Maps.of(model)
         measures = measure_all(maps.layers_Lnn, maps.patches_LnD, maps.grid)
-    save(model, home / "model")
+    save(model, home / "model", transform=eval_transform(recipe).to_dict())
     return Run.of(recipe, result, measures, drawable)
 
 

@@ -1,4 +1,4 @@
-"""The options of `lape demo`, `lape compare` and `lape bench`: each has its name, default and meaning here alone.
+"""The options of the commands that run studies: each has its name, default and meaning here alone.
 
 The command line makes its flags of the fields, and their `help` is what `--help` says.
 """
@@ -37,8 +37,8 @@ class CompareOptions:
     pes: tuple[str, ...] = option(("learnable",), "kinds of position embedding")
     pe_stds: tuple[float, ...] = option((), "starts of the position table, each a row (default: the model's own)")
     pe_norms: tuple[str, ...] = option((), "what replaces LN' in joins that have one, each a row (default: nothing)")
-    preset: Literal["table7", "table8"] | None = option(
-        None, "rows of a table of the paper: joins x kinds, or LN' apart"
+    preset: Literal["table7", "table8", "rivals"] | None = option(
+        None, "rows of a table of the paper (joins x kinds, LN' apart), or every position that is a rival"
     )
     models: tuple[str, ...] = option((), "timm names (default: the recipe's)")
     rivals: tuple[str, ...] = option((), "timm names, each trained as it is, by the same recipe")
@@ -47,6 +47,8 @@ class CompareOptions:
     baseline: str | None = option(None, "join that the others are compared with (default: basic, or the first)")
     runs: tuple[str, ...] = option((), "finished runs and checkpoints to show beside, in a table of their own")
     workers: int = option(2, "trainings side by side, one thread each; also on one GPU")
+    sizes: tuple[str, ...] = option((), "image sizes, SIDE or HEIGHTxWIDTH, at which each model is evaluated as well")
+    probe: int = option(0, "images on which the features of each row's first model are probed for position; 0: none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +70,36 @@ class BenchOptions:
     train: bool = option(True, "time a training step")
     inference: bool = option(True, "time inference, and the latency of one image")
     peers: tuple[str, ...] = option((), "the same ViT without lape beside it, of timm, torchvision, transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """What is probed for position, and what is written."""
+
+    images: tuple[str, ...] = option((), "image files (default: validation images of --data-path)")
+    data_path: str = option("", "folder with val/ (default: the packaged digits)")
+    count: int = option(64, "images of --data-path, evenly spread, half to fit and half to test")
+    energy: float = option(0.95, "share of the mean image's variance that the position subspace holds")
+    ema: bool = option(False, "probe the averaged weights of checkpoints")
+    pretrained: bool = option(True, "a model that is no file has timm's published weights; else random ones")
+    json: str | None = option(None, "write the numbers to this JSON file")
+    plot: str | None = option(None, "draw them to this .png, .pdf or .svg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Other image sizes and changed images, on which `lape eval` measures a model as well."""
+
+    sizes: tuple[str, ...] = option((), "image sizes, SIDE or HEIGHTxWIDTH in pixels, beside the training size")
+    corruptions: tuple[str, ...] = option((), "corrupted images: all, or some by name")
+    severities: tuple[int, ...] = option((1, 2, 3, 4, 5), "of the corruptions")
+    shuffle_patches: bool = option(False, "images whose patches are shuffled")
+    shift: tuple[int, ...] = option((), "images moved right and down by so many pixels")
+    occlude: tuple[float, ...] = option((), "images with this share of their patches hidden")
+    json: str | None = option(None, "write the numbers of sizes and changes to this JSON file")
+    plot: str | None = option(None, "draw them to this .png, .pdf or .svg")
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything beside the plain evaluation."""
+        return self != SweepOptions(severities=self.severities)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lape.errors import needs
 from lape.look.colours import COLOURS
-from lape.study.numbers import Run
+from lape.study.numbers import Run, mean_std
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,6 +112,17 @@ def rows_of_differences(results: dict[str, Any]) -> Rows:
         numbers = [str(d["epochs"]), str(d["n"]), spell(d, "+"), _interval(d), _p_value(d["p_holm"])]
         rows.append([*about, *numbers])
     return without_constants(rows)
+
+
+def rows_of_sizes(results: dict[str, Any]) -> Rows:
+    """A row a variant, a column a size."""
+    first = next(iter(results["sizes"].values()))[0]
+    named = ["x".join(map(str, dict.fromkeys(o["size"]))) + " px" for o in first]
+    rows = [["", "seeds", *named]]
+    for name, trainings in results["sizes"].items():
+        means = [mean_std([o["acc1"] for o in at]) for at in zip(*trainings, strict=True)]
+        rows.append([name, str(len(trainings)), *map(spell, means)])
+    return rows
 
 
 def without_constants(rows: Rows, names: Sequence[str] = ("model", "pe", "epochs")) -> Rows:
@@ -215,6 +226,10 @@ HOW_TO_READ = (
     "the last epoch; the best epoch was chosen on the test images, so it flatters every row and is not compared. The "
     "differences are taken seed by seed; p is of Student's paired t-test, corrected for their number (Holm)."
 )
+AT_SIZES = (
+    "The same models, evaluated as by `lape eval --sizes`: each is built for the size by its own rule, images are "
+    "resized and cropped by the evaluation transform of that size. The first column is the training size."
+)
 NOT_TRAINED_HERE = "Not trained here: nothing says that budget, data and recipe were the same."
 
 
@@ -264,6 +279,12 @@ def comparison_page(results: dict[str, Any]) -> Iterator[str]:
     yield markdown_table(rows_of_differences(results)) + "\n"
     yield from (f"- {sentence}" for sentence in results["sentences"])
     yield "\n![Test accuracy by epoch](curves.png)\n"
+    if results.get("sizes"):
+        yield f"## At other sizes\n\n{AT_SIZES}\n\n{markdown_table(rows_of_sizes(results))}\n"
+        yield "![Accuracy over the image size](sizes.png)\n"
+    if results.get("probe"):
+        yield "## Position in the features\n\nOf the first seed, as by `lape probe`.\n"
+        yield "![What the features keep of position](probe.png)\n"
     if results["others"]:
         yield f"## Other runs\n\n{NOT_TRAINED_HERE}\n\n{markdown_table(rows_of_others(results['others']))}\n"
     yield "## How it was run\n"

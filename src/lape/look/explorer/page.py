@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from lape.convert.converted import conversion_of
-from lape.convert.positions import Size, View, describe, position_bias
+from lape.convert.positions import Size, View, describe
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError, check_finite, needs
 from lape.files.atomic import keep_inputs, write_atomically
 from lape.files.read import read_checkpoint
 from lape.look.measures import MEASURES, measure_all
-from lape.look.similarity import Maps, grid_at, half_distance, locality_radius, monotonicity
+from lape.look.similarity import Maps, bias_to_show, grid_at, half_distance, locality_radius, monotonicity
 
 BUDGET = 6_000_000  # bytes of the whole file; what would not fit is kept coarser, and the page says so
 PHOTO_SIDE = 448  # pixels of the longer side of a photograph in the page
@@ -176,7 +176,7 @@ class _Card:
                     self._add_measure(MEASURES[name].label, MEASURES[name].hint, value_L)
 
     def add_bias(self, budget: int) -> None:
-        bias_LHnn = position_bias(self.model).detach().float().cpu()
+        bias_LHnn = bias_to_show(self.model)
         check_finite(bias_LHnn, f"the biases of {self.data['name']}")
         for measure in (locality_radius, monotonicity, half_distance):
             about = MEASURES[measure.__name__]

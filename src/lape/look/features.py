@@ -1,0 +1,344 @@
+"""What the features of any Vision Transformer keep of position, layer by layer, and taking it out of them.
+
+Converted or not: the model's own forward runs, hooks on its blocks watch it. Depth 0 is what enters the first block,
+depth d what leaves block d - 1: the residual stream. Only patch tokens count, prefix tokens are left out.
+Shape suffixes: B images, N tokens, n patches, D width, E depths (layers + 1), k directions of a subspace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lape.convert.converted import conversions
+from lape.core.anatomy import Anatomy
+from lape.core.position import Grid
+from lape.errors import LapeError, UnsupportedModelError
+from lape.host import check_module, find_host
+from lape.look.measures import effective_rank
+from lape.look.probe import BATCH, evaluating, fit_places, places, watching
+from lape.look.similarity import squared_distances
+
+ENERGY = 0.95  # of the variance of the mean image's tokens that the position subspace has to hold
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """The directions in which patches differ when images are averaged, at one depth."""
+
+    mean_D: Tensor  # of all patch tokens
+    basis_Dk: Tensor  # orthonormal
+    share: float  # of the tokens' variance that is variance between places: 0 none, 1 all
+    rank: float  # effective rank of the mean image's tokens
+
+    def without(self, x: Tensor) -> Tensor:
+        """Tokens (..., D) with the directions taken out, their mean kept."""
+        basis, mean = self.basis_Dk.to(x), self.mean_D.to(x)
+        return x - (x - mean) @ basis @ basis.T
+
+
+@dataclass(frozen=True)
+class Features:
+    """What `probe` measured, (E,) each by the names of `LABELS`; NaN where there is nothing to measure.
+
+    `without` is the same with each depth's position subspace taken out of its tokens.
+    """
+
+    grid: Grid
+    images: int
+    plain: dict[str, Tensor]
+    without: dict[str, Tensor]
+    subspaces: tuple[Subspace, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; what is not finite is None."""
+
+        def values(measures: dict[str, Tensor]) -> dict[str, list[float | None]]:
+            return {name: [v if math.isfinite(v) else None for v in m.tolist()] for name, m in measures.items()}
+
+        directions = [subspace.basis_Dk.shape[1] for subspace in self.subspaces]
+        about = {"grid": list(self.grid), "images": self.images, "directions": directions}
+        return {**about, "plain": values(self.plain), "without": values(self.without)}
+
+
+LABELS = {
+    "row": "row read by a linear probe, R²",
+    "column": "column read by a linear probe, R²",
+    "ssdc": "similarity against distance, r",
+    "share": "share of variance by place",
+    "rank": "effective rank of the mean",
+    "shift": "invariance to a shift by one patch",
+}
+
+
+def probe(model: nn.Module, images_BCHW: Tensor, *, ridge: float = 1e-3, energy: float = ENERGY) -> Features:
+    """How much position the patch tokens of every depth hold.
+
+    row, column: R^2 of a ridge regression of the patch's row and column on its token, as in `lape.look.probe`.
+    ssdc: mean over images of Pearson's r, over pairs i != j, between cosine similarity of tokens and distance of
+        patches; below 0 where near patches are alike. After Mannes, arXiv 2606.00124, whose details may differ.
+    share: variance of the mean token of a place, over places, as a share of all variance; what chance adds to a mean of
+        few images is taken off (the variance component of a one-way analysis of variance), so 0 means none.
+    rank: effective rank of those means; few images add directions.
+    shift: 1 - E|x - x'|^2 / (2 v), x a token, x' that of the same content in the image shifted by one patch, v the
+        tokens' variance: 1 when a token knows nothing of its place, 0 when it is as another one. Images wrap around,
+        and what was wrapped is left out. Mean of a step right and a step down.
+
+    The first half of the images fits probe and subspace, the second half is measured.
+
+    Args:
+        images_BCHW: transformed as in evaluation, of a size that the model takes; at least 4.
+        ridge: as in `lape.look.probe.where_am_i`.
+        energy: share of the variance of the mean tokens that the subspace holds, by the fewest directions.
+
+    Raises LapeError: too few images, a model whose blocks are not found or whose tokens are no one grid.
+    """
+    if images_BCHW.ndim != 4 or len(images_BCHW) < 4:
+        raise LapeError(f"{tuple(images_BCHW.shape)} images: a probe needs 4 or more, half to fit and half to test")
+    if not 0 < energy <= 1:
+        raise LapeError(f"energy={energy} is no share of a variance: give a number above 0, at most 1")
+    watch, half = Watch(model, images_BCHW), len(images_BCHW) // 2
+    fit, test = images_BCHW[:half], images_BCHW[half:]
+    grams, means, within = _sums(watch, fit)
+    subspaces = tuple(subspace_of(m, w, half, energy) for m, w in zip(means, within, strict=True))
+    readouts = [[_readout(gram, watch.grid, ridge, half, s) for s in (None, sub)]
+                for gram, sub in zip(grams, subspaces, strict=True)]  # fmt: skip
+    seen = [[_Seen(watch.grid, readout) for readout in pair] for pair in readouts]
+    for batch in torch.split(test, BATCH):
+        shifted = [watch(batch.roll(step, axis)) for step, axis in watch.steps]
+        for depth, x_BnD in enumerate(watch(batch)):
+            for which, take in enumerate((lambda x: x, subspaces[depth].without)):
+                seen[depth][which].add(take(x_BnD), [take(moved[depth]) for moved in shifted])
+    plain, without = (_stack([pair[which].measures() for pair in seen]) for which in range(2))
+    plain["share"] = torch.tensor([subspace.share for subspace in subspaces])
+    plain["rank"] = torch.tensor([subspace.rank for subspace in subspaces])
+    return Features(watch.grid, len(images_BCHW), plain, without, subspaces)
+
+
+def debias_(model: nn.Module, images_BCHW: Tensor, *, depth: int = -1, energy: float = ENERGY) -> RemovableHandle:
+    """Takes the position subspace out of the patch tokens of a depth (-1: the last), in every forward from now on.
+
+    The directions are those of `probe`, fitted on all of these images. Nothing in the model changes but a hook:
+    `.remove()` on what is returned undoes it. `lape.save` does not store it. Raises what `probe` does.
+    """
+    if len(images_BCHW) < 2:
+        raise LapeError(f"{len(images_BCHW)} image(s): what stays in a mean needs 2 or more")
+    watch = Watch(model, images_BCHW)
+    depths = len(watch.blocks) + 1
+    if not -depths <= depth < depths:
+        raise LapeError(f"depth={depth} is none of the model's: choose 0 to {depths - 1}, or -1 for the last")
+    _, means, within = _sums(watch, images_BCHW)
+    subspace = subspace_of(means[depth], within[depth], len(images_BCHW), energy)
+    first, behind_them = watch.patches.start, watch.patches.stop
+
+    def clean(tokens: Tensor) -> Tensor:
+        x_BND = tokens.flatten(1, -2)
+        patches = subspace.without(x_BND[:, watch.patches])
+        return torch.cat([x_BND[:, :first], patches, x_BND[:, behind_them:]], dim=1).reshape(tokens.shape)
+
+    def before(_block: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (clean(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": clean(kwargs["hidden_states"])}
+
+    def behind(_block: nn.Module, _args: Any, output: Any) -> Any:
+        return (clean(output[0]), *output[1:]) if isinstance(output, tuple) else clean(output)
+
+    if depth % depths == 0:
+        return watch.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+    return watch.blocks[depth % depths - 1].register_forward_hook(behind)
+
+
+# --- watching ---------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """The patch tokens of every depth of a model, (E, B, n, D), for images of one size."""
+
+    def __init__(self, model: nn.Module, images_BCHW: Tensor):
+        self.model = model
+        anatomy, self.blocks, prefix = _parts(model)
+        height, width = images_BCHW.shape[-2:]
+        tokens = [x.shape[1:] for x in self._tokens(images_BCHW[:1])]
+        if len(set(tokens)) > 1:
+            raise LapeError("the model's tokens change their number or width on the way: there is no one grid to probe")
+        count, extra = tokens[0][0], 0
+        if anatomy is None:
+            self.grid = _grid_like(height, width, count if prefix is None else count - prefix)
+        else:
+            if len(anatomy.patch_size) != 2:
+                raise LapeError("the model takes videos: a probe reads rows and columns of images")
+            (down, right), pads, extra = anatomy.patch_size, anatomy.pads, anatomy.layout.suffix_rows
+            self.grid = ((height + (down - 1) * pads) // down, (width + (right - 1) * pads) // right)
+        self.num_prefix = count - self.grid[0] * self.grid[1] - extra
+        self.patches = slice(self.num_prefix, self.num_prefix + self.grid[0] * self.grid[1])
+        if self.num_prefix != prefix and (prefix is not None or not 0 <= self.num_prefix <= MOST_PREFIX):
+            raise LapeError(f"{count} tokens are no grid of an image of {height} x {width} pixels: give another size")
+        sides = ((height // self.grid[0], -2), (width // self.grid[1], -1))
+        self.steps = [step for step, side in zip(sides, self.grid, strict=True) if side > 1]
+
+    def __call__(self, images_BCHW: Tensor) -> list[Tensor]:
+        return [x[:, self.patches] for x in self._tokens(images_BCHW)]
+
+    @torch.no_grad()
+    def _tokens(self, images_BCHW: Tensor) -> list[Tensor]:
+        tokens: list[Tensor] = []
+
+        def keep(value: Any) -> None:
+            x = value[0] if isinstance(value, tuple) else value
+            if x.ndim < 3 or len(x) != len(images_BCHW):
+                raise LapeError(f"blocks with tokens of shape {tuple(x.shape)}, not (images, tokens, width)")
+            tokens.append(x.float().cpu().flatten(1, -2))
+
+        hooks: list[Any] = [(block, lambda _m, _args, output: keep(output)) for block in self.blocks]
+        before = self.blocks[0].register_forward_pre_hook(
+            lambda _m, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        like = next(self.model.parameters())
+        try:
+            with watching(hooks), evaluating(self.model):
+                self.model(images_BCHW.to(like.device, like.dtype))
+        finally:
+            before.remove()
+        if len(tokens) != len(self.blocks) + 1:
+            raise LapeError(f"{len(tokens) - 1} of {len(self.blocks)} blocks ran once: the model is not a plain stack")
+        return tokens
+
+
+MOST_PREFIX = 16  # class token and registers
+
+
+def _parts(model: nn.Module) -> tuple[Anatomy | None, list[nn.Module], int | None]:
+    """Anatomy, blocks, number of prefix tokens; None where no host knows the model, or it does not say its number."""
+    check_module(model)
+    joined = [c.anatomy for c in conversions(model) if c.anatomy.blocks]
+    try:
+        host, root = (None, joined[0].root) if joined else find_host(model)
+        anatomy = joined[0] if host is None else host.examine(root)
+    except UnsupportedModelError:
+        lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
+        stacks = [stack for stack in lists if len({type(block) for block in stack}) == 1]
+        if not stacks:
+            raise LapeError(f"no stack of equal blocks in this {type(model).__name__}: it cannot be probed") from None
+        prefix = getattr(model, "num_prefix_tokens", None)
+        return None, max(stacks, key=len), prefix if isinstance(prefix, int) else None
+    if anatomy.shuffle is not None:
+        raise LapeError("the model shuffles the patches of every image: its tokens are in no order to be probed")
+    return anatomy, [root.get_submodule(path) for path in anatomy.blocks], anatomy.layout.num_prefix
+
+
+def _grid_like(height: int, width: int, count: int) -> Grid:
+    """The largest grid of an image's shape that has at most `count` patches."""
+    unit = math.gcd(height, width)
+    rows, columns = height // unit, width // unit
+    side = math.isqrt(count // (rows * columns))
+    return rows * side, columns * side
+
+
+# --- sums over images -------------------------------------------------------------------------------------------------
+
+
+def _sums(watch: Watch, images_BCHW: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor], list[float]]:
+    """By depth: gram and cross products for the probe, the mean token of each place (n, D), the variance around it."""
+    place_n2 = places(watch.grid)
+    sums: list[list[Tensor]] = []
+    for batch in torch.split(images_BCHW, BATCH):
+        for depth, tokens_BnD in enumerate(watch(batch)):
+            x_BnD = F.pad(tokens_BnD.double(), (0, 1), value=1.0)
+            rows = x_BnD.flatten(0, 1)
+            new = [rows.T @ rows, rows.T @ place_n2.repeat(len(x_BnD), 1), x_BnD.sum(0)[:, :-1]]
+            if depth == len(sums):
+                sums.append(new)
+            else:
+                sums[depth] = [a + b for a, b in zip(sums[depth], new, strict=True)]
+    count = len(images_BCHW)
+    means = [s[2] / count for s in sums]
+    squares = [s[0].diagonal()[:-1].sum() - count * m.square().sum() for s, m in zip(sums, means, strict=True)]
+    within = [max(square.item(), 0.0) / (len(place_n2) * max(count - 1, 1)) for square in squares]
+    return [(s[0], s[1]) for s in sums], means, within
+
+
+def subspace_of(mean_nD: Tensor, within: float, images: int, energy: float) -> Subspace:
+    """The position subspace: `mean_nD` are means over `images`, `within` the variance (sum over D) around them."""
+    centre_D = mean_nD.mean(0)
+    centred = mean_nD - centre_D
+    _, sigma, directions = torch.linalg.svd(centred, full_matrices=False)
+    part = sigma.square().cumsum(0) / sigma.square().sum().clamp(min=1e-30)
+    real = sigma > 1e-9 * sigma.amax().clamp(min=1e-30)
+    count = min(int((part < energy - 1e-12).sum()) + 1, int(real.sum()))
+    n = len(mean_nD)
+    between = max(centred.square().sum().item() / n - within * (1 - 1 / n) / images, 0.0)
+    share = between / (between + within) if between + within > 0 else 0.0
+    return Subspace(centre_D, directions[:count].T.contiguous(), share, effective_rank(mean_nD[None]).item())
+
+
+def _readout(
+    products: tuple[Tensor, Tensor], grid: Grid, ridge: float, images: int, subspace: Subspace | None
+) -> Tensor:
+    """The ridge regression (D + 1, 2) of row and column; of tokens without a subspace by the same products."""
+    gram, cross = products
+    whole = gram[None]
+    if subspace is not None:
+        width = len(gram) - 1
+        taken = subspace.basis_Dk @ subspace.basis_Dk.T
+        affine = torch.eye(width + 1, dtype=gram.dtype)
+        affine[:width, :width] -= taken
+        affine[width, :width] = subspace.mean_D @ taken
+        gram, cross = affine.T @ gram @ affine, affine.T @ cross
+    return fit_places(gram[None], cross[None], ridge, whole)[0]  # one penalty, so that both can be compared
+
+
+class _Seen:
+    """Sums over the images of a test, at one depth."""
+
+    def __init__(self, grid: Grid, readout: Tensor):
+        self.grid, self.readout = grid, readout
+        self.place_n2 = places(grid)
+        distance = squared_distances(grid).double().sqrt()
+        self.pairs = ~torch.eye(len(distance), dtype=torch.bool)
+        far = distance[self.pairs]
+        self.far = F.normalize(far - far.mean(), dim=0) if len(far) else far
+        self.count, self.wrong, self.ssdc = 0, torch.zeros(2).double(), 0.0
+        self.sum, self.square, self.moved = torch.zeros(1).double(), 0.0, torch.zeros(2).double()
+
+    def add(self, x_BnD: Tensor, shifted: Sequence[Tensor]) -> None:
+        x = x_BnD.double()
+        read = x @ self.readout[:-1] + self.readout[-1]
+        self.wrong += (read - self.place_n2).square().sum((0, 1))
+        unit = F.normalize(x, dim=-1)
+        alike = (unit @ unit.mT)[:, self.pairs]
+        self.ssdc += (_centred_unit(alike) @ self.far).sum().item() if len(self.far) else math.nan
+        self.count += len(x)
+        self.sum = self.sum + x.sum((0, 1))
+        self.square += x.square().sum().item()
+        map_BrcD = x.unflatten(1, self.grid)
+        axes = [axis for axis, side in zip((1, 2), self.grid, strict=True) if side > 1]
+        for axis, other in zip(axes, shifted, strict=True):
+            length = self.grid[axis - 1] - 1
+            here = map_BrcD.narrow(axis, 0, length)
+            there = other.double().unflatten(1, self.grid).narrow(axis, 1, length)
+            self.moved[axis - 1] += (here - there).square().sum(-1).mean((1, 2)).sum()
+
+    def measures(self) -> dict[str, float]:
+        total = self.place_n2.square().sum(0) * self.count
+        row, column = torch.where(total > 0, 1 - self.wrong / total.clamp(min=1e-12), torch.nan).tolist()
+        tokens = self.count * len(self.place_n2)
+        variance = self.square / tokens - (self.sum / tokens).square().sum().item()
+        steps = [m / self.count for m, side in zip(self.moved.tolist(), self.grid, strict=True) if side > 1]
+        shift = 1 - sum(steps) / len(steps) / (2 * variance) if steps and variance > 1e-12 else math.nan
+        return {"row": row, "column": column, "ssdc": self.ssdc / self.count, "shift": shift}
+
+
+def _centred_unit(rows: Tensor) -> Tensor:
+    return F.normalize(rows - rows.mean(-1, keepdim=True), dim=-1)
+
+
+def _stack(measures: Sequence[dict[str, float]]) -> dict[str, Tensor]:
+    return {name: torch.tensor([each[name] for each in measures]) for name in measures[0]}

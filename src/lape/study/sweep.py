@@ -1,0 +1,313 @@
+"""A trained model at other image sizes and on changed images: `lape eval --sizes, --corruptions, ...`.
+
+Every condition is one evaluation of all validation images by `lape.train.evaluate.evaluate`. At another size the model
+is built for it by its own rule (a position table is resampled before any LN' sees it). Images are changed after they
+are resized and cropped, before they are normalised; what is random depends on the number of the image alone.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from lape.data.augment import eval_transform
+from lape.data.changes import CORRUPTIONS, Change, occluded, shifted, shuffled
+from lape.data.loaders import eval_loader
+from lape.data.open import Data
+from lape.data.sets import Images, reader_of
+from lape.errors import CheckpointError, LapeError, needs
+from lape.files.atomic import write_atomically
+from lape.files.read import Checkpoint, read_checkpoint
+from lape.files.restore import check_classifier, labels_of, restore_with, settings_of, size_of
+from lape.look.features import Watch
+from lape.recipe import Recipe
+from lape.study.options import SweepOptions
+from lape.study.pictures import check_writable, write_figure
+from lape.study.report import plain_table, text_writer
+from lape.train.distributed import join_world
+from lape.train.evaluate import evaluate, number_as
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Size = tuple[int, int]
+CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One evaluation: images of a size, changed or not."""
+
+    kind: str  # clean, size, or the kind of change
+    name: str
+    size: Size
+    level: float | None = None  # severity, pixels or share
+    change: Change | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a condition came to; accuracies in percent, `relative` to the clean images of the model's size."""
+
+    kind: str
+    name: str
+    level: float | None
+    size: Size
+    transform: str
+    acc1: float
+    acc5: float
+    loss: float
+    count: int
+    relative: float | None = None
+
+
+class Changed(Dataset[tuple[Tensor, int]]):
+    """Images that are changed between cropping and normalising."""
+
+    def __init__(self, plain: Images, change: Change):
+        assert isinstance(plain.transform, transforms.Compose)
+        self.plain, self.change = plain, change
+        *before, self.normalise = plain.transform.transforms
+        self.before = transforms.Compose(before)
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image_CHW = self.before(self.plain.read(self.plain.sources[index]))
+        generator = torch.Generator().manual_seed(index)
+        return self.normalise(self.change(image_CHW, generator)), self.plain.targets[index]
+
+
+def size_named(text: str) -> Size:
+    """(height, width) of "224" or "224x320". Raises LapeError."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise LapeError(f"--sizes {text!r} is no image size: give a side in pixels or HEIGHTxWIDTH, as 224x320")
+    return int(sides[0]), int(sides[-1])
+
+
+def conditions_of(options: SweepOptions, own: Size, patch: Size) -> list[Condition]:
+    """All that is asked for, the clean images of the training size first. Raises LapeError for what is out of range."""
+    found = [Condition(CLEAN, CLEAN, own)]
+    found += [Condition("size", name_of(s), s) for s in dict.fromkeys(map(size_named, options.sizes)) if s != own]
+    known = tuple(CORRUPTIONS)
+    chosen = known if options.corruptions == ("all",) else options.corruptions
+    for name in chosen:
+        if name not in known:
+            raise LapeError(f"--corruptions {name!r} is not known: use all, or some of {', '.join(known)}")
+    for severity in options.severities:
+        if severity not in range(1, 6):
+            raise LapeError(f"--severities {severity} is not allowed: choose from 1 to 5")
+    for name in chosen:
+        for level in options.severities:
+            found.append(Condition("corruption", name, own, level, partial(CORRUPTIONS[name], severity=level)))
+    if options.shuffle_patches:
+        found.append(Condition("shuffle", "patches shuffled", own, None, partial(shuffled, patch=patch)))
+    for pixels in options.shift:
+        if not 0 < pixels < min(own):
+            raise LapeError(f"--shift {pixels} is not allowed: choose 1 to {min(own) - 1} pixels")
+        found.append(Condition("shift", "shifted", own, pixels, partial(shifted, pixels=pixels)))
+    for share in options.occlude:
+        if not 0 < share < 1:
+            raise LapeError(f"--occlude {share} is no share of the patches: choose between 0 and 1")
+        found.append(Condition("occlusion", "occluded", own, share, partial(occluded, share=share, patch=patch)))
+    return found
+
+
+def name_of(size: tuple[int, ...]) -> str:
+    """The size as it is written: 224, or 224x320."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def evaluate_at(checkpoint: Checkpoint, recipe: Recipe, options: SweepOptions, say: Any = print) -> list[Outcome]:
+    """Evaluates a checkpoint in every condition; `recipe` as `settings_of` gave it.
+
+    Raises LapeError before the first evaluation where a size is none that the model takes.
+    """
+    own: Size = (recipe.input_size, recipe.input_size)
+    if recipe.decode == "fast":
+        raise LapeError("decode='fast' reads images of one size, unchanged: leave it out with sizes and changes")
+    with join_world(recipe.device) as world:
+        if world.size > 1:
+            raise LapeError("sizes and changes are evaluated by one process: start without torchrun")
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        reader, root = reader_of(recipe)
+        sources, read, classes, name = reader(recipe, root, ("val",))
+
+        def model_at(size: Size) -> nn.Module:
+            return restore_with(checkpoint, recipe, size).to(world.device)
+
+        model = model_at(own)
+        plain = Images(*sources["val"], read, eval_transform(recipe).build())
+        outputs = check_classifier(checkpoint, model, own, recipe.in_chans)
+        note = number_as(Data(None, plain, classes, name), checkpoint, labels_of(model), outputs)
+        patch = patch_of(model, own, recipe.in_chans) if options.shuffle_patches or options.occlude else own
+        conditions = conditions_of(options, own, patch)
+        for size in {condition.size for condition in conditions} - {own}:
+            check_classifier(checkpoint, model_at(size), size, recipe.in_chans)  # refused now, not after the others
+        say(f"Data: {name}\n{note}".rstrip())
+        outcomes: list[Outcome] = []
+        for condition in conditions:
+            transform = eval_transform(recipe)
+            transform = transform if condition.size == own else replace(transform, input_size=condition.size)
+            images = Images(plain.sources, plain.targets, read, transform.build())
+            data: Any = images if condition.change is None else Changed(images, condition.change)
+            at = model if condition.size == own else model_at(condition.size)
+            loader = eval_loader(data, recipe, device=world.device)
+            metrics = evaluate(at, loader, world.device, amp=recipe.amp, shared=False)
+            about = (condition.kind, condition.name, condition.level, condition.size, str(transform))
+            outcomes.append(Outcome(*about, metrics.acc1, metrics.acc5, metrics.loss, metrics.count))
+            level = "" if condition.level is None else f" {condition.level:g}"
+            say(f"  {condition.name}{level}: {metrics.acc1:.2f} % ({transform})")
+        clean = outcomes[0].acc1
+        return [replace(outcome, relative=outcome.acc1 / clean if clean else None) for outcome in outcomes]
+
+
+def patch_of(model: nn.Module, size: Size, in_chans: int) -> Size:
+    """Height and width in pixels of the patches of an image. Raises LapeError where the tokens are no one grid."""
+    rows, columns = Watch(model, torch.zeros(1, in_chans, *size)).grid
+    return size[0] // rows, size[1] // columns
+
+
+def sweep(recipe: Recipe, options: SweepOptions) -> dict[str, Any]:
+    """`lape eval` with other sizes and changed images: a table, and the files that `options` names."""
+    check_writable(options.json, options.plot)
+    checkpoint = read_checkpoint(recipe.resume)
+    if not recipe.data_path and checkpoint.args.get("data_path"):
+        raise CheckpointError(f"{recipe.resume} was not trained on the packaged digits: give --data-path with val/")
+    own = size_of(checkpoint)
+    if own is not None and own[0] != own[1] and "input_size" not in recipe.model_fields_set:
+        raise CheckpointError(f"{recipe.resume} is for images of {name_of(own)} pixels: give --input-size SIDE")
+    recipe = settings_of(checkpoint, recipe)
+    trained = recipe.input_size if own is None else own[0]
+    outcomes = evaluate_at(checkpoint, recipe, options)
+    summary = summary_of(outcomes)
+    results = {
+        "made_by": "lape eval",
+        "checkpoint": recipe.resume,
+        "training_size": trained,
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+        "summary": summary,
+    }
+    print("\n".join(["", *plain_table(rows_of(summary))]))
+    if options.json is not None:
+        write_atomically(Path(options.json), text_writer(json.dumps(results, indent=1) + "\n"))
+    if options.plot is not None:
+        write_figure(draw({Path(recipe.resume).stem: [outcomes]}, trained), options.plot)
+    return results
+
+
+def summary_of(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """One entry a size or change, means over its levels; last the mean of all changes, each counted once."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.kind, outcome.name), []).append(outcome)
+    entries: list[dict[str, Any]] = []
+    for (kind, name), group in groups.items():
+        relative = [o.relative for o in group if o.relative is not None]
+        levels = [o.level for o in group if o.level is not None]
+        mean = statistics.fmean(o.acc1 for o in group)
+        share = statistics.fmean(relative) if relative else None
+        entries.append({"kind": kind, "name": name, "levels": levels, "acc1": mean, "relative": share})
+    changes = [entry for entry in entries if entry["kind"] not in (CLEAN, "size") and entry["relative"] is not None]
+    if len(changes) > 1:
+        means = {key: statistics.fmean(entry[key] for entry in changes) for key in ("acc1", "relative")}
+        entries.append({"kind": "mean", "name": "mean of changes", "levels": [], **means})
+    return entries
+
+
+def rows_of(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The summary as a table."""
+    rows = [["images", "levels", "acc@1", "of clean"]]
+    for entry in summary:
+        share = "" if entry["relative"] is None else f"{100 * entry['relative']:.1f} %"
+        levels = " ".join(f"{level:g}" for level in entry["levels"])
+        rows.append([f"{entry['name']} px" if entry["kind"] == "size" else entry["name"], levels,
+                     f"{entry['acc1']:.2f}", share])  # fmt: skip
+    return rows
+
+
+def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) -> Figure:
+    """Accuracy over size with the training size marked, and what changes leave of the clean accuracy.
+
+    `models`: by name, the outcomes of each of its trainings; the band is one standard deviation over them.
+    """
+    with needs("plot"):
+        from matplotlib.figure import Figure
+    from lape.look.figures import SERIES
+
+    first = next(iter(models.values()))[0]
+    names = [e["name"] for e in summary_of(first) if e["kind"] not in (CLEAN, "size")]
+    sizes = [o for o in first if o.kind in (CLEAN, "size")]
+    shown = [len(sizes) > 1, bool(names)]
+    if not any(shown):
+        raise LapeError("nothing to draw but one number: give --sizes or a change, or leave --plot out")
+    figure = Figure(figsize=(1.0 + 4.6 * sum(shown), 4.2), layout="constrained")
+    panels = iter(figure.subplots(1, sum(shown), squeeze=False)[0])
+    colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(models)}
+    if shown[0]:
+        axes = next(panels)
+        for name, trainings in models.items():
+            _draw_sizes(axes, name, trainings, colours[name])
+        axes.axvline(training_size, color="0.5", linestyle=":", linewidth=1)
+        names_at = {side_of(o.size): name_of(o.size) for o in sizes if o.size[0] != o.size[1]}
+        for side, text in {**names_at, training_size: "training size"}.items():
+            how: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right"}
+            axes.annotate(text, (side, 0.02), fontsize=7.5, color="0.4", **how)
+        axes.set_xlabel("image size, square root of the pixels", fontsize=9)
+        axes.set_ylabel("accuracy, %", fontsize=9)
+    if shown[1]:
+        axes = next(panels)
+        high = 0.8 / len(models)
+        for place, (name, trainings) in enumerate(models.items()):
+            each = [{e["name"]: e["relative"] for e in summary_of(training)} for training in trainings]
+            values = [100 * statistics.fmean(t[change] or 0.0 for t in each) for change in names]
+            where = [i + high * (place - (len(models) - 1) / 2) for i in range(len(names))]
+            axes.barh(where, values, high, color=colours[name], label=name)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel("accuracy, % of that on clean images", fontsize=9)
+    for axes in figure.axes:
+        axes.grid(alpha=0.3, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    wide = min(len(labels), 2 * sum(shown))
+    figure.legend(handles, labels, loc="outside lower center", ncols=wide, frameon=False, fontsize=8.5)
+    return figure
+
+
+def _draw_sizes(axes: Any, name: str, trainings: Sequence[Sequence[Outcome]], colour: str) -> None:
+    """Square sizes as a line with a band, the others as marks."""
+    by_size: dict[Size, list[float]] = {}
+    for training in trainings:
+        for outcome in training:
+            if outcome.kind in (CLEAN, "size"):
+                by_size.setdefault(outcome.size, []).append(outcome.acc1)
+    square = sorted(size for size in by_size if size[0] == size[1])
+    means = [statistics.fmean(by_size[size]) for size in square]
+    axes.plot([size[0] for size in square], means, marker="o", ms=4, color=colour, label=name)
+    if len(trainings) > 1:
+        spread = [statistics.stdev(by_size[size]) for size in square]
+        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between([size[0] for size in square], low, high, color=colour, alpha=0.15, linewidth=0)
+    for size in by_size:
+        if size not in square:
+            axes.plot(side_of(size), statistics.fmean(by_size[size]), "D", ms=5, color=colour, fillstyle="none")
+
+
+def side_of(size: Size) -> float:
+    """Of the square with as many pixels."""
+    return float((size[0] * size[1]) ** 0.5)

@@ -1,0 +1,236 @@
+"""Other sizes and changed images: a sweep at the own size is the plain evaluation, changes are what they say."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+from training import quiet, tiny
+
+import lape
+from lape.cli.app import app, run
+from lape.convert.positions import positions
+from lape.data.changes import CORRUPTIONS, occluded, shifted, shuffled
+from lape.errors import LapeError
+from lape.study.options import SweepOptions
+from lape.study.sweep import conditions_of, size_named, summary_of
+from lape.train.evaluate import evaluate_checkpoint
+from lape.train.loop import train
+
+
+def seeded(number: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def picture(channels: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
+    smooth = torch.rand(1, channels, 5, 5, generator=seeded(3))
+    return torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear")[0].clamp(0, 1)
+
+
+# --- changes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1, 32), (3, 32), (3, 96)])
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corruption_grows_with_its_severity_and_repeats(name: str, channels: int, side: int) -> None:
+    image = picture(channels, side, side + 8)
+    made = [CORRUPTIONS[name](image, seeded(), severity=s) for s in (1, 2, 3, 4, 5)]
+    far = [(m - image).square().mean().item() for m in made]
+    assert far[-1] > far[0] > 0
+    assert all(m.shape == image.shape and m.min() >= 0 and m.max() <= 1 for m in made)
+    assert torch.equal(CORRUPTIONS[name](image, seeded(), severity=2), made[1])
+
+
+def test_noise_has_the_size_that_it_says() -> None:
+    grey = torch.full((3, 200, 200), 0.5)
+    assert CORRUPTIONS["gaussian_noise"](grey, seeded(), severity=1).std().item() == pytest.approx(0.08, rel=0.02)
+    assert CORRUPTIONS["shot_noise"](grey, seeded(), severity=1).std().item() == pytest.approx(
+        (0.5 / 60) ** 0.5, rel=0.02
+    )
+    hit = CORRUPTIONS["impulse_noise"](grey, seeded(), severity=5)
+    assert (hit != grey).double().mean().item() == pytest.approx(0.27, rel=0.02)
+
+
+@pytest.mark.parametrize(("height", "width", "patch"), [(8, 8, (2, 2)), (6, 12, (3, 4)), (7, 9, (2, 2))])
+def test_patches_are_shuffled_whole(height: int, width: int, patch: tuple[int, int]) -> None:
+    rows, columns = height // patch[0], width // patch[1]
+    image = torch.zeros(1, height, width)
+    for number in range(rows * columns):
+        row, column = divmod(number, columns)
+        image[0, row * patch[0] : (row + 1) * patch[0], column * patch[1] : (column + 1) * patch[1]] = 1 + number
+    made = shuffled(image, seeded(), patch)
+    cut = torch.nn.functional.unfold(made[None, :, : rows * patch[0], : columns * patch[1]], patch, stride=patch)[0].T
+    assert (cut == cut[:, :1]).all()
+    assert sorted(cut[:, 0].tolist()) == list(range(1, rows * columns + 1))
+    assert not torch.equal(made, image)
+
+
+def test_a_shift_moves_content_and_repeats_the_border() -> None:
+    image = torch.arange(12.0).reshape(1, 3, 4)
+    assert shifted(image, seeded(), 1)[0].tolist() == [[0, 0, 1, 2], [0, 0, 1, 2], [4, 4, 5, 6]]
+
+
+@pytest.mark.parametrize(("share", "hidden"), [(0.25, 4), (0.5, 8), (0.99, 15)])
+def test_a_share_of_the_patches_is_hidden(share: float, hidden: int) -> None:
+    image = torch.rand(3, 8, 8, generator=seeded())
+    made = occluded(image, seeded(), share, (2, 2))
+    changed = torch.nn.functional.unfold((made != image).float()[None], 2, stride=2)[0].amax(0)
+    assert changed.sum().item() == hidden
+    mean = image.mean((1, 2))[:, None].expand(-1, hidden * 4)
+    assert torch.allclose(made[(made != image)].reshape(3, -1), mean)
+
+
+# --- conditions -------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_read() -> None:
+    assert [size_named(text) for text in ("96", "96x128", "16X56")] == [(96, 96), (96, 128), (16, 56)]
+    kinds = [c.kind for c in conditions_of(SweepOptions(sizes=("16", "24"), shift=(2,)), (16, 16), (4, 4))]
+    assert kinds == ["clean", "size", "shift"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"sizes": ("12x",)}, "12x"),
+        ({"sizes": ("0",)}, "'0'"),
+        ({"sizes": ("1x2x3",)}, "1x2x3"),
+        ({"corruptions": ("snow",)}, "snow"),
+        ({"corruptions": ("jpeg",), "severities": (6,)}, "6"),
+        ({"shift": (16,)}, "1 to 15"),
+        ({"occlude": (1.0,)}, "1.0"),
+        ({"occlude": (float("nan"),)}, "nan"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(options, text) -> None:
+    with pytest.raises(LapeError, match=text):
+        conditions_of(SweepOptions(**options), (16, 16), (4, 4))
+
+
+# --- a trained model --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    kwargs = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "class_token": False, "global_pool": "avg"}
+    plain = {"epochs": 2, "batch_size": 32, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": 1e-2}
+    for name, changes in {"lape": {}, "none": {"pe": "none", "join_type": "basic"}}.items():
+        train(tiny(output_dir=str(folder / name), model_kwargs=kwargs, **plain, **changes), say=quiet)
+    return folder
+
+
+def sweep_of(trained, name: str, *words: str) -> dict:
+    out = trained / f"{name}.json"
+    command = ["eval", str(trained / name / "checkpoint.pth"), "--device", "cpu", "--num-workers", "0"]
+    assert run(app, [*command, *words, "--json", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_a_sweep_at_the_own_size_is_the_evaluation(trained) -> None:
+    found = sweep_of(trained, "lape", "--sizes", "16", "12", "12x20", "--plot", str(trained / "sizes.png"))
+    plain = evaluate_checkpoint(
+        tiny(eval=True, resume=str(trained / "lape/checkpoint.pth")).replace(input_size=16), say=quiet
+    )
+    clean, small, oblong = found["outcomes"]
+    assert (clean["acc1"], clean["loss"], clean["count"]) == (plain.acc1, plain.loss, plain.count)
+    assert (clean["relative"], clean["size"]) == (1.0, [16, 16])
+    assert (found["training_size"], small["size"], oblong["size"]) == (16, [12, 12], [12, 20])
+    assert "12x20" in oblong["transform"]
+    small_by_flag = evaluate_checkpoint(
+        tiny(eval=True, resume=str(trained / "lape/checkpoint.pth")).replace(input_size=12), say=quiet
+    )
+    assert small["acc1"] == small_by_flag.acc1
+    with Image.open(trained / "sizes.png") as drawn:
+        assert drawn.width > 500
+
+
+def test_the_table_is_resampled_before_the_chain(trained) -> None:
+    from lape.core.position import resample
+    from lape.files.read import read_checkpoint
+    from lape.files.restore import restore
+
+    checkpoint = read_checkpoint(trained / "lape/checkpoint.pth")
+    own, other = restore(checkpoint), restore(checkpoint, size=(12, 20))
+    norms, p = other.lape.norms, resample(own.pos_embed, lape.Layout((4, 4), 0), (3, 5))
+    for layer in range(2):
+        p = norms[str(layer)](p)
+        assert torch.allclose(positions(other)[layer], p[0], atol=1e-6)
+
+
+def test_without_position_the_order_of_patches_says_nothing(trained) -> None:
+    found = sweep_of(trained, "none", "--shuffle-patches")["outcomes"]
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+    other = sweep_of(trained, "lape", "--shuffle-patches")["outcomes"]
+    assert abs(other[1]["loss"] - other[0]["loss"]) > 1e-3
+
+
+def test_the_table_of_changes(trained, capsys) -> None:
+    words = ["--corruptions", "contrast", "jpeg", "--severities", "1", "5", "--shift", "2", "--occlude", "0.5"]
+    found = sweep_of(trained, "lape", *words, "--plot", str(trained / "changes.svg"))
+    assert [(o["name"], o["level"]) for o in found["outcomes"][1:]] == [
+        *(("contrast", 1), ("contrast", 5), ("jpeg", 1), ("jpeg", 5), ("shifted", 2), ("occluded", 0.5)),
+    ]
+    summary = {entry["name"]: entry for entry in found["summary"]}
+    each = [summary[name]["relative"] for name in ("contrast", "jpeg", "shifted", "occluded")]
+    assert summary["mean of changes"]["relative"] == pytest.approx(sum(each) / 4)
+    assert "mean of changes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--sizes", "10"], "not divisible"),
+        (["--corruptions", "snow"], "snow"),
+        (["--plot", "x.gif", "--sizes", "12"], ".png"),
+        (["--decode", "fast", "--shift", "1"], "fast"),
+    ],
+)
+def test_wrong_use_is_one_line(trained, capsys, words, text) -> None:
+    code = run(app, ["eval", str(trained / "lape/checkpoint.pth"), "--device", "cpu", *words])
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (2, 1)
+    assert text in error
+
+
+def test_a_summary_of_a_model_that_is_never_right_has_no_shares() -> None:
+    from lape.study.sweep import Outcome
+
+    blank = partial(Outcome, level=None, size=(8, 8), transform="", acc1=0.0, acc5=0.0, loss=1.0, count=3)
+    assert [e["relative"] for e in summary_of([blank("clean", "clean"), blank("shift", "shifted")])] == [None, None]
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_comparison_at_other_sizes(tmp_path, capsys) -> None:
+    from lape.recipe import Recipe
+    from lape.study.compare import compare
+    from lape.study.options import CompareOptions
+
+    kwargs = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 4}
+    recipe = Recipe.from_yaml("digits", epochs=1, batch_size=256, model_kwargs=kwargs)
+    size = recipe.input_size
+    asked = {"sizes": (str(size + 4), f"{size}x{size + 8}"), "seeds": (0, 1), "workers": 1, "probe": 8}
+    study = compare(recipe, CompareOptions(output_dir=str(tmp_path), pes=("RoPE",), joins=("basic",), **asked))
+    (trainings,) = study.results["sizes"].values()
+    assert [o["size"] for o in trainings[0]] == [(size, size), (size + 4, size + 4), (size, size + 8)]
+    assert [t[0]["acc1"] for t in trainings] == [cell["accuracy"] for cell in study.results["cells"]]
+    mean = sum(t[1]["acc1"] for t in trainings) / 2
+    assert f"{mean:.1f}" in (tmp_path / "report.md").read_text()
+    assert {"sizes.png", "probe.png"} <= {file.name for file in study.files}
+    (probed,) = study.results["probe"].values()
+    assert (probed["images"], len(probed["plain"]["shift"])) == (8, 3)
+    assert f"{size + 4} px" in capsys.readouterr().out
+
+
+def test_every_row_of_the_rivals_has_a_meaning() -> None:
+    from lape.recipe import Recipe
+    from lape.study.compare import RIVALS, combinations
+    from lape.study.numbers import Variant
+
+    recipe = Recipe.from_yaml("digits")
+    rows = [Variant(recipe.model, *row) for row in RIVALS]
+    assert combinations(recipe, rows) == (rows, {})
