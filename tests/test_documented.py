@@ -133,6 +133,8 @@ CHANGES = {  # a piece of a command -> what stands in its place
     "--workers 8": "--workers 1",
     "--device cuda": "--device cpu",
     "init_values=1e-5": f"init_values=1e-5 {NARROW}",
+    "--layers 2 3 4 5 6 7 8": "--layers 1",
+    "--layers 2": "--layers 1",
     "--rival-kwargs": f"--rival-kwargs {NARROW}",
 }
 
@@ -149,6 +151,7 @@ def material(tmp_path_factory) -> dict[str, str]:
     )
     photo = str(next(images.rglob("*.png")))
     same = {"CHECKPOINT": checkpoint, "C": checkpoint, "CHECKPOINT...": checkpoint, "R.yaml": recipe}
+    same |= dict.fromkeys(("T2T_BASIC", "T2T_LAPE", "DEIT_BASIC", "DEIT_LAPE", "FILE"), checkpoint)
     same |= {"IMAGE...": photo, "PHOTO...": photo, "D": images, "M": "vit_tiny_patch16_224"}
     return {name: str(value) for name, value in same.items()}
 

@@ -153,8 +153,8 @@ def test_whatever_ends_a_training_its_loader_processes_end(tmp_path, number):
     process.send_signal(number) if number == signal.SIGKILL else os.killpg(process.pid, number)  # as a terminal does
     output, errors = process.communicate(timeout=LIMIT)
     assert all_end(process.pid)
-    assert "Traceback" not in errors
-    if number != signal.SIGKILL:
+    if number != signal.SIGKILL:  # of which a loader process may say that its pipe is gone
+        assert "Traceback" not in errors
         assert process.returncode == 128 + number
         assert f"in {tmp_path / CHECKPOINT}; to go on: the same command with --resume auto" in output
         assert read(tmp_path / CHECKPOINT)["step"] + read(tmp_path / CHECKPOINT)["epoch"] > -1

@@ -131,6 +131,8 @@ def written_out(model: CompactTransformer, x: torch.Tensor, join: str = "basic")
         if join in ("share", "unshare"):
             h = h + (p if join == "share" else state[f"pos_embed{layer}"])
         seen = norm(h, f"{path}.norm1")
+        if join == "beside":
+            seen = seen + p
         if "LaPE" in join or ("PVG" in join and layer > 0):
             own = norm(p, f"{path}.pe_norm")
             p = p if join == "LaPE-sharing" else own

@@ -332,7 +332,7 @@ def rates(**changes) -> tuple[list[float], list[str]]:
     """The learning rate of each epoch of a run, and what it says."""
     said: list[str] = []
     fields = {name: value for name, value in tiny().model_dump(exclude_unset=True).items() if name != "warmup_epochs"}
-    result = train(Recipe(**{**fields, "batch_size": 512, "lr": 1e-2, **changes}), say=said.append)
+    result = train(Recipe(**{**fields, "batch_size": 512, "lr": 1e-2, "as_original": (), **changes}), say=said.append)
     return [line["train_lr"] for line in result.history], said
 
 
@@ -348,6 +348,7 @@ NEVER = "the learning rate does not decay"
         ({"epochs": 5}, 1e-2 * (1 + math.cos(math.pi / 5)) / 2, [WARM]),
         ({"epochs": 2, "warmup_epochs": 2}, 1e-2 / 2, [WARM, LATE]),
         ({"epochs": 7, "schedule_epochs": 2}, 1e-2, [WARM]),
+        ({"epochs": 2, "warmup_epochs": 1, "as_original": ("schedule",)}, 1e-6, [LATE]),
         ({"epochs": 1, "sched": "none"}, 1e-2, []),
         ({"epochs": 2, "warmup_epochs": 0}, 1e-2, []),
         ({"epochs": 6}, 8e-3, [LATE]),

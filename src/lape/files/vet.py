@@ -95,7 +95,7 @@ def _yes_no(value: Any) -> bool:
 
 
 def _size(value: Any) -> bool:
-    return _whole(0, SIDE)(value) or _list_of(_whole(0, SIDE), 2, 2)(value)
+    return _whole(0, SIDE)(value) or _list_of(_whole(0, SIDE), 2, 3)(value)  # of a video frames first
 
 
 def _ratio(value: Any) -> bool:

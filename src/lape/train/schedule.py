@@ -60,11 +60,13 @@ def remarks(recipe: Recipe, peak: float, state: State) -> list[str]:
 
 def _rates(recipe: Recipe, state: State) -> list[float]:
     """The learning rate of each epoch, from the first on, which is next; the state is left as it was."""
+    from lape.train.state import set_rate
+
     groups = state.optimizer.param_groups
     before, rates = [group["lr"] for group in groups], [groups[0]["lr"]]
     if state.scheduler is not None:
         for epoch in range(1, recipe.epochs):
-            state.scheduler.step(epoch)
+            set_rate(state, recipe, epoch)
             rates.append(groups[0]["lr"])
         for group, lr in zip(groups, before, strict=True):
             group["lr"] = lr
