@@ -66,7 +66,7 @@ class Recipe(Options):
     model: str = _model("deit_base_patch16_224", "timm name of the Vision Transformer", min_length=1)
     join_type: str = _model("basic", f"how the position embedding is joined: {', '.join(JOIN_NAMES)}")
     pe: str = _model("learnable", f"kind of position embedding: {', '.join(PE_NAMES)}")
-    pe_std: float | None = _model(None, "deviation that a new position table starts with (default: the model's)", gt=0)
+    pe_std: float | None = _model(None, "deviation a new table starts with (default: the model's)", ge=1e-6, le=1e6)
     pe_norm: str | None = _model(None, f"what replaces position's LayerNorm: {', '.join(PE_NORM_NAMES)}")
     input_size: int = _model(224, "side of the square input image, pixels", gt=0)
     in_chans: int = _model(3, "channels of the input image", gt=0)
@@ -232,6 +232,8 @@ class Recipe(Options):
     @field_validator("as_original")
     @classmethod
     def _habits(cls, value: tuple[Habit, ...]) -> tuple[Habit, ...]:
+        if "none" in value and len(value) > 1:
+            raise LapeError(f"as_original={' '.join(value)}: give none alone, or the habits that are wanted")
         return tuple(habit for habit in value if habit != "none")
 
     @field_validator("device")

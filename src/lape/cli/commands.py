@@ -51,20 +51,40 @@ def demo(options: DemoOptions) -> None:
     run_demo(options)
 
 
+RecipeFlag = Annotated[
+    str | None, Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"])
+]
+
+
 @original.default
-@app.command(name="train")
 @takes(Recipe.model_fields)
-def train(
+def main(
     *,
-    recipe: Annotated[
-        str | None,
-        Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"]),
-    ] = None,
+    recipe: RecipeFlag = None,
     _original: Annotated[OriginalFlags, Parameter(name="*")] = OriginalFlags(),  # noqa: B008
     _launcher: Annotated[LauncherFlags, Parameter(name="*")] = LauncherFlags(),  # noqa: B008
     **given: Any,
 ) -> None:
     """Train a model, or evaluate one with --eval. Flags are those of DeiT and LaPE, `-` and `_` alike."""
+    if recipe is None:  # the original's warm-up is as long as it says, also in a run that is shorter
+        given.setdefault("warmup_epochs", Recipe.model_fields["warmup_epochs"].default)
+    _train(recipe, given)
+
+
+@app.command(name="train")
+@takes(Recipe.model_fields)
+def train(
+    *,
+    recipe: RecipeFlag = None,
+    _original: Annotated[OriginalFlags, Parameter(name="*")] = OriginalFlags(),  # noqa: B008
+    _launcher: Annotated[LauncherFlags, Parameter(name="*")] = LauncherFlags(),  # noqa: B008
+    **given: Any,
+) -> None:
+    """Train a model, or evaluate one with --eval. Flags are those of DeiT and LaPE, `-` and `_` alike."""
+    _train(recipe, given)
+
+
+def _train(recipe: str | None, given: dict[str, Any]) -> None:
     settings = Recipe.from_yaml(recipe, **given) if recipe else Recipe(**given)
     if settings.eval:
         from lape.train.evaluate import evaluate_checkpoint

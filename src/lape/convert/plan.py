@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
@@ -49,12 +47,17 @@ def plan(
     return way
 
 
+STDS = (1e-6, 1e6)
+"""What a table may start with: files hold it to the same."""
+
+
 def check_std(std: float | None, named: Kind | None) -> None:
     """Raises LapeError for a standard deviation that is none, or that no new table would start with."""
     if std is None:
         return
-    if isinstance(std, bool) or not isinstance(std, int | float) or not 0 < std < math.inf:
-        raise LapeError(f"std={std!r} is no standard deviation of a table: give a positive number, such as 0.02 or 1")
+    low, high = STDS
+    if isinstance(std, bool) or not isinstance(std, int | float) or not low <= std <= high:
+        raise LapeError(f"std={std!r} is no standard deviation of a table: give {low:g} to {high:g}, such as 0.02 or 1")
     if named is None or not named.is_table:
         kept = "the model's own position stays" if named is None else f"pe={named.name!r} has no table"
         raise LapeError(f"std={std!r} is what a new table starts with, and {kept}: name one, as pe='learnable'")

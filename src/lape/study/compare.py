@@ -7,7 +7,6 @@ the last epoch: the best epoch is chosen on the test images, so it is shown besi
 
 import itertools
 import json
-import math
 import shutil
 import tempfile
 from collections import Counter
@@ -75,6 +74,9 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     if options.preset == "rivals" and not rows:
         rows = [Variant(model, *row) for model in models for row in RIVALS]
     rows = rows or rows_of(models, pes, joins, norms or (None,), stds)
+    for name, place in (("pe_norms", "pe_norm"), ("pe_stds", "pe_std")):
+        if getattr(options, name) and not any(getattr(row, place) is not None for row in rows):
+            raise LapeError(f"{name}={list(getattr(options, name))}: none of the rows has a place for it; leave it out")
     for size in options.sizes:
         size_named(size)
     if options.probe and options.probe < 4:
@@ -187,8 +189,8 @@ def _check(may_lack: Mapping[str, Sequence[Any]], **lists: Sequence[Any]) -> Non
         if (not values and name not in may_lack) or len(set(values)) != len(values):
             raise LapeError(f"{name}={list(values)}: give at least one, and each once")
     for std in may_lack["pe_stds"]:
-        if not 0 < std < math.inf:
-            raise LapeError(f"pe_stds={std} is no standard deviation: give positive numbers, such as 0.02 1")
+        if not 1e-6 <= std <= 1e6:
+            raise LapeError(f"pe_stds={std} is no standard deviation: give numbers from 1e-6 to 1e6, such as 0.02 1")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -461,6 +463,8 @@ def demo(options: DemoOptions) -> Study:
         if value < least or (most is not None and value > most):
             allowed = f"{least} or more" if most is None else f"{least} to {most}, the number of seeds"
             raise LapeError(f"{name}={value} is not allowed: choose {allowed}")
+    if options.time_limit is not None and not options.time_limit > 0:
+        raise LapeError(f"time_limit={options.time_limit:g} is not allowed: choose seconds above 0, or none")
     recipe = Recipe.from_yaml("digits", threads=1, num_workers=0, device="cpu")
     if options.epochs is not None:
         recipe = fit_warm_up(recipe.replace(epochs=options.epochs), print, given=False)

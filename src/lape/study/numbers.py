@@ -183,6 +183,9 @@ def pairs_of(variants: Iterable[Variant], baseline: str) -> Iterator[tuple[Varia
         sharing = row._replace(join="LaPE-sharing")
         if row.join == "LaPE" and sharing in kin:
             yield row, sharing, "the chain"
+        bare = row._replace(pe_norm="none")
+        if row.pe_norm == "layernorm" and bare in kin:
+            yield row, bare, "LN' itself" if row.pe_std == 1 else "LN' itself and the scale of P"
         unit = row._replace(join="beside", pe_std=1.0)
         if row.join == "LaPE-sharing" and row.pe_norm is None and unit in kin:
             yield row, unit, "LN' itself: P has unit scale in both at the start"

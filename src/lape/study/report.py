@@ -195,25 +195,38 @@ def accuracy_curves(runs: Sequence[Run], title_of: Callable[[Run], str]) -> Figu
         axes.set_title(title, fontsize=10)
         _draw_panel(axes, lines)
     places[0].set_ylabel("test accuracy, %")
-    places[len(panels) - 1].legend(loc="best", frameon=False)
+    lines_of_legend = places[len(panels) - 1].get_legend_handles_labels()
+    if len(lines_of_legend[1]) > 8:  # too many for a place among the lines
+        figure.legend(*lines_of_legend, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+        figure.set_size_inches(figure.get_figwidth() + 2.5, figure.get_figheight() + 0.2 * len(lines_of_legend[1]) / 3)
+    else:
+        places[len(panels) - 1].legend(loc="best", frameon=False)
     return figure
+
+
+DASHES = ("-", "--", ":", "-.")
+"""Of the rows of one join, which share its colour."""
 
 
 def _draw_panel(axes: Axes, lines: Mapping[str, Sequence[Sequence[dict[str, float]]]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    drawn: list[str] = []
     for label, histories in lines.items():
         steps = list(zip(*histories, strict=True))
         x = [step[0]["epoch"] + 1 for step in steps]
         y = [[entry["test_acc1"] for entry in step] for step in steps]
-        join, _, start = label.partition(", ")
+        join = label.partition(", ")[0]
+        dashes = DASHES[sum(other.partition(", ")[0] == join for other in drawn) % len(DASHES)]
+        drawn.append(label)
         mean = [statistics.fmean(values) for values in y]
-        (line,) = axes.plot(x, mean, "--" if start else "-", color=COLOURS.get(join), label=label, linewidth=1.8)
+        marker = "o" if len(x) == 1 else ""
+        (line,) = axes.plot(x, mean, dashes, marker=marker, color=COLOURS.get(join), label=label, linewidth=1.8)
         colour = line.get_color()
         axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=colour, alpha=0.2, linewidth=0)
     axes.set_xlabel("epoch")
     axes.set_ylim(0, 102)
-    axes.set_xlim(0, max(len(history) for histories in lines.values() for history in histories))
+    axes.set_xlim(0, max(len(history) for histories in lines.values() for history in histories) + 0.2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -224,7 +237,8 @@ def _draw_panel(axes: Axes, lines: Mapping[str, Sequence[Sequence[dict[str, floa
 HOW_TO_READ = (
     "Accuracy on the test images in percent, mean ± standard deviation over the seeds. Compared are the values after "
     "the last epoch; the best epoch was chosen on the test images, so it flatters every row and is not compared. The "
-    "differences are taken seed by seed; p is of Student's paired t-test, corrected for their number (Holm)."
+    "differences are taken seed by seed; p is of Student's paired t-test, corrected for their number (Holm); "
+    "intervals are of each difference alone."
 )
 AT_SIZES = (
     "The same models, evaluated as by `lape eval --sizes`: each is built for the size by its own rule, images are "

@@ -152,6 +152,8 @@ def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Generat
                 _end(set(multiprocessing.active_children()) - others)
                 raise
     except BrokenProcessPool:
+        if stop.wait(0.5):  # the signal went to the workers, too, and their end was seen first
+            stop.leave()
         raise LapeError(
             "a training process ended before its work was done (memory?): try workers=1; "
             'a script that calls this needs `if __name__ == "__main__":`'
