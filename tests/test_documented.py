@@ -152,7 +152,7 @@ def material(tmp_path_factory) -> dict[str, str]:
     )
     photo = str(next(images.rglob("*.png")))
     same = {"CHECKPOINT": checkpoint, "C": checkpoint, "CHECKPOINT...": checkpoint, "R.yaml": recipe}
-    same |= dict.fromkeys(("T2T_BASIC", "T2T_LAPE", "DEIT_BASIC", "DEIT_LAPE", "FILE"), checkpoint)
+    same |= dict.fromkeys(("T2T_BASIC", "T2T_LAPE", "DEIT_BASIC", "DEIT_LAPE", "MODEL..."), checkpoint)
     same |= {"IMAGE...": photo, "PHOTO...": photo, "D": images, "M": "vit_tiny_patch16_224"}
     return {name: str(value) for name, value in same.items()}
 

@@ -156,6 +156,8 @@ def written_out(host: torch.nn.Module, state: dict, join: str, kind, x: torch.Te
             norm = block.get_submodule(anatomy.norm)
             if join in ("share", "unshare"):
                 before(block, rows(slot) if join == "share" else rows(f"{slot}{layer}"))
+            elif join == "beside":
+                after(norm, rows(slot))
             elif join == "LaPE-sharing":
                 after(norm, normed(rows(slot), path, norm.eps))
             elif join == "LaPE" or layer > 0:
@@ -200,7 +202,8 @@ def converted_equals_the_formula_and_learns(case) -> bool:
             if id(parameter) not in own and parameter.requires_grad:
                 parameter.copy_(parameter + 0.3 * torch.randn_like(parameter))
     new = {name for name, p in model.named_parameters() if id(p) not in own and p.requires_grad}
-    assert bool(new) == (kind.is_bias or join.normalised or (kind.is_table and not kind.frozen))
+    has_norms = join.normalised and not join.normless
+    assert bool(new) == (kind.is_bias or has_norms or (kind.is_table and not kind.frozen))
     model, host = model.to(dtype), host.to(dtype)
     sides = (4 * grid[0], 4 * grid[1])
     x = torch.randn(2, *{"AST": sides[::-1], "ViViT": (4, 3, *sides)}.get(library, (3, *sides))).to(dtype)

@@ -399,10 +399,10 @@ def test_another_run_is_not_overwritten(tmp_path):
     ],
 )
 def test_weights_that_are_lost_stop_the_run_and_keep_the_checkpoint(tmp_path, most, message):
-    recipe = tiny(epochs=3, output_dir=str(tmp_path))
+    recipe = tiny(epochs=3, opt="sgd", output_dir=str(tmp_path))
     run_until(1, recipe)
     before = {name: (tmp_path / name).read_bytes() for name in (CHECKPOINT, BEST, LOG)}
-    broken = recipe.replace(resume=str(tmp_path / CHECKPOINT), lr=1e30, opt="sgd", max_skipped=most)
+    broken = recipe.replace(resume=str(tmp_path / CHECKPOINT), lr=1e30, max_skipped=most)
     with pytest.raises(LapeError, match=message) as caught:
         train(broken, say=quiet)
     assert "\n" not in str(caught.value)

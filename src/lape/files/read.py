@@ -22,7 +22,7 @@ from lape.convert.converted import CHOSEN
 from lape.convert.tended import DIGESTS, digest_of
 from lape.core.joins import join_named
 from lape.core.position import kind_named
-from lape.errors import CheckpointError, needs
+from lape.errors import CheckpointError, check_file, needs
 from lape.files.vet import check_entries, check_state, first_line, is_flag, read_json
 from lape.names import shown
 
@@ -91,11 +91,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         if path.is_dir():
             return _read_folder(path)
-        if not path.is_file():
-            what = "is no regular file" if path.exists() else "no such checkpoint"
-            raise CheckpointError(f"{what}: {path}; give a .pth file or a folder written by lape.save")
+        if not path.exists():
+            raise CheckpointError(f"no such checkpoint: {path}; give a .pth file or a folder written by lape.save")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+    check_file(path, CheckpointError)
     return _from_contents(path, _unpickle_safely(path))
 
 

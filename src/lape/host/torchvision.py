@@ -45,6 +45,11 @@ _ARGUMENTS = (
     "image_size patch_size hidden_dim mlp_dim dropout attention_dropout num_classes representation_size".split()
 )
 
+_OF_SWIN = (
+    *"patch_size embed_dim depths num_heads window_size mlp_ratio dropout attention_dropout".split(),
+    *("stochastic_depth_prob", "num_classes"),
+)
+
 
 def blueprint(model: nn.Module) -> Blueprint | None:
     """The arguments of a plain VisionTransformer, read from its attributes; None for a model around one."""
@@ -58,9 +63,10 @@ def blueprint(model: nn.Module) -> Blueprint | None:
 
 def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
     """Raises LapeError for an argument that `blueprint` does not write."""
+    allowed = _OF_SWIN if name == "SwinTransformer" else (*_ARGUMENTS, "num_layers", "num_heads")
     for argument in kwargs:
-        if argument not in (*_ARGUMENTS, "num_layers", "num_heads"):
-            raise LapeError(f"{argument!r} is no argument of VisionTransformer that says what the model is")
+        if argument not in allowed:
+            raise LapeError(f"{argument!r} is no argument of {name} that says what the model is")
 
 
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
