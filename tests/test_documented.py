@@ -213,6 +213,31 @@ def test_the_commands_run(snippet, material, tmp_path, monkeypatch):
 
 GIVEN = {  # part of a block -> what its page takes for given there
     'lape.apply_(model, "LaPE", warm_start=True)': "model = timm.create_model('vit_tiny_patch16_224', img_size=32)",
+    "lape.register_host(OwnViT": """
+class Attend(torch.nn.Module):
+    num_heads = 2
+    def __init__(self):
+        super().__init__()
+        self.value = torch.nn.Linear(8, 8)
+    def forward(self, x):
+        return self.value(x)
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.attend = torch.nn.LayerNorm(8), Attend()
+    def forward(self, x):
+        return x + self.attend(self.before(x))
+class OwnViT(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.where = torch.nn.Parameter(torch.zeros(1, 17, 8))
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(2))
+    def forward(self, tokens):
+        x = tokens + self.where
+        for layer in self.layers:
+            x = layer(x)
+        return x
+""",
     "model.save_pretrained(": "model = lape.apply_(transformers.ViTForImageClassification(config))",
 }
 
