@@ -58,29 +58,8 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     recipe, a run that cannot be read.
     """
     options = with_preset(options)
-    joins = [match_name("join", name, JOIN_NAMES) for name in options.joins]
-    pes = [match_name("pe", name, PE_NAMES) for name in options.pes]
-    norms = [match_name("pe_norm", name, PE_NORM_NAMES) for name in options.pe_norms]
-    may_lack = {"rivals": options.rivals, "pe_norms": norms, "pe_stds": options.pe_stds}
-    _check(may_lack, joins=joins, pes=pes, seeds=options.seeds)
-    if options.workers < 1:
-        raise LapeError(f"workers={options.workers} is not allowed: choose 1 or more")
-    baseline = "basic" if "basic" in joins else joins[0]
-    if options.baseline:
-        baseline = match_name("baseline", options.baseline, joins)
+    baseline, rows = _asked_for(recipe, options, rows)
     _check_figures()
-    stds = options.pe_stds or (None,)
-    models = options.models or (recipe.model,)
-    if options.preset == "rivals" and not rows:
-        rows = [Variant(model, *row) for model in models for row in RIVALS]
-    rows = rows or rows_of(models, pes, joins, norms or (None,), stds)
-    for name, place in (("pe_norms", "pe_norm"), ("pe_stds", "pe_std")):
-        if getattr(options, name) and not any(getattr(row, place) is not None for row in rows):
-            raise LapeError(f"{name}={list(getattr(options, name))}: none of the rows has a place for it; leave it out")
-    for size in options.sizes:
-        size_named(size)
-    if options.probe and options.probe < 4:
-        raise LapeError(f"probe={options.probe} is not allowed: choose 4 images or more, or 0 for none")
     variants, meaningless = combinations(recipe, rows)
     recipes = dict.fromkeys(variants, recipe) | _rivals(recipe, options, variants)
     folder = _writable(Path(options.output_dir))
@@ -123,20 +102,46 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
         **environment(),
         "sentences": report.sentences(gaps),
     }
+    figures = {"sizes.png": draw_sizes(sizes, recipe.input_size)} if sizes else {}
+    figures |= {"probe.png": draw_probe(probed)} if probed else {}
+    return Study(folder, results, _report_on(folder, results, runs, figures))
+
+
+def _asked_for(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant]) -> tuple[str, Sequence[Variant]]:
+    """The join that others are compared with, and the rows. Raises LapeError for options that mean nothing."""
+    joins = [match_name("join", name, JOIN_NAMES) for name in options.joins]
+    pes = [match_name("pe", name, PE_NAMES) for name in options.pes]
+    norms = [match_name("pe_norm", name, PE_NORM_NAMES) for name in options.pe_norms]
+    may_lack = {"rivals": options.rivals, "pe_norms": norms, "pe_stds": options.pe_stds}
+    _check(may_lack, joins=joins, pes=pes, seeds=options.seeds)
+    if options.workers < 1:
+        raise LapeError(f"workers={options.workers} is not allowed: choose 1 or more")
+    if options.probe and options.probe < 4:
+        raise LapeError(f"probe={options.probe} is not allowed: choose 4 images or more, or 0 for none")
+    for size in options.sizes:
+        size_named(size)
+    models = options.models or (recipe.model,)
+    if options.preset == "rivals" and not rows:
+        rows = [Variant(model, *row) for model in models for row in RIVALS]
+    rows = rows or rows_of(models, pes, joins, norms or (None,), options.pe_stds or (None,))
+    for name, place in (("pe_norms", "pe_norm"), ("pe_stds", "pe_std")):
+        if getattr(options, name) and not any(getattr(row, place) is not None for row in rows):
+            raise LapeError(f"{name}={list(getattr(options, name))}: none of the rows has a place for it; leave it out")
+    baseline = match_name("baseline", options.baseline, joins) if options.baseline else joins[0]
+    return "basic" if "basic" in joins and not options.baseline else baseline, rows
+
+
+def _report_on(folder: Path, results: dict[str, Any], runs: Sequence[Run], figures: dict[str, "Figure"]) -> list[Path]:
+    """Writes the report of a comparison, and prints its table and sentences."""
     curves = report.accuracy_curves(runs, lambda run: f"{run.model}, {run.pe}")
-    figures = {"curves.png": curves}
-    if sizes:
-        figures["sizes.png"] = draw_sizes(sizes, recipe.input_size)
-    if probed:
-        figures["probe.png"] = draw_probe(probed)
-    files = report.write(folder, results, report.comparison_page(results), figures)
+    files = report.write(folder, results, report.comparison_page(results), {"curves.png": curves, **figures})
     if shown := _explorable(folder, runs):
         files.append(report.explorer_page(folder / "report.html", results, shown, curves))
     table = report.plain_table(report.rows_of_variants(results))
-    at_sizes = ["", *report.plain_table(report.rows_of_sizes(results))] if sizes else []
+    at_sizes = ["", *report.plain_table(report.rows_of_sizes(results))] if results["sizes"] else []
     lines = ["", *table, *at_sizes, "", *results["sentences"], "", "Written:", *(f"  {file}" for file in files)]
     print("\n".join(lines))
-    return Study(folder, results, files)
+    return files
 
 
 def _at_sizes(

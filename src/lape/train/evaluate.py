@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lape.convert.positions import describe
@@ -96,6 +96,40 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
 
 
+def _outcomes(
+    model: nn.Module,
+    loader: DataLoader[Any] | DeviceLoader,
+    device: torch.device,
+    amp: str,
+    shared: bool,
+    stop: threading.Event | None,
+) -> tuple[Tensor, str]:
+    """Of this process's images, each in its place: how often seen, top-1, top-5, loss, (4, images); what went wrong."""
+    rank, size = rank_and_size() if shared else (0, 1)
+    place, problem = rank, ""
+    outcome = torch.zeros(4, len(loader.dataset), dtype=torch.float64)  # type: ignore[arg-type]
+    batches = iter(loader)
+    try:
+        with autocast(amp, device):
+            for images, targets in batches:
+                if stop is not None and stop.is_set():
+                    problem = STOPPED
+                    break
+                targets = targets.to(device, non_blocking=True)
+                logits = logits_of(model(images.to(device, non_blocking=True))).float()
+                hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+                loss = F.cross_entropy(logits, targets, reduction="none")
+                places = torch.arange(place, place + size * len(targets), size)
+                outcome[:, places] += torch.stack([torch.ones_like(loss), hit[:, 0], hit.any(dim=1), loss]).cpu()
+                place = int(places[-1]) + size
+    except DataError as error:
+        problem = str(error)
+    finally:
+        if isinstance(batches, Generator):  # its processes; an error would keep it
+            batches.close()
+    return outcome, problem
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -124,29 +158,7 @@ def evaluate(
         Stopped: by `stop`; where the data is shared, that of any process.
     """
     model.eval()
-    rank, size = rank_and_size() if shared else (0, 1)
-    place = rank
-    outcome = torch.zeros(4, len(loader.dataset), dtype=torch.float64)  # type: ignore[arg-type]
-    problem = ""
-    batches = iter(loader)
-    try:
-        with autocast(amp, device):
-            for images, targets in batches:
-                if stop is not None and stop.is_set():
-                    problem = STOPPED
-                    break
-                targets = targets.to(device, non_blocking=True)
-                logits = logits_of(model(images.to(device, non_blocking=True))).float()
-                hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-                loss = F.cross_entropy(logits, targets, reduction="none")
-                places = torch.arange(place, place + size * len(targets), size)
-                outcome[:, places] += torch.stack([torch.ones_like(loss), hit[:, 0], hit.any(dim=1), loss]).cpu()
-                place = int(places[-1]) + size
-    except DataError as error:
-        problem = str(error)
-    finally:
-        if isinstance(batches, Generator):  # its processes; an error would keep it
-            batches.close()
+    outcome, problem = _outcomes(model, loader, device, amp, shared, stop)
     if problem and shared:
         wait_for_others()
     problems = [text for text in (all_of(problem) if shared else [problem]) if text]
