@@ -22,7 +22,7 @@ from lape.study.compare import demo as run_demo
 from lape.study.numbers import Run, Variant, differences, holm, mean_std, pairs_of, summarise
 from lape.study.options import DemoOptions
 from lape.study.report import markdown_table, rows_of_differences, rows_of_variants, sentences
-from lape.study.workers import Agenda, Stage, run_all
+from lape.study.workers import Agenda, Stage, TimeIsUp, run_all
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +241,15 @@ def test_the_time_limit_stops_what_runs(workers: int) -> None:
     assert [run.seed for run in run_all(agenda, endless, str)] == [0]
     assert agenda.left_out == stages
     assert "seed 0 of 1 epochs" in late(agenda)[0]
+
+
+def test_time_is_up_behind_the_limit_and_not_before() -> None:
+    agenda = Agenda([], workers=1, time_limit=100.0)
+    agenda._began -= 50
+    agenda.check_time()
+    agenda._began -= 60
+    with pytest.raises(TimeIsUp):
+        agenda.check_time()
 
 
 def endless(recipe: Recipe, tick: Callable[[], None]) -> Run:

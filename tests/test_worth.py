@@ -1,6 +1,7 @@
 """The controls of LaPE: the scale that a table starts with, and what stands in the place of LN' (Table 8)."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -67,6 +68,17 @@ def test_rows_that_start_alike(pe_norm, pairs):
     for other in pairs:
         alike = ("norm" in pe_norm) == ("norm" in other)
         assert torch.allclose(logits(pe_norm), logits(other), atol=1e-6) == alike, other
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("pe_std", v) for v in (0, -1, 1e9, "1", [1.0], True)] + [("pe_norm", "a b"), ("pe_norm", 3)]
+)
+def test_a_file_that_says_something_else_is_refused_by_that_name(name, value, tmp_path):
+    model = lape.apply_(make(), "LaPE", "learnable", pe_norm="norm", std=1.0)
+    config = lape.save(model, tmp_path / "model", name="vit_tiny_patch16_224", **TINY) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), name: value}))
+    with pytest.raises(lape.CheckpointError, match=f"says {name}=.*refused"):
+        lape.load(tmp_path / "model")
 
 
 def test_beside_is_lape_sharing_without_a_norm():
