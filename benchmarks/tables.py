@@ -25,7 +25,7 @@ def worth() -> str:
             for model in dict.fromkeys(v["model"] for v in part["variants"]):
                 rows = {(v["join"], v["pe_norm"], v["pe_std"]): v for v in part["variants"] if v["model"] == model}
                 seeds = max(v["final"]["n"] for v in rows.values())
-                name = f"{what}{SHORT.get(model, '')}, {part['name']}, {seeds} seeds"
+                name = f"{what}{SHORT.get(model, '')}, {part['name']}, {seeds} seed{'' if seeds == 1 else 's'}"
                 columns.append((name, [spread(rows[row]["final"]) if row in rows else "" for row in OVERVIEW]))
     head = "| trained on | " + " | ".join(OVERVIEW.values()) + " |"
     lines = [

@@ -17,12 +17,12 @@ from lape.cli import app as cli
 from lape.errors import LapeError
 from lape.files.read import read_checkpoint
 from lape.look.colours import COLOURS
-from lape.names import JOIN_NAMES
+from lape.names import JOIN_NAMES, TABLE8_NAMES
 from lape.recipe import Recipe
 from lape.study.compare import Study, cell_folder, combinations, compare, rows_of, train_cell, with_preset
 from lape.study.numbers import Run, Variant, differences, paired_t, summarise
 from lape.study.options import CompareOptions
-from lape.study.report import explorer_page, sentences
+from lape.study.report import accuracy_curves, explorer_page, sentences
 from lape.train.loop import train
 
 TINY = Recipe.from_yaml(
@@ -389,3 +389,17 @@ def test_the_report_of_a_model_that_pools(tmp_path: Path) -> None:
     assert [variant["join"] for variant in found.results["variants"]] == list(joins)
     page = (tmp_path / "report.html").read_text()
     assert all(COLOURS[join] in page for join in joins)
+
+
+def test_no_two_rows_of_table_8_look_alike_in_the_curves() -> None:
+    rows = [Variant("vit", "learnable", "LaPE", norm, std) for norm in TABLE8_NAMES for std in (0.02, 1.0)]
+    rows += [Variant("vit", "learnable", "basic", None, std) for std in (0.02, 1.0)]
+    line = [{"epoch": 0, "train_loss": 1.0, "test_loss": 1.0, "test_acc1": 50.0}]
+    trained = [
+        Run("vit", "learnable", row.join, 1, 0, 50.0, 50.0, 1.0, 1.0, line, "d", pe_norm=row.pe_norm, pe_std=row.pe_std)
+        for row in rows
+    ]
+    (axes,) = accuracy_curves(trained, lambda _run: "vit").axes
+    looks = {(drawn.get_color(), drawn.get_linestyle()) for drawn in axes.get_lines()}
+    assert len(looks) == len(rows) == len(axes.get_lines())
+    assert all(drawn.get_marker() == "o" for drawn in axes.get_lines())  # of one epoch, a line would not be seen

@@ -212,6 +212,7 @@ def _draw_panel(axes: Axes, lines: Mapping[str, Sequence[Sequence[dict[str, floa
     from matplotlib.ticker import MaxNLocator
 
     drawn: list[str] = []
+    others = list(dict.fromkeys(join for label in lines if (join := label.partition(", ")[0]) not in COLOURS))
     for label, histories in lines.items():
         steps = list(zip(*histories, strict=True))
         x = [step[0]["epoch"] + 1 for step in steps]
@@ -221,8 +222,8 @@ def _draw_panel(axes: Axes, lines: Mapping[str, Sequence[Sequence[dict[str, floa
         drawn.append(label)
         mean = [statistics.fmean(values) for values in y]
         marker = "o" if len(x) == 1 else ""
-        (line,) = axes.plot(x, mean, dashes, marker=marker, color=COLOURS.get(join), label=label, linewidth=1.8)
-        colour = line.get_color()
+        colour = COLOURS.get(join) or f"C{others.index(join)}"
+        axes.plot(x, mean, dashes, marker=marker, color=colour, label=label, linewidth=1.8)
         axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=colour, alpha=0.2, linewidth=0)
     axes.set_xlabel("epoch")
     axes.set_ylim(0, 102)
