@@ -337,8 +337,8 @@ def trained_on_gpu() -> str:
     starts = {arm: min(r["table_std_at_start"] for r in found["results"] if r["arm"] == arm) for arm in list(arms)[:2]}
     lines += [
         "",
-        f"Percent of the test images, seeds {' and '.join(map(str, seeds))}; {found['data']}, {found['recipe']['model']}, "
-        f"{found['hardware']['gpu'].partition(',')[0]}, torch {found['versions']['torch']}. Standard deviation of the "
+        f"Percent of the test images, seeds {' and '.join(map(str, seeds))}; {found['data']}, "
+        f"{found['recipe']['model']}, {found['hardware']['gpu'].partition(',')[0]}, torch {found['versions']['torch']}. Standard deviation of the "
         f"table at the start: {', '.join(f'{std:.2f} ({arm})' for arm, std in starts.items())}. "
         f"`python benchmarks/on_gpu.py --out FOLDER --cifar FOLDER`, `{path.relative_to(ROOT)}`.",
     ]
