@@ -335,11 +335,12 @@ def trained_on_gpu() -> str:
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     seeds = [r["seed"] for r in found["results"] if r["arm"] == next(iter(arms))]
     starts = {arm: min(r["table_std_at_start"] for r in found["results"] if r["arm"] == arm) for arm in list(arms)[:2]}
+    gpu, model = found["hardware"]["gpu"].partition(",")[0], found["recipe"]["model"]
     lines += [
         "",
-        f"Percent of the test images, seeds {' and '.join(map(str, seeds))}; {found['data']}, "
-        f"{found['recipe']['model']}, {found['hardware']['gpu'].partition(',')[0]}, torch {found['versions']['torch']}. Standard deviation of the "
-        f"table at the start: {', '.join(f'{std:.2f} ({arm})' for arm, std in starts.items())}. "
+        f"Percent of the test images, seeds {' and '.join(map(str, seeds))}; {found['data']}, {model}, {gpu}, torch "
+        f"{found['versions']['torch']}. Standard deviation of the table at the start: "
+        f"{', '.join(f'{std:.2f} ({arm})' for arm, std in starts.items())}. "
         f"`python benchmarks/on_gpu.py --out FOLDER --cifar FOLDER`, `{path.relative_to(ROOT)}`.",
     ]
     return "\n".join(lines)
