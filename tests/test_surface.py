@@ -122,8 +122,12 @@ def test_flags_named_in_pages_exist(page):
 
 @pytest.mark.parametrize("page", ["README.md", *WRITTEN])
 def test_links_of_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:\s]+)\)", text_of(page)):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", text_of(page)):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor and path.name != "api.md":  # whose headings are made of names
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower())) for title in titles], anchor
 
 
 def test_the_version_is_the_same_everywhere():
