@@ -69,14 +69,12 @@ def study(name: str) -> str:
         for v in part["variants"]:
             model = f"{SHORT.get(v['model'], v['model'])} | " if several else ""
             lines.append(f"| {model}{v['label']} | {v['final']['n']} | {spread(v['final'])} |")
-        lines += ["", "| " + ("model | " if several else "") + "join | against | due to | points | 95 % interval | p |"]
-        lines.append("|---" * (6 + several) + "|")
-        for d in part["differences"]:
-            model = f"{SHORT.get(d['model'], d['model'])} | " if several else ""
-            interval = "" if d["interval"] is None else "{:+.1f} to {:+.1f}".format(*d["interval"])
-            p = "" if d["p_holm"] is None else "< 0.001" if d["p_holm"] < 0.001 else f"{d['p_holm']:.3f}"
-            lines.append(f"| {model}{d['of']} | {d['against']} | {d['cause']} | {d['mean']:+.1f} | {interval} | {p} |")
-        lines.append("")
+        chief = [d for d in part["differences"] if {d["of"], d["against"]} <= CHIEF]
+        others = [d for d in part["differences"] if d not in chief]
+        lines += ["", *differences(chief, several), ""]
+        if others:
+            lines += ['<details markdown="1">', f"<summary>{len(others)} more differences</summary>", ""]
+            lines += [*differences(others, several), "", "</details>", ""]
     recipe = found["parts"][0]["recipe"]
     lines.append(
         f"{found['data']}; batch {recipe['batch_size']}; {found['trained_on']}; torch {found['versions']['torch']}. "
@@ -84,6 +82,21 @@ def study(name: str) -> str:
         f"`{found['command']}`, `benchmarks/results/worth_{name}.json`."
     )
     return "\n".join(lines)
+
+
+CHIEF = {"basic", "basic, P at std 1", "beside", "beside, P at std 1", "LaPE-sharing", "LaPE"}
+
+
+def differences(rows: list[dict], several: bool) -> list[str]:
+    """Lines of a table of differences; `several`: of more than one model."""
+    lines = ["| " + ("model | " if several else "") + "join | against | due to | points | 95 % interval | p |"]
+    lines.append("|---" * (6 + several) + "|")
+    for d in rows:
+        model = f"{SHORT.get(d['model'], d['model'])} | " if several else ""
+        interval = "" if d["interval"] is None else "{:+.1f} to {:+.1f}".format(*d["interval"])
+        p = "" if d["p_holm"] is None else "< 0.001" if d["p_holm"] < 0.001 else f"{d['p_holm']:.3f}"
+        lines.append(f"| {model}{d['of']} | {d['against']} | {d['cause']} | {d['mean']:+.1f} | {interval} | {p} |")
+    return lines
 
 
 def study_of_digits() -> str:
