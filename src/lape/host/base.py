@@ -7,10 +7,13 @@ strings, so that no library is imported before a model of it is at hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lape.core.anatomy import Anatomy
 from lape.core.position import Grid
@@ -112,6 +115,24 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
         f"{name} is not a supported model; supported are {', '.join(_HOSTS)} (`lape hosts` lists their classes); "
         f"{ANOTHER}"
     )
+
+
+class _Unfilled(TorchFunctionMode):
+    """What fills a tensor with values does nothing where there are none: torch works out its shape in Python."""
+
+    fills = frozenset(getattr(Tensor, name) for name in "uniform_ normal_ erfinv_ clamp_ mul_ add_ fill_ zero_".split())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.fills and args[0].is_meta and not any(isinstance(value, Tensor) for value in args[1:]):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Models that are built in it have shapes only: they lie on the meta device."""
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 def check_module(model: object) -> None:
