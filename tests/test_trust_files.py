@@ -366,10 +366,105 @@ def test_outputs_do_not_replace_inputs(folder, images, capsys):
         ("visualize", folder, "--html", image, "--image", image),
         ("check-data", data, "--json", data / "val" / "x" / "a.png"),
         ("export", copy, "--output-dir", images, "--formats", "folder"),
+        ("probe", folder, "--images", image, image, "--json", image),
+        ("probe", folder, "--images", image, image, "--json", config),
+        ("eval", folder, "--sizes", "16", "--json", config),
     ):
         assert run(*tokens) == 2, tokens
         assert "would replace" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in images.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture
+def many(folder, images, monkeypatch):
+    """Command lines of all commands that write, with OUT for where; work is a failure."""
+    from lape.study import benchmark, probing, sweep
+
+    for owner, name in ((benchmark, "benchmark"), (probing, "probe"), (sweep, "evaluate_at")):
+        monkeypatch.setattr(owner, name, lambda *_args, **_kwargs: pytest.fail("it worked before it looked"))
+    data = images / "data"
+    for place in ("train/x", "train/y", "val/x", "val/y"):
+        (data / place).mkdir(parents=True)
+        shutil.copy(images / "a.png", data / place)
+    image = images / "a.png"
+    return [
+        ["predict", image, "--checkpoint", folder, "--json", "OUT"],
+        ["predict", image, "--checkpoint", folder, "--csv", "OUT"],
+        ["check-data", data, "--workers", "1", "--json", "OUT"],
+        ["hosts", "--json", "OUT"],
+        ["bench", "--json", "OUT"],
+        ["visualize", folder, "--html", "OUT"],
+        ["eval", folder, "--sizes", "16", "--json", "OUT"],
+        ["eval", folder, "--sizes", "16", "--plot", "OUT"],
+        ["probe", folder, "--images", image, "--json", "OUT"],
+        ["train", "--device", "cpu", "--output-dir", "OUT"],
+        ["compare", "--device", "cpu", "--output-dir", "OUT"],
+        ["demo", "--output-dir", "OUT"],
+        ["export", folder, "--output-dir", "OUT"],
+        ["visualize", folder, "--save-dir", "OUT"],
+    ]
+
+
+def test_no_command_waits_for_a_reader_or_replaces_a_pipe_or_writes_what_cannot_be(many, tmp_path, capsys):
+    """A pipe that nobody reads, a folder where a file goes, a name that is too long, a folder that is not there."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    long, missing, below = tmp_path / ("x" * 250), tmp_path / "no" / "where", tmp_path / "file" / "x"
+    for tokens in many:
+        folder = tokens[-2] in ("--output-dir", "--save-dir")
+        bad = (tmp_path / "pipe", below) if folder else (tmp_path / "pipe", tmp_path / "folder", long, missing, below)
+        for path in bad:
+            assert run(*tokens[:-1], path) == 2, (tokens, path)
+            captured = capsys.readouterr()
+            assert captured.err.count("\n") == 1, captured.err
+            assert not any(tmp_path.glob(".*")), (tokens, path)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_pipe_that_is_read_and_an_open_file_are_written(folder, images):
+    """As `>(jq .)` and /dev/stdout are; what stands for an open file is not replaced."""
+    os.mkfifo(images / "pipe")
+    reader = os.open(images / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert run("predict", images / "a.png", "--checkpoint", folder, "--json", images / "pipe") == 0
+    os.set_blocking(reader, True)
+    assert len(json.loads(os.read(reader, 2**16))) == 3
+    os.close(reader)
+    with (images / "open.json").open("w+") as file:
+        (images / "link").symlink_to(f"/dev/fd/{file.fileno()}")
+        assert run("predict", images / "a.png", "--checkpoint", folder, "--json", images / "link") == 0
+        assert len(json.loads(file.read())) == 3
+        assert atomic.is_stream("/dev/stdout")
+        with pytest.raises(LapeError, match="an open file"):
+            atomic.write_atomically(images / "link", lambda file: file.write(b"x"))
+    assert (images / "link").is_symlink()
+
+
+def test_images_that_cannot_be_opened_are_named_and_the_others_done(folder, images, capsys, monkeypatch):
+    """A link to nothing, links in a circle, a folder, a pipe, and one that goes while the others are read."""
+    import lape.data.images
+
+    (images / "dangling.png").symlink_to(images / "gone.png")
+    (images / "circle.png").symlink_to(images / "circle.png")
+    (images / "folder.png").mkdir()
+    os.mkfifo(images / "pipe.png")
+    shutil.copy(images / "a.png", images / "goes.png")
+    load = lape.data.images.load_image
+
+    def goes(path, *args):
+        if path.endswith("goes.png"):
+            os.unlink(path)
+        return load(path, *args)
+
+    monkeypatch.setattr(lape.data.images, "load_image", goes)
+    bad = [images / f"{name}.png" for name in ("dangling", "circle", "folder", "pipe", "goes")]
+    paths = [images / "a.png", *bad, images / "b.png"]
+    assert run("predict", *paths, "--checkpoint", folder, "--json", images / "p.json", "--top-k", 1) == 2
+    shown_errors = capsys.readouterr().err
+    assert "5 of 7 images are left out" in shown_errors
+    assert all(str(path) in shown_errors for path in bad)
+    assert [row["image"] for row in json.loads((images / "p.json").read_text())] == [str(paths[0]), str(paths[-1])]
 
 
 def test_one_bad_image_costs_no_result_and_names_are_escaped(images, tmp_path, capsys):
