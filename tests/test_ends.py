@@ -317,6 +317,38 @@ def test_another_optimizer_than_the_files_is_refused_by_name(tmp_path, resume):
     train(recipe.replace(opt="Momentum", epochs=2, resume=resume), say=quiet)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train(tiny(output_dir=str(folder)), say=quiet)
+    return folder / CHECKPOINT
+
+
+@pytest.mark.parametrize(
+    ("entry", "new", "said"),
+    [
+        ("exp_avg", torch.zeros(3), r"exp_avg is of shape \(3,\), not of shape"),
+        ("exp_avg_sq", torch.zeros(3, 3, 3, 3, 3), "exp_avg_sq is of shape"),
+        ("exp_avg_sq", torch.zeros(1), "exp_avg_sq is a number"),  # that a step would take for all values
+        ("exp_avg_sq", [torch.zeros(2)], "exp_avg_sq is"),
+        ("exp_avg_sq", None, "exp_avg_sq is missing"),
+        ("step", "x", "step is str, not a number"),
+        ("amsgrad", "yes", "amsgrad is str, not bool"),
+    ],
+)
+def test_a_state_of_an_optimizer_that_does_not_fit_is_one_line(tmp_path, trained, entry, new, said):
+    content = read(trained)
+    state, groups = content["optimizer"]["state"], content["optimizer"]["param_groups"]
+    place = groups[0] if entry in groups[0] else state[max(state, key=lambda n: state[n]["exp_avg"].ndim)]
+    if new is None:
+        del place[entry]
+    else:
+        place[entry] = new
+    torch.save(content, tmp_path / "changed.pth")
+    with pytest.raises(LapeError, match=rf"changed.pth does not fit this one: .*{said}.*--finetune"):
+        train(tiny(epochs=2, output_dir=str(tmp_path / "b"), resume=str(tmp_path / "changed.pth")), say=quiet)
+
+
 # ------------------------------------------------------------------------------------------------ full disks
 
 

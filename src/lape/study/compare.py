@@ -370,7 +370,7 @@ def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Rec
 
 def _standing(plan: Sequence[Recipe], folder: Path) -> str:
     done = sum((cell_folder(folder, recipe) / "result.json").exists() for recipe in plan)
-    return f"{done} of {len(plan)} trainings are done in {folder}; to go on, others from where they were saved: the same command"
+    return f"{done} of {len(plan)} trainings are done in {folder}; to go on where others were saved: the same command"
 
 
 def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Run:
