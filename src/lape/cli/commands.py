@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lape import __version__
-from lape.cli.app import GROUPS, app, original, takes
+from lape.cli.app import EVALUATION, GROUPS, STORED, app, original, takes
 from lape.cli.options import takes_options
 from lape.cli.original import LauncherFlags, OriginalFlags
 from lape.cli.rows import destination, escaped, written
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 
     from lape.files.read import Checkpoint
 
-
-# What an evaluation reads; `lape eval` refuses the rest rather than ignore it.
-STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
-EVALUATION = (
-    *STORED,
-    *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),
-    *("ema", "dist_eval", "device", "amp", "attention", "threads"),
-)
 
 # What the matrix of `lape compare` sets itself, and what means nothing for it.
 NOT_COMPARED = (
