@@ -241,6 +241,17 @@ def test_a_launch_that_cannot_work_is_one_line(monkeypatch, capsys, variables, s
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("value", ["two", "", "-1", "1.5"])
+def test_a_launchers_variable_is_no_concern_of_what_meets_no_other_process(monkeypatch, value):
+    """The flags are made when the command line is imported, before anything could catch an error."""
+    from lape.cli.original import LauncherFlags
+
+    monkeypatch.setenv("WORLD_SIZE", value)
+    LauncherFlags()
+    with pytest.raises(LapeError, match="world_size=4"):
+        LauncherFlags(world_size=4)
+
+
 def test_one_task_of_slurm_is_a_process_like_any_other(monkeypatch):
     for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}.items():
         monkeypatch.setenv(name, value)
