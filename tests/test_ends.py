@@ -182,9 +182,12 @@ def test_whatever_ends_a_comparison_its_workers_end(tmp_path, number, when):
         time.sleep(0.05)
     process.send_signal(number)
     assert all_end(process.pid)
-    _, errors = process.communicate(timeout=LIMIT)
+    output, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), errors
-    assert number == signal.SIGKILL or "Traceback" not in errors  # a child that starts may miss its parent
+    if number != signal.SIGKILL:  # else a child that starts may miss its parent
+        assert "Traceback" not in errors
+        assert f": 0 of 6 trainings are done in {tmp_path}; to go on" in output
+        assert output.count({signal.SIGINT: "Ctrl-C"}.get(number, number.name)) == 1
 
 
 @LINUX
@@ -236,6 +239,17 @@ def test_a_launch_that_cannot_work_is_one_line(monkeypatch, capsys, variables, s
     assert said in shown
     assert shown.count("\n") == 1, shown
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("value", ["two", "", "-1", "1.5"])
+def test_a_launchers_variable_is_no_concern_of_what_meets_no_other_process(monkeypatch, value):
+    """The flags are made when the command line is imported, before anything could catch an error."""
+    from lape.cli.original import LauncherFlags
+
+    monkeypatch.setenv("WORLD_SIZE", value)
+    LauncherFlags()
+    with pytest.raises(LapeError, match="world_size=4"):
+        LauncherFlags(world_size=4)
 
 
 def test_one_task_of_slurm_is_a_process_like_any_other(monkeypatch):
@@ -312,6 +326,38 @@ def test_another_optimizer_than_the_files_is_refused_by_name(tmp_path, resume):
     with pytest.raises(LapeError, match=r"opt='momentum'.*opt='adamw'.*--opt momentum"):
         train(tiny(epochs=2, output_dir=str(tmp_path), resume=resume), say=quiet)
     train(recipe.replace(opt="Momentum", epochs=2, resume=resume), say=quiet)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train(tiny(output_dir=str(folder)), say=quiet)
+    return folder / CHECKPOINT
+
+
+@pytest.mark.parametrize(
+    ("entry", "new", "said"),
+    [
+        ("exp_avg", torch.zeros(3), r"exp_avg is of shape \(3,\), not of shape"),
+        ("exp_avg_sq", torch.zeros(3, 3, 3, 3, 3), "exp_avg_sq is of shape"),
+        ("exp_avg_sq", torch.zeros(1), "exp_avg_sq is a number"),  # that a step would take for all values
+        ("exp_avg_sq", [torch.zeros(2)], "exp_avg_sq is"),
+        ("exp_avg_sq", None, "exp_avg_sq is missing"),
+        ("step", "x", "step is str, not a number"),
+        ("amsgrad", "yes", "amsgrad is str, not bool"),
+    ],
+)
+def test_a_state_of_an_optimizer_that_does_not_fit_is_one_line(tmp_path, trained, entry, new, said):
+    content = read(trained)
+    state, groups = content["optimizer"]["state"], content["optimizer"]["param_groups"]
+    place = groups[0] if entry in groups[0] else state[max(state, key=lambda n: state[n]["exp_avg"].ndim)]
+    if new is None:
+        del place[entry]
+    else:
+        place[entry] = new
+    torch.save(content, tmp_path / "changed.pth")
+    with pytest.raises(LapeError, match=rf"changed.pth does not fit this one: .*{said}.*--finetune"):
+        train(tiny(epochs=2, output_dir=str(tmp_path / "b"), resume=str(tmp_path / "changed.pth")), say=quiet)
 
 
 # ------------------------------------------------------------------------------------------------ full disks

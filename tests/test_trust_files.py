@@ -51,8 +51,11 @@ def folder(tmp_path):
 
 
 def said(folder, **changes):
-    """The folder with other entries in its config.json; a dict is added to the one that is there."""
+    """The folder with other entries in its config.json; a dict is added to the one that is there.
+
+    Its own checksum is taken out, as whoever forges a file would."""
     config = json.loads((folder / "config.json").read_text())
+    config.get("lape", config).get("sha256", {}).pop("config.json", None)
     for name, value in changes.items():
         config[name] = {**config[name], **value} if isinstance(value, dict) and name in config else value
     (folder / "config.json").write_text(json.dumps(config))
@@ -99,6 +102,16 @@ def test_arguments_that_fetch_write_or_grow_are_refused_by_name(folder, asked, t
         {"auto_map": {"AutoModel": "x.Y"}},
         {"quantization_config": {"quant_method": "x"}},
         {"to_dict": 1},
+        {"anything": 1},
+        {"hidden_size": "large"},
+        {"hidden_act": "org/kernel"},
+        {"hidden_act": 3},
+        {"qkv_bias": 2},
+        {"dtype": "os"},
+        {"model_type": "clip"},
+        {"trust_remote_code": True},
+        {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet50"}},
+        {"vision_config": {"model_type": ["x"]}},
         {"architectures": ["DetrModel"]},
         {"architectures": ["AutoModel"]},
         {"architectures": None},
@@ -117,6 +130,36 @@ def test_entries_of_a_transformers_folder_that_fetch_are_refused(tmp_path, asked
         lape.load(said(tmp_path / "m", **entries))
     assert not asked
     assert "\n" not in str(error.value)
+
+
+def test_what_a_transformers_folder_may_say_of_a_model_within_is_held_to_its_own_class(tmp_path, asked):
+    """The class around it may declare more in it than its own does: `vocab_size` of a vision tower in LLaVA."""
+    transformers = pytest.importorskip("transformers")
+    from lape.host.configurations import check_entries
+
+    sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", **sizes, "intermediate_size": 16}
+    check_entries(transformers.LlavaConfig, {"vision_config": {**vision, "vocab_size": 9}})
+    for wrong in ({"backbone": "resnet50"}, {"hidden_act": 1}, {"num_heads": 2}, {"_attn_implementation": "a/b"}):
+        with pytest.raises(LapeError, match=next(iter(wrong))):
+            check_entries(transformers.CLIPConfig, {"vision_config": {**vision, **wrong}})
+    model = lape.apply_(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision)))
+    lape.load(lape.save(model, tmp_path / "m"))
+    assert not asked
+
+
+def test_a_model_that_came_from_the_hub_is_saved_without_its_address_and_its_users_notes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, intermediate_size=16, note={"of": "mine"})
+    config._name_or_path = "owner/name"
+    model = lape.apply_(transformers.ViTModel(config)).eval()
+    x = torch.randn(1, 3, 16, 16)
+    again = lape.load(lape.save(model, tmp_path / "m"))
+    assert torch.equal(again(x).last_hidden_state, model(x).last_hidden_state)
+    text = (tmp_path / "m" / "config.json").read_text()
+    assert "owner/name" not in text
+    assert "mine" not in text
 
 
 def test_a_checkpoint_is_held_to_the_same(tmp_path, asked):
@@ -201,9 +244,56 @@ def test_damage_is_refused_or_harmless(tmp_path, what, how):
     assert refused > 12
 
 
+def parts(value, path=()):
+    """The paths of all values in nested dicts and lists."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [place for key, part in inner for place in parts(part, (*path, key))]
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_config_that_is_not_as_it_was_written_is_refused_whatever_was_changed(tmp_path, library):
+    transform = {"input_size": 16, "crop_ratio": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+    if library == "timm":
+        lape.save(make(), tmp_path / "m", classes=["ant", "bee", "cow"], transform=transform)
+    else:
+        transformers = pytest.importorskip("transformers")
+        sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, intermediate_size=16))
+        lape.apply_(model).save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(dict(reversed(whole.items())), indent=7))  # other spaces, another order
+    read_checkpoint(tmp_path / "m")
+    places = [place for place in parts(whole) if "sha256" not in place or place[-1] == "model.safetensors"]
+    assert len(places) > 20
+    for *path, last in places:
+        for new in ("changed", None):
+            config = json.loads(json.dumps(whole))
+            owner = config
+            for key in path:
+                owner = owner[key]
+            if new is None and isinstance(owner, list):
+                owner.pop()
+            elif new is None:
+                del owner[last]
+            else:
+                owner[last] = new if owner[last] != new else "changed again"
+            file.write_text(json.dumps(config))
+            with pytest.raises(CheckpointError):
+                read_checkpoint(tmp_path / "m")
+    for name, value in {"pe": "1D_sin", "join": "share"}.items() if library == "timm" else ():
+        file.write_text(json.dumps({**whole, name: value}))  # that would load
+        with pytest.raises(CheckpointError, match=r"not as it was written.*SHA-256"):
+            lape.load(tmp_path / "m")
+
+
 def test_files_without_checksums_load(folder):
     config = json.loads((folder / "config.json").read_text())
-    assert set(config.pop("sha256")) == {"model.safetensors"}
+    assert set(config["sha256"]) == {"model.safetensors", "config.json"}
+    del config["sha256"]["config.json"]
+    (folder / "config.json").write_text(json.dumps({**config, "classes": ["a", "b", "c"]}))
+    assert read_checkpoint(folder).classes == ["a", "b", "c"]
+    del config["sha256"]
     (folder / "config.json").write_text(json.dumps(config))
     lape.load(folder)
 
@@ -276,10 +366,105 @@ def test_outputs_do_not_replace_inputs(folder, images, capsys):
         ("visualize", folder, "--html", image, "--image", image),
         ("check-data", data, "--json", data / "val" / "x" / "a.png"),
         ("export", copy, "--output-dir", images, "--formats", "folder"),
+        ("probe", folder, "--images", image, image, "--json", image),
+        ("probe", folder, "--images", image, image, "--json", config),
+        ("eval", folder, "--sizes", "16", "--json", config),
     ):
         assert run(*tokens) == 2, tokens
         assert "would replace" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in images.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture
+def many(folder, images, monkeypatch):
+    """Command lines of all commands that write, with OUT for where; work is a failure."""
+    from lape.study import benchmark, probing, sweep
+
+    for owner, name in ((benchmark, "benchmark"), (probing, "probe"), (sweep, "evaluate_at")):
+        monkeypatch.setattr(owner, name, lambda *_args, **_kwargs: pytest.fail("it worked before it looked"))
+    data = images / "data"
+    for place in ("train/x", "train/y", "val/x", "val/y"):
+        (data / place).mkdir(parents=True)
+        shutil.copy(images / "a.png", data / place)
+    image = images / "a.png"
+    return [
+        ["predict", image, "--checkpoint", folder, "--json", "OUT"],
+        ["predict", image, "--checkpoint", folder, "--csv", "OUT"],
+        ["check-data", data, "--workers", "1", "--json", "OUT"],
+        ["hosts", "--json", "OUT"],
+        ["bench", "--json", "OUT"],
+        ["visualize", folder, "--html", "OUT"],
+        ["eval", folder, "--sizes", "16", "--json", "OUT"],
+        ["eval", folder, "--sizes", "16", "--plot", "OUT"],
+        ["probe", folder, "--images", image, "--json", "OUT"],
+        ["train", "--device", "cpu", "--output-dir", "OUT"],
+        ["compare", "--device", "cpu", "--output-dir", "OUT"],
+        ["demo", "--output-dir", "OUT"],
+        ["export", folder, "--output-dir", "OUT"],
+        ["visualize", folder, "--save-dir", "OUT"],
+    ]
+
+
+def test_no_command_waits_for_a_reader_or_replaces_a_pipe_or_writes_what_cannot_be(many, tmp_path, capsys):
+    """A pipe that nobody reads, a folder where a file goes, a name that is too long, a folder that is not there."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    long, missing, below = tmp_path / ("x" * 250), tmp_path / "no" / "where", tmp_path / "file" / "x"
+    for tokens in many:
+        folder = tokens[-2] in ("--output-dir", "--save-dir")
+        bad = (tmp_path / "pipe", below) if folder else (tmp_path / "pipe", tmp_path / "folder", long, missing, below)
+        for path in bad:
+            assert run(*tokens[:-1], path) == 2, (tokens, path)
+            captured = capsys.readouterr()
+            assert captured.err.count("\n") == 1, captured.err
+            assert not any(tmp_path.glob(".*")), (tokens, path)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_pipe_that_is_read_and_an_open_file_are_written(folder, images):
+    """As `>(jq .)` and /dev/stdout are; what stands for an open file is not replaced."""
+    os.mkfifo(images / "pipe")
+    reader = os.open(images / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert run("predict", images / "a.png", "--checkpoint", folder, "--json", images / "pipe") == 0
+    os.set_blocking(reader, True)
+    assert len(json.loads(os.read(reader, 2**16))) == 3
+    os.close(reader)
+    with (images / "open.json").open("w+") as file:
+        (images / "link").symlink_to(f"/dev/fd/{file.fileno()}")
+        assert run("predict", images / "a.png", "--checkpoint", folder, "--json", images / "link") == 0
+        assert len(json.loads(file.read())) == 3
+        assert atomic.is_stream("/dev/stdout")
+        with pytest.raises(LapeError, match="an open file"):
+            atomic.write_atomically(images / "link", lambda file: file.write(b"x"))
+    assert (images / "link").is_symlink()
+
+
+def test_images_that_cannot_be_opened_are_named_and_the_others_done(folder, images, capsys, monkeypatch):
+    """A link to nothing, links in a circle, a folder, a pipe, and one that goes while the others are read."""
+    import lape.data.images
+
+    (images / "dangling.png").symlink_to(images / "gone.png")
+    (images / "circle.png").symlink_to(images / "circle.png")
+    (images / "folder.png").mkdir()
+    os.mkfifo(images / "pipe.png")
+    shutil.copy(images / "a.png", images / "goes.png")
+    load = lape.data.images.load_image
+
+    def goes(path, *args):
+        if path.endswith("goes.png"):
+            os.unlink(path)
+        return load(path, *args)
+
+    monkeypatch.setattr(lape.data.images, "load_image", goes)
+    bad = [images / f"{name}.png" for name in ("dangling", "circle", "folder", "pipe", "goes")]
+    paths = [images / "a.png", *bad, images / "b.png"]
+    assert run("predict", *paths, "--checkpoint", folder, "--json", images / "p.json", "--top-k", 1) == 2
+    shown_errors = capsys.readouterr().err
+    assert "5 of 7 images are left out" in shown_errors
+    assert all(str(path) in shown_errors for path in bad)
+    assert [row["image"] for row in json.loads((images / "p.json").read_text())] == [str(paths[0]), str(paths[-1])]
 
 
 def test_one_bad_image_costs_no_result_and_names_are_escaped(images, tmp_path, capsys):

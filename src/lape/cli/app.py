@@ -36,6 +36,15 @@ from lape.recipe import Recipe, spelling_of, topic_of, topics
 USER_ERROR = 2
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# What an evaluation reads; `lape eval` refuses the rest rather than ignore it.
+STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
+EVALUATION = (
+    *STORED,
+    *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),
+    *("ema", "dist_eval", "device", "amp", "attention", "threads"),
+)
+WITH_CHECKPOINT = ("eval", "predict", "visualize", "export", "probe")
+TOLD = (*STORED, *("pe_std", "pe_norm", "warm_start", "as_original"))  # by every checkpoint, where it matters
 CLOSED_PIPE = 128 + 13  # as if by SIGPIPE
 
 Command = Callable[..., None]
@@ -221,9 +230,23 @@ def _one_line(error: Exception) -> str:
     argument = getattr(error, "argument", None)
     if isinstance(error, MissingArgumentError | CoercionError) and argument is not None:
         return f"{text.rstrip('.')}; give {_usage(argument)}"
+    if isinstance(error, UnknownOptionError) and (reason := _of_training(error)):
+        return reason
     if isinstance(error, UnknownOptionError | UnknownCommandError) and "Did you mean" not in text:
         text += " See --help."
     return text
+
+
+def _of_training(error: UnknownOptionError) -> str:
+    """Why a command that takes a checkpoint has no such flag of a training; "" where it is another flag."""
+    flag, command = (error.token.keyword or error.token.value).partition("=")[0], " ".join(error.command_chain or ())
+    spellings = {name: (f"--{name.replace('_', '-')}", spelling_of(name)) for name in Recipe.model_fields}
+    name = next((name for name, own in spellings.items() if flag.replace("--no-", "--") in own), None)
+    if command not in WITH_CHECKPOINT or name is None or name in {*EVALUATION, "resume"} - set(STORED):
+        return ""
+    if name in TOLD:
+        return f"{flag} is what a checkpoint says of itself, and lape {command} takes it from there: leave it out"
+    return f"{flag} is of training, and lape {command} trains nothing: leave it out, or give it to lape train"
 
 
 def _usage(argument: Any) -> str:

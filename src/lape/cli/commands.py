@@ -3,18 +3,17 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from lape import __version__
-from lape.cli.app import GROUPS, app, original, takes
+from lape.cli.app import EVALUATION, GROUPS, STORED, app, original, takes
 from lape.cli.options import takes_options
 from lape.cli.original import LauncherFlags, OriginalFlags
-from lape.cli.rows import escaped, write_directly, written
+from lape.cli.rows import destination, escaped, written
 from lape.errors import DataError, LapeError, arguments_as
-from lape.files.atomic import keep_inputs, write_atomically
+from lape.files.atomic import check_outputs
 from lape.look.options import DrawOptions
 from lape.names import shown, tell
 from lape.options import ExportOptions, PredictOptions
@@ -26,14 +25,6 @@ if TYPE_CHECKING:
 
     from lape.files.read import Checkpoint
 
-
-# What an evaluation reads; `lape eval` refuses the rest rather than ignore it.
-STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
-EVALUATION = (
-    *STORED,
-    *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),
-    *("ema", "dist_eval", "device", "amp", "attention", "threads"),
-)
 
 # What the matrix of `lape compare` sets itself, and what means nothing for it.
 NOT_COMPARED = (
@@ -160,10 +151,7 @@ def predict(
     """
     if not images:
         raise LapeError("no image was given: lape predict IMAGE... --checkpoint CHECKPOINT")
-    for path in (json, csv):
-        if path not in (None, "-") and not Path(str(path)).parent.is_dir():  # before the work, not after it
-            raise LapeError(f"{path!r} cannot be written (no such folder): give a file in a folder that exists")
-    keep_inputs([json, csv], [*images, options.checkpoint])
+    check_outputs([json, csv], [*images, options.checkpoint], streams=True)
     if json is not None and json == csv:
         raise LapeError(f"--json and --csv are both {json!r}: give two files")
 
@@ -295,14 +283,14 @@ def bench(
     ] = None,
 ) -> None:
     """Measure what joins cost: parameters, MACs, images a second, latency and memory, in interleaved rounds."""
-    if json not in (None, "-") and (Path(json).is_dir() or not Path(json).parent.is_dir()):
-        raise LapeError(f"--json {json!r} cannot be written: give a file in a folder that exists")
+    check_outputs([json], streams=True)
 
     from lape.study.benchmark import benchmark, variant_lines
 
-    results = benchmark(options, say=(lambda line: print(line, file=sys.stderr)) if json == "-" else print)
-    if json is not None:
-        _write(json, _as_json(results))
+    with destination(json or "-") as write:
+        results = benchmark(options, say=(lambda line: print(line, file=sys.stderr)) if json == "-" else print)
+        if json is not None:
+            write(_as_json(results))
     if json != "-":
         print("\n".join(["", *variant_lines(results)]))
 
@@ -319,10 +307,11 @@ def check_data(
     """Open every image of a data folder before a long run; exit code 0 when training may start, else 2."""
     from lape.data.check import check_data as check
 
-    keep_inputs([json], [data_path])
-    report = check(data_path, workers=workers or None)
-    if json is not None:
-        _write(json, _as_json(report.to_dict()))
+    check_outputs([json], [data_path], streams=True)
+    with destination(json or "-") as write:
+        report = check(data_path, workers=workers or None)
+        if json is not None:
+            write(_as_json(report.to_dict()))
     if json != "-":
         for line in report.lines():
             print(shown(line))
@@ -357,7 +346,9 @@ def hosts(
 
     if json is not None:
         fields = ("name", "tested", "root_classes", "block_classes", "note", "refused")
-        _write(json, _as_json([{field: getattr(host, field) for field in fields} for host in table()]))
+        check_outputs([json], streams=True)
+        with destination(json) as write:
+            write(_as_json([{field: getattr(host, field) for field in fields} for host in table()]))
         return
     for host in table():
         reasons: dict[str, list[str]] = {}
@@ -436,12 +427,3 @@ def _shown(items: Iterable[Any], total: int) -> Iterator[Any]:
 
 def _as_json(rows: Any) -> str:
     return escaped(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        print(text, end="")
-    elif Path(path).exists() and not Path(path).is_file():  # a pipe, /dev/null
-        write_directly(path, text)
-    else:
-        write_atomically(path, lambda file: file.write(text.encode()))

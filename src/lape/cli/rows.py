@@ -1,11 +1,12 @@
 """Rows of results as JSON and CSV files that grow as results come and are whole after each of them."""
 
 import csv
+import errno
+import glob
 import io
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from textwrap import indent
 from typing import Any
 
 from lape.errors import LapeError
+from lape.files.atomic import hold, is_stream, remove_left, write_atomically
 from lape.names import shown
 
 Row = dict[str, Any]
@@ -40,16 +42,19 @@ def written(json_path: str | None, csv_path: str | None) -> Iterator[Callable[[l
 @contextmanager
 def _table(path: str, text: Callable[[list[Row], bool], str], tail: str) -> Iterator[Callable[[list[Row]], None]]:
     """`tail` ends the file after each addition, and the next one is written over it."""
-    if path == "-" or (os.path.exists(path) and not os.path.isfile(path)):  # a pipe: nothing can be written over
+    if path == "-" or is_stream(path):  # nothing can be written over
         pieces: list[str] = []
-        yield lambda rows: pieces.append(text(rows, not pieces))
-        write_directly(path, "".join(pieces) + tail if pieces else "")
+        with destination(path) as write:
+            yield lambda rows: pieces.append(text(rows, not pieces))
+            write("".join(pieces) + tail if pieces else "")
         return
     place = Path(path)
     try:
+        remove_left(place.parent, f".{glob.escape(place.name)}.*.tmp")
         descriptor, temporary = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent)
     except OSError as error:
         raise LapeError(f"{path!r} cannot be written ({error.strerror}): give another file") from None
+    hold(descriptor)
     first = True
 
     def add(rows: list[Row]) -> None:
@@ -77,16 +82,35 @@ def _table(path: str, text: Callable[[list[Row], bool], str], tail: str) -> Iter
                 os.unlink(temporary)
 
 
-def write_directly(path: str, text: str) -> None:
-    """To stdout ("-"), or into what is no regular file."""
+@contextmanager
+def destination(path: str) -> Iterator[Callable[[str], None]]:
+    """What writes one text: a file as a whole, or to stdout ("-"), or into a pipe or a device, which is opened now: one
+    that nobody reads would be waited for without end. Raises LapeError where it cannot be written."""
     if path == "-":
-        sys.stdout.write(text)
+        yield lambda text: print(text, end="")
+        return
+    if not is_stream(path):
+        yield lambda text: write_atomically(path, lambda file: file.write(text.encode()))
         return
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+        descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
-        raise LapeError(f"{path!r} cannot be written ({error.strerror}): give another file") from None
+        reason = "nobody reads this pipe" if error.errno == errno.ENXIO else error.strerror
+        raise LapeError(f"{path!r} cannot be written ({reason}): give another file") from None
+
+    def write(text: str) -> None:
+        left = memoryview(text.encode())
+        try:
+            while left:
+                left = left[os.write(descriptor, left) :]
+        except OSError as error:
+            raise LapeError(f"{path!r} cannot be written ({error.strerror}): give another file") from None
+
+    try:
+        os.set_blocking(descriptor, True)
+        yield write
+    finally:
+        os.close(descriptor)
 
 
 def json_text(rows: list[Row], first: bool) -> str:

@@ -135,8 +135,9 @@ class Saved(Joined):
         return result
 
 
-DIGESTS = "sha256"  # in config.json: file of weights -> its SHA-256
+DIGESTS = "sha256"  # in config.json: file of weights -> its SHA-256, and its own
 UNFINISHED = "until all files are written"
+CONFIG = "config.json"
 
 
 def digest_of(path: Path) -> str:
@@ -145,10 +146,30 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def record_of(config: dict[str, Any]) -> Any:
+    """What a config.json says of a conversion: an entry of a configuration of transformers, else all of it."""
+    return config.get("lape") if "transformers_version" in config else config
+
+
+def digest_of_config(config: dict[str, Any]) -> str:
+    """The SHA-256 of all that a config.json says but this digest, whatever the order and the spaces."""
+    plain = json.loads(json.dumps(config))
+    record_of(plain)[DIGESTS].pop(CONFIG, None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sealed(config: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
+    """A config.json with the digests of its files of weights and of itself. Raises TypeError: no plain values."""
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    record_of(plain)[DIGESTS] = digests
+    record_of(plain)[DIGESTS] = {**digests, CONFIG: digest_of_config(plain)}
+    return plain
+
+
 def _finish(folder: Path) -> None:
     """The library writes config.json first: it gets the digests of the weights when they are there, in one step."""
-    path, fresh = folder / "config.json", folder / ".config.json.tmp"
+    path, fresh = folder / CONFIG, folder / f".{CONFIG}.tmp"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["lape"][DIGESTS] = {file.name: digest_of(file) for file in sorted(folder.glob("model*.safetensors"))}
-    fresh.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    digests = {file.name: digest_of(file) for file in sorted(folder.glob("model*.safetensors"))}
+    fresh.write_text(json.dumps(sealed(config, digests), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(fresh, path)

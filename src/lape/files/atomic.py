@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from lape.errors import LapeError, check_file
+from lape.errors import LapeError
 
 
 def write_atomically(
@@ -27,7 +29,7 @@ def write_atomically(
     Raises LapeError when the folder cannot be written; an earlier file at `path` is untouched then.
     """
     path = Path(path)
-    check_file(path)  # a device would be replaced
+    check_place(path)
     temporary = None
     problem: OSError | None = None
     try:
@@ -55,6 +57,64 @@ def write_atomically(
                 f"cannot write {path}: {problem.strerror or problem}; what was there before is untouched"
             ) from error
         raise
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a pipe or a device, or stands for a file that is open (/dev/stdout): no place to rename to."""
+    place = os.fspath(path)
+    try:
+        mode = os.stat(place).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            return True
+    except (OSError, ValueError):  # what is not there may be a link all the same
+        pass
+    for _ in range(40):
+        folder = os.path.realpath(os.path.dirname(place))
+        if folder == "/dev" or folder.startswith("/proc/"):
+            return True
+        if not os.path.islink(place):
+            break
+        place = os.path.join(os.path.dirname(place), os.readlink(place))
+    return False
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raises LapeError for what `is_stream`: it would be replaced by a file."""
+    if is_stream(path):
+        raise LapeError(
+            f"{path} is a pipe or a device, or stands for an open file: name a file that can be written as a whole"
+        )
+
+
+def check_outputs(
+    outputs: Iterable[str | os.PathLike[str] | None],
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    *,
+    streams: bool = False,
+) -> None:
+    """Before the work: raises LapeError where a file cannot be written, would be written twice, or would replace what
+    is read. None and "-" are no files. `streams`: pipes and devices will do."""
+    seen: dict[str, str] = {}
+    files = [os.fspath(path) for path in outputs if path is not None and path != "-"]
+    for path in files:
+        place, folder = os.path.realpath(path), os.path.dirname(path) or "."
+        try:
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, "a folder")
+            if not is_stream(path):
+                with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp"):
+                    pass
+        except (OSError, ValueError) as error:
+            reason = (
+                f"no folder {folder}" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", error)
+            )
+            raise LapeError(f"{path!r} cannot be written ({reason}): name a file in a folder that is there") from None
+        if is_stream(path):
+            check_place(path) if not streams else None
+        elif place in seen:
+            raise LapeError(f"{seen[place]!r} and {path!r} are one file: give two")
+        seen[place] = path
+    keep_inputs(files, inputs)
 
 
 def keep_inputs(outputs: Iterable[str | os.PathLike[str] | None], inputs: Iterable[str | os.PathLike[str]]) -> None:

@@ -28,6 +28,7 @@ _NO_MATTER = {
     "grad_checkpointing",
     "fused_attn",
     "gradient_checkpointing",
+    "name_or_path",
 }
 
 

@@ -15,12 +15,12 @@ from torch import nn
 
 from lape.convert.converted import Conversion, conversion_of
 from lape.convert.positions import Size
-from lape.convert.tended import DIGESTS
+from lape.convert.tended import CONFIG, sealed
 from lape.errors import LapeError, arguments_as
 from lape.files.atomic import put_in_place, remove_left, write_atomically
 from lape.files.blueprint import COMPILED, blueprint_of, unwrapped
 from lape.files.names import to_reference_state_dict
-from lape.files.read import CONFIG, FORMAT, HUB, WEIGHTS, _hub, waiting_name
+from lape.files.read import FORMAT, HUB, WEIGHTS, _hub, waiting_name
 from lape.files.restore import SIZE_NAMES, restore
 from lape.files.vet import check_entries
 
@@ -62,10 +62,9 @@ def save(
         "input_size": _pixels(conversion),
         "classes": classes,
         "transform": transform,
-        DIGESTS: {WEIGHTS: hashlib.sha256(weights).hexdigest()},
     }
     try:
-        text = json.dumps(config, indent=2) + "\n"
+        text = json.dumps(sealed(config, {WEIGHTS: hashlib.sha256(weights).hexdigest()}), indent=2) + "\n"
     except TypeError as error:
         raise LapeError(f"config.json takes plain values only: {error} in {factory['kwargs']} or {transform}") from None
     check_entries(Path(path), {"model_kwargs": factory["kwargs"], "model": factory["name"]}, config)

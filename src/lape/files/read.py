@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from lape.convert.converted import CHOSEN
-from lape.convert.tended import DIGESTS, digest_of
+from lape.convert.tended import CONFIG, DIGESTS, digest_of, digest_of_config, record_of
 from lape.core.joins import join_named
 from lape.core.position import kind_named
 from lape.errors import CheckpointError, check_file, needs
-from lape.files.vet import check_entries, check_state, first_line, is_flag, read_json
+from lape.files.vet import check_entries, check_state, first_line, is_flag, of_file, read_json
+from lape.host.configurations import ORIGIN
 from lape.names import shown
 
 HEADS = ("head.weight", "head.fc.weight")  # of a classifier: in most models of timm, in those of stages
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "lape-1"
 PROCESSOR = "preprocessor_config.json"  # of transformers
@@ -165,14 +165,21 @@ def _check_records(path: Path) -> None:
 def _digests(folder: Path) -> Mapping[str, Any]:
     """The SHA-256 of the files of weights that a folder's config.json holds, where there is one that does."""
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    return _said_digests(config) if isinstance(config, dict) else {}
+    return _said_digests(folder, config) if isinstance(config, dict) else {}
 
 
-def _said_digests(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    record = config.get("lape") if "transformers_version" in config else config
+def _said_digests(folder: Path, config: dict[str, Any]) -> Mapping[str, Any]:
+    record = record_of(config)
     said = record.get(DIGESTS) if isinstance(record, Mapping) else None
     if said is not None and not isinstance(said, Mapping):
-        raise CheckpointError(f"{CONFIG} says that its folder was not written to its end: save the model again")
+        raise CheckpointError(f"{folder / CONFIG} says that it was not written to its end: save the model again")
+    with of_file(folder / CONFIG):
+        whole = not said or said.get(CONFIG) in (None, digest_of_config(config))
+    if not whole:
+        raise CheckpointError(
+            f"{folder / CONFIG} is not as it was written (SHA-256): it is damaged or edited; copy or save the folder "
+            f"again, or take {CONFIG!r} out of its {DIGESTS!r} where the change is yours"
+        )
     return said or {}
 
 
@@ -263,16 +270,16 @@ def _read_folder(path: Path) -> Checkpoint:
 
 
 def _folder(
-    path: Path, args: dict[str, Any], raw: dict[str, Any], files: list[str], config: Mapping[str, Any]
+    path: Path, args: dict[str, Any], raw: dict[str, Any], files: list[str], config: dict[str, Any]
 ) -> Checkpoint:
     """What a folder says, held against the tables, and then its weights."""
     missing = [name for name in ("model", "join_type", "pe", "model_kwargs") if args.get(name) is None]
     if missing:
         raise CheckpointError(f"{path / CONFIG} does not say its {missing[0]}: it is not whole; save the model again")
     check_entries(path / CONFIG, args, raw)
-    state: dict[str, Tensor] = {}
+    state, digests = {}, _said_digests(path, config)
     for name in files:
-        digest = _said_digests(config).get(name)
+        digest = digests.get(name)
         waiting = waiting_name(path / name, digest)
         state |= _unpickle_safely(waiting if waiting.is_file() else path / name, digest)
     check_state(path, state)
@@ -305,12 +312,11 @@ def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
 def _without_origin(value: Any) -> Any:
     """A configuration without the names of where it came from, which nothing is read from."""
     if isinstance(value, dict):
-        return {key: _without_origin(inner) for key, inner in value.items() if key not in _ORIGIN}
+        return {key: _without_origin(inner) for key, inner in value.items() if key not in ORIGIN}
     return value
 
 
 _OF_THE_MODEL = ("folded", "grid", "own_table", "at")
-_ORIGIN = ("_name_or_path", "name_or_path", "_commit_hash")
 
 
 def _chosen(record: Mapping[str, Any]) -> dict[str, Any]:

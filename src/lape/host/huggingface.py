@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from lape.core.position import Grid, Layout, resample
 from lape.core.stages import Stage, over_tokens
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host.base import Blueprint, Host, class_name
+from lape.host.configurations import check_entries, check_origin, declared_in
 from lape.host.parts import (
     POST_NORM,
     RELATIVE,
@@ -547,40 +548,13 @@ def blueprint(model: nn.Module) -> Blueprint | None:
     if not cls.__module__.startswith("transformers.models.") or not hasattr(model, "config"):
         return None
     config: Any = model.config
-    return cls.__name__, json.loads(config.to_json_string(use_diff=False))
-
-
-# Entries of a configuration that name weights, files or code: a backbone of the Hub, a kernel, a class to import.
-_ELSEWHERE = frozenset(
-    "backbone use_timm_backbone use_pretrained_backbone backbone_kwargs auto_map custom_pipelines trust_remote_code "
-    "quantization_config compression_config model_args architecture pretrained_cfg adapter_kwargs use_kernels "
-    "kernel_config base_model_name_or_path".split()
-)
-_ATTENTION = ("eager", "sdpa")
+    return cls.__name__, declared_in(type(config), json.loads(config.to_json_string(use_diff=False)))
 
 
 def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raises LapeError for an entry, at any depth, that has the library fetch weights, a kernel or code, or that
-    is named like a method of configurations."""
-    config_class = _model_class(name).config_class
-    for key, value in _entries(kwargs):
-        if key in _ELSEWHERE and value not in (None, False, "", {}, []):
-            raise LapeError(f"{key!r} names weights or code of somewhere else")
-        if "attn_implementation" in key and value not in (None, False, *_ATTENTION):
-            raise LapeError(f"{key!r} may be {' or '.join(_ATTENTION)}, not {value!r}")
-        if key.startswith("__") or callable(getattr(config_class, key, None)):
-            raise LapeError(f"{key!r} is no entry of a configuration")
-
-
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key), inner
-            if key not in ("id2label", "label2id"):
-                yield from _entries(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _entries(inner)
+    """Raises LapeError for an entry, at any depth, that its configuration class does not declare, or of another kind
+    than there; and for what has the library fetch weights, a kernel or code. What is empty or false says nothing."""
+    check_entries(_model_class(name).config_class, kwargs)
 
 
 def _model_class(name: str) -> Any:
@@ -596,7 +570,7 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """One of the library's own model classes from a configuration, with random weights."""
     cls = _model_class(name)
     config = cls.config_class.from_dict(kwargs)
-    check_arguments(name, config.to_dict())  # what the file does not say is the library's default
+    check_origin(config.to_dict())  # what the file does not say is the library's default
     model: nn.Module = cls(config)
     return model
 

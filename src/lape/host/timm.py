@@ -144,6 +144,7 @@ NOT_THE_MODEL = frozenset(
     "checkpoint_path cache_dir default_cfg model_cfg feature_cfg kwargs_filter pruned scriptable exportable no_jit "
     "device dtype".split()
 )
+_BY_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _OF_ALL_MODELS = {"features_only", "feature_cls", "out_indices", "use_naflex"}
 
 
@@ -159,7 +160,8 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
     classes = [c for c in vars(sys.modules[timm.model_entrypoint(arch).__module__]).values() if isinstance(c, type)]
     ours = {base for c in classes for base in c.__mro__ if base.__module__.startswith(("timm.", "lape."))}
     made = [vars(base)["__init__"] for base in ours if "__init__" in vars(base)]
-    allowed = {argument for constructor in made for argument in inspect.signature(constructor).parameters}
+    allowed = {p.name for one in made for p in inspect.signature(one).parameters.values() if p.kind is _BY_NAME}
+    allowed.discard("self")
     for argument in kwargs:
         if argument not in (allowed | _OF_ALL_MODELS) - NOT_THE_MODEL:
             raise LapeError(f"{argument!r} is no argument of {arch} that says what the model is")

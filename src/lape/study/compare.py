@@ -27,7 +27,7 @@ from lape.study.probing import draw as draw_probe
 from lape.study.probing import validation_images
 from lape.study.sweep import Outcome, evaluate_at, size_named
 from lape.study.sweep import draw as draw_sizes
-from lape.study.workers import Agenda, Stage, run_all
+from lape.study.workers import Agenda, Stage, run_all, told
 from lape.train.machine import environment
 
 if TYPE_CHECKING:
@@ -73,11 +73,12 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
 
     print(f"{len(plan)} trainings of {recipe.epochs} epochs, {len(runs)} done before, {options.workers} at a time")
     agenda = Agenda([Stage((one,)) for one in waiting], options.workers)
-    runs += run_all(
-        agenda,
-        partial(train_cell, folder),
-        lambda r: f"  {r.model}, {r.pe}, {r.variant.label}, seed {r.seed}: {r.accuracy:.1f} % ({r.seconds:.0f} s)",
-    )
+    with told(lambda: _standing(plan, folder)):
+        runs += run_all(
+            agenda,
+            partial(train_cell, folder),
+            lambda r: f"  {r.model}, {r.pe}, {r.variant.label}, seed {r.seed}: {r.accuracy:.1f} % ({r.seconds:.0f} s)",
+        )
     order = list(recipes)
     runs.sort(key=lambda run: (order.index(run.variant), run.seed))
     gaps = differences(runs, baseline)
@@ -366,6 +367,11 @@ def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Rec
     return done, waiting
 
 
+def _standing(plan: Sequence[Recipe], folder: Path) -> str:
+    done = sum((cell_folder(folder, recipe) / "result.json").exists() for recipe in plan)
+    return f"{done} of {len(plan)} trainings are done in {folder}; to go on where others were saved: the same command"
+
+
 def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Run:
     """Trains by one recipe, keeps the model, and writes result.json last: it says that the cell is done.
 
@@ -483,7 +489,8 @@ def demo(options: DemoOptions) -> Study:
         flush=True,
     )
     with tempfile.TemporaryDirectory() as models:
-        runs = run_all(agenda, partial(_train_for_demo, Path(models)), _demo_line)
+        with told(lambda: f"the demo was stopped, nothing was written to {folder}; to begin anew: the same command"):
+            runs = run_all(agenda, partial(_train_for_demo, Path(models)), _demo_line)
         if not runs:
             raise LapeError(f"no training ended within time_limit={options.time_limit:g}: give more seconds, or none")
         runs.sort(key=lambda run: (run.epochs, run.seed, rows.index(run.variant)))

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lape.errors import LapeError, needs
-from lape.files.atomic import write_atomically
+from lape.files.atomic import check_outputs, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def check_writable(json_file: str | None, picture: str | None) -> None:
-    """Raises LapeError, before the work, for a file whose folder is not there or a picture of no known kind."""
-    for path in (json_file, picture):
-        if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-            raise LapeError(f"{path!r} cannot be written: give a file in a folder that exists")
+def check_writable(json_file: str | None, picture: str | None, inputs: Sequence[str]) -> None:
+    """Raises LapeError before the work: files that are read or cannot be written, a picture of no known kind."""
+    if "-" in (json_file, picture):
+        raise LapeError("'-' is taken for no file here, lines are printed to stdout already: name a file")
+    check_outputs([json_file, picture], inputs)
     if picture is not None:
         if Path(picture).suffix not in (".png", ".pdf", ".svg"):
             raise LapeError(f"--plot {picture!r} names no kind of picture: end it in .png, .pdf or .svg")

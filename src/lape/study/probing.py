@@ -34,7 +34,7 @@ def probe_models(models: Sequence[str], options: ProbeOptions) -> dict[str, Feat
 
     Raises LapeError: no such model, too few images, a file that cannot be written; before the work where it can be.
     """
-    check_writable(options.json, options.plot)
+    check_writable(options.json, options.plot, [*models, *options.images, options.data_path])
     if len(set(models)) != len(models):
         raise LapeError(f"a model was given twice among {', '.join(models)}: give each once")
     features: dict[str, Features] = {}

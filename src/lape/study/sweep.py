@@ -183,7 +183,7 @@ def patch_of(model: nn.Module, size: Size, in_chans: int) -> Size:
 
 def sweep(recipe: Recipe, options: SweepOptions) -> dict[str, Any]:
     """`lape eval` with other sizes and changed images: a table, and the files that `options` names."""
-    check_writable(options.json, options.plot)
+    check_writable(options.json, options.plot, [recipe.resume, recipe.data_path])
     checkpoint = read_checkpoint(recipe.resume)
     if not recipe.data_path and checkpoint.args.get("data_path"):
         raise CheckpointError(f"{recipe.resume} was not trained on the packaged digits: give --data-path with val/")

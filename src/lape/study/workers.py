@@ -106,6 +106,18 @@ def run_all(agenda: Agenda, job: Job, line_of: Callable[[Run], str]) -> list[Run
     return runs
 
 
+@contextmanager
+def told(line: Callable[[], str]) -> Iterator[None]:
+    """Whoever ends what is in here by a signal is told what is there, and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as end:
+        code = end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 0
+        with suppress(OSError):  # a closed terminal
+            print(f"{signal.Signals(code - 128).name if code > 128 else 'Ctrl-C'}: {line()}", flush=True)
+        raise
+
+
 def _in_turn(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Generator[Run]:
     import torch
 
@@ -113,11 +125,14 @@ def _in_turn(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Generator[Ru
         tick()
         agenda.check_time()
 
-    threads = torch.get_num_threads()
+    threads, stop = torch.get_num_threads(), Stop()
     try:
-        while recipes := agenda.take():
-            for recipe in recipes:
-                yield job(recipe, in_time)
+        with stop.on_signals():  # a training has its own while it runs
+            while recipes := agenda.take():
+                for recipe in recipes:
+                    yield job(recipe, in_time)
+                    if stop.is_set():
+                        stop.leave()
     finally:
         torch.set_num_threads(threads)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -310,7 +311,7 @@ def predictions(
 
     Before the first one is classified, every file is opened and its header read, so that a missing file or one that is
     no image costs no work. A file that is cut off shows in its batch only. With a list for `problems`, files that are
-    there and cannot be read are named in it and left out.
+    there and cannot be read, links to nothing and those that went meanwhile are named in it and left out.
     """
     from lape.data.images import check_header, load_image
 
@@ -319,7 +320,7 @@ def predictions(
             try:
                 yield path, read(path)
             except DataError as error:
-                if problems is None or not Path(path).exists():
+                if problems is None or (read is check_header and not os.path.lexists(path)):
                     raise
                 problems.append(str(error))
 

@@ -9,10 +9,12 @@ as `previous_checkpoint.pth`. `--resume auto` takes the newest whole one of them
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -430,12 +432,58 @@ def _resume_optimizer(state: State, checkpoint: Checkpoint) -> None:
             {**new, **was, **{name: new[name] for name in _GROUP_SETTINGS if name in new}}
             for was, new in zip(theirs["param_groups"], groups, strict=True)
         ]
-    shapes = {name: tensor.shape for name, tensor in checkpoint.model.items()}
-    for name in our_names:
-        average = theirs["state"].get(number_of[name], {}).get("exp_avg")
-        if average is not None and average.shape != shapes[name]:
-            raise CheckpointError(f"the optimizer of {checkpoint.path} does not fit its model at {name}")
-    state.optimizer.load_state_dict({**ours, **theirs, "state": states, "param_groups": groups})
+    whole = {**ours, **theirs, "state": states, "param_groups": groups}
+    examples = zip(our_names, our_numbers, _examples(state.optimizer), strict=True)
+    pairs = [(f"{name} of", example, states[number]) for name, number, example in examples if number in states]
+    pairs += [("", new, was) for new, was in zip(ours["param_groups"], groups, strict=True)]
+    for what, example, kept in pairs:
+        for entry, layout in _layout(example).items():
+            own = _layout(kept.get(entry, "missing"))
+            if entry != "params" and own != layout and None not in (own, layout):
+                raise CheckpointError(
+                    f"the optimizer of {checkpoint.path} does not fit this one: {what} {entry} is {own}, not {layout}; "
+                    "start from its weights with --finetune"
+                )
+    state.optimizer.load_state_dict(whole)
+
+
+def _examples(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer keeps for each parameter, as a step with others of the same shape leaves it.
+
+    Empty for an optimizer that takes no such step.
+    """
+    twin: Any = copy.copy(optimizer)
+    own = {name: value for name, value in vars(optimizer).items() if name not in vars(twin)}
+    tried = [{p.shape: torch.zeros_like(p, requires_grad=True) for p in g["params"]} for g in optimizer.param_groups]
+    places = [(place, p.shape) for place, group in enumerate(optimizer.param_groups) for p in group["params"]]
+    try:
+        with torch.random.fork_rng():
+            vars(twin).update(copy.deepcopy({k: v for k, v in own.items() if not isinstance(v, torch.optim.Optimizer)}))
+            twin.state, twin.param_groups = (
+                defaultdict(dict),
+                copy.deepcopy([{**group, "params": []} for group in optimizer.param_groups]),
+            )
+            for group, parameters in zip(twin.param_groups, tried, strict=True):
+                group["params"] = list(parameters.values())
+                for parameter in group["params"]:
+                    parameter.grad = torch.ones_like(parameter)
+            twin.step()
+    except Exception:  # they raise what they like
+        return [{} for _ in places]
+    return [twin.state[tried[place][shape]] for place, shape in places]
+
+
+def _layout(value: Any) -> Any:
+    """Shapes of tensors and kinds of other values; a number may be a tensor of one."""
+    if isinstance(value, torch.Tensor):
+        return "a number" if value.numel() == 1 else f"of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return {name: _layout(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_layout(part) for part in value]
+    if value is None or value == "missing":
+        return value
+    return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
 
 
 _GROUP_SETTINGS = ("params", "lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")

@@ -29,7 +29,7 @@ from lape.convert.converted import conversion_of
 from lape.convert.positions import Size, View, describe
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError, check_finite, needs
-from lape.files.atomic import keep_inputs, write_atomically
+from lape.files.atomic import check_outputs, write_atomically
 from lape.files.read import read_checkpoint
 from lape.look.measures import MEASURES, measure_all
 from lape.look.similarity import Maps, bias_to_show, grid_at, half_distance, locality_radius, monotonicity
@@ -84,10 +84,8 @@ def explore(
     if images and size is not None:
         raise LapeError("size shows positions of another grid and images need the model's own: leave one of them out")
     target = Path(path)
-    if not target.parent.is_dir():
-        raise LapeError(f"there is no folder {target.parent}: make it, or choose another file for the explorer")
     named = _named(models)
-    keep_inputs([target], [*images, *(source for source in named.values() if isinstance(source, Path))])
+    check_outputs([target], [*images, *(source for source in named.values() if isinstance(source, Path))])
 
     def open_model(source: nn.Module | Path) -> tuple[nn.Module, dict[str, Any] | None]:
         if isinstance(source, nn.Module):

@@ -1,0 +1,138 @@
+"""What a file may say in a configuration of transformers: what its class declares, nothing that fetches or imports."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+from lape.errors import LapeError
+from lape.names import shown
+
+ORIGIN = ("_name_or_path", "name_or_path", "_commit_hash")  # where a configuration came from; nothing is read from it
+# What has the library fetch weights or import code, in classes that declare it as well.
+_ELSEWHERE = frozenset(
+    "backbone use_timm_backbone use_pretrained_backbone backbone_kwargs model_args architecture pretrained_cfg "
+    "quantization_config adapter_kwargs dataset index_path passages_path".split()
+)
+_ATTENTION, _DTYPES = ("eager", "sdpa"), ("float32", "float64", "float16", "bfloat16")
+_WORDS = (
+    "architectures problem_type layer_types mlp_layer_types out_features stage_names position_embedding_type".split()
+)
+_EARLIER = (  # of every configuration of transformers 4, and of some
+    "num_labels torch_dtype tie_word_embeddings use_cache qkv_bias output_attentions pruned_heads pad_token_id "
+    "bos_token_id eos_token_id decoder_start_token_id max_length num_beams num_beam_groups temperature top_k top_p "
+    "typical_p repetition_penalty length_penalty num_return_sequences rope_theta partial_rotary_factor"
+).split()
+_ROTARY = ("rope_scaling", "rope_parameters")
+Kinds = dict[str, set[str]]
+"""For each entry that a configuration class declares: whether it holds numbers, yes or no, text."""
+
+
+def check_entries(cls: Any, entries: Mapping[str, Any], within: Kinds | None = None) -> None:
+    """Raises LapeError for an entry, at any depth, that its class does not declare, or of another kind than there; and
+    for what has the library fetch weights, a kernel or code. What is empty or false says nothing.
+
+    Args:
+        within: what the class around this one declares in it.
+    """
+    declared = _declared(cls) | (within or {})
+    for key, value in entries.items():
+        empty = value in (None, False, "", {}, [])
+        if key in _ELSEWHERE and not empty:
+            raise LapeError(f"{key!r} names weights or code of somewhere else")
+        if "attn_implementation" in key:
+            if not empty and value not in _ATTENTION:
+                raise LapeError(f"{key!r} may be {' or '.join(_ATTENTION)}, not {value!r}")
+        elif key == "model_type" and value not in (None, cls.model_type):
+            raise LapeError(f"{key!r} of a {cls.__name__} is {cls.model_type!r}, not {shown(repr(value))[:60]}")
+        elif key.startswith("__") or callable(getattr(cls, key, None)) or not (empty or key in declared):
+            raise LapeError(f"{key!r} is no entry of a {cls.__name__}")
+        elif isinstance(value, Mapping) and (inner := _inner_class(cls, key, value)):
+            check_entries(inner, value, _kinds_of(_default(cls).get(key)))
+        elif not (empty or key in ("id2label", "label2id") or _fits(key, value, declared[key])):
+            kinds = " or ".join(sorted(declared[key])) or "a number"
+            raise LapeError(f"{key!r} of a {cls.__name__} is {kinds}, not {shown(repr(value))[:60]}")
+
+
+def _fits(key: str, value: Any, kinds: set[str]) -> bool:
+    if key in ("dtype", "torch_dtype"):
+        return value in _DTYPES
+    texts, own = _leaves(value)
+    words = texts if key not in ("model_type", "transformers_version") else []
+    return own <= (kinds or {"number", "yes or no"}) and all(re.fullmatch(r"[\w-]{1,64}", word) for word in words)
+
+
+def _leaves(value: Any) -> tuple[list[str], set[str]]:
+    """The texts in a value, and of which kinds its parts are."""
+    if isinstance(value, Mapping | list | tuple):
+        parts = [_leaves(part) for part in (value.values() if isinstance(value, Mapping) else value)]
+        return [text for texts, _ in parts for text in texts], set().union(*(kinds for _, kinds in parts))
+    if isinstance(value, str):
+        return [value], {"text"}
+    return [], set() if value is None else {"yes or no" if isinstance(value, bool) else "number"}
+
+
+@lru_cache(maxsize=64)
+def _default(cls: Any) -> dict[str, Any]:
+    """The configuration that a class makes of nothing, empty for a class that needs something."""
+    with suppress(Exception):
+        config: dict[str, Any] = cls().to_dict()
+        return config
+    return {}
+
+
+@lru_cache(maxsize=64)
+def _declared(cls: Any) -> Kinds:
+    kinds: Kinds = {name: {"text"} for name in _WORDS} | {name: {"text", "number"} for name in _ROTARY}
+    kinds |= {name: set() for name in (*_EARLIER, *cls.attribute_map, *cls.sub_configs)}
+    made = [inspect.signature(vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base)]
+    given = [
+        p
+        for signature in made
+        for p in signature.parameters.values()
+        if p.kind is not p.VAR_KEYWORD and p.name != "self"
+    ]
+    arguments = {p.name: None if p.default is p.empty else p.default for p in given}
+    for more in (_kinds_of(arguments), _kinds_of(_default(cls))):
+        kinds |= {name: kinds.get(name, set()) | own for name, own in more.items()}
+    return kinds
+
+
+def _kinds_of(config: Any) -> Kinds:
+    return {name: _leaves(value)[1] for name, value in config.items()} if isinstance(config, Mapping) else {}
+
+
+def _inner_class(cls: Any, key: str, value: Mapping[str, Any]) -> Any:
+    """The class of a configuration within one, None for a plain mapping."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    known, kind = cls.sub_configs.get(key), value.get("model_type")
+    if known not in (None, AutoConfig) and kind in (None, known.model_type):
+        return known
+    if kind is not None and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        raise LapeError(f"{key!r} is of no model type that transformers has: {shown(str(kind))[:60]!r}")
+    return None if kind is None else CONFIG_MAPPING[kind]
+
+
+def declared_in(cls: Any, entries: Mapping[str, Any], within: Kinds | None = None) -> dict[str, Any]:
+    """A configuration without what its user noted in it, and without where it came from."""
+    declared = _declared(cls) | (within or {})
+    inner = {key: _inner_class(cls, key, value) for key, value in entries.items() if isinstance(value, Mapping)}
+    return {
+        key: declared_in(inner[key], value, _kinds_of(_default(cls).get(key))) if inner.get(key) else value
+        for key, value in entries.items()
+        if key in declared and key not in ORIGIN
+    }
+
+
+def check_origin(value: Any) -> None:
+    """Raises LapeError where a configuration has weights fetched or code imported, be it by default."""
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in parts:
+        if key in _ELSEWHERE and inner:
+            raise LapeError(f"{key!r} names weights or code of somewhere else")
+        check_origin(inner)
