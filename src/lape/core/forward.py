@@ -167,7 +167,7 @@ class Link:
     def read(self, root: nn.Module, table: Tensor) -> Tensor:
         """The rows (1, R, D) that a host's table stands for."""
         form = self.anatomy.form
-        return form.read(table, *(owned(*place_of(root, path)) for path in form.beside))
+        return form.read(table, *(owned(*place_of(root, path)) for path in form.inputs))
 
     def is_away(self, root: nn.Module) -> bool:
         """Whether the table is elsewhere until the host's code reads it (offloading)."""
@@ -244,7 +244,7 @@ class Link:
             return self.running.lape()  # type: ignore[operator]
         if isinstance(own, nn.Module):
             return None
-        if (here := HERE.forward) is not None and here.link is self and here.late and not self.anatomy.form.beside:
+        if (here := HERE.forward) is not None and here.link is self and here.late and not self.anatomy.form.inputs:
             here.table = self.read(here.root, own)
         if isinstance(own, nn.Parameter):
             return _zeros(own, own.dtype)
@@ -265,8 +265,11 @@ class Link:
         vars(self).update(state, recall=Recall())
 
 
-def received(module: Any, x: Tensor) -> Tensor:
-    """What a joined module's tokens x receive, (1, N, D) or for a map (1, rows, columns, D), in their dtype."""
+def received(module: Any, x: Tensor, layer: int | None = None) -> Tensor:
+    """What a joined module's tokens x receive, (1, N, D) or for a map (1, rows, columns, D), in their dtype.
+
+    `layer` says as the tokens of which layer they stand, -1 before the first; None: of its place.
+    """
     link, here = module._lape, HERE.forward
     if here is not None and here.late and here.link is link:
         here.late = False
@@ -285,21 +288,21 @@ def received(module: Any, x: Tensor) -> Tensor:
     if link.anatomy.maps:
         p = p.unflatten(1, x.shape[1:3])
     if link.anatomy.windows is not None:
-        p = _in_windows(link, p, x, module._lape_place)
+        p = _in_windows(link, p, x, module._lape_place if layer is None else layer)
     if isinstance(x, Tensor) and (p.dtype != x.dtype or p.device != x.device):  # else a proxy of torch.fx
         p = p.to(device=x.device, dtype=x.dtype)
     return p
 
 
-def _in_windows(link: Link, p_1ND: Tensor, x: Tensor, place: int) -> Tensor:
+def _in_windows(link: Link, p_1ND: Tensor, x: Tensor, layer: int) -> Tensor:
     """A position as the tokens x of a block stand: a map, windows image by image, or all of an image's at once."""
     anatomy = link.anatomy
-    grid = link.grid_of(x, place) or anatomy.at(place)[0].grid
+    grid = link.grid_of(x, layer) or anatomy.at(layer)[0].grid
     if x.ndim == 4 and tuple(x.shape[1:3]) == grid:
         p: Tensor = p_1ND.unflatten(1, grid)
         return p
     assert anatomy.windows is not None
-    p = anatomy.windows(p_1ND, grid, place)
+    p = anatomy.windows(p_1ND, grid, layer)
     if p.shape[1:] != x.shape[1:]:
         return p.flatten(0, 1)[None]
     return p if len(p) == 1 else p.repeat(x.shape[0] // len(p), *(1 for _ in p.shape[1:]))
