@@ -11,19 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formula import assert_host_keys, assert_same_structure, of_position, plain
-from zoo import SMALL, WIDE, make_wide, wide_output
+from zoo import SMALL, WIDE, make_family, make_wide, wide_output
 
 import lape
 from lape.convert.converted import conversion_of
 
 transformers = pytest.importorskip("transformers", minversion="5.20")
-NO_INPUT = (
-    "vitdet",
-    "lw_detr",
-    "sam3",
-    "sam2",
-    "mllama",
-)  # a new table has no place where it could be added to their tokens
+NO_INPUT = ("vitdet", "lw_detr", "sam3", "sam2", "mllama")  # which have no place where a new table could be added
 CASES = [
     (family, join, pe)
     for family, (*_, needed, _rows, _bare, _beside) in WIDE.items()
@@ -246,6 +240,64 @@ def test_packed_images_each_get_the_position_of_their_own_grid():
         plainly(x, mask, torch.tensor([[4, 4], [2, 3]]))[0],
         make_wide("siglip2")(x, mask, torch.tensor([[4, 4], [2, 3]]))[0],
     )
+
+
+def packed_naflex(grids: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Patches of images of these grids with their places, padded to 16."""
+    coordinates, valid = torch.zeros(len(grids), 16, 2).long(), torch.zeros(len(grids), 16).bool()
+    for i, grid in enumerate(grids):
+        places = torch.cartesian_prod(*map(torch.arange, grid))
+        coordinates[i, : len(places)], valid[i, : len(places)] = places, True
+    return {"patches": torch.randn(len(grids), 16, 48), "patch_coord": coordinates, "patch_valid": valid}
+
+
+def of_packed(host: str, join: str = "LaPE", pe: str | None = None):
+    """A converted model, and a function of grids that gives what it makes of images of them, packed."""
+    if host == "siglip2":
+        model = lape.apply_(make_wide("siglip2"), join, pe)
+
+        def forward(grids):
+            mask = torch.tensor([[int(i < rows * columns) for i in range(16)] for rows, columns in grids])
+            return model(torch.randn(len(grids), 16, 48), mask, torch.tensor(grids)).last_hidden_state
+    else:
+        model = lape.apply_(make_family("NaFlexViT"), join, pe)
+
+        def forward(grids):
+            return model(packed_naflex(grids))
+
+    shake(model)
+    return model, forward
+
+
+@pytest.mark.parametrize("join", ["LaPE", "share"])
+@pytest.mark.parametrize("host", ["siglip2", "NaFlexViT"])
+def test_layers_of_packed_images_are_recomputed_to_the_bit(host, join):
+    """Also where an image has as many tokens as the model's own grid, and after a batch of one grid."""
+    model, forward = of_packed(host, join)
+    grids, gradients = [(4, 4), (2, 3), (2, 8)], []
+    for recomputed in (False, True):
+        if recomputed:
+            enable = "set_grad_checkpointing" if host == "NaFlexViT" else "activation_checkpointing_enable"
+            getattr(model, enable)()
+        model.train().zero_grad()
+        torch.manual_seed(0)
+        forward([(2, 8)] * 3).square().sum().backward()
+        forward(grids).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    one, other = forward(grids), forward(grids)
+    with pytest.raises(lape.LapeError, match="cannot tell of which forward"):
+        (one.sum() + other.sum()).backward()
+
+
+@pytest.mark.parametrize(("host", "pe"), [("siglip2", "PEG"), ("NaFlexViT", "PEG"), ("NaFlexViT", "2D_RPE")])
+def test_kinds_for_one_grid_refuse_images_of_several(host, pe):
+    _, forward = of_packed(host, "basic", pe)
+    assert forward([(4, 4)] * 2).isfinite().all()
+    for grids in ([(4, 4), (2, 8)], [(2, 3), (2, 3)]):
+        with pytest.raises(lape.LapeError, match="images of several grids, or padded ones, are packed"):
+            forward(grids)
 
 
 @pytest.mark.parametrize("family", ["idefics2", "idefics3", "smolvlm"])

@@ -297,13 +297,7 @@ WIDE = {
             "intermediate_layers_indices": [0],
             "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
         },
-        *(
-            lambda: (
-                torch.randn(2, 1, 4, 3, 16, 16),
-                torch.tensor([[1], [2]]),
-                torch.tensor([[[1, 0, 0, 0]], [[1, 1, 0, 0]]]),
-            ),
-        ),
+        lambda: (torch.randn(2, 1, 4, 3, 16, 16), torch.tensor([[1], [2]]), torch.tensor([[[1, 0] * 2], [[1, 1] * 2]])),
         *(None, 1, 0, "tiles"),
     ),
     "timesformer": (

@@ -719,8 +719,8 @@ HOSTS = (
     _host(
         "Hugging Face Llama vision",
         (_LLAMA_4, _MLLAMA),
-        "Llama 4: the table of the encoder beside rotary position embedding, its class token stands last; Mllama (Llama "
-        "3.2): the table that all tiles share, beside their own; one size",
+        "Llama 4: the table of the encoder beside rotary position embedding, its class token stands last; Mllama "
+        "(Llama 3.2): the table that all tiles share, beside their own; one size",
         {},
     ),
 )
