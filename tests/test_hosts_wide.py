@@ -320,7 +320,7 @@ def test_rows_that_a_host_picks_for_an_image_are_those_that_it_gets(family):
         assert lape.positions(model, (12, 8)).shape == (2, 6, 32)
 
 
-def test_a_video_has_numbers_and_no_figures():
+def test_a_video_has_numbers_along_three_axes():
     from lape.look.probe import attention
     from lape.look.similarity import Maps
 
