@@ -37,7 +37,7 @@ MODULES = (
 TASKS = (  # transformers' own lists of vision models, by what they do
     "IMAGE IMAGE_CLASSIFICATION BACKBONE MASKED_IMAGE_MODELING SEMANTIC_SEGMENTATION INSTANCE_SEGMENTATION "
     "UNIVERSAL_SEGMENTATION OBJECT_DETECTION ZERO_SHOT_OBJECT_DETECTION DEPTH_ESTIMATION "
-    "ZERO_SHOT_IMAGE_CLASSIFICATION MASK_GENERATION IMAGE_TO_IMAGE KEYPOINT_DETECTION"
+    "ZERO_SHOT_IMAGE_CLASSIFICATION MASK_GENERATION IMAGE_TO_IMAGE KEYPOINT_DETECTION VIDEO_CLASSIFICATION"
 ).split()
 
 
@@ -135,7 +135,8 @@ def others() -> list[Row]:
     entries = [entry for mapping in mapped for entry in mapping.values()]
     names = [name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)]
     rows = [row("transformers", name, create) for name in dict.fromkeys(names)]
-    for name in torchvision.models.list_models(torchvision.models, include=["vit*", "swin*", "maxvit*"]):
+    images = torchvision.models.list_models(torchvision.models, include=["vit*", "swin*", "maxvit*"])
+    for name in [*images, *torchvision.models.list_models(include=["mvit*"])]:
         rows.append(row("torchvision", name, torchvision.models.get_model))
     return rows
 

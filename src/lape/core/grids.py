@@ -179,5 +179,5 @@ class Recall:
 def wrong_number(layout: Layout, num_tokens: int) -> LapeError:
     return LapeError(
         f"{num_tokens} tokens arrived, the position is for {layout.num_tokens} ({layout.num_prefix} prefix tokens and "
-        f"a grid of {' x '.join(map(str, layout.grid))}): give images of the model's size"
+        f"a grid of {' x '.join(map(str, layout.grid))}): give images of the model's size, whole"
     )
