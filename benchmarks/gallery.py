@@ -63,7 +63,7 @@ python benchmarks/gallery.py [--cifar FOLDER]
 ```
 
 which trains the models (`lape compare`), draws them and writes this page. The accuracies say how far the models came in
-this small budget, not what the joins are worth with a large one.
+this small budget; what the joins are worth, with the control that is missing here: [measured.md](measured.md).
 """
 
 

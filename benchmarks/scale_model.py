@@ -120,13 +120,13 @@ def cost(parts: Parts, rate: float, gpus: int, given: Assumptions, epochs: int =
     checkpoint = 1.25 * parts.checkpoint_bytes / given.disk  # and best_checkpoint.pth, now and then
     step = max(loader, compute + all_reduce)
     seconds = epochs * (steps * step + evaluation + checkpoint)
-    waits = {
-        "compute": steps * computing,
-        "launch": steps * (compute - computing),
-        "all-reduce": steps * all_reduce,
-        "loader": steps * max(0.0, loader - compute - all_reduce),
-        "evaluation": evaluation,
-    }
+    waits = {"evaluation": evaluation, "loader": steps * (step - compute - all_reduce)}
+    if step > loader:  # else the GPU waits for its images, and a faster one would gain nothing
+        waits |= {
+            "compute": steps * computing,
+            "launch": steps * (compute - computing),
+            "all-reduce": steps * all_reduce,
+        }
     return Cost(loader, compute, all_reduce, evaluation, checkpoint, seconds / 3600, max(waits, key=lambda k: waits[k]))
 
 

@@ -69,14 +69,12 @@ def study(name: str) -> str:
         for v in part["variants"]:
             model = f"{SHORT.get(v['model'], v['model'])} | " if several else ""
             lines.append(f"| {model}{v['label']} | {v['final']['n']} | {spread(v['final'])} |")
-        lines += ["", "| " + ("model | " if several else "") + "join | against | due to | points | 95 % interval | p |"]
-        lines.append("|---" * (6 + several) + "|")
-        for d in part["differences"]:
-            model = f"{SHORT.get(d['model'], d['model'])} | " if several else ""
-            interval = "" if d["interval"] is None else "{:+.1f} to {:+.1f}".format(*d["interval"])
-            p = "" if d["p_holm"] is None else "< 0.001" if d["p_holm"] < 0.001 else f"{d['p_holm']:.3f}"
-            lines.append(f"| {model}{d['of']} | {d['against']} | {d['cause']} | {d['mean']:+.1f} | {interval} | {p} |")
-        lines.append("")
+        chief = [d for d in part["differences"] if {d["of"], d["against"]} <= CHIEF]
+        others = [d for d in part["differences"] if d not in chief]
+        lines += ["", *differences(chief, several), ""]
+        if others:
+            lines += ['<details markdown="1">', f"<summary>{len(others)} more differences</summary>", ""]
+            lines += [*differences(others, several), "", "</details>", ""]
     recipe = found["parts"][0]["recipe"]
     lines.append(
         f"{found['data']}; batch {recipe['batch_size']}; {found['trained_on']}; torch {found['versions']['torch']}. "
@@ -84,6 +82,21 @@ def study(name: str) -> str:
         f"`{found['command']}`, `benchmarks/results/worth_{name}.json`."
     )
     return "\n".join(lines)
+
+
+CHIEF = {"basic", "basic, P at std 1", "beside", "beside, P at std 1", "LaPE-sharing", "LaPE"}
+
+
+def differences(rows: list[dict], several: bool) -> list[str]:
+    """Lines of a table of differences; `several`: of more than one model."""
+    lines = ["| " + ("model | " if several else "") + "join | against | due to | points | 95 % interval | p |"]
+    lines.append("|---" * (6 + several) + "|")
+    for d in rows:
+        model = f"{SHORT.get(d['model'], d['model'])} | " if several else ""
+        interval = "" if d["interval"] is None else "{:+.1f} to {:+.1f}".format(*d["interval"])
+        p = "" if d["p_holm"] is None else "< 0.001" if d["p_holm"] < 0.001 else f"{d['p_holm']:.3f}"
+        lines.append(f"| {model}{d['of']} | {d['against']} | {d['cause']} | {d['mean']:+.1f} | {interval} | {p} |")
+    return lines
 
 
 def study_of_digits() -> str:
@@ -291,20 +304,59 @@ def dense() -> str:
 
 def device_path() -> str:
     """Images a second of the PIL path and of the path on the device."""
-    files = sorted(RESULTS.glob("device_path_*.json"))
-    if not files:
-        return "Not measured yet: `python benchmarks/device_path.py` does it."
+    files = [*sorted(RESULTS.glob("device_path_*.json")), *sorted(RESULTS.glob("on_gpu_data_*.json"))]
     lines = ["| on | data and recipe | PIL path, images/s | on the device | times as many |", "|---|---|---|---|---|"]
+    notes = []
     for path in files:
-        where = path.stem.removeprefix("device_path_")
-        for name, row in _read(path)["rows"].items():
+        found = _read(path)
+        found |= found.get("results", {})  # as benchmarks/on_gpu.py writes it
+        where = path.stem.removeprefix("device_path_").removeprefix("on_gpu_data_")
+        for name, row in found["rows"].items():
             low, high = row["ratio_range"]
             cells = [f"{row[way]['images_per_second']:,.0f}" for way in ("pil", "device")]
             lines.append(
                 f"| {where} | {name} | {' | '.join(cells)} | {row['ratio_median']:.2f} [{low:.2f}, {high:.2f}] |"
             )
-    names = ", ".join(f"`{path.relative_to(ROOT)}`" for path in files)
-    return "\n".join([*lines, "", f"Median [lowest, highest] of interleaved rounds; {names}."])
+        config = found["config"]
+        cores = f"{found['hardware']['processor']}, {found['hardware']['cores']} cores"
+        notes.append(
+            f"{where}: {found['gpu'] + ' beside ' if found['gpu'] else ''}{cores}, {config['num_workers']} loader "
+            f"processes, batch {config['batch_size']}, {config['rounds']} rounds (`{path.relative_to(ROOT)}`)"
+        )
+    return "\n".join([*lines, "", f"Median [lowest, highest] of interleaved rounds. {'; '.join(notes)}."])
+
+
+def trained_on_gpu() -> str:
+    """Test accuracy of the arms that benchmarks/on_gpu.py trained, seed by seed."""
+    path = RESULTS / "on_gpu_training_h200.json"
+    found = _read(path)
+    arms = dict.fromkeys(result["arm"] for result in found["results"])
+    epochs = (2, 4, found["recipe"]["epochs"])
+    at = {
+        arm: {e: [r["history"][e - 1]["test_acc1"] for r in found["results"] if r["arm"] == arm] for e in epochs}
+        for arm in arms
+    }
+    head = ["", *(f"after {e} epochs" for e in epochs), "mean", *(f"− {arm}" for arm in list(arms)[:2])]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for place, arm in enumerate(arms):
+        last = at[arm][epochs[-1]]
+        cells = [*(", ".join(f"{value:.2f}" for value in at[arm][e]) for e in epochs), f"{statistics.fmean(last):.3f}"]
+        for other in list(arms)[:2]:
+            gaps = [a - b for a, b in zip(last, at[other][epochs[-1]], strict=True)]
+            each = ", ".join(f"{gap:+.2f}" for gap in gaps)
+            cells.append(f"{statistics.fmean(gaps):+.3f} ({each})" if other in list(arms)[:place] else "")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    seeds = [r["seed"] for r in found["results"] if r["arm"] == next(iter(arms))]
+    starts = {arm: min(r["table_std_at_start"] for r in found["results"] if r["arm"] == arm) for arm in list(arms)[:2]}
+    gpu, model = found["hardware"]["gpu"].partition(",")[0], found["recipe"]["model"]
+    lines += [
+        "",
+        f"Percent of the test images, seeds {' and '.join(map(str, seeds))}; {found['data']}, {model}, {gpu}, torch "
+        f"{found['versions']['torch']}. Standard deviation of the table at the start: "
+        f"{', '.join(f'{std:.2f} ({arm})' for arm, std in starts.items())}. "
+        f"`python benchmarks/on_gpu.py --out FOLDER --cifar FOLDER`, `{path.relative_to(ROOT)}`.",
+    ]
+    return "\n".join(lines)
 
 
 def _read(path: Path) -> dict:
@@ -416,7 +468,7 @@ PAGES = {
         study_of_cifar,
         study_of_cifar_full,
     ),
-    ROOT / "docs" / "small-data.md": (device_path,),
+    ROOT / "docs" / "small-data.md": (device_path, trained_on_gpu),
     ROOT / "docs" / "dense.md": (dense,),
     ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost, folded, input_pipeline, attention),
     ROOT / "docs" / "laboratory.md": (laboratory,),

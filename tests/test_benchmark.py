@@ -14,6 +14,7 @@ import lape
 from lape.cli import app as cli
 from lape.study.benchmark import benchmark, macs, peak_memory, relative_times, time_rounds, variant_lines
 from lape.study.options import BenchOptions
+from lape.train import machine
 
 WORDS = [f"{key}={value}" for key, value in TINY.items() if key != "img_size"]
 COMMAND = ["bench", "--model", "vit_tiny_patch16_224", "--image-size", "16", "--batch-size", "2", "--rounds", "3"]
@@ -22,6 +23,12 @@ COMMAND += ["--device", "cpu", "--model-kwargs", *WORDS]
 
 def run(*extra: str) -> int:
     return cli.run(cli.app, [*COMMAND, *extra])
+
+
+def test_versions_are_of_the_code_that_runs(monkeypatch):
+    monkeypatch.setattr(machine.metadata, "version", lambda name: "0.0")  # an older one is installed
+    versions = machine.versions()
+    assert (versions["lape"], versions["timm"]) == (lape.__version__, "0.0")
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ SMALLER = {  # beginning of a command -> flags that make it small
     "lape train --finetune": f"{SIZE} --input-size 16 --batch-size 512 {DEIT} --model-kwargs {KEPT}",
     "lape train --data-path": f"{SIZE} --model-kwargs {NARROW}",
     "lape train --model": f"{SIZE} --batch-size 512 --model-kwargs {NARROW}",
-    "lape train --data-set": f"{SIZE} --model-kwargs depth=1 embed_dim=32 num_heads=2",
+    "lape train --recipe": f"{SIZE} --schedule-epochs 1 --model-kwargs depth=1 embed_dim=32 num_heads=2",
     "lape train": f"{SIZE} --batch-size 512 --model-kwargs {KEPT}",
     "lape eval": "--device cpu",
     "lape predict": "--device cpu",

@@ -21,6 +21,7 @@ from zoo import family_image as image
 from zoo import make_family as make
 
 import lape
+from lape.host.base import without_values
 
 NO_SLOT = ("relative position", "shared relative position", "XCiT")  # their forward adds no table
 CASES = [(family, join) for family in FAMILIES for join in ANYWHERE if not (join == "basic" and family in NO_SLOT)]
@@ -382,3 +383,13 @@ def test_the_table_of_the_other_libraries_is_that_of_its_results():
     rows = [script.Row(**{**row, "grid": row["grid"] and tuple(row["grid"])}) for row in written["architectures"]]
     assert script.page(rows, written["versions"], script.OTHERS) == (root / "docs" / "hosts-others.md").read_text()
     assert {"transformers", "torchvision"} == {row.module for row in rows}
+
+
+def test_a_model_without_values_has_its_shapes_and_what_lies_elsewhere_gets_values():
+    with without_values():
+        model, elsewhere = timm.create_model("vit_tiny_patch16_224", depth=1), torch.zeros(2, device="cpu").add_(1)
+    real = timm.create_model("vit_tiny_patch16_224", depth=1)
+    assert all(p.is_meta for p in model.parameters())
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in real.state_dict().items()}
+    assert elsewhere.tolist() == [1, 1]
+    assert torch.zeros(2).add_(1).tolist() == [1, 1]

@@ -49,6 +49,7 @@ def test_eight_gpus_by_hand():
     ("change", "rate", "gpus", "limit"),
     [
         ({"cores": 1}, 1024.0, 1, "loader"),
+        ({"cores": 1}, 700.0, 1, "loader"),  # the GPU's part of a step is longer than the wait, and hidden behind it
         ({"least_step": 1.0}, 1024.0, 8, "launch"),
         ({"inside": 1e7}, 1024.0, 8, "all-reduce"),
         ({"cores": 4, "least_step": 0.0}, 1e6, 64, "evaluation"),

@@ -49,11 +49,24 @@ def test_no_forward_of_a_host_is_copied():
 
 
 PAGES = ["README.md", "CONTRIBUTING.md"]
+WRITTEN = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 WRITTEN_BY_RUNS = {"report.md", "results.json", "run.json", "log.txt"}
 
 
-OF_OTHERS = {  # torchrun's, ruff's, pytest's, and of similarity_visualize.py
-    *("--nproc-per-node", "--master-port", "--use-env", "--check", "--ckpt-path", "--dist"),
+OF_OTHERS = {  # torchrun's, ruff's, pytest's, mypy's, docker's, of similarity_visualize.py and of scale_model.py
+    *("--nproc-per-node", "--master-port", "--use-env", "--check", "--ckpt-path", "--dist", "--strict"),
+    *(
+        "--local-addr",
+        "--max-restarts",
+        "--nnodes",
+        "--standalone",
+        "--build-arg",
+        "--gpus",
+        "--rm",
+        "--shm-size",
+        "--user",
+    ),
+    *("--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint", "--rdzv-id", "--help", "--cores"),
 }
 
 
@@ -83,7 +96,7 @@ def test_paths_named_in_pages_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_named_in_pages_exist(page):
-    """Commands of `lape` with their flags, extras of the package, targets of make, and scripts."""
+    """Commands of `lape`, extras of the package, targets of make, and scripts."""
     text = text_of(page)
     targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), re.MULTILINE))
     assert set(re.findall(r"\bmake ([\w-]+)", text)) <= targets
@@ -95,14 +108,26 @@ def test_commands_named_in_pages_exist(page):
     for words in re.findall(r"(?:`|bin/)lape ((?:[a-z-]+ \| )*[a-z-]+[^`\n]*)", text):
         for name in words.replace("|", " ").split()[: words.count("|") + 1]:
             assert name.startswith("--") or name in app, f"lape {name}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, "SECURITY.md", "CHANGELOG.md", *WRITTEN])
+def test_flags_named_in_pages_exist(page):
+    """Of `lape`, of the scripts beside it, or of another program."""
+    scripts = "".join(path.read_text() for name in ("benchmarks", "examples") for path in (ROOT / name).glob("*.py"))
+    known = set().union(*map(flags_of, (original, *subcommands()))) | set(re.findall(r"\"(--[a-z][\w-]*)\"", scripts))
+    text = re.sub(r"<iframe.*?>", "", text_of(page), flags=re.DOTALL)
     named = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
-    assert not named - set().union(*map(flags_of, (original, *subcommands()))) - OF_OTHERS
+    assert not named - known - OF_OTHERS
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize("page", ["README.md", *WRITTEN])
 def test_links_of_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:\s]+)\)", text_of(page)):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", text_of(page)):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor and path.name != "api.md":  # whose headings are made of names
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower())) for title in titles], anchor
 
 
 def test_the_version_is_the_same_everywhere():

@@ -11,6 +11,8 @@ can answer `--help` before torch would be there.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lape.names import VERSION
+
 if TYPE_CHECKING:
     from lape.convert.apply import apply_, create_model, fold_, remove_
     from lape.convert.positions import (
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from lape.look.features import Features, debias_, probe
     from lape.look.similarity import correlation
 
-__version__ = "0.2.0"
+__version__ = VERSION
 
 _HOME = {
     "convert.apply": ("apply_", "create_model", "fold_", "remove_"),

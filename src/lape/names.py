@@ -5,6 +5,8 @@ from difflib import get_close_matches
 
 from lape.errors import LapeError
 
+VERSION = "0.2.0"
+
 JOIN_NAMES = ("basic", "share", "unshare", "beside", "LaPE-sharing", "LaPE", "PVG", "MPVG")
 PE_NAMES = (
     *("learnable", "1D_sin", "2D_sin", "1D_RPE", "2D_RPE"),

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from lape.convert.apply import build, fold_
@@ -14,6 +13,7 @@ from lape.convert.converted import Conversion, conversion_of
 from lape.core.joined import Joined
 from lape.errors import LapeError
 from lape.host import class_name, host_named
+from lape.host.base import without_values
 from lape.host.timm import NOT_THE_MODEL
 
 COMPILED = "_orig_mod"
@@ -99,7 +99,7 @@ def _twin(conversion: Conversion, factory: dict[str, Any]) -> nn.Module:
     where: dict[str, Any] = {"at": conversion.path.rstrip("."), "known_grid": conversion.layout.grid}
     make = partial(build, *arguments, **where)
     try:
-        with torch.device("meta"):
+        with without_values():
             twin = make(**conversion.chosen)
     except (RuntimeError, NotImplementedError):  # constructors that compute with values
         twin = make(**conversion.chosen)

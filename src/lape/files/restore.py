@@ -25,6 +25,7 @@ from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.vet import bounded, of_file
 from lape.host import host_of_library
+from lape.host.base import without_values
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe
@@ -94,7 +95,7 @@ def _built(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: Size | N
     times = 1 if size is None or own is None else max(1, math.prod(_sides(size)) / math.prod(own))
     elements = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.model.values())
     limits = (checkpoint.path, int(times * (2 * elements + 2**26)), 10_000 + 100 * len(checkpoint.model))
-    with suppress(RuntimeError, NotImplementedError), bounded(*limits), torch.device("meta"):
+    with suppress(RuntimeError, NotImplementedError), bounded(*limits), without_values():
         make()  # raises the CheckpointError of `bounded`; constructors that compute with values fail otherwise
     with bounded(*limits):
         return make()

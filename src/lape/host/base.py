@@ -6,11 +6,14 @@ strings, so that no library is imported before a model of it is at hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lape.core.anatomy import Anatomy
 from lape.core.position import Grid
@@ -92,7 +95,7 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
     """
     check_module(model)
     name = class_name(type(model))
-    roots = [(p, m, host) for p, m in model.named_modules() for host in _HOSTS.values() if _is_root(m, host)]
+    roots = list(_roots(model))
     roots = [root for root in roots if not root[2].last] or roots
     roots = [
         (p, m, host) for p, m, host in roots if not any(p != q and (not q or p.startswith(f"{q}.")) for q, *_ in roots)
@@ -114,6 +117,24 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
     )
 
 
+class _Unfilled(TorchFunctionMode):
+    """What fills a tensor with values does nothing where there are none: torch works out its shape in Python."""
+
+    fills = frozenset(getattr(Tensor, name) for name in "uniform_ normal_ erfinv_ clamp_ mul_ add_ fill_ zero_".split())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.fills and args[0].is_meta and not any(isinstance(value, Tensor) for value in args[1:]):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Models that are built in it have shapes only: they lie on the meta device."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
 def check_module(model: object) -> None:
     """Raises LapeError unless this is a model at all."""
     if not isinstance(model, nn.Module):
@@ -121,6 +142,13 @@ def check_module(model: object) -> None:
         raise LapeError(f"{what:.80} is not a model: give a torch.nn.Module, for instance timm.create_model(...)")
 
 
-def _is_root(module: nn.Module, host: Host) -> bool:
-    named = module if host.root_child is None else module._modules.get(host.root_child)
-    return named is not None and any(class_name(cls) in host.root_classes for cls in type(named).__mro__)
+def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Host]]:
+    """(path, module, host) of all that a host knows by its class, or by that of a child."""
+    is_root: dict[tuple[type, str], bool] = {}  # hundreds of modules have a dozen classes
+    for path, module in model.named_modules():
+        for host in _HOSTS.values():
+            cls = type(module if host.root_child is None else module._modules.get(host.root_child))
+            if (cls, host.name) not in is_root:
+                is_root[cls, host.name] = any(class_name(base) in host.root_classes for base in cls.__mro__)
+            if is_root[cls, host.name]:
+                yield path, module, host

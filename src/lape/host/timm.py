@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial, reduce
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy, Form
@@ -22,7 +21,7 @@ from lape.core.position import Grid, Layout, resample
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host import parts
-from lape.host.base import Blueprint, Host, class_name, find_host
+from lape.host.base import Blueprint, Host, class_name, find_host, without_values
 from lape.host.parts import POST_NORM, RELATIVE, ROTARY, SHARED, Call, check_blocks, check_norms, children
 from lape.names import nearest
 
@@ -206,7 +205,7 @@ def _explained(name: str, kwargs: dict[str, Any], error: Exception) -> LapeError
     """Why a model cannot be made: it is none that can be converted, or an argument that it does not take."""
     import timm
 
-    with torch.device("meta"):
+    with without_values():
         plain = timm.create_model(name)
     try:
         find_host(plain)

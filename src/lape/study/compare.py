@@ -251,10 +251,9 @@ def combinations(recipe: Recipe, rows: Sequence[Variant]) -> tuple[list[Variant]
 
     Raises LapeError when none does, or for a model or arguments that do not exist.
     """
-    import torch
-
     from lape.core.joins import JOINS, check_combination
     from lape.core.position import KINDS
+    from lape.host.base import without_values
     from lape.train.start import build_model
 
     variants: list[Variant] = []
@@ -266,7 +265,7 @@ def combinations(recipe: Recipe, rows: Sequence[Variant]) -> tuple[list[Variant]
             meaningless[row] = str(error)
             continue
         try:
-            with torch.device("meta"):  # shapes only
+            with without_values():
                 build_model(row.recipe(recipe).replace(finetune=""), num_classes=1, say=lambda _text: None)
             variants.append(row)
         except UnsupportedModelError as error:

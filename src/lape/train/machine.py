@@ -11,12 +11,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lape.names import VERSION
+
 if TYPE_CHECKING:
     import torch
 
     from lape.train.distributed import World
 
-PACKAGES = ("lape", "torch", "torchvision", "timm", "numpy", "pillow")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def describe_start(world: World) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numbers."""
     import torch
 
-    installed = {"python": platform.python_version()}
+    installed = {"python": platform.python_version(), "lape": VERSION}  # of the code that runs, whatever is installed
     for name in PACKAGES:
         try:
             installed[name] = metadata.version(name)
