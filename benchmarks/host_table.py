@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 import lape
+from lape.host.base import without_values
 
 ROOT = Path(__file__).parents[1]
 OTHERS = "models of transformers and torchvision"
@@ -67,7 +68,7 @@ NEEDED: dict[str, dict[str, Any]] = {  # without which a library's default confi
 
 def examine(module: str, name: str, create: Callable[[str], nn.Module] = timm.create_model) -> Row:
     """Creates the architecture on the meta device and converts it."""
-    with torch.device("meta"), warnings.catch_warnings():
+    with without_values(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's, on deprecated names
         model = create(name)
     pe, status = None, "converted"
@@ -124,7 +125,7 @@ def others() -> list[Row]:
 
     def row(module: str, name: str, create: Callable[[str], nn.Module]) -> Row:
         try:
-            with torch.device("meta"), warnings.catch_warnings():
+            with without_values(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = create(name)
         except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:  # the library's own

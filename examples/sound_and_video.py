@@ -125,7 +125,7 @@ def videos(count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, make: Any, given: argparse.Namespace, seed: int) -> list[float]:
-    """The loss of each step."""
+    """The mean loss of each twenty steps."""
     random, losses = torch.Generator().manual_seed(seed), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, weight_decay=0.05)
     model.train()
@@ -136,7 +136,7 @@ def train(model: nn.Module, make: Any, given: argparse.Namespace, seed: int) -> 
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    return [round(sum(part) / len(part), 4) for part in (losses[i : i + 20] for i in range(0, given.steps, 20))]
 
 
 def similarity_along_axes(model: nn.Module) -> list[list[float]]:

@@ -23,7 +23,7 @@ from lape.core.bias import OwnBias, masked
 from lape.core.grids import grid_of_map
 from lape.core.position import Grid, Layout, resample
 from lape.core.stages import Stage, over_tokens
-from lape.errors import LapeError, UnsupportedModelError
+from lape.errors import LapeError
 from lape.host.base import Blueprint, Host, class_name
 from lape.host.parts import (
     POST_NORM,
@@ -539,15 +539,13 @@ _REFUSED = {
     _class("videoprism", "VideoPrismLayer"): (
         "a spatial and a temporal encoder with a table each follow each other, so there is no one position to hand on"
     ),
-    _class("videomt", "VideomtEmbeddings"): "its last blocks run once a frame, on queries of the frame before",
+    _class("videomt", "VideomtLayer"): "its last blocks run once a frame, on queries of the frame before",
 }
 
 
 def examine(root: nn.Module) -> Anatomy:
     """Where an encoder of the library keeps its layers, its table and its grid. Raises UnsupportedModelError."""
     name = class_name(type(root._modules.get("embeddings", root)))
-    if name in _REFUSED:
-        raise UnsupportedModelError(f"{class_name(type(root))} cannot be converted: {_REFUSED[name]}")
     family = FAMILIES[name]
     blocks = children(root, family.layers) if family.layers else instances(root, family.layer)
     check_blocks("Hugging Face", root, blocks, (family.layer,))
@@ -677,8 +675,8 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _host(name: str, families: tuple[Family, ...], note: str, refused: dict[str, str], *earlier: str) -> Host:
-    """One row of the table. Refused embeddings are roots as well: `examine` says why."""
-    roots = [family.owner for family in families] + [name for name in refused if name.endswith("Embeddings")]
+    """One row of the table."""
+    roots = [family.owner for family in families]
     layers = tuple(family.layer for family in families)
     child = "embeddings" if roots[0].endswith("Embeddings") else None
     host = Host(name, tuple(roots), layers, examine, measure, note, "transformers", blueprint, build)
