@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 import lape
+from lape.host.base import without_values
 
 ROOT = Path(__file__).parents[1]
 OTHERS = "models of transformers and torchvision"
@@ -37,7 +38,7 @@ MODULES = (
 TASKS = (  # transformers' own lists of vision models, by what they do
     "IMAGE IMAGE_CLASSIFICATION BACKBONE MASKED_IMAGE_MODELING SEMANTIC_SEGMENTATION INSTANCE_SEGMENTATION "
     "UNIVERSAL_SEGMENTATION OBJECT_DETECTION ZERO_SHOT_OBJECT_DETECTION DEPTH_ESTIMATION "
-    "ZERO_SHOT_IMAGE_CLASSIFICATION MASK_GENERATION IMAGE_TO_IMAGE KEYPOINT_DETECTION"
+    "ZERO_SHOT_IMAGE_CLASSIFICATION MASK_GENERATION IMAGE_TO_IMAGE KEYPOINT_DETECTION VIDEO_CLASSIFICATION"
 ).split()
 
 
@@ -67,7 +68,7 @@ NEEDED: dict[str, dict[str, Any]] = {  # without which a library's default confi
 
 def examine(module: str, name: str, create: Callable[[str], nn.Module] = timm.create_model) -> Row:
     """Creates the architecture on the meta device and converts it."""
-    with torch.device("meta"), warnings.catch_warnings():
+    with without_values(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's, on deprecated names
         model = create(name)
     pe, status = None, "converted"
@@ -124,7 +125,7 @@ def others() -> list[Row]:
 
     def row(module: str, name: str, create: Callable[[str], nn.Module]) -> Row:
         try:
-            with torch.device("meta"), warnings.catch_warnings():
+            with without_values(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = create(name)
         except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:  # the library's own
@@ -135,7 +136,8 @@ def others() -> list[Row]:
     entries = [entry for mapping in mapped for entry in mapping.values()]
     names = [name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)]
     rows = [row("transformers", name, create) for name in dict.fromkeys(names)]
-    for name in torchvision.models.list_models(torchvision.models, include=["vit*", "swin*", "maxvit*"]):
+    images = torchvision.models.list_models(torchvision.models, include=["vit*", "swin*", "maxvit*"])
+    for name in [*images, *torchvision.models.list_models(include=["mvit*"])]:
         rows.append(row("torchvision", name, torchvision.models.get_model))
     return rows
 

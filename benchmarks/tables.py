@@ -302,6 +302,26 @@ def dense() -> str:
     return "\n".join([*lines, "", f"Mean ± standard deviation: with so few seeds no difference to rely on. {where}."])
 
 
+def sound_and_video() -> str:
+    """What examples/sound_and_video.py found."""
+    lines = ["| data | way | accuracy | neighbours in the last layer |", "|---|---|---|---|"]
+    files = sorted(RESULTS.glob("sound_and_video_*.json"))
+    for found in map(_read, files):
+        axes = ("frequency", "time") if found["config"]["task"] == "sound" else ("frames", "rows", "columns")
+        for way, values in found["ways"].items():
+            last = [[layers[-1] for layers in run["alike"]] for run in values["runs"]]
+            means = [sum(each) / len(each) for each in zip(*last, strict=True)]
+            alike = ", ".join(f"{axis} {mean:.2f}" for axis, mean in zip(axes, means, strict=True))
+            lines.append(f"| {found['config']['task']} | {way} | {spread(values['accuracy'])} | {alike} |")
+    config = _read(files[0])["config"]
+    lines += [
+        "",
+        f"Percent of 256 made examples, mean ± standard deviation of {config['seeds']} seeds, {config['steps']} steps; "
+        f"cosine similarity of positions one step apart, mean of the seeds. {_machines(files)}",
+    ]
+    return "\n".join(lines)
+
+
 def device_path() -> str:
     """Images a second of the PIL path and of the path on the device."""
     files = [*sorted(RESULTS.glob("device_path_*.json")), *sorted(RESULTS.glob("on_gpu_data_*.json"))]
@@ -460,7 +480,7 @@ def laboratory() -> str:
 PAGES = {
     ROOT / "docs" / "trust.md": (attack,),
     ROOT / "README.md": (worth,),
-    ROOT / "docs" / "converting.md": (warm_start,),
+    ROOT / "docs" / "converting.md": (warm_start, sound_and_video),
     ROOT / "docs" / "measured.md": (
         table_2,
         study_of_digits,

@@ -3,9 +3,12 @@
     python examples/sound_and_video.py sound      # tones that rise or fall: where in time and pitch they lie is all
     python examples/sound_and_video.py video      # a dot that moves to one of four sides
 
-Both joins see the same data with the same seed. Prints and writes the accuracy on data that was not trained on, and how
-the positions of a layer resemble each other along each axis of the grid: mean cosine similarity of patches that are one
-step apart in frequency and time, or in frames, rows and columns. Needs pip install 'lape[huggingface]'.
+All ways see the same data with the same seed. `basic` at unit scale is the control: LN' gives a table unit scale from
+the first step. transformers starts the tables of AST and ViViT at zero, which has no direction that LN' could keep,
+so a new one is named. Prints and writes the accuracy on data that was not trained on, and how the positions of a
+layer resemble each other along each axis of the grid: mean cosine similarity of patches that are one step apart in
+frequency and time, or in frames, rows and columns. --pictures draws the maps of the last seed's models. Needs pip
+install 'lape[huggingface,plot]'.
 """
 
 from __future__ import annotations
@@ -20,46 +23,61 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lape
+from lape.look.figures import draw_together, visualize
+from lape.look.options import DrawOptions
 from lape.study.numbers import mean_std
 from lape.train.machine import environment
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96}
 AXES = {"sound": ("frequency", "time"), "video": ("frames", "rows", "columns")}
 CLASSES = {"sound": 4, "video": 4}
+WAYS: dict[str, dict[str, Any]] = {
+    "basic": {"join": "basic"},
+    "basic, unit scale": {"join": "basic", "std": 1.0},
+    "LaPE": {"join": "LaPE"},
+}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(AXES))
-    parser.add_argument("--joins", nargs="+", default=["basic", "LaPE"])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("sound_and_video.json"))
+    parser.add_argument("--pictures", type=Path, help="a folder for figures of the positions")
     given = parser.parse_args(arguments)
     make, build = {"sound": (sounds, ast), "video": (videos, vivit)}[given.task]
-    runs: dict[str, list[dict[str, Any]]] = {join: [] for join in given.joins}
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    models: dict[str, nn.Module] = {}
     for seed in range(given.seeds):
-        for join in given.joins:
+        for way, how in WAYS.items():
             torch.manual_seed(seed)
-            model = lape.apply_(build(), join)
+            models[way] = model = lape.apply_(build(), pe="learnable", **how)
             loss = train(model, make, given, seed)
             inputs, labels = make(256, torch.Generator().manual_seed(10_000 + seed))
             with torch.no_grad():
                 right = model.eval()(inputs).logits.argmax(1) == labels
             alike = similarity_along_axes(model)
-            runs[join].append({"accuracy": 100 * right.float().mean().item(), "loss": loss, "alike": alike})
+            runs[way].append({"accuracy": 100 * right.float().mean().item(), "loss": loss, "alike": alike})
             last = ", ".join(f"{axis} {each[-1]:+.2f}" for axis, each in zip(AXES[given.task], alike, strict=True))
-            print(f"seed {seed}, {join}: {runs[join][-1]['accuracy']:.1f} %; neighbours in the last layer: {last}")
+            print(f"seed {seed}, {way}: {runs[way][-1]['accuracy']:.1f} %; neighbours in the last layer: {last}")
     found = {
-        "task": given.task,
+        "config": {name: getattr(given, name) for name in ("task", "steps", "batch_size", "lr", "seeds")},
         "grid": list(lape.grid(model)),
-        "joins": {j: {"accuracy": mean_std([r["accuracy"] for r in each]), "runs": each} for j, each in runs.items()},
+        "ways": {
+            way: {"accuracy": mean_std([r["accuracy"] for r in each]), "runs": each} for way, each in runs.items()
+        },
         **environment(),
     }
     given.output.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written: {given.output}")
+    if given.pictures is not None:
+        draw_together(models, given.pictures)
+        for way, model in models.items():
+            visualize(model, given.pictures, DrawOptions(model_name=way, dpi=150))
+        print(f"drawn: {given.pictures}")
     return found
 
 
@@ -107,7 +125,7 @@ def videos(count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, make: Any, given: argparse.Namespace, seed: int) -> list[float]:
-    """The loss of each step."""
+    """The mean loss of each twenty steps."""
     random, losses = torch.Generator().manual_seed(seed), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, weight_decay=0.05)
     model.train()
@@ -118,7 +136,7 @@ def train(model: nn.Module, make: Any, given: argparse.Namespace, seed: int) -> 
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    return [round(sum(part) / len(part), 4) for part in (losses[i : i + 20] for i in range(0, given.steps, 20))]
 
 
 def similarity_along_axes(model: nn.Module) -> list[list[float]]:

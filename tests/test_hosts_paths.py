@@ -331,7 +331,7 @@ def test_a_model_of_ones_own_is_registered_in_one_line(table):
     [
         ({"blocks": "levels"}, "has no 'levels' that holds its blocks"),
         ({"norm": "before"}, "has no blocks with 'before' and 'self_attn'"),
-        ({"norm": "linear1"}, "not a LayerNorm or RMSNorm"),
+        ({"norm": "linear1"}, "must be a LayerNorm or an RMSNorm"),
         ({"grid": (5, 4)}, "expected 20 rows"),
         ({"grid": None}, "has no img_size or image_size: name it for lape.register_host"),
     ],

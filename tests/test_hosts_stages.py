@@ -1,4 +1,4 @@
-"""Swin, of timm and transformers: a chain of norms within a stage, the host's own merging at its border."""
+"""Swin, of timm and transformers, and MViT: a chain of norms within a stage, the host's own merging at its border."""
 
 import copy
 import pickle
@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2
 from zoo import output
 
 import lape
+from lape.convert.converted import conversion_of
 from lape.core.joins import JOINS
 
 TIMM = {
@@ -292,3 +293,133 @@ def test_timm_uses_it_as_before():
     assert len(getter(image("timm"))) == 3
     with pytest.raises(lape.UnsupportedModelError, match="join='MPVG'"):
         lape.apply_(make("timm"), "MPVG", "learnable")
+
+
+# --------------------------------------------------------------------- MViT of torchvision
+
+PLAIN_JOINS = ("basic", "share", "unshare", "LaPE-sharing", "LaPE")
+MVIT_CASES = [(v, join, pe) for v in (1, 2) for join in PLAIN_JOINS for pe in ("learnable", None)[: 3 - v]]
+
+
+def mvit(version: int) -> torch.nn.Module:
+    """The first version widens behind its MLP and has a table; the second widens before attention and has none."""
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+    torch.manual_seed(1)
+    second = version == 2
+    widths = (16, 16, 32) if second else (16, 32, 32)
+    settings = [  # heads, widths, kernels and strides of queries, then of keys
+        MSBlockConfig(1, *widths[:2], [], [3, 3, 3], [], [1, 2, 2]),
+        MSBlockConfig(2, *widths[1:], [3, 3, 3], [3, 3, 3], [1, 2, 2], [1, 1, 1]),
+        MSBlockConfig(2, 32, 32, [], [], [], []),
+    ]
+    more = {"residual_pool": second, "residual_with_cls_embed": not second, "rel_pos_embed": second}
+    model = MViT((16, 24), 4, settings, proj_after_attn=second, num_classes=5, **more)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def beyond(block: torch.nn.Module, p: torch.Tensor, grid: list[int], version: int) -> tuple[torch.Tensor, list[int]]:
+    """A position (1, 1 + n, D) behind a block, along its skip: by hand from the numbers of the block."""
+
+    def widened(p: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
+        if block.project is None:
+            return p
+        y = F.layer_norm(p, p.shape[-1:], norm.weight, norm.bias, norm.eps)
+        return y @ block.project.weight.T + block.project.bias
+
+    p = widened(p, block.norm1) if version == 2 else p
+    if block.pool_skip is not None:  # the largest of 3 x 3 around every second row and column
+        maps = p[:, 1:].mT.unflatten(2, grid)
+        grid = [grid[0], (grid[1] + 1) // 2, (grid[2] + 1) // 2]
+        pooled = F.max_pool3d(maps, (1, 3, 3), (1, 2, 2), (0, 1, 1)).flatten(2).mT
+        p = torch.cat([p[:, :1], pooled], 1)
+    return (p if version == 2 else widened(p, block.norm2)), grid
+
+
+def mvit_positions(model: torch.nn.Module, version: int, join: str) -> list[torch.Tensor]:
+    state, grid, found = lape.to_reference_state_dict(model), [2, 4, 6], []
+    own = "pos_encoding.spatial_pos"
+    tables = [state[key] for key in sorted(state) if key.startswith(("new_table", "pos_embed"))]
+    if not tables:
+        frames, first = state["pos_encoding.temporal_pos"], state["pos_encoding.class_pos"]
+        places = state[own if join != "unshare" else f"{own}0"]
+        tables = [torch.stack([first, *(frame + place for frame in frames for place in places)])[None]]
+        tables += [state[f"{own}{i}"] for i in (1, 2) if join == "unshare"]
+    raw = chain = tables[0]
+    for layer, block in enumerate(model.blocks):
+        if join in ("LaPE", "LaPE-sharing"):
+            gain, shift = (state[f"blocks.{layer}.pe_norm.{name}"] for name in ("weight", "bias"))
+            source = chain if join == "LaPE" else raw
+            chain = F.layer_norm(source, source.shape[-1:], gain, shift, block.norm1.eps)
+            found.append(chain)
+        else:
+            found.append(tables[layer] if join == "unshare" else raw)
+        (raw, after), (chain, _) = beyond(block, raw, grid, version), beyond(block, chain, grid, version)
+        grid = after
+    return found
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("version", "join", "pe"), MVIT_CASES)
+def test_mvit_five_equalities(version, join, pe, tmp_path):
+    """Its norms feed attention (version 1), or the stream as well where it widens (2), which gets no position."""
+    model, original, x = mvit(version), mvit(version), torch.randn(2, 3, 4, 16, 24)
+    with torch.no_grad():
+        before = original(x)
+        lape.apply_(model, join, pe)
+        shake_position(model)
+        converted = model(x)
+        check_mvit(copy.deepcopy(model), version, join, x)
+        folded = lape.fold_(copy.deepcopy(model))
+        others = [folded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        others += [lape.load(lape.save(one, tmp_path / name)) for one, name in ((model, "model"), (folded, "folded"))]
+        for other in others:
+            assert (other(x) - converted).abs().max() <= TOLERANCE * converted.abs().max()
+        lape.remove_(model)
+        assert_same_structure(model, original)
+        model.load_state_dict(original.state_dict())
+        assert torch.equal(model(x), before)
+
+
+def check_mvit(model, version, join, x) -> None:
+    model, x = model.double(), x.double()
+    expected, entered, normed, attended, skipped, embedded = mvit_positions(model, version, join), [], [], [], [], []
+    stages = len(conversion_of(model).anatomy.stages)
+    told = [row for stage in range(stages) for row in lape.positions(model, stage=stage)]
+    for p, q in zip(expected, told, strict=True):
+        assert (p[0] - q).abs().max() <= 1e-10 * p.abs().max()
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        block.norm1.register_forward_hook(lambda m, args, _y: normed.append((args[0], plain(m, args[0]))))
+        block.attn.qkv.register_forward_pre_hook(lambda _, args: attended.append(args[0]))
+        if version == 2 and block.project is not None:
+            block.project.register_forward_pre_hook(lambda _, args: skipped.append(args[0]))
+    model.conv_proj.register_forward_hook(lambda _m, _a, y: embedded.append(y.flatten(2).mT))
+    model(x)
+    normed = [y for h, y in normed if len(h) == 2]  # a position passes the norm of a border, too
+    site = JOINS[join].site
+    tokens = torch.cat([model.pos_encoding.class_token.expand(2, 1, -1), embedded[0]], 1)
+    first = tokens + (expected[0] if join in ("basic", "share", "unshare") else 0)
+    assert (entered[0] + (expected[0] if site == "block" else 0) - first).abs().max() <= 1e-10 * first.abs().max()
+    for y, seen, p in zip(normed, attended, expected, strict=True):
+        assert (seen - y - (p if site == "norm" else 0)).abs().max() <= 1e-10 * y.abs().max()
+    if version == 2:
+        assert torch.equal(next(h for h in skipped if len(h) == 2), normed[1])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_mvit_learns_and_says_what_it_keeps(version):
+    model = lape.apply_(mvit(version), "LaPE", None if version == 1 else "learnable")
+    assert lape.describe(model).beside == (None if version == 1 else "relative position bias in attention")
+    assert lape.grid(model) == (2, 4, 6)
+    y = model(torch.randn(2, 3, 4, 16, 24))
+    (y * torch.randn_like(y)).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in of_position(model).values())
+    with pytest.raises(lape.LapeError, match="one grid of rows and columns"):
+        lape.apply_(mvit(1), "LaPE", "2D_RPE")
+    if version == 2:
+        with pytest.raises(lape.LapeError, match="no position table of its own, its relative position bias"):
+            lape.apply_(mvit(2))

@@ -11,19 +11,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formula import assert_host_keys, assert_same_structure, of_position, plain
-from zoo import WIDE, make_wide, wide_output
+from zoo import SMALL, WIDE, make_family, make_wide, wide_output
 
 import lape
 from lape.convert.converted import conversion_of
+from lape.host.base import without_values
 
 transformers = pytest.importorskip("transformers", minversion="5.20")
-NO_INPUT = ("vitdet", "lw_detr", "sam3", "sam2")  # a new table has no place where it could be added to their tokens
+NO_INPUT = ("vitdet", "lw_detr", "sam3", "sam2", "mllama")  # which have no place where a new table could be added
 CASES = [
     (family, join, pe)
     for family, (*_, needed, _rows, _bare, _beside) in WIDE.items()
     for join in ("basic", "share", "unshare", "LaPE-sharing", "LaPE")
     for pe in dict.fromkeys((needed, "learnable"))
     if not (join == "basic" and pe and family in (*NO_INPUT, "llama4"))
+    and not (join in ("share", "unshare") and family == "timesformer")  # whose two attentions a block read one stream
 ]
 
 
@@ -42,6 +44,12 @@ def raw_rows(model: torch.nn.Module) -> torch.Tensor:
         return state[f"{conversion.path}lape.table_0"]
     table = state[f"{conversion.path}{conversion.anatomy.table_slot}"]
     table = table.reshape(1, -1, table.shape[-1])
+    if family == "mllama":
+        return (1 - state["gated_positional_embedding.gate"].tanh()) * table
+    if family == "timesformer":
+        times = state["embeddings.time_embeddings"]
+        rows = [table[:, 1 + place] + times[:, frame] for frame in range(3) for place in range(16)]
+        return torch.stack([table[:, 0], *rows], dim=1)
     if family == "vitpose_backbone":
         return table[:, 1:] + table[:, :1]
     if family in ("vitdet", "lw_detr"):  # pretrained on 3 x 3
@@ -58,6 +66,12 @@ def as_in_batch(family: str, layer: int, p: torch.Tensor, y: torch.Tensor) -> to
     """Rows (1, R, D) where they belong in what a norm returns."""
     if family in ("vitdet", "sam3"):
         return p.unflatten(1, (4, 4)).expand_as(y)
+    if family == "timesformer":  # along time: each place of each video; then each frame, behind the class token
+        along = [[1 + frame * 16 + place for frame in range(3)] for place in range(16)]
+        within = [[0, *(1 + frame * 16 + place for place in range(16))] for frame in range(3)]
+        return p[0, within if layer % 2 else along].repeat(2, 1, 1)
+    if family == "mllama":  # 17 tokens of each of 4 tiles, padded to 24
+        return F.pad(p, (0, 0, 0, 7)).repeat(2, 4, 1)
     if family == "eomt":
         return F.pad(p, (0, 0, 3 + 5 * (layer == 2), 0)).expand_as(y)
     if family == "eomt_dinov3":
@@ -79,7 +93,7 @@ def test_five_equalities(family, join, pe, tmp_path):
     with torch.no_grad():
         before = wide_output(original, x)
         lape.apply_(model, join, pe)
-        assert_host_keys(model, original, parameters=family not in ("vitpose_backbone", *NO_INPUT))
+        assert_host_keys(model, original, parameters=family not in ("vitpose_backbone", "timesformer", *NO_INPUT))
         done = lape.describe(model)
         assert (done.prefix_tokens, done.positioned_prefix_tokens) == (rows + bare, rows)
         assert (beside or "") in (done.beside or "")
@@ -108,7 +122,7 @@ def assert_norms_return_the_formula(model, family, x) -> None:
     """y_l = LN_l(x_l) + P_(l+1) in every block, P_(l+1) = LN'_l(P_l), zero for tokens that own no row."""
     conversion, seen = conversion_of(model), []
     anatomy, state = conversion.anatomy, lape.to_reference_state_dict(model)
-    norms = [getattr(anatomy.root.get_submodule(path), anatomy.norm) for path in anatomy.blocks]
+    norms = [anatomy.root.get_submodule(anatomy.norm_of(layer)) for layer in range(len(anatomy.blocks))]
     for norm in norms:
         norm.register_forward_hook(lambda norm, args, y: seen.append((plain(norm, *args), y)))
     wide_output(model, tuple(a.double() if a.is_floating_point() else a for a in x))
@@ -229,6 +243,64 @@ def test_packed_images_each_get_the_position_of_their_own_grid():
     )
 
 
+def packed_naflex(grids: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Patches of images of these grids with their places, padded to 16."""
+    coordinates, valid = torch.zeros(len(grids), 16, 2).long(), torch.zeros(len(grids), 16).bool()
+    for i, grid in enumerate(grids):
+        places = torch.cartesian_prod(*map(torch.arange, grid))
+        coordinates[i, : len(places)], valid[i, : len(places)] = places, True
+    return {"patches": torch.randn(len(grids), 16, 48), "patch_coord": coordinates, "patch_valid": valid}
+
+
+def of_packed(host: str, join: str = "LaPE", pe: str | None = None):
+    """A converted model, and a function of grids that gives what it makes of images of them, packed."""
+    if host == "siglip2":
+        model = lape.apply_(make_wide("siglip2"), join, pe)
+
+        def forward(grids):
+            mask = torch.tensor([[int(i < rows * columns) for i in range(16)] for rows, columns in grids])
+            return model(torch.randn(len(grids), 16, 48), mask, torch.tensor(grids)).last_hidden_state
+    else:
+        model = lape.apply_(make_family("NaFlexViT"), join, pe)
+
+        def forward(grids):
+            return model(packed_naflex(grids))
+
+    shake(model)
+    return model, forward
+
+
+@pytest.mark.parametrize("join", ["LaPE", "share"])
+@pytest.mark.parametrize("host", ["siglip2", "NaFlexViT"])
+def test_layers_of_packed_images_are_recomputed_to_the_bit(host, join):
+    """Also where an image has as many tokens as the model's own grid, and after a batch of one grid."""
+    model, forward = of_packed(host, join)
+    grids, gradients = [(4, 4), (2, 3), (2, 8)], []
+    for recomputed in (False, True):
+        if recomputed:
+            enable = "set_grad_checkpointing" if host == "NaFlexViT" else "activation_checkpointing_enable"
+            getattr(model, enable)()
+        model.train().zero_grad()
+        torch.manual_seed(0)
+        forward([(2, 8)] * 3).square().sum().backward()
+        forward(grids).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    one, other = forward(grids), forward(grids)
+    with pytest.raises(lape.LapeError, match="cannot tell of which forward"):
+        (one.sum() + other.sum()).backward()
+
+
+@pytest.mark.parametrize(("host", "pe"), [("siglip2", "PEG"), ("NaFlexViT", "PEG"), ("NaFlexViT", "2D_RPE")])
+def test_kinds_for_one_grid_refuse_images_of_several(host, pe):
+    _, forward = of_packed(host, "basic", pe)
+    assert forward([(4, 4)] * 2).isfinite().all()
+    for grids in ([(4, 4), (2, 8)], [(2, 3), (2, 3)]):
+        with pytest.raises(lape.LapeError, match="images of several grids, or padded ones, are packed"):
+            forward(grids)
+
+
 @pytest.mark.parametrize("family", ["idefics2", "idefics3", "smolvlm"])
 def test_rows_that_a_host_picks_for_an_image_are_those_that_it_gets(family):
     """An image of 3 x 2 patches beside one of 4 x 4: rows of the table by the place of each patch in the image."""
@@ -249,7 +321,7 @@ def test_rows_that_a_host_picks_for_an_image_are_those_that_it_gets(family):
         assert lape.positions(model, (12, 8)).shape == (2, 6, 32)
 
 
-def test_a_video_has_numbers_and_no_figures():
+def test_a_video_has_numbers_along_three_axes():
     from lape.look.probe import attention
     from lape.look.similarity import Maps
 
@@ -265,6 +337,40 @@ def test_a_video_has_numbers_and_no_figures():
         attention(model, torch.randn(1, 3, 16, 16))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["divided_space_time", "joint_space_time", "space_only"])
+def test_timesformer_in_each_of_its_ways_of_attending(attention):
+    """Its stream has the frames of a place side by side; with space_only, each frame is an image by itself."""
+    config = transformers.TimesformerConfig(**SMALL, num_frames=3, attention_type=attention)
+    original, x = transformers.TimesformerModel(config).eval(), torch.randn(2, 3, 3, 16, 16)
+    model, entered = lape.apply_(copy.deepcopy(original), "basic", "learnable"), []
+    shake(model)
+    table = model.state_dict()["embeddings.position_embeddings" if attention == "space_only" else "lape.table_0"]
+    bare = copy.deepcopy(original)
+    for parameter in (bare.embeddings.position_embeddings, getattr(bare.embeddings, "time_embeddings", None)):
+        if parameter is not None:
+            parameter.zero_()
+    for one in (bare, model):
+        one.encoder.layer[0].register_forward_pre_hook(lambda _m, args: entered.append(args[0]))
+        one(x)
+    order = [0, *(1 + frame * 16 + place for place in range(16) for frame in range(3))]
+    expected = entered[0] + (table if attention == "space_only" else table[:, order])
+    assert (entered[1] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    layers = 4 if attention == "divided_space_time" else 2
+    assert lape.describe(lape.apply_(original)).joined == layers
+    if attention == "divided_space_time":
+        with pytest.raises(lape.LapeError, match="several attentions"):
+            lape.apply_(lape.remove_(original), "share")
+        return
+    shared, reached = lape.apply_(lape.remove_(original), "share"), []
+    shared.encoder.layer[1].layernorm_before.register_forward_hook(lambda _m, args, _y: reached.append(args[0]))
+    shared.encoder.layer[1].register_forward_pre_hook(lambda _m, args: reached.append(args[0]))
+    shared(x)
+    p = lape.positions(shared)[1:]
+    p = p if attention == "space_only" else p[:, order]
+    assert torch.allclose(reached[1] - reached[0], p.expand_as(reached[0]), atol=1e-5)
+
+
 def test_the_sine_of_videomae_is_1d_sin():
     host, x = make_wide("videomae"), WIDE["videomae"][2]()
     expected = wide_output(host, x)
@@ -275,13 +381,13 @@ def test_the_sine_of_videomae_is_1d_sin():
 @pytest.mark.parametrize(
     ("model", "config", "reason"),
     [
-        ("TimesformerModel", "TimesformerConfig", "attend along time and within a frame"),
         ("VideomtForUniversalSegmentation", "VideomtConfig", "run once a frame"),
+        ("VideoPrismVisionModel", "VideoPrismVisionConfig", "a spatial and a temporal encoder with a table each"),
         ("Swinv2Model", "Swinv2Config", "behind attention"),
     ],
 )
 def test_refused_with_the_true_reason(model, config, reason):
-    with torch.device("meta"):
+    with without_values():
         made = getattr(transformers, model)(getattr(transformers, config)())
     with pytest.raises(lape.UnsupportedModelError, match=reason):
         lape.apply_(made)

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -12,11 +12,13 @@ import torch
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
+from zoo import make_wide
 
 import lape
 from lape.cli import app as cli
 from lape.cli.original import visualize_main
 from lape.files.restore import deit_named
+from lape.look import figures
 from lape.look.figures import COLOUR_MAP, COSINE, Strip, curves, draw_together, ends, overview, places, visualize
 from lape.look.options import DrawOptions
 
@@ -108,6 +110,54 @@ def test_another_image_size(tmp_path: Path) -> None:
     _, numbers = written(tmp_path, model, size=(16, 64))
     assert numbers["grid"].tolist() == [2, 8]
     assert np.array_equal(numbers["positions"], lape.positions(model, (16, 64)).detach().numpy())
+
+
+def test_a_video_is_drawn_frame_by_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames side by side in a picture, a row a frame in the overview; the patch is framed where it is."""
+    pytest.importorskip("transformers", minversion="5.20")
+    drawn: dict[str, list[tuple[np.ndarray, int]]] = {}
+
+    def keep(self: figures.Pictures, figure: Any, name: str, **_: Any) -> None:
+        drawn[name] = [
+            (axes.images[0].get_array().filled(-9), len(axes.patches)) for axes in figure.axes if axes.images
+        ]
+
+    def numbers_of(**options: object) -> dict[str, np.ndarray]:
+        visualize(model, tmp_path, DrawOptions(model_name="m", **options))  # type: ignore[arg-type]
+        with np.load(tmp_path / "m" / "positions.npz") as numbers:
+            return dict(numbers)
+
+    monkeypatch.setattr(figures.Pictures, "add", keep)
+    model = lape.apply_(make_wide("vivit"))
+    numbers = numbers_of(token=21, layers=(1,))
+    (of_token,) = numbers["token_maps"][1:]
+    assert of_token.shape == (2, 4, 4)
+    assert np.array_equal(of_token.ravel(), numbers["correlation"][1, 21])
+    ((film, framed),) = drawn["LaPE_layer1_sim_21thToken.jpg"]
+    assert (film.shape, framed) == ((4, 9), 1)
+    assert np.array_equal(film, np.concatenate([of_token[0], np.full((4, 1), -9), of_token[1]], axis=1))
+    every, *frames = drawn["overview.png"]
+    assert np.array_equal(every[0], numbers["correlation"][1])
+    assert [framed for _, framed in frames] == [0, 1]
+    assert np.array_equal(np.stack([frame for frame, _ in frames]), of_token)
+    centre = drawn["places.png"][2][0]
+    assert np.array_equal(centre.ravel(), numbers["correlation"][1, 5, :16])
+    assert {"locality_radius", "monotonicity"} <= set(numbers)
+    assert not {"asymmetry", "anisotropy", "directed_monotonicity"} & set(numbers)
+    with pytest.raises(lape.LapeError, match=r"choose 0 to 31 \(frame x 4 \+ row x 4 \+ column\)"):
+        numbers_of(token=32)
+    assert numbers_of(size=(8, 8, 16))["grid"].tolist() == [4, 2, 4]
+
+
+def test_few_of_many_frames_are_drawn_and_always_the_patchs_own() -> None:
+    grid = (16, 2, 2)
+    maps = [torch.rand(64, 64)]
+    for token in (0, 5, 63):
+        strips = figures._strips_of_frames("token", maps, grid, token)
+        assert len(strips) <= figures.MOST_FRAMES
+        (own,) = [strip for strip in strips if strip.token >= 0]
+        assert own.label.endswith(f"frame {token // 4}")
+        assert torch.equal(own.maps[0], maps[0][token].reshape(grid)[token // 4])
 
 
 @pytest.mark.parametrize("join", ["basic", "LaPE"])

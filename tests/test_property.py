@@ -26,14 +26,18 @@ TRANSFORMERS = {
     "DeiT": ("DeiTForImageClassification", "DeiTConfig", {"num_labels": 3}),
     "AST": ("ASTForAudioClassification", "ASTConfig", {"num_labels": 3, "frequency_stride": 4, "time_stride": 4}),
     "ViViT": ("VivitForVideoClassification", "VivitConfig", {"num_labels": 3, "num_frames": 4}),
+    "I-JEPA": ("IJepaForImageClassification", "IJepaConfig", {"num_labels": 3}),
+    "VideoMAE": ("VideoMAEForVideoClassification", "VideoMAEConfig", {"num_labels": 3, "num_frames": 4}),
     "DINOv2 registers": ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", {"num_labels": 3}),
 }
+VIDEO = ("ViViT", "VideoMAE")
+FAMILIES = {"DINOv3 of timm": "vit_small_patch16_dinov3", "NaFlexViT": "naflexvit_base_patch16_gap"}
 
 
 @st.composite
 def cases(draw):
     """(library, arguments, join, kind, image size, dtype) that mean something together."""
-    library = draw(st.sampled_from(["timm"] * 4 + ["torchvision", *TRANSFORMERS]))
+    library = draw(st.sampled_from(["timm"] * 4 + ["torchvision", *FAMILIES, *TRANSFORMERS]))
     join = draw(st.sampled_from(list(JOINS.values())))
     kinds = [kind for kind in KINDS.values() if kind.is_table or kind.bias_axes or kind.name == "none"]
     kind = draw(st.sampled_from(kinds))
@@ -50,10 +54,11 @@ def cases(draw):
             st.fixed_dictionaries({}, optional={"init_values": st.just(0.5), "pre_norm": st.just(True)})
         )
         shape["any_size"] = draw(st.booleans())
-    elif library in ("torchvision", "DINOv2 registers", "ViViT"):  # these hosts themselves take squares only
+    elif library in ("torchvision", "DINOv2 registers", *VIDEO):  # these hosts themselves take squares only
         columns = rows
     assume(rows * columns >= (3 if kind.is_bias else 1))  # over fewer keys a normalised bias has no gradient
-    assume(library != "ViViT" or not (kind.is_bias or kind.name == "2D_sin"))  # which are for rows and columns
+    assume(library not in VIDEO or not (kind.is_bias or kind.name == "2D_sin"))  # which are for rows and columns
+    assume(library != "DINOv3 of timm" or kind.is_table)  # as its rotation stays
     if join.needs_pooling:
         assume(shape.get("prefix") == "pooled")
     dtype = draw(st.sampled_from(list(TOLERANCE)))
@@ -85,6 +90,10 @@ def make(library: str, shape: dict, grid: tuple[int, int]) -> torch.nn.Module:
             **extra,
             **shape["options"],
         )
+    elif library in FAMILIES:
+        sizes = {"patch_size": 4, "embed_dim": width, "num_heads": heads, "depth": depth, "mlp_ratio": 2}
+        sizes |= {"pos_embed_grid_size": grid} if library == "NaFlexViT" else {"img_size": size}
+        model = timm.create_model(FAMILIES[library], num_classes=3, **sizes)
     elif library == "torchvision":
         from torchvision.models import VisionTransformer
 
@@ -96,6 +105,7 @@ def make(library: str, shape: dict, grid: tuple[int, int]) -> torch.nn.Module:
         sizes |= {
             "AST": {"patch_size": 4, "num_mel_bins": size[0], "max_length": size[1]},
             "ViViT": {"image_size": size[0], "tubelet_size": [2, 4, 4]},
+            "VideoMAE": {"image_size": size[0], "tubelet_size": 2, "patch_size": 4},
         }.get(library, {"patch_size": 4, "image_size": size})
         config = getattr(transformers, config)(intermediate_size=2 * width, **sizes, **extra)
         model = getattr(transformers, cls)(config)
@@ -118,8 +128,7 @@ def written_out(host: torch.nn.Module, state: dict, join: str, kind, x: torch.Te
     prefix = next(f"{path}." if path else "" for path, module in host.named_modules() if module is root)
     state = {key.removeprefix(prefix): tensor.double() for key, tensor in state.items()}
     layout, width, blocks = anatomy.layout, anatomy.width, [root.get_submodule(path) for path in anatomy.blocks]
-    slot = anatomy.table_slot
-    table = root.get_parameter(slot)
+    slot = anatomy.table_slot or anatomy.table_key
     own = state.get(slot)
 
     def rows(name: str) -> torch.Tensor:
@@ -141,7 +150,16 @@ def written_out(host: torch.nn.Module, state: dict, join: str, kind, x: torch.Te
         block.register_forward_pre_hook(lambda _m, args: (args[0] + spread(p), *args[1:]))
 
     at_input = join in ("basic", "PVG", "MPVG") and kind.is_table
-    table.data = own.reshape(table.shape) if at_input else torch.zeros_like(table)
+    for path in anatomy.encoder:  # VideoMAE's sines, a plain tensor
+        owner, _, name = path.rpartition(".")
+        setattr(root.get_submodule(owner), name, torch.zeros_like(getattr(root.get_submodule(owner), name)))
+    if anatomy.table is not None:
+        table = root.get_parameter(slot)
+        table.data = own.reshape(table.shape) if at_input else torch.zeros_like(table)
+    elif at_input and anatomy.table_slot is not None:  # the host adds what lies there
+        setattr(root, slot, torch.nn.Parameter(rows(slot)))
+    elif at_input:
+        after(root.get_submodule(anatomy.input), rows(slot))
     if kind.is_bias:
         for path, block in zip(anatomy.blocks, blocks, strict=True):
             bias = bias_of(state, f"{path}.{anatomy.attention}", layout, kind, join)
@@ -206,7 +224,8 @@ def converted_equals_the_formula_and_learns(case) -> bool:
     assert bool(new) == (kind.is_bias or has_norms or (kind.is_table and not kind.frozen))
     model, host = model.to(dtype), host.to(dtype)
     sides = (4 * grid[0], 4 * grid[1])
-    x = torch.randn(2, *{"AST": sides[::-1], "ViViT": (4, 3, *sides)}.get(library, (3, *sides))).to(dtype)
+    shapes = {"AST": sides[::-1], **dict.fromkeys(VIDEO, (4, 3, *sides))}
+    x = torch.randn(2, *shapes.get(library, (3, *sides))).to(dtype)
     if not logits(host, x).isfinite().all():
         return False
     got = logits(model, x)

@@ -290,6 +290,21 @@ WIDE = {
         _without("patch_size", num_frames=4, tubelet_size=[2, 4, 4]),
         *(lambda: (torch.randn(2, 4, 3, 16, 16),), None, 1, 0, None),
     ),
+    "mllama": (
+        "MllamaVisionModel",
+        {
+            **_without("num_attention_heads", attention_heads=2, num_global_layers=1, max_num_tiles=4),
+            "intermediate_layers_indices": [0],
+            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+        },
+        lambda: (torch.randn(2, 1, 4, 3, 16, 16), torch.tensor([[1], [2]]), torch.tensor([[[1, 0] * 2], [[1, 1] * 2]])),
+        *(None, 1, 0, "tiles"),
+    ),
+    "timesformer": (
+        "TimesformerModel",
+        {**SMALL, "num_frames": 3},
+        *(lambda: (torch.randn(2, 3, 3, 16, 16),), None, 1, 0, None),
+    ),
     "videomae": (
         "VideoMAEModel",
         {**SMALL, "num_frames": 4, "tubelet_size": 2},

@@ -79,10 +79,10 @@ class Conversion:
     def places(self) -> list[int | None]:
         """For each block that the model has now: its place in what `root.lape` computes, None when it is not joined."""
         modules, places = dict(self.root.named_modules()), []
-        for path in self.anatomy.blocks:
+        for layer, path in enumerate(self.anatomy.blocks):
             if path not in modules:  # pruned away
                 continue
-            inside = [modules[path], *modules[path].modules()]
+            inside = [*modules[path].modules(), modules.get(self.anatomy.norm_of(layer))]
             joined = [m for m in inside if isinstance(m, Joined) and m.__dict__[LINK] is self.link]
             places.append(next((m._lape_place for m in joined if hasattr(m, "_lape_place")), None))
         return places

@@ -201,7 +201,7 @@ def _seen(conversion: Conversion, layer: int, place: int | None, p_1ND: Tensor |
     if place is not None and JOINS[conversion.join].normalised:  # a norm of its own has made it already
         bias = None if conversion.folded else conversion.way.bias(place)
     else:
-        norm = conversion.root.get_submodule(f"{anatomy.blocks[layer]}.{anatomy.norm}")
+        norm = conversion.root.get_submodule(anatomy.norm_of(layer))
         p_1ND, bias = host_forward(norm, p_1ND), getattr(norm, "bias", None)
     p_1ND = p_1ND if view == "seen" or bias is None else p_1ND - bias
     rows = p_1ND.shape[1] - layout.bare - layout.lead

@@ -51,7 +51,7 @@ class Wish:
     def like(self) -> Tensor:
         """A parameter whose device and dtype new ones get."""
         root = self.anatomy.root
-        norm = root.get_submodule(f"{self.anatomy.blocks[0]}.{self.anatomy.norm}")
+        norm = root.get_submodule(self.anatomy.norm_of(0))
         return next(norm.parameters(), next(root.parameters()))
 
     @property
@@ -259,7 +259,7 @@ class AtBlocks(WithTable):
         if own is not None and not wish.new:  # a copy for each block, as the host's table reaches it
             anatomy, root = wish.anatomy, wish.anatomy.root
             with torch.no_grad():
-                rows_1RD = anatomy.form.read(own, *(owned(*place_of(root, path)) for path in anatomy.form.beside))
+                rows_1RD = anatomy.form.read(own, *(owned(*place_of(root, path)) for path in anatomy.form.inputs))
                 raw = list(raw_positions(anatomy, partial(anatomy.entered, root), rows_1RD))
         for layer in range(1, len(wish.anatomy.blocks)):
             if raw and own is not None:
@@ -305,8 +305,7 @@ class BesideNorms(WithTable):
         if anatomy.norm_feeds_more:
             self.mixin = PositionalInput  # type: ignore[assignment]
         self.norms = nn.ModuleDict()
-        for key, home in zip([*map(str, self.layers), "last"], self.homes(anatomy), strict=False):
-            path = f"{home}.{anatomy.norm}" if home in anatomy.blocks else home
+        for key, path in zip([*map(str, self.layers), "last"], self._norms(anatomy), strict=False):
             width = anatomy.at(self._layer(key))[1]
             self.norms[key] = norm_like(anatomy.root.get_submodule(path), width, like, str(wish.pe_norm))
             if wish.warm_start:
@@ -318,9 +317,13 @@ class BesideNorms(WithTable):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return [anatomy.blocks[layer] for layer in self.layers] + ([str(anatomy.last_norm)] if self.at_last else [])
 
+    def _norms(self, anatomy: Anatomy) -> list[str]:
+        return [anatomy.norm_of(layer) for layer in self.layers] + ([str(anatomy.last_norm)] if self.at_last else [])
+
     def places(self, anatomy: Anatomy) -> list[str]:
-        site = anatomy.attention if anatomy.norm_feeds_more else anatomy.norm
-        return [f"{home}.{site}" if home in anatomy.blocks else home for home in self.homes(anatomy)]
+        if not anatomy.norm_feeds_more:
+            return self._norms(anatomy)
+        return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
 
     def each(self, asked: Asked) -> Iterator[Tensor]:
         """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). The only place where a LayerNorm meets a position."""

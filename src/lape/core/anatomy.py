@@ -24,6 +24,12 @@ class Form:
 
     read: Callable[..., Tensor] = rows_of  # (the table, those beside it) -> (1, R, D)
     beside: tuple[str, ...] = ()  # paths of further parameters that it is made of
+    shared: tuple[str, ...] = ()  # and of those that serve more than the table
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Paths of what is read beside the table."""
+        return (*self.beside, *self.shared)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Anatomy:
     packed: Callable[..., list[Grid] | None] | None = (
         None  # the grid of each image, in what `patch_embed` is called with
     )
+    norms: tuple[str, ...] = ()  # paths of the norms, layer by layer, where they are not attributes of "blocks"
     unfused: str | None = None  # attribute of a block that must read as 0, or a fused path passes its norm by
     branches: bool = False  # whether "blocks" are branches of blocks, several attentions side by side
 
@@ -79,6 +86,10 @@ class Anatomy:
     def without_table(self) -> Anatomy:
         """With its own table as something that a new one replaces, where that cannot take its slot."""
         return replace(self, table=None, table_slot=None, encoder=self.tables, form=Form(), table_key="new_table")
+
+    def norm_of(self, layer: int) -> str:
+        """Path of the norm before attention in a layer."""
+        return self.norms[layer] if self.norms else f"{self.blocks[layer]}.{self.norm}"
 
     def at(self, layer: int) -> tuple[Layout, int]:
         """Layout and width of a block."""

@@ -52,13 +52,14 @@ class Asked:
 class Forward:
     """What is known of a forward while it runs."""
 
-    __slots__ = ("entry", "grid", "late", "learns", "link", "received", "root", "rows_BK", "table")
+    __slots__ = ("entry", "grid", "grids", "late", "learns", "link", "received", "root", "rows_BK", "table")
 
     def __init__(self, link: Link, root: nn.Module, entry: str):
         self.link = link
         self.entry = entry  # the method by which it began
         self.root = root  # a replica of the link's own under nn.DataParallel
         self.grid: Grid | None = None  # None: the model's own
+        self.grids: list[Grid] | None = None  # of each image, where these are packed
         self.table: Tensor | None = None  # the host's, as its own code has read it
         self.received: tuple[Tensor, ...] | _OneByOne | None = None  # by place, where there is something to compute
         self.rows_BK: Tensor | None = None  # which of them each image picks, where patches are shuffled
@@ -73,16 +74,10 @@ class Forward:
             self.compute()
 
     def begin_each(self, grids: list[Grid], num_tokens: int) -> None:
-        """The grid of each image is known. What tokens behind its last patch receive is zero."""
-        self.learns = torch.is_grad_enabled()
-        own = self.link.anatomy.layout.grid
-        made = {grid: self.link.compute(self.root, None if grid == own else grid) for grid in dict.fromkeys(grids)}
-        count = len(made[grids[0]])
-        padded = [
-            [F.pad(made[grid][i][0], (0, 0, 0, num_tokens - made[grid][i].shape[1])) for grid in grids]
-            for i in range(count)
-        ]
-        self.received = tuple(map(torch.stack, padded))
+        """The grid of each image is known."""
+        self.grids, self.learns = grids, torch.is_grad_enabled()
+        if self.link.listed:
+            self.received = self.link.compute_each(self.root, grids, num_tokens)
 
     def compute(self) -> None:
         self.learns = torch.is_grad_enabled()
@@ -167,7 +162,7 @@ class Link:
     def read(self, root: nn.Module, table: Tensor) -> Tensor:
         """The rows (1, R, D) that a host's table stands for."""
         form = self.anatomy.form
-        return form.read(table, *(owned(*place_of(root, path)) for path in form.beside))
+        return form.read(table, *(owned(*place_of(root, path)) for path in form.inputs))
 
     def is_away(self, root: nn.Module) -> bool:
         """Whether the table is elsewhere until the host's code reads it (offloading)."""
@@ -185,6 +180,17 @@ class Link:
         received: tuple[Tensor, ...] = root.lape(self.asked(root, grid, upto))  # type: ignore[operator]
         return received
 
+    def compute_each(
+        self, root: nn.Module, grids: list[Grid], num_tokens: int, upto: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """As `compute`, image by image, (B, N, D). What tokens behind the last patch of an image receive is zero."""
+        own = self.anatomy.layout.grid
+        made = {grid: self.compute(root, None if grid == own else grid, upto) for grid in dict.fromkeys(grids)}
+        places = list(zip(*(made[grid] for grid in grids), strict=True))
+        if any(p.ndim != 3 for p in places[-1]):
+            raise _one_grid()
+        return tuple(torch.cat([F.pad(p, (0, 0, 0, num_tokens - p.shape[1])) for p in each]) for each in places)
+
     @property
     def running(self) -> nn.Module:
         """The root, or that replica of it whose forward runs in this thread."""
@@ -197,6 +203,8 @@ class Link:
         if anatomy.maps:
             return None if tuple(x.shape[1:3]) == anatomy.at(layer)[0].grid else (x.shape[1], x.shape[2])
         if here is not None and here.link is self:
+            if here.grids is not None:
+                raise _one_grid()
             return here.grid
         if anatomy.shuffle is not None or not self.many_grids:
             return None
@@ -207,7 +215,13 @@ class Link:
 
     def alone(self, place: int, x: Tensor) -> Tensor:
         """What one joined place receives for tokens x, outside of a forward, or for a map of another grid."""
-        anatomy = self.anatomy
+        anatomy, here = self.anatomy, HERE.forward
+        grids = here.grids if here is not None and here.link is self else None
+        if anatomy.packed is not None and in_backward():
+            grids = self.recall.told(x.device)
+        if grids is not None:
+            with _saved_as_it_is(), _unseen_in_backward():
+                return self.compute_each(self.running, grids, x.shape[1], place)[place]
         grid = self.grid_of(x, place)
         with _saved_as_it_is(), _unseen_in_backward():
             p = self.compute(self.running, grid, place)[place]
@@ -225,12 +239,12 @@ class Link:
 
     def tell_each(self, grids: list[Grid], num_tokens: int) -> None:
         """The images of the forward of this thread have these grids."""
-        if (here := HERE.forward) is not None and here.link is self and self.listed:
+        if (here := HERE.forward) is not None and here.link is self:
             here.begin_each(grids, num_tokens)
 
     def tell_kept(self, kept_Bk: Tensor, tokens_BkD: Tensor) -> None:
         """The forward of this thread goes on with these patches, numbered on the grid row by row, as these tokens."""
-        self.recall.note_kept(kept_Bk, tokens_BkD)
+        self.recall.note_forward(kept_Bk, tokens_BkD)
         if (here := HERE.forward) is not None and here.link is self:
             rows_BK = rows_of_kept(self.anatomy.layout, kept_Bk)
             if isinstance(here.received, tuple):  # now, before a block can be checkpointed
@@ -244,7 +258,7 @@ class Link:
             return self.running.lape()  # type: ignore[operator]
         if isinstance(own, nn.Module):
             return None
-        if (here := HERE.forward) is not None and here.link is self and here.late and not self.anatomy.form.beside:
+        if (here := HERE.forward) is not None and here.link is self and here.late and not self.anatomy.form.inputs:
             here.table = self.read(here.root, own)
         if isinstance(own, nn.Parameter):
             return _zeros(own, own.dtype)
@@ -265,8 +279,11 @@ class Link:
         vars(self).update(state, recall=Recall())
 
 
-def received(module: Any, x: Tensor) -> Tensor:
-    """What a joined module's tokens x receive, (1, N, D) or for a map (1, rows, columns, D), in their dtype."""
+def received(module: Any, x: Tensor, layer: int | None = None) -> Tensor:
+    """What a joined module's tokens x receive, (1, N, D) or for a map (1, rows, columns, D), in their dtype.
+
+    `layer` says as the tokens of which layer they stand, -1 before the first; None: of its place.
+    """
     link, here = module._lape, HERE.forward
     if here is not None and here.late and here.link is link:
         here.late = False
@@ -285,24 +302,31 @@ def received(module: Any, x: Tensor) -> Tensor:
     if link.anatomy.maps:
         p = p.unflatten(1, x.shape[1:3])
     if link.anatomy.windows is not None:
-        p = _in_windows(link, p, x, module._lape_place)
+        p = _in_windows(link, p, x, module._lape_place if layer is None else layer)
     if isinstance(x, Tensor) and (p.dtype != x.dtype or p.device != x.device):  # else a proxy of torch.fx
         p = p.to(device=x.device, dtype=x.dtype)
     return p
 
 
-def _in_windows(link: Link, p_1ND: Tensor, x: Tensor, place: int) -> Tensor:
+def _in_windows(link: Link, p_1ND: Tensor, x: Tensor, layer: int) -> Tensor:
     """A position as the tokens x of a block stand: a map, windows image by image, or all of an image's at once."""
     anatomy = link.anatomy
-    grid = link.grid_of(x, place) or anatomy.at(place)[0].grid
+    grid = link.grid_of(x, layer) or anatomy.at(layer)[0].grid
     if x.ndim == 4 and tuple(x.shape[1:3]) == grid:
         p: Tensor = p_1ND.unflatten(1, grid)
         return p
     assert anatomy.windows is not None
-    p = anatomy.windows(p_1ND, grid, place)
+    p = anatomy.windows(p_1ND, grid, layer)
     if p.shape[1:] != x.shape[1:]:
         return p.flatten(0, 1)[None]
     return p if len(p) == 1 else p.repeat(x.shape[0] // len(p), *(1 for _ in p.shape[1:]))
+
+
+def _one_grid() -> LapeError:
+    return LapeError(
+        "images of several grids, or padded ones, are packed in this batch, and this kind of position is for one grid: "
+        "give images (B, C, height, width) of one size, or use pe='learnable'"
+    )
 
 
 def fits(module: Any, x: Tensor, p: Tensor) -> None:

@@ -9,6 +9,7 @@ Shape legend: B batch, N tokens, K tokens that are kept, D width, H heads, n pat
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -37,23 +38,30 @@ class GridWatch(Joined):
         link: Any = self._lape  # type: ignore[attr-defined]
         anatomy = link.anatomy
         grids = anatomy.packed(pixels_BCHW, *args, **kwargs) if anatomy.packed else None
-        if grids is not None:
-            output = super().forward(pixels_BCHW, *args, **kwargs)  # type: ignore[misc]
-            link.tell_each(grids, anatomy.layout.num_prefix + pixels_BCHW.shape[1])
-            return output
-        if pixels_BCHW.ndim != 4:
+        if grids is None and pixels_BCHW.ndim != 4:
             raise LapeError(
                 f"patches of shape {tuple(pixels_BCHW.shape)} were given, whose place may differ from image to image: "
                 "give images (B, C, height, width) of one size"
             )
         output = super().forward(pixels_BCHW, *args, **kwargs)  # type: ignore[misc]
-        if anatomy.grid_from is not None:
-            link.tell(anatomy.grid_from(output))
-        else:
-            sides = zip(pixels_BCHW.shape[-2:], anatomy.patch_size, strict=True)
-            rows, columns = ((side + (patch - 1) * anatomy.pads) // patch for side, patch in sides)
-            link.tell((rows, columns))
+        if grids is not None and set(grids) == {grids[0]} and math.prod(grids[0]) == pixels_BCHW.shape[1]:
+            (grid, *_), grids = grids, None  # packed, and yet of one grid
+            link.tell(grid)
+        elif grids is None:
+            link.tell(_grid_of_images(anatomy, pixels_BCHW, output))
+        if anatomy.packed is not None:
+            link.recall.note_forward(grids, output[0] if isinstance(output, tuple) else output)
+        if grids is not None:
+            link.tell_each(grids, anatomy.layout.num_prefix + pixels_BCHW.shape[1])
         return output
+
+
+def _grid_of_images(anatomy: Any, pixels_BCHW: Tensor, output: Any) -> Grid:
+    if anatomy.grid_from is not None:
+        grid: Grid = anatomy.grid_from(output)
+        return grid
+    sides = zip(pixels_BCHW.shape[-2:], anatomy.patch_size, strict=True)
+    return tuple((side + (patch - 1) * anatomy.pads) // patch for side, patch in sides)
 
 
 class Shuffled(Joined):
@@ -89,20 +97,24 @@ def in_backward() -> bool:
 
 
 class _Waiting:
-    """One forward that told its kept patches; lives as long as its graph does."""
+    """One forward that told its kept patches, or the grids of its images; lives as long as its graph does."""
+
+    def __init__(self, plain: bool):
+        self.plain = plain
 
 
 class Recall:
     """What past forwards told of their grids and kept patches, for a module that is called outside of a forward.
 
     Above all in a backward that recomputes activations. It cannot tell of which forward: a count of patches that two
-    grids share is an error there, and so are kept patches while another forward waits for its backward too.
+    grids share is an error there, and so are kept patches, and packed images, while another forward waits for its
+    backward too.
     """
 
     def __init__(self) -> None:
         self._grids: dict[int, Grid] = {}  # by their number of patches
         self._ambiguous: set[int] = set()
-        self._kept: dict[torch.device, tuple[Tensor, _Waiting | None]] = {}  # replicas run side by side
+        self._told: dict[torch.device, tuple[Any, _Waiting | None]] = {}  # replicas run side by side
         self._waiting: weakref.WeakSet[_Waiting] = weakref.WeakSet()
 
     def note(self, grid: Grid) -> None:
@@ -111,13 +123,26 @@ class Recall:
             self._ambiguous.add(count)
         self._grids[count] = grid
 
-    def note_kept(self, kept_Bk: Tensor, tokens_BkD: Tensor) -> None:
+    def note_forward(self, told: Any, tokens: Tensor) -> None:
+        """What a forward tells of its images: the patches kept (B, k), a list of grids, or None, one grid."""
         forward = None
-        if tokens_BkD.requires_grad and not torch.compiler.is_compiling():
-            forward = _Waiting()
+        if tokens.requires_grad and not torch.compiler.is_compiling():
+            forward = _Waiting(plain=told is None)
             self._waiting.add(forward)
-            tokens_BkD.register_hook(lambda _: self._waiting.discard(forward))  # the last step of its backward
-        self._kept[kept_Bk.device] = (kept_Bk, forward)
+            tokens.register_hook(lambda _: self._waiting.discard(forward))  # the last step of its backward
+        self._told[tokens.device] = (told, forward)
+
+    def told(self, device: torch.device) -> Any:
+        """What the last forward there told. Raises LapeError in a backward that may be another one's."""
+        told, forward = self._told.get(device, (None, None))
+        others = [other for other in self._waiting if other is not forward]
+        differ = told is not None or not all(other.plain for other in others)
+        if in_backward() and differ and (forward is None or others):
+            raise LapeError(
+                "recomputing activations cannot tell of which forward the shuffled or packed patches are: one forward "
+                "a backward, through embeddings that get a gradient, or no activation checkpointing"
+            )
+        return told
 
     def grid(self, layout: Layout, num_tokens: int) -> Grid | None:
         """The grid of so many tokens; None for the layout's own. Raises LapeError when it is not known."""
@@ -142,17 +167,11 @@ class Recall:
 
     def kept(self, layout: Layout, device: torch.device, num_tokens: int) -> Tensor:
         """(B, k) patches that so many tokens are. Raises LapeError when they are not known."""
-        known = self._kept.get(device)
-        if known is None or known[0].shape[1] + layout.num_prefix != num_tokens:
+        kept_Bk: Tensor | None = self.told(device)
+        if kept_Bk is None or kept_Bk.shape[1] + layout.num_prefix != num_tokens:
             raise LapeError(
                 f"{num_tokens} tokens arrived, whose places on the grid are not known: call the model with images, not "
                 "its layers with tokens"
-            )
-        kept_Bk, forward = known
-        if in_backward() and (forward is None or set(self._waiting) - {forward}):
-            raise LapeError(
-                "recomputing activations cannot tell of which forward the shuffled patches are: one forward a "
-                "backward, through embeddings that get a gradient, or no activation checkpointing"
             )
         return kept_Bk
 
@@ -160,5 +179,5 @@ class Recall:
 def wrong_number(layout: Layout, num_tokens: int) -> LapeError:
     return LapeError(
         f"{num_tokens} tokens arrived, the position is for {layout.num_tokens} ({layout.num_prefix} prefix tokens and "
-        f"a grid of {' x '.join(map(str, layout.grid))}): give images of the model's size"
+        f"a grid of {' x '.join(map(str, layout.grid))}): give images of the model's size, whole"
     )

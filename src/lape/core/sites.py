@@ -57,7 +57,7 @@ class PositionalStem(Joined):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
-        p = received(self, x)
+        p = received(self, x, layer=-1)
         fits(self, x, p)
         return x + p
 

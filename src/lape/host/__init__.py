@@ -1,6 +1,6 @@
 """Which Vision Transformers can be converted: one file a library, one table."""
 
-from lape.host import huggingface, paths, timm, torchvision
+from lape.host import huggingface, mvit, paths, timm, torchvision
 from lape.host.base import (
     Host,
     add_host,
@@ -14,7 +14,7 @@ from lape.host.base import (
 from lape.host.paths import register_host
 from lape.host.suggest import Suggestion, suggest_host
 
-for _host in (*timm.HOSTS, *huggingface.HOSTS, torchvision.VISION_TRANSFORMER, torchvision.SWIN, *paths.HOSTS):
+for _host in (*timm.HOSTS, *huggingface.HOSTS, *torchvision.HOSTS, *mvit.HOSTS, *paths.HOSTS):
     add_host(_host)
 
 __all__ = [

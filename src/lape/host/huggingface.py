@@ -23,7 +23,7 @@ from lape.core.bias import OwnBias, masked
 from lape.core.grids import grid_of_map
 from lape.core.position import Grid, Layout, resample
 from lape.core.stages import Stage, over_tokens
-from lape.errors import LapeError, UnsupportedModelError
+from lape.errors import LapeError
 from lape.host.base import Blueprint, Host, class_name
 from lape.host.configurations import check_entries, check_origin, declared_in
 from lape.host.parts import (
@@ -34,6 +34,7 @@ from lape.host.parts import (
     Call,
     anatomy,
     check_blocks,
+    check_norms,
     children,
     instances,
     table_in,
@@ -236,6 +237,51 @@ def _videomae(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     return {"encoder": ("embeddings.position_embeddings",), "input": "embeddings", "add_bias": None}
 
 
+def _timesformer_sizes(root: Any) -> Sizes:
+    config: Any = root.config
+    (side, columns), (ph, pw) = _pair(config.image_size), _pair(config.patch_size)
+    grid, patch = (side // ph, columns // pw), (ph, pw)
+    return (grid, patch) if config.attention_type == "space_only" else ((config.num_frames, *grid), (1, *patch))
+
+
+def _timesformer(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    """P_(t, i) = table_i + times_t. An attention along time and one within a frame are two layers, in this order:
+
+    x' = x + MSA(LN(x)) holds for each by itself, with a norm that feeds it alone.
+    """
+    fields: dict[str, Any] = {"add_bias": None, "input": "embeddings"}
+    if len(layout.grid) == 2:  # each frame is an image of the batch
+        return fields
+    fields |= {"form": Form(_sum_over_time, ("embeddings.time_embeddings",)), "windows": _frames_last}
+    if root.config.attention_type == "divided_space_time":
+        parts = (("temporal_attention", "temporal_layernorm"), ("attention", "layernorm_before"))
+        layers = [(f"{path}.{attention}", f"{path}.{norm}") for path in blocks for attention, norm in parts]
+        fields["blocks"], fields["norms"] = zip(*layers, strict=True)
+        fields |= {"branches": True, "windows": _along_time_then_within_frames}
+    return fields
+
+
+def _sum_over_time(table_1RD: Tensor, times_1TD: Tensor) -> Tensor:
+    patches_1TnD = table_1RD[:, None, 1:] + times_1TD[:, :, None]
+    return torch.cat([table_1RD[:, :1], patches_1TnD.flatten(1, 2)], dim=1)
+
+
+def _frames_last(p_1ND: Tensor, grid: Grid, layer: int) -> Tensor:
+    """In the order of TimeSformer's tokens: the frames of a place side by side."""
+    patches_1nD = p_1ND[:, 1:].unflatten(1, (grid[0], -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([p_1ND[:, :1], patches_1nD], dim=1)
+
+
+def _along_time_then_within_frames(p_1ND: Tensor, grid: Grid, layer: int) -> Tensor:
+    """(1, N, D) -> (places, T, D), patches alone, or (T, 1 + places, D); the stream itself before the first layer."""
+    if layer < 0:
+        return _frames_last(p_1ND, grid, layer)
+    patches_TnD = p_1ND[0, 1:].unflatten(0, (grid[0], -1))
+    if layer % 2 == 0:
+        return patches_TnD.transpose(0, 1)
+    return torch.cat([p_1ND[:, :1].expand(grid[0], -1, -1), patches_TnD], dim=1)
+
+
 # ---------------------------------------------------------------- Hiera: attention pools its queries at a border
 
 
@@ -313,6 +359,26 @@ def _padded_windows(p_1nD: Tensor, grid: Grid, layer: int, sizes: tuple[int, ...
     cells = F.pad(cells, (0, 0, 0, -grid[1] % side, 0, -grid[0] % side))
     rows, columns = cells.shape[1] // side, cells.shape[2] // side
     return cells[0].reshape(rows, side, columns, side, -1).transpose(1, 2).flatten(0, 1)
+
+
+# ---------------------------------------------------------------- tiles of an image in one sequence
+
+
+def _mllama(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
+    """Joined is the table that all tiles share; what tells tiles apart, by the shape of the image, stays added."""
+    tiles, path = root.config.max_num_tiles, "gated_positional_embedding"
+    joined = {"form": Form(_gated, shared=(f"{path}.gate",)), "windows": partial(_in_tiles, tiles=tiles)}
+    adds = {"adds": (f"{path}.forward",), "add_bias": None, "beside": "gated embeddings of tiles"}
+    return {**joined, **adds, "num_heads": root.config.attention_heads}
+
+
+def _gated(table_RD: Tensor, gate: Tensor) -> Tensor:
+    return ((1 - gate.tanh()) * table_RD)[None]
+
+
+def _in_tiles(p_1ND: Tensor, grid: Grid, layer: int, tiles: int) -> Tensor:
+    """Each tile's tokens padded to a multiple of 8, one tile behind the other."""
+    return F.pad(p_1ND, (0, 0, 0, -p_1ND.shape[1] % 8)).repeat(1, tiles, 1)
 
 
 # ---------------------------------------------------------------- queries that enter in the last blocks
@@ -414,6 +480,7 @@ _ENCODERS = (
     _family("eomt_dinov3", "EomtDinov3", norm="norm1", table=None, registers=True, read=_eomt),
     _family("audio_spectrogram_transformer", "AST", patch_embed=None, prefix_rows=2, sizes=_ast_sizes, read=_ast),
     _family("vivit", "Vivit", patch_embed=None, sizes=_video_sizes),
+    _family("timesformer", "Timesformer", patch_embed=None, read=_timesformer, sizes=_timesformer_sizes),
     _family("videomae", "VideoMAE", table=None, patch_embed=None, prefix_rows=0, read=_videomae, sizes=_video_sizes),
     _family(
         "vjepa2",
@@ -448,6 +515,15 @@ _LLAMA_4 = Family(
     suffix_rows=1,
     read=lambda root, blocks, layout: {"beside": ROTARY, "adds": ("forward",), "add_bias": None},
 )
+_MLLAMA = Family(
+    _class("mllama", "MllamaVisionModel"),
+    _class("mllama", "MllamaVisionEncoderLayer"),
+    norm="input_layernorm",
+    attention="self_attn",
+    table="gated_positional_embedding.embedding",
+    patch_embed=None,
+    read=_mllama,
+)
 _SAM_2 = Family(
     _class("sam2", "Sam2HieraDetModel"),
     _class("sam2", "Sam2MultiScaleBlock"),
@@ -458,29 +534,25 @@ _SAM_2 = Family(
     read=_sam2,
     sizes=_stride_sizes,
 )
-FAMILIES = {family.owner: family for family in (*_ENCODERS, *_SWINS, *_SAMS, _LLAMA_4, _SAM_2)}
+FAMILIES = {family.owner: family for family in (*_ENCODERS, *_SWINS, *_SAMS, _LLAMA_4, _MLLAMA, _SAM_2)}
 
 _REFUSED = {
-    _class("timesformer", "TimesformerEmbeddings"): (
-        "its blocks attend along time and within a frame in turn, each with a norm of its own over other tokens"
+    _class("videoprism", "VideoPrismLayer"): (
+        "a spatial and a temporal encoder with a table each follow each other, so there is no one position to hand on"
     ),
-    _class("videomt", "VideomtEmbeddings"): "its last blocks run once a frame, on queries of the frame before",
+    _class("videomt", "VideomtLayer"): "its last blocks run once a frame, on queries of the frame before",
 }
 
 
 def examine(root: nn.Module) -> Anatomy:
     """Where an encoder of the library keeps its layers, its table and its grid. Raises UnsupportedModelError."""
     name = class_name(type(root._modules.get("embeddings", root)))
-    if name in _REFUSED:
-        raise UnsupportedModelError(f"{class_name(type(root))} cannot be converted: {_REFUSED[name]}")
     family = FAMILIES[name]
     blocks = children(root, family.layers) if family.layers else instances(root, family.layer)
     check_blocks("Hugging Face", root, blocks, (family.layer,))
     first = root.get_submodule(blocks[0])
-    norm, attention = getattr(first, family.norm), getattr(first, family.attention)
-    if not isinstance(norm, nn.LayerNorm) and not type(norm).__name__.endswith("RMSNorm"):
-        reason = "the norm before attention must be a LayerNorm or an RMSNorm"
-        raise UnsupportedModelError(f"{blocks[0]}.{family.norm} is a {class_name(type(norm))}: {reason}")
+    check_norms(root, [f"{path}.{family.norm}" for path in blocks])
+    attention = getattr(first, family.attention)
     config: Any = root.config
     grid, patch_size = family.sizes(root)
     rows = family.prefix_rows if isinstance(family.prefix_rows, int) else getattr(config, family.prefix_rows)
@@ -504,7 +576,8 @@ def examine(root: nn.Module) -> Anatomy:
         "own_bias": _own_bias(root, blocks, layout),
         **family.read(root, blocks, layout),
     }
-    return anatomy(root, blocks, layout, norm=family.norm, attention=family.attention, patch_size=patch_size, **fields)
+    fields = {"norm": family.norm, "attention": family.attention, "patch_size": patch_size, **fields}
+    return anatomy(root, fields.pop("blocks", blocks), layout, **fields)
 
 
 def _own_bias(root: nn.Module, blocks: list[str], layout: Layout) -> tuple[OwnBias, ...]:
@@ -576,8 +649,8 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _host(name: str, families: tuple[Family, ...], note: str, refused: dict[str, str], *earlier: str) -> Host:
-    """One row of the table. Refused embeddings are roots as well: `examine` says why."""
-    roots = [family.owner for family in families] + [name for name in refused if name.endswith("Embeddings")]
+    """One row of the table."""
+    roots = [family.owner for family in families]
     layers = tuple(family.layer for family in families)
     child = "embeddings" if roots[0].endswith("Embeddings") else None
     host = Host(name, tuple(roots), layers, examine, measure, note, "transformers", blueprint, build)
@@ -589,11 +662,11 @@ HOSTS = (
     _host(
         "Hugging Face vision encoder",
         _ENCODERS,
-        "ViT, DeiT, DINOv2 (with registers), DINOv3, BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, DPT, TIPSv2, Pixio, "
-        "EoMT, Hiera, ViTPose, VitDet, YOLOS, LW-DETR, RF-DETR, Sapiens 2, SAM 3, AST (sound), ViViT, VideoMAE, "
-        "V-JEPA 2, the vision encoders of CLIP, MetaCLIP 2, MLCD, AltCLIP, ChineseCLIP, CLIPSeg, OWL-ViT, OWLv2, BLIP, "
-        "BLIP-2, InstructBLIP, SigLIP, SigLIP 2, AIMv2, InternVL, Idefics (1 to 3), SmolVLM, Ovis 2, Janus, Kosmos-2, "
-        "GIT, Phi-4; what holds one",
+        "ViT, DeiT, DINOv2 (with registers), DINOv3, BEiT, Data2Vec, ViT-MSN, ViT-MAE, I-JEPA, DPT, TIPSv2, "
+        "Pixio, EoMT, Hiera, ViTPose, VitDet, YOLOS, LW-DETR, RF-DETR, Sapiens 2, SAM 3, AST (sound), ViViT, "
+        "VideoMAE, TimeSformer, V-JEPA 2, the vision encoders of CLIP, MetaCLIP 2, MLCD, AltCLIP, ChineseCLIP, "
+        "CLIPSeg, OWL-ViT, OWLv2, BLIP, BLIP-2, InstructBLIP, SigLIP, SigLIP 2, AIMv2, InternVL, Idefics (1 to "
+        "3), SmolVLM, Ovis 2, Janus, Kosmos-2, GIT, Phi-4; what holds one",
         _REFUSED,
         "transformers 4.49.0 (without relative bias)",
     ),
@@ -616,9 +689,10 @@ HOSTS = (
         {},
     ),
     _host(
-        "Hugging Face Llama 4 vision",
-        (_LLAMA_4,),
-        "the table of the vision encoder, beside rotary position embedding; the class token stands last; one size",
+        "Hugging Face Llama vision",
+        (_LLAMA_4, _MLLAMA),
+        "Llama 4: the table of the encoder beside rotary position embedding, its class token stands last; Mllama "
+        "(Llama 3.2): the table that all tiles share, beside their own; one size",
         {},
     ),
 )

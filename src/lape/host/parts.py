@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +52,22 @@ def table_in(root: nn.Module, slot: str) -> Tensor | None:
     owner, name = place_of(root, slot)
     table: Tensor | None = getattr(owner, name, None)
     return table
+
+
+def is_norm(module: object) -> bool:
+    """Whether this is a norm over each token's width: LN' is a LayerNorm beside any of them, with its eps (Eq. 11)."""
+    name = type(module).__name__.lower()
+    return isinstance(module, nn.LayerNorm) or name.removesuffix("fp32").endswith(
+        ("rmsnorm", "layernorm", "simplenorm")
+    )
+
+
+def check_norms(root: nn.Module, paths: Iterable[str]) -> None:
+    """Raises UnsupportedModelError unless a LayerNorm or its like lies under each path."""
+    for path in paths:
+        if not is_norm(norm := getattr(*place_of(root, path))):
+            reason = "the norm before attention must be a LayerNorm or an RMSNorm"
+            raise UnsupportedModelError(f"{path} is a {class_name(type(norm))}: {reason}")
 
 
 def check_blocks(

@@ -18,7 +18,7 @@ from lape.core.anatomy import Anatomy
 from lape.core.position import Grid, Layout
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host.base import Host, add_host, class_name
-from lape.host.parts import POST_NORM, RELATIVE, ROTARY, anatomy, table_in
+from lape.host.parts import POST_NORM, RELATIVE, ROTARY, anatomy, check_norms, table_in
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,7 @@ class Paths:
 def examine(root: nn.Module, paths: Paths) -> Anatomy:
     """Where a model keeps its parts. Raises UnsupportedModelError naming what is not there."""
     blocks = _blocks(root, paths)
-    for path in blocks:
-        norm = getattr(root.get_submodule(path), paths.norm)
-        if not is_norm(norm):
-            raise UnsupportedModelError(
-                f"{path}.{paths.norm} is a {class_name(type(norm))}: not a LayerNorm or RMSNorm"
-            )
+    check_norms(root, [f"{path}.{paths.norm}" for path in blocks])
     first: Any = root.get_submodule(blocks[0])
     width = next(getattr(first, paths.norm).parameters()).shape[-1]
     grid = paths.grid or _grid(root)
@@ -87,11 +82,6 @@ def _of_torch(layer: nn.TransformerEncoderLayer) -> dict[str, Any]:
     if not layer.self_attn.batch_first:
         raise UnsupportedModelError("its tokens are (N, B, D): create nn.TransformerEncoderLayer with batch_first=True")
     return {"unfused": "activation_relu_or_gelu"}
-
-
-def is_norm(module: object) -> bool:
-    """Whether this is a LayerNorm or an RMSNorm over each token's width, of torch or of anybody."""
-    return isinstance(module, nn.LayerNorm) or type(module).__name__.lower() in ("rmsnorm", "layernorm")
 
 
 def _count(grid: Grid) -> int:

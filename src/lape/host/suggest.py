@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lape.errors import LapeError
 from lape.host.base import class_name
-from lape.host.parts import POST_NORM
-from lape.host.paths import Paths, examine, is_norm
+from lape.host.parts import POST_NORM, is_norm
+from lape.host.paths import Paths, examine
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,11 @@ from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host import parts
 from lape.host.base import Blueprint, Host, class_name, find_host, without_values
-from lape.host.parts import POST_NORM, RELATIVE, ROTARY, SHARED, Call, check_blocks, children
+from lape.host.parts import POST_NORM, RELATIVE, ROTARY, SHARED, Call, check_blocks, check_norms, children
 from lape.names import nearest
 
 NEW_OUTPUT.add("timm.layers.norm")
 
-# Norms over each token's width, which stay: LN' is a LayerNorm beside any of them, as in Eq. 11, with the host's eps.
-_TOKEN_NORMS = ("RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm")
 _NO_MASK = ("timm.layers.diff_attention.DiffAttention",)  # its two paths disagree on the heads of a mask
 
 
@@ -39,11 +37,7 @@ def anatomy(root: nn.Module, blocks: list[str], layout: Layout, **more: Any) -> 
     forward adds none.
     """
     norm_name = "norm" if more.get("branches") else "norm1"
-    for path in (f"{block}.{norm_name}" for block in blocks):
-        norm = root.get_submodule(path)
-        if not isinstance(norm, nn.LayerNorm) and type(norm).__name__ not in _TOKEN_NORMS:
-            reason = "the norm before attention must be a LayerNorm or an RMSNorm"
-            raise UnsupportedModelError(f"{path} is a {class_name(type(norm))}: {reason}")
+    check_norms(root, [f"{block}.{norm_name}" for block in blocks])
     if getattr(getattr(root, "patch_drop", None), "prob", 0.0) > 0:
         raise UnsupportedModelError(
             "patch_drop_rate > 0 removes tokens at random, so a token's position is no longer known in the blocks: "

@@ -1,4 +1,4 @@
-"""torchvision's `VisionTransformer` (vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14) and Swin (swin_t, ...)."""
+"""torchvision's `VisionTransformer` (vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14), Swin (swin_t, ...) and MViT."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ _OF_SWIN = (
     *"patch_size embed_dim depths num_heads window_size mlp_ratio dropout attention_dropout".split(),
     *("stochastic_depth_prob", "num_classes"),
 )
+_OF_MVIT = (
+    *"spatial_size temporal_size block_setting residual_pool residual_with_cls_embed rel_pos_embed".split(),
+    *"proj_after_attn dropout attention_dropout stochastic_depth_prob num_classes".split(),
+    *("patch_embed_kernel", "patch_embed_stride", "patch_embed_padding"),
+)
 
 
 def blueprint(model: nn.Module) -> Blueprint | None:
@@ -63,19 +68,23 @@ def blueprint(model: nn.Module) -> Blueprint | None:
 
 def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
     """Raises LapeError for an argument that `blueprint` does not write."""
-    allowed = _OF_SWIN if name == "SwinTransformer" else (*_ARGUMENTS, "num_layers", "num_heads")
+    allowed = {"SwinTransformer": _OF_SWIN, "MViT": _OF_MVIT}.get(name, (*_ARGUMENTS, "num_layers", "num_heads"))
     for argument in kwargs:
         if argument not in allowed:
             raise LapeError(f"{argument!r} is no argument of {name} that says what the model is")
 
 
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """A torchvision VisionTransformer or Swin with random weights."""
+    """A torchvision VisionTransformer, Swin or MViT with random weights."""
     from torchvision.models import SwinTransformer, VisionTransformer
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
 
-    known: dict[str, Any] = {"VisionTransformer": VisionTransformer, "SwinTransformer": SwinTransformer}
+    known: dict[str, Any] = {"VisionTransformer": VisionTransformer, "SwinTransformer": SwinTransformer, "MViT": MViT}
     if name not in known:
-        raise LapeError(f"torchvision model {name!r} is not known here: {' and '.join(known)} are")
+        raise LapeError(f"torchvision model {name!r} is not known here: {', '.join(known)} are")
+    if name == "MViT":
+        settings = [MSBlockConfig(**block) for block in kwargs["block_setting"]]
+        kwargs = {**kwargs, "block_setting": settings, "spatial_size": tuple(kwargs["spatial_size"])}
     model: nn.Module = known[name](**kwargs)
     return model
 
@@ -163,3 +172,4 @@ SWIN = Host(
     given=("grid",),
     refused={f"{_SWIN}.SwinTransformerBlockV2": POST_NORM},
 )
+HOSTS = (VISION_TRANSFORMER, SWIN)

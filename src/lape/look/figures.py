@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.convert.converted import conversion_of
@@ -31,7 +32,17 @@ from lape.files.restore import restore_to_draw
 from lape.look.colours import COLOURS
 from lape.look.measures import MEASURES, measure_all
 from lape.look.options import DrawOptions
-from lape.look.similarity import Maps, bias_to_show, center_token, check_token, similarity_by_distance, token_map
+from lape.look.similarity import (
+    AXES,
+    Maps,
+    bias_to_show,
+    center_token,
+    check_token,
+    place_of_token,
+    similarity_by_distance,
+    token_at,
+    token_map,
+)
 
 with needs("plot"):
     from matplotlib import rc_context
@@ -60,15 +71,16 @@ COSINE = Normalize(-1, 1), "cosine similarity"
 def draw_map(axes: Axes, values: Tensor, grid: Grid, token: int | None, norm: Normalize, most_ticks: int = 8) -> Any:
     """One map as an image: (n, n) between all patches, or, with `token`, (rows, columns) of that patch, framed.
 
-    Ticks count patches; those of an n x n map stand where a row of the grid begins. Returns the image.
+    Ticks count patches; those of an n x n map stand where a row of the grid, or a frame, begins. A token below 0 is not
+    in the map. Returns the image.
     """
     height, width = values.shape
     colours = COLOUR_MAP if norm.vmin == -(norm.vmax or 0) else ONE_SIDED
     image = axes.imshow(values.numpy(), cmap=colours, norm=norm, interpolation="antialiased", aspect="equal")
-    unit = 1 if token is not None else grid[1]
+    unit = 1 if token is not None else math.prod(grid[1:])
     axes.set_xticks(_ticks(width, unit, most_ticks))
     axes.set_yticks(_ticks(height, unit, most_ticks))
-    if token is not None:
+    if token is not None and token >= 0:
         row, column = divmod(token, grid[1])
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=0.9))
     return image
@@ -131,16 +143,22 @@ def ends(choice: str | None, maps: Iterable[Tensor], usual: Normalize) -> Normal
 class Sheet:
     """A figure with one map and its colour bar, drawn again and again with other values: laid out only once."""
 
-    def __init__(self, values: Tensor, grid: Grid, token: int | None, norm: Normalize, unit: str, options: DrawOptions):
-        aspect = values.shape[-1] / values.shape[-2]
+    def __init__(self, strip: Strip, norm: Normalize, unit: str, options: DrawOptions):
+        values = next(m for m in strip.maps if m is not None)
+        token, aspect = strip.token, strip.aspect
         width = min(4.2 * math.sqrt(max(aspect, 1.0)), 8.5) * min(aspect, 1.0)
         height = max(width / aspect, 1.2)
         left, right, bottom, top = 0.75, 1.05, 0.6, 0.65 if options.title else 0.1
         slack = max(0.0, 5.6 - (left + width + right)) / 2 if options.title else 0.0  # for a title above a narrow map
         self.figure = _figure(2 * slack + left + width + right, bottom + height + top)
         axes = self.figure.add_axes(_box(self.figure, slack + left, bottom, width, height))
-        self._image = draw_map(axes, values, grid, token, norm)
+        self._image = draw_map(axes, values, strip.grid, token, norm)
         axes.set_xlabel("patch" if token is None else "column of patches")
+        if strip.frames > 1:
+            wide = (values.shape[-1] + 1) // strip.frames
+            shown = range(0, strip.frames, math.ceil(strip.frames / 16))
+            axes.set_xticks([frame * wide + wide / 2 - 1 for frame in shown], list(map(str, shown)))
+            axes.set_xlabel("frame")
         axes.set_ylabel("patch" if token is None else "row of patches")
         bar = self.figure.add_axes(_box(self.figure, slack + left + width + 0.12, bottom, 0.16, height))
         self.figure.colorbar(self._image, cax=bar).set_label(unit)
@@ -170,6 +188,8 @@ class Strip:
     maps: Sequence[Tensor | None]  # None leaves a place empty
     grid: Grid
     token: int | None = None
+    about: str = ""  # what it is of, in words
+    frames: int = 1  # side by side in each map
 
     @property
     def aspect(self) -> float:
@@ -287,7 +307,7 @@ def visualize(
             raise LapeError(f"pe={about.pe!r} is a bias on attention logits of one grid: leave size and view out")
         return _draw_biases(pictures, model, about, check_token(about.grid, options.token))
     view = options.view or "seen"
-    maps = Maps.of(model, options.sides, view)
+    maps = Maps.of(model, options.sides, view, frames=True)
     return _draw_positions(pictures, model, maps, about, check_token(maps.grid, options.token), view)
 
 
@@ -327,12 +347,12 @@ def _draw_positions(
         pictures.add_maps(raw, ["table P"], what, ["PE_token_sim.jpg"], *scale)
         pictures.captions["PE_token_sim"] = f"{what}; the same of the raw table P"
     every, columns = list(shown.values()), list(shown)
-    strips = [replace(overall, maps=every), _strip_of_token(single.label, every, maps.grid, token)]
+    strips = [replace(overall, maps=every), *_strips_of_frames(single.label, every, maps.grid, token)]
     title = f"{what}\npositions as {WHO[view]}"
     head = pictures.title(f"{title}; {_place(token, maps.grid)}")
     caption = f"{what}; {seen}. Above all patches with all, below {_place(token, maps.grid)} with all, on the grid"
     pictures.add_figure(overview(head, strips, columns, *scale, options.inches), "overview", caption)
-    strips = [_strip_of_token(f"{name}\n{k}", every, maps.grid, k) for name, k in places(maps.grid).items()]
+    strips = [_in_its_frame(f"{name}\n{k}", every, maps.grid, k) for name, k in places(maps.grid).items()]
     figure = overview(pictures.title(title), strips, columns, *scale, options.inches)
     where = ", ".join(f"{name} ({_place(k, maps.grid)})" for name, k in places(maps.grid).items())
     pictures.add_figure(figure, "places", f"{what}; {seen}. A patch with all, on the grid: {where}")
@@ -354,14 +374,52 @@ def _draw_positions(
 
 
 def _strip_of_token(label: str, maps: Iterable[Tensor | None], grid: Grid, token: int) -> Strip:
-    """One patch's part of each map (n, n), laid out on the grid."""
-    return Strip(label, [None if m is None else token_map(m, grid, token) for m in maps], grid, token)
+    """One patch's part of each map (n, n), laid out on the grid; frames side by side, a column apart."""
+    *frame, row, column = place_of_token(grid, token)
+    rows, columns = grid[-2:]
+    film = (rows, columns if not frame else grid[0] * (columns + 1) - 1)
+    at = row * film[1] + column + sum(frame) * (columns + 1)
+    shown = [None if m is None else _film(token_map(m, grid, token)) for m in maps]
+    return Strip(label, shown, film, at, _place(token, grid), grid[0] if frame else 1)
+
+
+def _film(map_THW: Tensor) -> Tensor:
+    """(frames, rows, columns) -> (rows, all columns), with nothing between frames; (rows, columns) as it is."""
+    if map_THW.ndim == 2:
+        return map_THW
+    return F.pad(map_THW, (0, 1), value=math.nan).transpose(0, 1).flatten(1)[:, :-1]
+
+
+MOST_FRAMES = 6
+
+
+def _strips_of_frames(label: str, maps: Sequence[Tensor | None], grid: Grid, token: int) -> list[Strip]:
+    """As `_strip_of_token`, a strip a frame: the patch's own and others, evenly, of a video of many."""
+    if len(grid) == 2:
+        return [_strip_of_token(label, maps, grid, token)]
+    own = place_of_token(grid, token)[0]
+    step = math.ceil(grid[0] / MOST_FRAMES)
+    return [_in_its_frame(f"{label}\nframe {t}", maps, grid, token, t) for t in range(own % step, grid[0], step)]
+
+
+def _in_its_frame(label: str, maps: Iterable[Tensor | None], grid: Grid, token: int, frame: int | None = None) -> Strip:
+    """One patch's part of each map (n, n) in its own frame, or another one."""
+    if len(grid) == 2:
+        return _strip_of_token(label, maps, grid, token)
+    own, row, column = place_of_token(grid, token)
+    shown = [None if m is None else token_map(m, grid, token)[own if frame is None else frame] for m in maps]
+    at = token_at(grid[1:], (row, column)) if frame in (None, own) else -1
+    return Strip(label, shown, grid[1:], at, _place(token, grid))
 
 
 def places(grid: Grid) -> dict[str, int]:
-    """The patches that readers look at first: in the corner, in the middle of the upper edge, in the centre."""
-    center = center_token(grid)
-    return {"corner": 0, "edge": center % grid[1], "centre": center}
+    """The patches that readers look at first: in the corner, in the middle of the upper edge, in the centre.
+
+    Of a video, those of the frame in the middle.
+    """
+    *frame, row, column = place_of_token(grid, center_token(grid))
+    corners = {"corner": (0, 0), "edge": (0, column), "centre": (row, column)}
+    return {name: token_at(grid, (*frame, *place)) for name, place in corners.items()}
 
 
 def curves(title: str, series: Mapping[str, Mapping[str, Tensor]], width: float | None = None) -> Figure:
@@ -450,7 +508,7 @@ def _compare_biases(pictures: Pictures, models: Mapping[str, nn.Module]) -> None
 
 
 def _compare_tables(pictures: Pictures, models: Mapping[str, nn.Module], view: View) -> None:
-    maps = {name: Maps.of(model, view=view) for name, model in models.items()}
+    maps = {name: Maps.of(model, view=view, frames=True) for name, model in models.items()}
     parts = {name: (m.grid, m.table_nn, m.layers_Lnn) for name, m in maps.items()}
     rows, columns, norm = _rows(pictures.options, parts, COSINE[0])
     title = f"positions as {WHO[view]}"
@@ -495,7 +553,7 @@ def _side_by_side(
 ) -> None:
     """Each model's maps (n, n) in a row, or those of its patch in that place; a model of fewer layers ends earlier."""
     strips = [
-        Strip(name, maps, grid) if place is None else _strip_of_token(name, maps, grid, places(grid)[place])
+        Strip(name, maps, grid) if place is None else _in_its_frame(name, maps, grid, places(grid)[place])
         for name, (grid, maps) in rows.items()
     ]
     figure = overview(pictures.title(title), strips, columns, *scale, pictures.options.inches)
@@ -541,11 +599,12 @@ def _what(model: nn.Module, about: Description, grid: Grid) -> str:
     name, kwargs = factory.get("name") or type(model).__name__, factory.get("kwargs") or {}
     sizes = [f"{word} {kwargs[key]}" for key, word in (("embed_dim", "width"), ("depth", "depth")) if key in kwargs]
     size = f" ({', '.join(sizes)})" if sizes else ""
-    return f"{name}{size}: join {about.join}, pe {about.pe}, {grid[0]} x {grid[1]} patches"
+    return f"{name}{size}: join {about.join}, pe {about.pe}, {' x '.join(map(str, grid))} patches"
 
 
 def _place(token: int, grid: Grid) -> str:
-    return f"token {token} (row {token // grid[1]}, column {token % grid[1]})"
+    place = zip(AXES[-len(grid) :], place_of_token(grid, token), strict=True)
+    return f"token {token} ({', '.join(f'{axis} {at}' for axis, at in place)})"
 
 
 class Pictures:
@@ -581,10 +640,9 @@ class Pictures:
     ) -> None:
         """One picture a map."""
         maps = [values for values in strip.maps if values is not None]
-        sheet = Sheet(maps[0], strip.grid, strip.token, norm, unit, self.options)
+        sheet = Sheet(strip, norm, unit, self.options)
         for values, column, name in zip(maps, columns, names, strict=True):
-            label = strip.label if strip.token is None else _place(strip.token, strip.grid)
-            self.add(sheet.show(values, f"{column}, {label}\n{what}"), name)
+            self.add(sheet.show(values, f"{column}, {strip.about or strip.label}\n{what}"), name)
 
     def add_figure(self, figure: Figure, stem: str, caption: str) -> None:
         """PNG, PDF and SVG, without a date in them: the same numbers give the same files."""

@@ -116,6 +116,7 @@ class Measure:
     hint: str
     of: Callable[..., Tensor]
     takes: str = "sg"  # s similarities (L, n, n), p positions (L, n, D), g grid
+    planar: bool = False  # whether it is of rows and columns alone
 
 
 MEASURES: dict[str, Measure] = {
@@ -124,9 +125,9 @@ MEASURES: dict[str, Measure] = {
         Measure("locality radius", "0: like its neighbours only; 1: near and far alike", locality_radius),
         Measure("half distance, patches", "where half of the similarity is lost", half_distance),
         Measure("monotonicity", "2: falls with every step away; 1: no order", monotonicity),
-        Measure("directed monotonicity", "the same along each direction", directed_monotonicity),
-        Measure("asymmetry", "0: the same on both sides of a patch", asymmetry),
-        Measure("row - column similarity", "0: rows and columns count alike", anisotropy),
+        Measure("directed monotonicity", "the same along each direction", directed_monotonicity, planar=True),
+        Measure("asymmetry", "0: the same on both sides of a patch", asymmetry, planar=True),
+        Measure("row - column similarity", "0: rows and columns count alike", anisotropy, planar=True),
         Measure("effective rank", "directions in which the patches differ", effective_rank, takes="p"),
         Measure("change from layer to layer", "0: the map of the layer before", layer_change, takes="s"),
     )
@@ -134,6 +135,7 @@ MEASURES: dict[str, Measure] = {
 
 
 def measure_all(correlation_Lnn: Tensor, positions_LnD: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """Every measure of `MEASURES`, by name, (L,) each; positions without prefix tokens."""
+    """Every measure of `MEASURES` that the grid has, by name, (L,) each; positions without prefix tokens."""
     arguments = {"s": correlation_Lnn, "p": positions_LnD, "g": grid}
-    return {name: measure.of(*(arguments[key] for key in measure.takes)) for name, measure in MEASURES.items()}
+    known = {name: measure for name, measure in MEASURES.items() if len(grid) == 2 or not measure.planar}
+    return {name: measure.of(*(arguments[key] for key in measure.takes)) for name, measure in known.items()}

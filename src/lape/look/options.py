@@ -24,7 +24,9 @@ class DrawOptions:
 
     model_name: str | None = option(None, "name of the folder (default: model and join)")
     token: int | None = option(None, "patch whose map is drawn (default: the centre)")
-    size: tuple[int, ...] | None = option(None, "image side, or height and width, pixels (default: the model's)")
+    size: tuple[int, ...] | None = option(
+        None, "image side, or height and width, pixels; of a video, frames first (default: the model's)"
+    )
     view: Literal["seen", "received", "unbiased"] | None = option(
         None, "positions as attention sees them (unbiased: less the norm's bias) or a block receives them"
     )
@@ -65,11 +67,11 @@ class DrawOptions:
         return list(range(count)) if self.layers is None else sorted(set(self.layers))
 
     @property
-    def sides(self) -> int | tuple[int, int] | None:
-        """The size as `lape.positions` takes it. Raises LapeError for more than two values."""
+    def sides(self) -> int | tuple[int, ...] | None:
+        """The size as `lape.positions` takes it. Raises LapeError for more than three values."""
         if self.size is None:
             return None
-        if len(self.size) > 2:
+        if len(self.size) > 3:
             values = " ".join(map(str, self.size))
             raise LapeError(f"--size {values} has {len(self.size)} values: give one, or height and width")
-        return self.size[0] if len(self.size) == 1 else (self.size[0], self.size[1])
+        return self.size[0] if len(self.size) == 1 else self.size

@@ -316,9 +316,8 @@ def _tokens(model: nn.Module, images_BCHW: Tensor) -> list[_Seen]:
 
         return hook
 
-    for layer, path in enumerate(anatomy.blocks):
-        norm = getattr(anatomy.root.get_submodule(path), anatomy.norm)
-        hooks.append((norm, keep(layer)))
+    for layer in range(len(anatomy.blocks)):
+        hooks.append((anatomy.root.get_submodule(anatomy.norm_of(layer)), keep(layer)))
     with watching(hooks):
         _forward(model, images_BCHW)
     for layer, entry in enumerate(layers):

@@ -8,6 +8,8 @@ computed: nothing is normalised here. Shape suffixes: L layers, N tokens, n patc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,13 +82,14 @@ class Maps:
     table_nn: Tensor | None
 
     @classmethod
-    def of(cls, model: nn.Module, size: Size | None = None, view: View = "seen") -> Maps:
-        """Arguments and errors are those of `lape.positions`."""
+    def of(cls, model: nn.Module, size: Size | None = None, view: View = "seen", *, frames: bool = False) -> Maps:
+        """Arguments and errors are those of `lape.positions`; a grid of frames is an error without `frames`."""
         positions_LND = positions(model, size, view).detach()
-        if len(grid_at(model, size)) != 2:
+        if len(grid_at(model, size)) != 2 and not (frames and len(grid_at(model, size)) == 3):
             grid = " x ".join(map(str, grid_at(model, size)))
             raise LapeError(
-                f"figures are of rows and columns, the grid is {grid}: lape.correlation(model) has the numbers"
+                f"this is drawn of rows and columns, the grid is {grid}: lape visualize draws frames, "
+                "lape.correlation(model) has the numbers"
             )
         patches, table_ND = conversion_of(model).layout.patches, raw_table(model, size)
         table_nn = None if table_ND is None else cosine(table_ND[patches])
@@ -105,27 +108,48 @@ class Maps:
         return layers if self.table_nn is None else {"table P": self.table_nn, **layers}
 
 
+AXES = ("frame", "row", "column")
+"""Of a grid, its last ones."""
+
+
+def token_at(grid: Grid, place: Sequence[int]) -> int:
+    """The patch at (row, column), or (frame, row, column)."""
+    token = 0
+    for side, at in zip(grid, place, strict=True):
+        token = token * side + at
+    return token
+
+
+def place_of_token(grid: Grid, token: int) -> tuple[int, ...]:
+    """(row, column), or (frame, row, column)."""
+    place: list[int] = []
+    for side in reversed(grid):
+        token, at = divmod(token, side)
+        place.insert(0, at)
+    return tuple(place)
+
+
 def center_token(grid: Grid) -> int:
     """The patch in the middle; up and left of it where a side is even. 90 on 14 x 14, as in the LaPE authors' plots."""
-    rows, columns = grid
-    return (rows - 1) // 2 * columns + (columns - 1) // 2
+    return token_at(grid, [(side - 1) // 2 for side in grid])
 
 
 def check_token(grid: Grid, token: int | None) -> int:
     """The patch's index, the centre for None. Raises LapeError outside the grid."""
-    rows, columns = grid
     if token is None:
         return center_token(grid)
-    if not 0 <= token < rows * columns:
+    if not 0 <= token < math.prod(grid):
+        names = AXES[-len(grid) :]
+        rule = names[0] + "".join(f" x {side} + {name}" for side, name in zip(grid[1:], names[1:], strict=True))
         raise LapeError(
-            f"token {token} is outside the {rows} x {columns} grid of patches: "
-            f"choose 0 to {rows * columns - 1} (row x {columns} + column)"
+            f"token {token} is outside the {' x '.join(map(str, grid))} grid of patches: "
+            f"choose 0 to {math.prod(grid) - 1} ({rule})"
         )
     return token
 
 
 def token_map(correlation_Lnn: Tensor, grid: Grid, token: int | None = None) -> Tensor:
-    """Row `token` of each (n, n) map laid out on the grid, (..., n, n) -> (..., rows, columns); None is the centre."""
+    """Row `token` of each (n, n) map laid out on the grid, (..., n, n) -> (..., *grid); None is the centre."""
     token = check_token(grid, token)
     return correlation_Lnn[..., token, :].reshape(*correlation_Lnn.shape[:-2], *grid)
 
@@ -135,8 +159,8 @@ def token_map(correlation_Lnn: Tensor, grid: Grid, token: int | None = None) -> 
 
 def squared_distances(grid: Grid) -> Tensor:
     """(n, n) squared Euclidean distance between patches, in patches: whole numbers, so equal ones compare equal."""
-    row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
-    place = torch.stack([row.flatten(), column.flatten()], dim=-1)
+    axes = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    place = torch.stack([axis.flatten() for axis in axes], dim=-1)
     return (place[:, None] - place[None, :]).square().sum(-1)
 
 
