@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import lape
-from lape.look.explorer.page import explore, rows
+from lape.look.explorer.pack import rows
+from lape.look.explorer.page import explore
 from lape.look.probe import attention
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -77,11 +78,11 @@ def test_biases_and_attention_are_the_models(tmp_path: Path, photo: Path) -> Non
     found = unpack(packed["data"], np.int8).reshape(bias.shape) * packed["limit"] / 127
     assert np.abs(found - bias).max() <= packed["limit"] / 254 + 1e-6
     weights = card["attention"][0]
-    levels = unpack(weights["data"], np.uint8).reshape(bias.shape) / 255
-    peaks = unpack(weights["peaks"], np.float32).reshape(*bias.shape[:-1], 1)
-    from lape.look.explorer.page import _photo
+    levels = unpack(weights["data"], np.uint8).reshape(3, 2, 17, 17) / 255
+    peaks = unpack(weights["peaks"], np.float32).reshape(3, 2, 17, 1)
+    from lape.look.explorer.card import photo as as_seen
 
-    expected = attention(model, _photo(model, photo, None).pixels)[:, 0, :, 1:, 1:].numpy()
+    expected = attention(model, as_seen(model, photo, None).pixels)[:, 0].numpy()
     assert np.abs(levels * peaks - expected).max() < 1e-2 * expected.max()
 
 
