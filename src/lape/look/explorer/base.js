@@ -21,6 +21,8 @@ function button(text, attributes, act) {
 const between = (low, value, high) => Math.max(low, Math.min(high, value));
 
 function number(value, digits = 2) {
-  const text = Math.abs(value) >= 0.001 || value === 0 ? value.toFixed(digits) : value.toExponential(1);
+  const size = Math.abs(value);
+  if (size === 0 || size >= (digits < 3 ? 0.001 : 0.1)) return value.toFixed(digits).replace("-", "\u2212");
+  const text = size < 1e-4 ? value.toExponential(1) : value.toPrecision(3);
   return text.replace("-", "\u2212");
 }
