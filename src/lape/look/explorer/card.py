@@ -67,6 +67,8 @@ class Card:
             self.grid, layers, about = grid_at(model, size), description.blocks, str(description)
             self.data["heads"] = self.conversion.anatomy.num_heads
             join, what = description.join, f"join {description.join}, position {description.pe}"
+            if KINDS[description.pe].untouched:
+                what = f"{type(model).__name__}, left as it is"
         grid = " × ".join(map(str, self.grid))
         self.data |= {"join": join, "about": about, "grid": list(self.grid), "layers": layers}
         self.data["facts"] = f"{what}, {layers} layers, {grid} patches"

@@ -46,8 +46,8 @@ def explore(
     """Writes the explorer of one or more models into one HTML file and returns its path.
 
     Args:
-        models: a model or a checkpoint (a path), several, or a mapping of names to them. A model that is not converted
-            has no positions to show, and needs images.
+        models: a model, a checkpoint (a path), or the name of a model of timm with published weights; several, or a
+            mapping of names to them. A model that is not converted has no positions to show, and needs images.
         images: image files, at most 8; each model's attention on them and the similarity of its tokens are added, as it
             would see them in evaluation.
         size: image size in pixels for the positions, as in `lape.positions`; not together with images.
@@ -72,9 +72,13 @@ def explore(
     def open_model(source: nn.Module | Path) -> tuple[nn.Module, dict[str, Any] | None]:
         if isinstance(source, nn.Module):
             return source, None
-        from lape.files.restore import restore_to_draw
+        import timm
 
-        checkpoint = read_checkpoint(source)
+        from lape.files.restore import published, restore_to_draw
+
+        if not source.exists() and timm.is_model(str(source)):
+            return published(str(source)), None
+        checkpoint = read_checkpoint(source, unconverted=True)
         model, _ = restore_to_draw(checkpoint, model_name, size=size, ema=ema, join=join, pe=pe)
         return model, checkpoint.transform
 
