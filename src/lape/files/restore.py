@@ -104,8 +104,9 @@ def _built(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: Size | N
 
 def _with_weights_of_library(model: Any, state: Mapping[str, Tensor]) -> nn.Module:
     """With weights under the names that transformers writes, which it alone can tell from those of its modules."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     loaded, told = type(model).from_pretrained(
