@@ -22,7 +22,7 @@ from lape.recipe import Recipe
 from lape.study.compare import Study, cell_folder, combinations, compare, rows_of, train_cell, with_preset
 from lape.study.numbers import Run, Variant, differences, paired_t, summarise
 from lape.study.options import CompareOptions
-from lape.study.report import accuracy_curves, explorer_page, sentences
+from lape.study.report import MOST_POINTS, accuracy_curves, explorer_page, sentences
 from lape.train.loop import train
 
 TINY = Recipe.from_yaml(
@@ -403,3 +403,26 @@ def test_no_two_rows_of_table_8_look_alike_in_the_curves() -> None:
     looks = {(drawn.get_color(), drawn.get_linestyle()) for drawn in axes.get_lines()}
     assert len(looks) == len(rows) == len(axes.get_lines())
     assert all(drawn.get_marker() == "o" for drawn in axes.get_lines())  # of one epoch, a line would not be seen
+    assert len({float(drawn.get_xdata()[0]) for drawn in axes.get_lines()}) == len(rows)  # none hides another
+    assert [tick for tick in axes.get_xticks() if 0.6 < tick < 1.4] == [1]
+
+
+@pytest.mark.parametrize("epochs", [1, 8, 40])
+def test_the_axes_fit_what_was_reached(epochs: int) -> None:
+    def run(join: str, seed: int) -> Run:
+        line = [
+            {"epoch": e, "train_loss": 1.0, "test_loss": 1.0, "test_acc1": 9.0 + seed + e / epochs}
+            for e in range(epochs)
+        ]
+        return Run("vit", "learnable", join, epochs, seed, 9.0, 9.0, 1.0, 1.0, line, "d")
+
+    figure = accuracy_curves([run(join, seed) for join in ("basic", "LaPE") for seed in (0, 1)], lambda _run: "vit")
+    (axes,) = figure.axes
+    (low, high), (first, last) = axes.get_ylim(), axes.get_xlim()
+    assert 8 < low < 9
+    assert 10 < high < 12
+    assert 0 <= first < 1
+    assert epochs < last < epochs * 1.03 + 1
+    assert {drawn.get_marker() for drawn in axes.get_lines()} == ({""} if epochs > MOST_POINTS else {"o"})
+    spread = [line.get_segments() for line in axes.collections if hasattr(line, "get_segments")]
+    assert len(spread) == (2 if epochs == 1 else 0)  # from the lowest seed to the highest, where a band has no width

@@ -2,7 +2,10 @@
 
 import json
 import re
+import shutil
+import subprocess
 import time
+import xml.etree.ElementTree as ET
 import zlib
 from base64 import b64decode
 from collections.abc import Iterator
@@ -15,8 +18,10 @@ import torch
 from PIL import Image
 
 import lape
-from lape.look.explorer.page import explore, rows
+from lape.look.explorer.pack import rows
+from lape.look.explorer.page import SCRIPTS, explore
 from lape.look.probe import attention
+from lape.look.similarity import cosine
 
 CHROMIUM = Path("/usr/bin/chromium")
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 4}
@@ -77,11 +82,11 @@ def test_biases_and_attention_are_the_models(tmp_path: Path, photo: Path) -> Non
     found = unpack(packed["data"], np.int8).reshape(bias.shape) * packed["limit"] / 127
     assert np.abs(found - bias).max() <= packed["limit"] / 254 + 1e-6
     weights = card["attention"][0]
-    levels = unpack(weights["data"], np.uint8).reshape(bias.shape) / 255
-    peaks = unpack(weights["peaks"], np.float32).reshape(*bias.shape[:-1], 1)
-    from lape.look.explorer.page import _photo
+    levels = unpack(weights["data"], np.uint8).reshape(3, 2, 17, 17) / 255
+    peaks = unpack(weights["peaks"], np.float32).reshape(3, 2, 17, 1)
+    from lape.look.explorer.card import photo as as_seen
 
-    expected = attention(model, _photo(model, photo, None).pixels)[:, 0, :, 1:, 1:].numpy()
+    expected = attention(model, as_seen(model, photo, None).pixels)[:, 0].numpy()
     assert np.abs(levels * peaks - expected).max() < 1e-2 * expected.max()
 
 
@@ -102,6 +107,131 @@ def test_what_does_not_fit_is_kept_for_fewer_queries() -> None:
 def test_large_models_stay_under_six_megabytes(tmp_path: Path, name: str, size: int, layers: int) -> None:
     model = lape.create_model(name, "LaPE", img_size=size, embed_dim=64, num_heads=4, depth=layers, num_classes=2)
     assert explore(model, tmp_path / "e.html").stat().st_size < 6_000_000
+
+
+# --- models that are not converted ------------------------------------------------------------------------------------
+
+
+def tokens_of(blocks: Any, model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """What enters the first block and leaves each, (layers + 1, N, D), by hooks of this test's own."""
+    kept: list[torch.Tensor] = []
+    hooks = [blocks[0].register_forward_pre_hook(lambda _m, args: kept.append(args[0]))]
+    hooks += [
+        b.register_forward_hook(lambda _m, _a, out: kept.append(out[0] if isinstance(out, tuple) else out))
+        for b in blocks
+    ]
+    with torch.no_grad():
+        model(pixels)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(kept)
+
+
+def foreign(name: str) -> tuple[torch.nn.Module, Any]:
+    torch.manual_seed(0)
+    if name == "torchvision":
+        torchvision = pytest.importorskip("torchvision.models")
+        model = torchvision.VisionTransformer(32, 8, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64)
+        return model.eval(), model.encoder.layers
+    if name == "transformers":
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+        config = transformers.Dinov2WithRegistersConfig(**sizes, image_size=32, patch_size=8, num_register_tokens=2)
+        model = transformers.Dinov2WithRegistersModel(config).eval()
+        blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+        return model, blocks
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, **SMALL).eval()
+    return model, model.blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("vit_tiny_patch16_224", ["class"]),
+        ("vit_small_patch16_dinov3", ["class", "register 1", "register 2", "register 3", "register 4"]),
+        ("vit_relpos_small_patch16_224", []),
+        ("torchvision", ["class"]),
+        ("transformers", ["class", "register 1", "register 2"]),
+    ],
+)
+def test_a_model_that_is_not_converted_shows_attention_and_tokens(
+    tmp_path: Path, photo: Path, name: str, prefix: list[str]
+) -> None:
+    from lape.look.explorer.card import photo as as_seen
+
+    model, blocks = foreign(name)
+    before = {path: set(vars(module)) for path, module in model.named_modules()}
+    card = contents(explore(model, tmp_path / "e.html", images=[photo]))["models"][0]
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == before  # nothing is left on it
+    assert (card["grid"], card["layers"], card["heads"], card["prefix"]) == ([4, 4], 3, 2, prefix)
+    assert "not converted" in card["facts"]
+    assert card["maps"] == []
+    assert "not converted" in card["notes"]["position"]
+    pixels, count = as_seen(model, photo, None).pixels, 16 + len(prefix)
+    expected = attention(model, pixels)[:, 0].numpy()
+    levels = unpack(card["attention"][0]["data"], np.uint8).reshape(3, 2, count, count) / 255
+    peaks = unpack(card["attention"][0]["peaks"], np.float32).reshape(3, 2, count, 1)
+    assert np.abs(levels * peaks - expected).max() < 1e-2 * expected.max()
+    alike = cosine(tokens_of(blocks, model, pixels)).numpy()
+    i, j = np.triu_indices(count)
+    packed = card["tokens"][0]
+    found = unpack(packed["data"], np.int8).reshape(packed["layers"], -1) / 127
+    assert (packed["first"], packed["layers"]) == (-1, 4)
+    assert np.abs(found - alike[:, i, j]).max() <= 1 / 254 + 1e-6
+    measures = {m["label"]: m["values"] for m in card["measures"]}
+    patches = alike[1:, len(prefix) :, len(prefix) :]
+    mean = (patches.sum((1, 2)) - 16) / (16 * 15)
+    assert measures["tokens: mean similarity"] == pytest.approx(mean.tolist(), abs=1e-4)
+    assert len(measures["mean attention distance, pixels"]) == 3
+
+
+def test_what_cannot_be_watched_is_said_and_the_rest_is_shown(tmp_path: Path, photo: Path) -> None:
+    import timm
+
+    xcit = timm.create_model("xcit_nano_12_p8_224", img_size=32, embed_dim=32, depth=2, num_heads=2)
+    card = contents(explore(xcit, tmp_path / "e.html", images=[photo]))["models"][0]
+    assert "over channels" in card["notes"]["attention"]
+    assert card["attention"] == []
+    assert len(card["tokens"]) == 1
+    swin = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+    with pytest.raises(lape.LapeError, match="no one grid"):
+        explore(swin, tmp_path / "swin.html", images=[photo])
+    assert not (tmp_path / "swin.html").exists()
+
+
+@pytest.mark.parametrize("name", ["ViT", "DINOv3ViT", "Siglip"])
+def test_a_folder_of_transformers_that_is_not_converted(
+    tmp_path: Path, photo: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lape.cli import app as cli
+    from lape.look.explorer.card import photo as as_seen
+
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    kind = {"ViT": "ViTModel", "DINOv3ViT": "DINOv3ViTModel", "Siglip": "SiglipVisionModel"}[name]
+    config = getattr(transformers, kind.replace("Model", "Config"))(**sizes, image_size=32, patch_size=8)
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config).eval()
+    model.save_pretrained(tmp_path / "saved")
+    page = tmp_path / "e.html"
+    assert cli.run(cli.app, ["visualize", str(tmp_path / "saved"), "--html", str(page), "--image", str(photo)]) == 0
+    card = contents(page)["models"][0]
+    expected = attention(model, as_seen(model, photo, None).pixels)[:, 0].numpy()
+    levels = unpack(card["attention"][0]["data"], np.uint8).reshape(expected.shape) / 255
+    peaks = unpack(card["attention"][0]["peaks"], np.float32).reshape(*expected.shape[:-1], 1)
+    assert np.abs(levels * peaks - expected).max() < 1e-2 * expected.max()
+    assert "left as it is" in card["facts"]
+    capsys.readouterr()
+    assert cli.run(cli.app, ["visualize", str(tmp_path / "saved"), "--html", str(page)]) == 2
+    assert "without images" in capsys.readouterr().err
+    weights = tmp_path / "saved" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(weights)
+    save_file(dict(list(state.items())[1:]), weights, metadata={"format": "pt"})
+    with pytest.raises(lape.CheckpointError, match="do not fit a"):
+        explore(tmp_path / "saved", page, images=[photo])
 
 
 # --- safety -----------------------------------------------------------------------------------------------------------
@@ -140,7 +270,7 @@ def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path: Path, options: dict[
 def test_wrong_models_and_folders_are_one_line(tmp_path: Path) -> None:
     model = model_with("LaPE", "learnable")
     for models, path, message in (
-        (torch.nn.Linear(2, 2), "e.html", "not converted"),
+        (torch.nn.Linear(2, 2), "e.html", "not converted, .*without images"),
         (model_with("basic", "none"), "e.html", "nothing to show"),
         ([], "e.html", "no model"),
         (tmp_path / "absent.pth", "e.html", "no such checkpoint"),
@@ -180,6 +310,25 @@ def test_the_command_draws_and_explores_several(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_the_script_is_in_files_that_can_be_read(tmp_path: Path) -> None:
+    folder = Path(lape.__file__).parent / "look" / "explorer"
+    files = sorted(file.stem for file in folder.glob("*.js"))
+    assert files == sorted(SCRIPTS)
+    page = explore(model_with("LaPE", "learnable"), tmp_path / "e.html").read_text()
+    for name in files:
+        text = (folder / f"{name}.js").read_text()
+        assert text.startswith("// ")
+        assert text in page
+        assert text.count("\n") < 250
+        assert max(map(len, text.splitlines())) <= 120
+    prettier = shutil.which("prettier")
+    if prettier is None:
+        pytest.skip("no prettier")
+    settings = Path(__file__).parents[1] / ".prettierrc"
+    command = [prettier, "--config", str(settings), "--check", *map(str, folder.glob("*.js"))]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 
@@ -197,14 +346,14 @@ def browser() -> Iterator[Any]:
 class Visit:
     """An open page, everything that it complained about, and everything that it asked for."""
 
-    def __init__(self, browser: Any, path: Path, **options: Any):
+    def __init__(self, browser: Any, path: Path, address: str = "", **options: Any):
         self.page = browser.new_page(**options)
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
+        self.page.goto(path.as_uri() + address)
         self.page.wait_for_selector("html[data-ready]", timeout=20_000)
 
     def state(self, name: str) -> Any:
@@ -260,7 +409,7 @@ def test_clicks_and_keys_choose_patch_and_layer(browser: Any, two: tuple[Path, l
     assert visit.state("layer") == -1
     assert visit.page.locator("#layer-name").inner_text() == "table P"
     visit.page.locator("#layer").fill("2")
-    assert "this model has 2" in visit.page.locator(".readout").nth(1).inner_text()
+    assert "this model has 2" in visit.page.locator(".nothing").nth(1).inner_text()
     visit.page.get_by_role("button", name="corner").click()
     assert [visit.state("row"), visit.state("column")] == [0, 0]
     assert "row 0, column 0" in visit.page.locator("#picker").get_attribute("aria-label")
@@ -308,10 +457,10 @@ def test_attention_hover_measures_and_theme(browser: Any, two: tuple[Path, list[
     )
     page.locator("[data-show=position]").click()
     page.locator(".big canvas").first.hover()
-    assert re.search(r"patch \(1, 1\) and \(\d, \d\): -?\d\.\d\d", page.locator(".readout").first.inner_text())
+    assert re.search(r"patch \(1, 1\) and patch \(\d, \d\): −?\d\.\d\d", page.locator(".readout").first.inner_text())
     page.locator("#view").select_option("1")
     assert visit.state("view") == 1
-    assert page.locator(".chart h3", has_text="locality radius").count() == 1
+    assert page.locator(".chart h3", has_text=re.compile("^locality radius$")).count() == 1
     page.locator(".chart svg").first.hover()
     assert "layer" in page.locator(".now").first.inner_text()
     page.locator("[data-photo='-1']").click()
@@ -347,3 +496,286 @@ def test_the_largest_react_at_once(browser: Any, tmp_path: Path) -> None:
         time.sleep(0.05)
     assert min(seconds) < 0.5  # the quickest of five, and far more than the tenth of a second of an idle machine
     visit.end()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Of one, two and three models, with photographs and a report above."""
+    folder = tmp_path_factory.mktemp("pages")
+    Image.effect_noise((64, 64), 60).convert("RGB").save(folder / "photo.png")
+    joins = {"LaPE": "LaPE", "basic, the longest name of a run that one would give": "basic", "unshare": "unshare"}
+    models = {name: model_with(join, "learnable", depth=6) for name, join in joins.items()}
+    table = "<div class='scroll' tabindex='0'><table><tr><th>a</th></tr></table></div>"
+    report = f"<div class='report'><h2>Report</h2>{table}</div>"
+    return [
+        explore(
+            dict(list(models.items())[:count]),
+            folder / f"{count}.html",
+            images=[folder / "photo.png"] * 2,
+            intro=report if count == 3 else "",
+        )
+        for count in (1, 2, 3)
+    ]
+
+
+BOXES = """() => [...document.querySelectorAll(
+  '#panel, #models, #meaning, .card, .chart, #top, .report')].map((node) => {
+    const box = node.getBoundingClientRect();
+    const name = node.id || `${node.className} ${node.getAttribute('aria-label') || ''}`;
+    return [name, box.left, box.top, box.right, box.bottom];
+  }).filter((box) => box[3] > box[1])"""
+INSIDE = BOXES.replace(
+    "#panel, #models, #meaning, .card, .chart, #top, .report",
+    "#picker, .where, #photos, .segments, #controls > label:not([hidden]), #layer-row, #legend, .hint",
+)
+CUT = """() => [...document.querySelectorAll('#explorer :is(button, h2, h3, p, span, label), #top *')].filter((node) =>
+  node.clientWidth && !node.classList.contains('unseen') && node.scrollWidth > node.clientWidth + 1)
+  .map((node) => node.outerHTML.slice(0, 80))"""
+
+
+def overlaps(boxes: list[Any]) -> list[tuple[str, str]]:
+    return [
+        (a[0], b[0])
+        for k, a in enumerate(boxes)
+        for b in boxes[k + 1 :]
+        if min(a[3], b[3]) - max(a[1], b[1]) > 1 and min(a[4], b[4]) - max(a[2], b[2]) > 1
+    ]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1000, 1280, 1920])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_nothing_overlaps_and_models_stand_side_by_side(
+    browser: Any, pages: list[Path], count: int, width: int
+) -> None:
+    visit = Visit(browser, pages[count - 1], viewport={"width": width, "height": 900})
+    page = visit.page
+    for show in ("position", "tokens", "attention"):
+        page.locator(f"[data-show={show}]").click()
+        for share in (0, 0.3, 0.6, 1):
+            page.evaluate(f"scrollTo(0, {share} * document.documentElement.scrollHeight)")
+            assert overlaps(page.evaluate(BOXES)) == []
+            assert overlaps(page.evaluate(INSIDE)) == []
+        assert page.evaluate(CUT) == []
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        maps = [box for box in (page.locator(".big canvas").nth(k).bounding_box() for k in range(count)) if box]
+        assert len(maps) == count
+        assert len({round(box["y"]) for box in maps}) == 1  # one row, and maps at one height
+        assert len({round(box["width"]) for box in maps}) == 1
+        assert maps[0]["width"] > 150
+    visit.end()
+
+
+@pytest.mark.browser
+def test_models_can_be_left_out_and_come_back(browser: Any, pages: list[Path]) -> None:
+    visit = Visit(browser, pages[2])
+    chips = visit.page.locator("#models button")
+    chips.nth(1).click()
+    assert visit.page.locator(".card:visible").count() == 2
+    assert visit.page.locator(".now").first.locator("i").count() == 2
+    chips.nth(0).click()
+    chips.nth(2).click()  # the last one stays
+    assert visit.state("models") == "2"
+    chips.nth(0).click()
+    assert visit.state("models") == "0.2"
+    visit.end()
+
+
+@pytest.mark.browser
+def test_the_class_token_asks_and_all_tokens_with_all(browser: Any, two: tuple[Path, list[torch.nn.Module]]) -> None:
+    from lape.look.explorer.card import photo as as_seen
+
+    path, models = two
+    weights = attention(models[0], as_seen(models[0], path.parent / "photo.png", None).pixels)[:, 0].numpy()
+    visit = Visit(browser, path)
+    page = visit.page
+    page.locator("[data-show=attention]").click()
+    page.get_by_role("button", name="class", exact=True).click()
+    assert np.abs(visit.values(0, 2) - weights[2].mean(0)[0, 1:]).max() < 1e-2 * weights.max()
+    page.locator("#head").select_option("1")
+    assert np.abs(visit.values(0, 2) - weights[2, 1, 0, 1:]).max() < 1e-2 * weights.max()
+    assert "class token with all, class: " in page.locator(".readout").first.inner_text()
+    assert page.locator("#where").inner_text() == "class token"
+    page.locator("[data-all='1']").click()
+    assert np.abs(visit.values(0, 2).reshape(17, 17) - weights[2, 1]).max() < 1e-2 * weights.max()
+    visit.click_at(".card:first-child .big canvas", 6, 3, (17, 17))  # the row of patch 5
+    assert [visit.state("row"), visit.state("column"), visit.state("query")] == [1, 1, -1]
+    visit.click_at(".card:first-child .big canvas", 0, 3, (17, 17))
+    assert visit.state("query") == 0
+    page.locator("[data-show=tokens]").click()
+    whole = visit.values(0, -1).reshape(17, 17)
+    assert np.abs(np.diag(whole) - 1).max() < 1e-6
+    assert np.array_equal(whole, whole.T)
+    assert page.locator(".tile:visible").first.inner_text() == "input"
+    page.locator("[data-all='0']").click()
+    assert np.allclose(visit.values(0, -1), whole[0, 1:])
+    page.keyboard.press("ArrowRight")  # from the class token to a patch
+    assert visit.state("query") == -1
+    visit.end()
+
+
+@pytest.mark.browser
+def test_a_range_that_stretches(browser: Any, two: tuple[Path, list[torch.nn.Module]]) -> None:
+    from matplotlib import colormaps
+
+    path, models = two
+    visit = Visit(browser, path, "#range=each&row=0&column=0")
+    values = lape.correlation(models[1])[0, 0].numpy()
+    others = values[1:]  # a patch with itself would take the end
+    patches = [1 + int(others.argmin()), 1 + int(others.argmax())]
+    colours = visit.page.evaluate(
+        "(patches) => { const c = lape.cards[1].big, k = c.width / 4;"
+        "const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        "const at = (j) => 4 * (Math.floor((Math.floor(j / 4) + .5) * k) * c.width + Math.floor((j % 4 + .5) * k));"
+        "return patches.map((j) => [...d.slice(at(j), at(j) + 4)]) }",
+        patches,
+    )
+    assert np.abs(np.array(colours) - np.array(colormaps["viridis"]([0.0, 1.0])) * 255).max() < 6
+    visit.page.locator("#range").select_option("all")
+    low, high = visit.page.locator("#legend span").all_inner_texts()
+    everything = [lape.correlation(m)[:, 0, 1:].numpy() for m in models]
+    tables = [cosine(m.state_dict()["pos_embed"][0, 1:])[0, 1:].numpy() for m in models]
+    assert float(low.replace("−", "-")) == pytest.approx(min(x.min() for x in (*everything, *tables)), abs=0.011)
+    assert float(high) == pytest.approx(max(x.max() for x in (*everything, *tables)), abs=0.011)
+    visit.page.locator("#range").select_option("fixed")
+    assert visit.page.locator("#legend span").all_inner_texts() == ["−1", "0", "1"]
+    visit.end()
+
+
+@pytest.mark.browser
+def test_pictures_are_saved(browser: Any, two: tuple[Path, list[torch.nn.Module]], tmp_path: Path) -> None:
+    visit = Visit(browser, two[0], "#show=attention&layer=1", accept_downloads=True)
+    labels = []
+    for selector in (".card", ".chart"):
+        for kind in ("PNG", "SVG"):
+            button = visit.page.locator(f"{selector} .save button", has_text=kind).first
+            labels.append(button.get_attribute("aria-label"))
+            with visit.page.expect_download() as download:
+                button.click()
+            assert re.fullmatch(rf"[\w.]+\.{kind.lower()}", download.value.suggested_filename)
+            file = tmp_path / f"picture.{kind.lower()}"
+            download.value.save_as(file)
+            if kind == "PNG":
+                image = np.asarray(Image.open(file).convert("RGB"))
+                assert min(image.shape[:2]) > 400
+                assert len(np.unique(image[::9, ::9].reshape(-1, 3), axis=0)) > 20
+                assert (image[0] == 255).all()  # on white
+            else:
+                root = ET.parse(file).getroot()
+                words = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+                assert HOSTILE in words  # the name of the model, as text
+                maps = list(root.iter("{http://www.w3.org/2000/svg}image"))
+                assert len(maps) == (1 + 3 + 1 + 1 if selector == ".card" else 0)  # chosen, all, rollout, legend
+    assert labels[0] == f"Save {HOSTILE} as PNG"
+    visit.end()
+
+
+@pytest.mark.browser
+def test_a_view_can_be_sent(browser: Any, two: tuple[Path, list[torch.nn.Module]]) -> None:
+    path, _ = two
+    sent = "#show=attention&layer=2&row=3&column=0&query=0&all=1&view=1&head=1&range=each&models=1&theme=dark"
+    visit = Visit(browser, path, sent)
+    state = visit.page.evaluate("lape.state")
+    told = {key: str(value) for key, value in state.items()}
+    assert told == {**dict(pair.split("=") for pair in sent[1:].split("&")), "photo": "0"}
+    assert visit.page.locator(".card:visible").count() == 1
+    visit.page.locator("[data-all='0']").click()
+    visit.page.wait_for_url(lambda url: "all=" not in url)
+    assert "theme=dark" in visit.page.url
+    visit.page.evaluate("location.hash = '#layer=1&row=2'")
+    visit.page.locator("[data-show=position][aria-pressed=true]").wait_for()
+    assert [visit.state("row"), visit.state("layer")] == [2, 1]
+    visit.end()
+    for nonsense in (
+        "#layer=99&row=-1&show=toString&head=x&models=7&range=&theme=red&query=5&all=2",
+        "#%%%",
+        "#models=",
+    ):
+        visit = Visit(browser, path, nonsense)
+        start = {"show": "position", "layer": 0, "row": 1, "column": 1, "query": -1, "all": 0, "view": 0, "head": -1}
+        start |= {"photo": 0, "range": "fixed", "models": "0.1", "theme": ""}
+        assert visit.page.evaluate("lape.state") == start
+        visit.end()
+
+
+@pytest.mark.browser
+def test_the_theme_is_remembered(browser: Any, two: tuple[Path, list[torch.nn.Module]]) -> None:
+    context = browser.new_context(color_scheme="light")
+    page = context.new_page()
+    for expected in ("", "dark"):
+        page.goto("about:blank")
+        page.goto(two[0].as_uri())
+        page.wait_for_selector("html[data-ready]")
+        assert page.evaluate("document.documentElement.dataset.theme || ''") == expected
+        if not expected:
+            page.locator("#theme").click()
+    context.close()
+
+
+@pytest.mark.browser
+def test_each_chart_says_what_is_better(browser: Any, two: tuple[Path, list[torch.nn.Module]]) -> None:
+    visit = Visit(browser, two[0])
+    for show in ("position", "tokens", "attention"):
+        visit.page.locator(f"[data-show={show}]").click()
+        assert re.search("Better: .*Worse: ", visit.page.locator("#meaning").inner_text())
+    charts = visit.page.locator(".chart")
+    assert charts.count() == 13
+    for text in charts.locator("p").all_inner_texts():
+        assert text.count(". ") >= 1  # what values say, and what they mean
+        assert len(text) > 60
+    visit.end()
+
+
+LIGHT, DARK = {"color_scheme": "light"}, {"color_scheme": "dark"}
+
+
+def luminance(colour: list[float]) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: list[float], b: list[float]) -> float:
+    low, high = sorted(map(luminance, (a, b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", [LIGHT, DARK])
+def test_letters_and_lines_stand_out(browser: Any, two: tuple[Path, list[torch.nn.Module]], scheme: Any) -> None:
+    """4.5 for letters, 3 for lines (WCAG 2.2 AA); lines are the colours of every join, through the page's filter."""
+    from lape.look.colours import COLOURS
+    from lape.look.figures import SERIES
+
+    visit = Visit(browser, two[0], **scheme)
+    read = (
+        "(names) => names.map((name) => { const node = document.createElement('i'); node.style.color ="
+        "`var(--${name})`; document.body.append(node); const colour = getComputedStyle(node).color; node.remove();"
+        "return colour.match(/[\\d.]+/g).map(Number) })"
+    )
+    page, raised, ink, quiet = visit.page.evaluate(read, ["page", "raised", "ink", "quiet"])
+    assert min(contrast(letters, ground) for letters in (ink, quiet) for ground in (page, raised)) >= 4.5
+    assert contrast(ink, page) >= 4.5  # of pressed buttons, the other way round
+    fill = "getComputedStyle(document.querySelector('.chart text')).fill.match(/[\\d.]+/g).map(Number)"
+    assert visit.page.evaluate(fill) == quiet
+    style = "getComputedStyle(document.querySelector('.chart .line')).filter"
+    lift = float(re.fullmatch(r"brightness\(([\d.]+)\)", visit.page.evaluate(style))[1])  # type: ignore[index]
+    for colour in (*COLOURS.values(), *SERIES):
+        seen = [min(255, lift * int(colour[k : k + 2], 16)) for k in (1, 3, 5)]
+        assert contrast(seen, page) >= 3, colour
+    visit.end()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", [LIGHT, DARK])
+def test_axe_finds_nothing(browser: Any, pages: list[Path], scheme: Any) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    context = browser.new_context(bypass_csp=True, **scheme)
+    for address in ("", "#show=attention&query=0&models=0", "#show=tokens&all=1&range=all"):
+        page = context.new_page()
+        page.goto(pages[2].as_uri() + address)
+        page.wait_for_selector("html[data-ready]")
+        response = axe.Axe().run(page).response
+        assert [(v["id"], v["impact"], v["nodes"][0]["target"]) for v in response["violations"]] == []
+        assert len(response["passes"]) > 15
+        page.close()
+    context.close()

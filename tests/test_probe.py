@@ -84,6 +84,35 @@ def test_attention_of_other_hosts() -> None:
         assert token_and_position(hf, photos()).scale.shape == (2,)
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "beit_base_patch16_224", "samvit_base_patch16"])
+def test_attention_of_models_that_are_not_converted(name: str) -> None:
+    """Rotary with registers, with a relative bias, and with images and heads merged."""
+    timm = pytest.importorskip("timm")
+    kwargs = {"global_attn_indexes": (0, 1, 2)} if "sam" in name else {}
+    model = timm.create_model(name, **SMALL, **kwargs)
+    found, first = attention(model, photos()), attention(model, photos()[:1])
+    tokens = 16 + getattr(model, "num_prefix_tokens", 0)
+    assert found.shape == (3, 3, 2, tokens, tokens)
+    assert torch.allclose(found.sum(-1), torch.ones(3, 3, 2, tokens), atol=1e-5)
+    assert torch.allclose(found[:, :1], first, atol=1e-5)  # each image by itself
+    assert attention_distance(model, photos()).shape == (3, 2)
+    assert torch.allclose(rollout(model, photos()).sum((-2, -1)), torch.ones(3), atol=1e-5)
+
+
+def test_conversion_does_not_change_what_is_read() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    before = attention(model, photos())
+    assert torch.equal(attention(lape.apply_(model, "basic"), photos()), before)
+
+
+def test_attention_over_channels_is_none_between_tokens() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("xcit_nano_12_p8_224", img_size=32, embed_dim=32, depth=2, num_heads=2)  # 16 each
+    with pytest.raises(lape.UnsupportedModelError, match="XCA attends over channels"):
+        attention(model, photos())
+
+
 def uniform(model: nn.Module) -> nn.Module:
     """Attention of equal weights: queries are zero."""
     with torch.no_grad():
@@ -202,7 +231,7 @@ def test_wrong_use_is_one_line() -> None:
             with pytest.raises(lape.LapeError) as caught:
                 watch(model, images)
             assert "\n" not in str(caught.value)
-        with pytest.raises(lape.LapeError, match="not converted"):
+        with pytest.raises(lape.LapeError, match=r"not converted|no stack of equal blocks"):
             watch(nn.Linear(2, 2), photos())
     with pytest.raises(lape.LapeError, match="2 or more"):
         where_am_i(model, photos(1))

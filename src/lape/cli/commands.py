@@ -188,7 +188,7 @@ def visualize(
     save_dir: Annotated[str | None, Parameter(help="the pictures go into SAVE_DIR/MODEL_NAME/")] = None,
     html: Annotated[str | None, Parameter(help="write the explorer, one file for the browser, here")] = None,
     image: Annotated[
-        tuple[str, ...], Parameter(help="with --html: photographs to look at, for attention as well")
+        tuple[str, ...], Parameter(help="with --html: photographs to look at, for attention and tokens as well")
     ] = (),
 ) -> None:
     """Draw what the position embedding became in every layer, and write the numbers (.npz).

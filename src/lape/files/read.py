@@ -71,26 +71,27 @@ class Checkpoint:
         return self.raw.get("transform")
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], *, unconverted: bool = False) -> Checkpoint:
     """Reads a checkpoint of this project, of DeiT or of the LaPE authors, or a folder written by `save`, or by
     `save_pretrained` of a converted model of transformers.
 
     "hf-hub:OWNER/NAME" and https addresses are downloaded first (asked for by their user). Nothing in the file is
     executed: `torch.load(weights_only=True)` with `argparse.Namespace`, a plain record that DeiT-style files hold, as
-    the only addition.
+    the only addition. With `unconverted`, a folder of a transformers model that is not converted is read as well, as
+    one that is left as it is (pe="own").
 
     Raises CheckpointError: no such file, not a checkpoint, torn, or a pickle that wants to run code.
     """
     if str(path).startswith("https://"):
         return _from_contents(Path(str(path)), _fetch(str(path)))
     if str(path).startswith(HUB):
-        return _read_folder(_download(str(path).removeprefix(HUB)))
+        return _read_folder(_download(str(path).removeprefix(HUB)), unconverted)
     if not isinstance(path, str | os.PathLike):
         raise CheckpointError(f"{path!r} is no path: give a .pth file or a folder written by lape.save")
     path = Path(os.path.expanduser(path))
     try:
         if path.is_dir():
-            return _read_folder(path)
+            return _read_folder(path, unconverted)
         if not path.exists():
             raise CheckpointError(f"no such checkpoint: {path}; give a .pth file or a folder written by lape.save")
     except OSError as error:
@@ -256,10 +257,10 @@ def _known_args(args: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
-def _read_folder(path: Path) -> Checkpoint:
+def _read_folder(path: Path, unconverted: bool) -> Checkpoint:
     config = read_json(path / CONFIG)
     if isinstance(config, dict) and "transformers_version" in config:
-        return _read_pretrained(path, config)
+        return _read_pretrained(path, config, unconverted)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path / CONFIG} is not of format {FORMAT!r}")
     args = {"model": config.get("model"), "join_type": config.get("join"), "pe": config.get("pe")}
@@ -286,9 +287,12 @@ def _folder(
     return Checkpoint(path=path, kind="folder", model=state, args=_known_args(args), raw=raw)
 
 
-def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
+LEFT_AS_IT_IS = {"join": "basic", "pe": "own"}
+
+
+def _read_pretrained(path: Path, config: dict[str, Any], unconverted: bool) -> Checkpoint:
     """A folder that `save_pretrained` of a converted transformers model wrote, by hand or by its Trainer."""
-    record = config.pop("lape", None)
+    record = config.pop("lape", LEFT_AS_IT_IS if unconverted else None)
     if not isinstance(record, dict):
         raise CheckpointError(
             f"{path} holds a transformers model that is not converted: load it with its from_pretrained(), then call "
@@ -306,6 +310,7 @@ def _read_pretrained(path: Path, config: dict[str, Any]) -> Checkpoint:
     args = {"model": named[0] if isinstance(named, list) and named else None, "model_kwargs": _without_origin(config)}
     args |= {"join_type": record.get("join"), "pe": record.get("pe"), **_chosen(record)}
     raw = {"library": "transformers", "transform": _processor(path), **{k: record.get(k) for k in _OF_THE_MODEL}}
+    raw["unconverted"] = record is LEFT_AS_IT_IS
     return _folder(path, args, raw, shards, {**config, "lape": record})
 
 

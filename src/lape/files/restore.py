@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from lape.convert.positions import Size, describe
 from lape.core.joins import join_named
 from lape.core.position import Grid, kind_named
 from lape.data.augment import EvalTransform, eval_transform
-from lape.errors import CheckpointError, DataError, arguments_as
+from lape.errors import CheckpointError, DataError, LapeError, arguments_as
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.vet import bounded, of_file
@@ -80,6 +80,8 @@ def restore(
             **chosen,
         )
         result = _built(checkpoint, make, size)
+        if checkpoint.raw.get("unconverted"):
+            return _with_weights_of_library(result, state)
         if checkpoint.raw.get("folded"):
             fold_(result)
         resized = size is not None and _sides(size) != size_of(checkpoint)
@@ -99,6 +101,25 @@ def _built(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: Size | N
         make()  # raises the CheckpointError of `bounded`; constructors that compute with values fail otherwise
     with bounded(*limits):
         return make()
+
+
+def _with_weights_of_library(model: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    """With weights under the names that transformers writes, which it alone can tell from those of its modules."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    loaded, told = type(model).from_pretrained(
+        None, config=model.config, state_dict=dict(state), output_loading_info=True
+    )
+    if bars:
+        logging.enable_progress_bar()
+    if wrong := {name: keys for name, keys in told.items() if keys}:
+        names = "; ".join(f"{name}: {', '.join(map(str, list(keys)[:4]))}" for name, keys in wrong.items())
+        raise CheckpointError(f"the weights do not fit a {type(model).__name__} ({names})")
+    model.load_state_dict(loaded.state_dict())
+    return cast(nn.Module, model.eval())
 
 
 def restore_with(checkpoint: Checkpoint, recipe: Recipe, size: Size) -> nn.Module:
@@ -152,6 +173,18 @@ def restore_to_draw(
     )
     name = re.sub(r"[/\\]", "_", str(args.get("model", type(model).__name__)))
     return model, model_name or f"{name}_{describe(model).join}"
+
+
+def published(name: str, pretrained: bool = True) -> nn.Module:
+    """A model of timm by its name, not converted, with its published weights. Raises LapeError where they are not here,
+    or there is no such model."""
+    try:
+        return host_of_library("timm").build(name, {"pretrained": pretrained})  # type: ignore[misc]
+    except (OSError, RuntimeError) as error:  # no network, no weights
+        raise LapeError(
+            f"the weights of {name} are not here ({' '.join(str(error).split())[:120]}): give a checkpoint, or "
+            "--no-pretrained for random ones"
+        ) from None
 
 
 def of_this_file(read: Callable[Concatenate[Checkpoint, P], T]) -> Callable[Concatenate[Checkpoint, P], T]:

@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lape.convert.converted import conversions
-from lape.core.anatomy import Anatomy
 from lape.core.position import Grid
-from lape.errors import LapeError, UnsupportedModelError
-from lape.host import check_module, find_host
+from lape.errors import LapeError
 from lape.look.measures import effective_rank
-from lape.look.probe import BATCH, evaluating, fit_places, places, watching
+from lape.look.probe import fit_places, places
 from lape.look.similarity import squared_distances
+from lape.look.watch import BATCH, Watch
 
 ENERGY = 0.95  # of the variance of the mean image's tokens that the position subspace has to hold
 
@@ -154,92 +152,6 @@ def debias_(model: nn.Module, images_BCHW: Tensor, *, depth: int = -1, energy: f
     if depth % depths == 0:
         return watch.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
     return watch.blocks[depth % depths - 1].register_forward_hook(behind)
-
-
-# --- watching ---------------------------------------------------------------------------------------------------------
-
-
-class Watch:
-    """The patch tokens of every depth of a model, (E, B, n, D), for images of one size."""
-
-    def __init__(self, model: nn.Module, images_BCHW: Tensor):
-        self.model = model
-        anatomy, self.blocks, prefix = _parts(model)
-        height, width = images_BCHW.shape[-2:]
-        tokens = [x.shape[1:] for x in self._tokens(images_BCHW[:1])]
-        if len(set(tokens)) > 1:
-            raise LapeError("the model's tokens change their number or width on the way: there is no one grid to probe")
-        count, extra = tokens[0][0], 0
-        if anatomy is None:
-            self.grid = _grid_like(height, width, count if prefix is None else count - prefix)
-        else:
-            if len(anatomy.patch_size) != 2:
-                raise LapeError("the model takes videos: a probe reads rows and columns of images")
-            (down, right), pads, extra = anatomy.patch_size, anatomy.pads, anatomy.layout.suffix_rows
-            self.grid = ((height + (down - 1) * pads) // down, (width + (right - 1) * pads) // right)
-        self.num_prefix = count - self.grid[0] * self.grid[1] - extra
-        self.patches = slice(self.num_prefix, self.num_prefix + self.grid[0] * self.grid[1])
-        if self.num_prefix != prefix and (prefix is not None or not 0 <= self.num_prefix <= MOST_PREFIX):
-            raise LapeError(f"{count} tokens are no grid of an image of {height} x {width} pixels: give another size")
-        sides = ((height // self.grid[0], -2), (width // self.grid[1], -1))
-        self.steps = [step for step, side in zip(sides, self.grid, strict=True) if side > 1]
-
-    def __call__(self, images_BCHW: Tensor) -> list[Tensor]:
-        return [x[:, self.patches] for x in self._tokens(images_BCHW)]
-
-    @torch.no_grad()
-    def _tokens(self, images_BCHW: Tensor) -> list[Tensor]:
-        tokens: list[Tensor] = []
-
-        def keep(value: Any) -> None:
-            x = value[0] if isinstance(value, tuple) else value
-            if x.ndim < 3 or len(x) != len(images_BCHW):
-                raise LapeError(f"blocks with tokens of shape {tuple(x.shape)}, not (images, tokens, width)")
-            tokens.append(x.float().cpu().flatten(1, -2))
-
-        hooks: list[Any] = [(block, lambda _m, _args, output: keep(output)) for block in self.blocks]
-        before = self.blocks[0].register_forward_pre_hook(
-            lambda _m, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-        like = next(self.model.parameters())
-        try:
-            with watching(hooks), evaluating(self.model):
-                self.model(images_BCHW.to(like.device, like.dtype))
-        finally:
-            before.remove()
-        if len(tokens) != len(self.blocks) + 1:
-            raise LapeError(f"{len(tokens) - 1} of {len(self.blocks)} blocks ran once: the model is not a plain stack")
-        return tokens
-
-
-MOST_PREFIX = 16  # class token and registers
-
-
-def _parts(model: nn.Module) -> tuple[Anatomy | None, list[nn.Module], int | None]:
-    """Anatomy, blocks, number of prefix tokens; None where no host knows the model, or it does not say its number."""
-    check_module(model)
-    joined = [c.anatomy for c in conversions(model) if c.anatomy.blocks]
-    try:
-        host, root = (None, joined[0].root) if joined else find_host(model)
-        anatomy = joined[0] if host is None else host.examine(root)
-    except UnsupportedModelError:
-        lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
-        stacks = [stack for stack in lists if len({type(block) for block in stack}) == 1]
-        if not stacks:
-            raise LapeError(f"no stack of equal blocks in this {type(model).__name__}: it cannot be probed") from None
-        prefix = getattr(model, "num_prefix_tokens", None)
-        return None, max(stacks, key=len), prefix if isinstance(prefix, int) else None
-    if anatomy.shuffle is not None:
-        raise LapeError("the model shuffles the patches of every image: its tokens are in no order to be probed")
-    return anatomy, [root.get_submodule(path) for path in anatomy.blocks], anatomy.layout.num_prefix
-
-
-def _grid_like(height: int, width: int, count: int) -> Grid:
-    """The largest grid of an image's shape that has at most `count` patches."""
-    unit = math.gcd(height, width)
-    rows, columns = height // unit, width // unit
-    side = math.isqrt(count // (rows * columns))
-    return rows * side, columns * side
 
 
 # --- sums over images -------------------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ class Measure:
     """A number a layer, (L,): how it reads, and its function of what `takes` names."""
 
     label: str
-    hint: str
+    hint: str  # what its values say
+    means: str  # what is better or worse
     of: Callable[..., Tensor]
     takes: str = "sg"  # s similarities (L, n, n), p positions (L, n, D), g grid
     planar: bool = False  # whether it is of rows and columns alone
@@ -122,14 +123,59 @@ class Measure:
 MEASURES: dict[str, Measure] = {
     measure.of.__name__: measure
     for measure in (
-        Measure("locality radius", "0: like its neighbours only; 1: near and far alike", locality_radius),
-        Measure("half distance, patches", "where half of the similarity is lost", half_distance),
-        Measure("monotonicity", "2: falls with every step away; 1: no order", monotonicity),
-        Measure("directed monotonicity", "the same along each direction", directed_monotonicity, planar=True),
-        Measure("asymmetry", "0: the same on both sides of a patch", asymmetry, planar=True),
-        Measure("row - column similarity", "0: rows and columns count alike", anisotropy, planar=True),
-        Measure("effective rank", "directions in which the patches differ", effective_rank, takes="p"),
-        Measure("change from layer to layer", "0: the map of the layer before", layer_change, takes="s"),
+        Measure(
+            "locality radius",
+            "0: like its neighbours only; 1: near and far alike",
+            "Low: the layer tells near from far. 1 in all layers: position is lost.",
+            locality_radius,
+        ),
+        Measure(
+            "half distance, patches",
+            "where half of the similarity is lost",
+            "Short: sharp neighbourhoods. Unlike layers use position at several scales.",
+            half_distance,
+        ),
+        Measure(
+            "monotonicity",
+            "2: falls with every step away; 1: no order",
+            "Higher is more orderly. Below 1: far patches look nearer than near ones.",
+            monotonicity,
+        ),
+        Measure(
+            "directed monotonicity",
+            "the same along each direction",
+            "Far below monotonicity: order along some directions only (a cross, stripes).",
+            directed_monotonicity,
+            planar=True,
+        ),
+        Measure(
+            "asymmetry",
+            "0: the same on both sides of a patch",
+            "Not worse by itself: a learned table may prefer a side. Noise raises it, too.",
+            asymmetry,
+            planar=True,
+        ),
+        Measure(
+            "row - column similarity",
+            "0: rows and columns count alike",
+            "Far from 0: one axis is told apart better, seldom wanted for images.",
+            anisotropy,
+            planar=True,
+        ),
+        Measure(
+            "effective rank",
+            "directions in which the patches differ",
+            "Higher: patches differ in more ways. Falling over depth: position fades.",
+            effective_rank,
+            takes="p",
+        ),
+        Measure(
+            "change from layer to layer",
+            "0: the map of the layer before",
+            "0 in all layers: each sees the same position. High: each makes its own of it.",
+            layer_change,
+            takes="s",
+        ),
     )
 }
 

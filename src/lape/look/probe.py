@@ -7,24 +7,21 @@ Shape suffixes: B images, N tokens, n patches, D width, L layers, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from lape.convert.converted import Conversion, conversion_of
+from lape.convert.converted import conversion_of
 from lape.convert.positions import positions
 from lape.core.joined import host_forward
 from lape.core.joins import JOINS
 from lape.core.position import Grid
 from lape.errors import LapeError, check_finite
-
-BATCH = 16  # images at a time: what is watched is used at once, not kept
+from lape.look.watch import BATCH, Attention, Hook, check_size, evaluating, watching
 
 # --- attention --------------------------------------------------------------------------------------------------------
 
@@ -32,13 +29,14 @@ BATCH = 16  # images at a time: what is watched is used at once, not kept
 def attention(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     """The attention weights of every layer, (L, B, H, N, N), prefix tokens first; each row sums to 1. float32, CPU.
 
-    Raises LapeError for a model that is not converted, images of another size, or a block whose attention goes
-    through no softmax or attention function of torch.
+    Of any model whose blocks are found, converted or not. Raises LapeError for images of another size than a converted
+    model's own, UnsupportedModelError for blocks whose attention is not between all tokens, or goes through no softmax
+    or attention function of torch.
     """
-    batches = []
+    watch, batches = Attention(model, images_BCHW), []
     for batch in torch.split(images_BCHW, BATCH):
         layers: list[Tensor] = []
-        _run(model, batch, lambda _layer, weights, layers=layers: layers.append(weights.float().cpu()))  # type: ignore[misc]
+        watch.run(batch, lambda _layer, weights, layers=layers: layers.append(weights.float().cpu()))  # type: ignore[misc]
         batches.append(torch.stack(layers))
     return torch.cat(batches, 1)
 
@@ -47,23 +45,24 @@ def attention_distance(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     """(L, H) mean attention distance in pixels: sum_j a_ij d_ij, averaged over query patches i and images.
 
     d_ij is the distance between the centres of patches; attention on prefix tokens is left out and the rest sums to 1.
-    Source: ViT (arXiv 2010.11929), Fig. 11.
+    Raises what `attention` does. Source: ViT (arXiv 2010.11929), Fig. 11.
     """
-    conversion = conversion_of(model)
-    prefix, anatomy = conversion.layout.num_prefix, conversion.anatomy
-    row, column = torch.meshgrid(*map(torch.arange, conversion.layout.grid), indexing="ij")
-    place = torch.stack([row.flatten() * anatomy.patch_size[0], column.flatten() * anatomy.patch_size[1]], -1).float()
+    watch = Attention(model, images_BCHW)
+    side = [pixels / count for pixels, count in zip(images_BCHW.shape[-2:], watch.grid, strict=True)]
+    row, column = torch.meshgrid(*map(torch.arange, watch.grid), indexing="ij")
+    place = torch.stack([row.flatten() * side[0], column.flatten() * side[1]], -1).float()
     distance_nn = torch.cdist(place, place)
-    totals = torch.zeros(len(anatomy.blocks), anatomy.num_heads, dtype=torch.float64)
+    totals: dict[int, Tensor] = {}
 
     def add(layer: int, weights_BHNN: Tensor) -> None:
-        patches = weights_BHNN[..., prefix:, prefix:].float().cpu()
+        patches = weights_BHNN[..., watch.patches, watch.patches].float().cpu()
         patches = patches / patches.sum(-1, keepdim=True).clamp(min=1e-12)
-        totals[layer] += (patches * distance_nn).sum(-1).mean(-1).sum(0).double()
+        total_H = (patches * distance_nn).sum(-1).mean(-1).sum(0).double()
+        totals[layer] = totals.get(layer, 0) + total_H
 
     for batch in torch.split(images_BCHW, BATCH):
-        _run(model, batch, add)
-    return totals / len(images_BCHW)
+        watch.run(batch, add)
+    return torch.stack([totals[layer] for layer in sorted(totals)]) / len(images_BCHW)
 
 
 def rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
@@ -71,11 +70,10 @@ def rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
 
         R = A'_L ... A'_1,   A' = (mean over heads of A + 1) / 2
 
-    The row of the class token, or the mean over the patches where there is none; sums to 1 over the patches.
-    Source: Abnar and Zuidema, arXiv 2005.00928.
+    The row of the class token, or the mean over the patches where there is none; sums to 1 over the patches. Raises
+    what `attention` does. Source: Abnar and Zuidema, arXiv 2005.00928.
     """
-    layout = conversion_of(model).layout
-    maps = []
+    watch, maps = Attention(model, images_BCHW), []
     for batch in torch.split(images_BCHW, BATCH):
         flow: list[Tensor] = []
 
@@ -84,50 +82,11 @@ def rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
             step = (mean + torch.eye(mean.shape[-1])) / 2
             flow[:] = [step @ flow[0]] if flow else [step]
 
-        _run(model, batch, follow)
-        rows = flow[0][:, 0] if layout.num_prefix else flow[0].mean(1)
-        patches = rows[:, layout.num_prefix :]
-        maps.append((patches / patches.sum(-1, keepdim=True)).reshape(-1, *layout.grid))
+        watch.run(batch, follow)
+        rows = flow[0][:, 0] if watch.num_prefix else flow[0].mean(1)
+        patches = rows[:, watch.patches]
+        maps.append((patches / patches.sum(-1, keepdim=True)).reshape(-1, *watch.grid))
     return torch.cat(maps)
-
-
-class _Weights(TorchFunctionMode):
-    """Hands the attention weights of every attention that runs to `use`, whichever way the host computes them."""
-
-    def __init__(self, use: Callable[[Tensor], None]):
-        super().__init__()
-        self._use = use
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self._use(_softmax(*args, **kwargs))
-        elif func is F.multi_head_attention_forward:  # torch's own module, as torchvision's
-            out, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
-            assert weights is not None
-            self._use(weights)
-            return out, None
-        result = func(*args, **kwargs)
-        if func in (F.softmax, torch.softmax, Tensor.softmax) and result.ndim == 4:
-            self._use(result)
-        return result
-
-
-def _softmax(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    logits = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if attn_mask is not None:
-        mask = attn_mask
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-    return logits.softmax(-1)
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -281,19 +240,6 @@ def last_norm(model: nn.Module, images_BCHW: Tensor) -> LastNorm:
 
 # --- watching ---------------------------------------------------------------------------------------------------------
 
-Hook = tuple[nn.Module, Callable[..., None]]
-
-
-@contextmanager
-def watching(hooks: Sequence[Hook]) -> Iterator[None]:
-    """Calls each hook after its module's forward."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
 
 @dataclass
 class _Seen:
@@ -325,62 +271,13 @@ def _tokens(model: nn.Module, images_BCHW: Tensor) -> list[_Seen]:
     return [_Seen(**{name: value.float() for name, value in entry.items()}) for entry in layers]
 
 
-def _run(model: nn.Module, images_BCHW: Tensor, use: Callable[[int, Tensor], None]) -> None:
-    """A forward in which `use` gets (layer, attention weights (B, H, N, N))."""
-    layers, count = len(conversion_of(model).anatomy.blocks), 0
-
-    def numbered(weights: Tensor) -> None:
-        nonlocal count
-        if count < layers:
-            check_finite(weights, f"the attention weights of layer {count}")
-            use(count, weights)
-            count += 1
-
-    with _Weights(numbered):
-        _forward(model, images_BCHW)
-    if count != layers:
-        raise LapeError(
-            f"attention was seen in {count} of {layers} layers: this model computes it in a way that cannot be watched"
-        )
-
-
 @torch.no_grad()
 def _forward(model: nn.Module, images_BCHW: Tensor) -> None:
     conversion = conversion_of(model)
-    _check_size(conversion, images_BCHW)
+    check_size(conversion, images_BCHW)
     like = next(model.parameters())
     with evaluating(model):
         model(images_BCHW.to(like.device, like.dtype))
-
-
-def _check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
-    if conversion.anatomy.stages:
-        raise LapeError("the model attends in windows, on another grid in each stage: its attention is not drawn")
-    if conversion.anatomy.shuffle is not None:
-        raise LapeError(
-            "the model shuffles the patches of every image, so its tokens are in no order that can be drawn: load its "
-            "weights into ViTModel or ViTForImageClassification and convert that"
-        )
-    patch, grid = conversion.anatomy.patch_size, conversion.layout.grid
-    if len(grid) != 2:
-        raise LapeError("the model takes videos, its attention is not drawn: figures are of rows and columns")
-    size = (grid[0] * patch[0], grid[1] * patch[1])
-    if images_BCHW.ndim != 4 or not len(images_BCHW) or tuple(images_BCHW.shape[-2:]) != size:
-        raise LapeError(
-            f"images of shape {tuple(images_BCHW.shape)} were given: (images, channels, {size[0]}, {size[1]}) is "
-            "what this model takes"
-        )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _std(x: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ def half_distance(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     """
     distance, curve = similarity_by_distance(correlation_Lnn, grid)
     start = curve[..., :1]
-    fallen = curve <= (level := (start + _mean_of_pairs(correlation_Lnn)[..., None]) / 2)
+    fallen = curve <= (level := (start + mean_of_pairs(correlation_Lnn)[..., None]) / 2)
     after = fallen.int().argmax(-1, keepdim=True)
     before = (after - 1).clamp(min=0)
     high, low = curve.gather(-1, before), curve.gather(-1, after)
@@ -205,13 +205,13 @@ def locality_radius(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     patches alike (also where all similarities are equal).
     """
     distance = squared_distances(grid).double().sqrt()
-    excess = (correlation_Lnn.double() - _mean_of_pairs(correlation_Lnn)[..., None, None]).clamp(min=0)
+    excess = (correlation_Lnn.double() - mean_of_pairs(correlation_Lnn)[..., None, None]).clamp(min=0)
     total = excess.sum((-2, -1))
     radius = (excess * distance).sum((-2, -1)) / total.where(total > 0, 1.0)
     return torch.where(total > 0, radius / distance.mean().clamp(min=1e-12), 1.0)
 
 
-def _mean_of_pairs(correlation_Lnn: Tensor) -> Tensor:
+def mean_of_pairs(correlation_Lnn: Tensor) -> Tensor:
     """(L,) mean over i != j."""
     s, n = correlation_Lnn.double(), correlation_Lnn.shape[-1]
     return (s.sum((-2, -1)) - s.diagonal(dim1=-2, dim2=-1).sum(-1)) / max(n * (n - 1), 1)

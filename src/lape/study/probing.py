@@ -16,7 +16,7 @@ from lape.data.augment import EvalTransform
 from lape.errors import LapeError, needs
 from lape.files.atomic import write_atomically
 from lape.files.read import HUB, read_checkpoint
-from lape.files.restore import restore, transform_of
+from lape.files.restore import published, restore, transform_of
 from lape.look.features import LABELS, Features, probe
 from lape.recipe import Recipe
 from lape.study.options import ProbeOptions
@@ -57,20 +57,11 @@ def probe_models(models: Sequence[str], options: ProbeOptions) -> dict[str, Feat
 def _model_of(name: str, options: ProbeOptions) -> tuple[nn.Module, EvalTransform]:
     """A checkpoint, or where there is no such file a model of timm with its published weights, and its transform."""
     if Path(name).exists() or name.startswith((HUB, "https://")):
-        checkpoint = read_checkpoint(name)
+        checkpoint = read_checkpoint(name, unconverted=True)
         return restore(checkpoint, ema=options.ema), transform_of(checkpoint)
     import timm
 
-    from lape.host import host_of_library
-
-    build: Any = host_of_library("timm").build
-    try:
-        model: nn.Module = build(name, {"pretrained": options.pretrained})
-    except (OSError, RuntimeError) as error:  # no network, no weights
-        raise LapeError(
-            f"the weights of {name} are not here ({' '.join(str(error).split())[:120]}): give a checkpoint, or "
-            "--no-pretrained for random ones"
-        ) from None
+    model = published(name, options.pretrained)
     data: dict[str, Any] = timm.data.resolve_model_data_config(model)
     chans, height, width = data["input_size"]
     kept = {"mean": data["mean"], "std": data["std"], "interpolation": data["interpolation"], "in_chans": chans}

@@ -194,6 +194,8 @@ def accuracy_curves(runs: Sequence[Run], title_of: Callable[[Run], str]) -> Figu
     for axes, (title, lines) in zip(places, panels.items(), strict=False):
         axes.set_title(title, fontsize=10)
         _draw_panel(axes, lines)
+    low, high = places[0].get_ylim()  # fits what is drawn, and no accuracy lies outside of 0 to 100
+    places[0].set_ylim(max(low, -1.0), min(high, 101.0))
     places[0].set_ylabel("test accuracy, %")
     lines_of_legend = places[len(panels) - 1].get_legend_handles_labels()
     if len(lines_of_legend[1]) > 8:  # too many for a place among the lines
@@ -208,27 +210,37 @@ DASHES = ("-", "--", ":", "-.")
 """Of the rows of one join, which share its colour."""
 
 
+MOST_POINTS = 30
+"""Epochs up to which each is drawn as a point."""
+
+
 def _draw_panel(axes: Axes, lines: Mapping[str, Sequence[Sequence[dict[str, float]]]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     drawn: list[str] = []
     others = list(dict.fromkeys(join for label in lines if (join := label.partition(", ")[0]) not in COLOURS))
-    for label, histories in lines.items():
+    last = max(len(history) for histories in lines.values() for history in histories)
+    for place, (label, histories) in enumerate(lines.items()):
         steps = list(zip(*histories, strict=True))
-        x = [step[0]["epoch"] + 1 for step in steps]
+        beside = (
+            0.6 * ((place + 0.5) / len(lines) - 0.5) if last == 1 else 0.0
+        )  # of one epoch, points would hide others
+        x = [step[0]["epoch"] + 1 + beside for step in steps]
         y = [[entry["test_acc1"] for entry in step] for step in steps]
         join = label.partition(", ")[0]
         dashes = DASHES[sum(other.partition(", ")[0] == join for other in drawn) % len(DASHES)]
         drawn.append(label)
         mean = [statistics.fmean(values) for values in y]
-        marker = "o" if len(x) == 1 else ""
+        marker = "o" if last <= MOST_POINTS else ""
         colour = COLOURS.get(join) or f"C{others.index(join)}"
-        axes.plot(x, mean, dashes, marker=marker, color=colour, label=label, linewidth=1.8)
-        axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=colour, alpha=0.2, linewidth=0)
+        axes.plot(x, mean, dashes, marker=marker, markersize=4, color=colour, label=label, linewidth=1.8)
+        lowest, highest = [min(v) for v in y], [max(v) for v in y]
+        axes.fill_between(x, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+        if len(x) == 1:
+            axes.vlines(x, lowest, highest, color=colour, linewidth=1)
     axes.set_xlabel("epoch")
-    axes.set_ylim(0, 102)
-    axes.set_xlim(0, max(len(history) for histories in lines.values() for history in histories) + 0.2)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(max(0.6 - 0.02 * last, 0), 0.4 + 1.02 * last)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 

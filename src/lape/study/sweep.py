@@ -29,7 +29,7 @@ from lape.errors import CheckpointError, LapeError, needs
 from lape.files.atomic import write_atomically
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classifier, labels_of, restore_with, settings_of, size_of
-from lape.look.features import Watch
+from lape.look.watch import Watch
 from lape.recipe import Recipe
 from lape.study.options import SweepOptions
 from lape.study.pictures import check_writable, write_figure

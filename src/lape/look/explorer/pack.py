@@ -1,0 +1,55 @@
+"""Maps as bytes in a page: quantised, compressed, as text. Shape suffixes: L layers, H heads, n tokens."""
+
+import base64
+import math
+import zlib
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lape.core.position import Grid
+
+
+def finite(values: Tensor) -> list[float | None]:
+    """Plain numbers of five digits; None for what is not finite."""
+    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values.tolist()]
+
+
+def blob(values: np.ndarray) -> str:
+    """Bytes, compressed, as text."""
+    return base64.b64encode(zlib.compress(values.tobytes(), 6)).decode()
+
+
+def triangle(maps_Lnn: np.ndarray) -> dict[str, Any]:
+    """Symmetric maps in [-1, 1]: the upper triangle, row by row, as round(127 s); off by at most 1/254."""
+    i, j = np.triu_indices(maps_Lnn.shape[-1])
+    return {"form": "triangle", "data": blob(np.rint(maps_Lnn[:, i, j] * 127).astype(np.int8)), "limit": 1.0}
+
+
+def rows(maps_LHnn: np.ndarray, grid: Grid, budget: int, *, signed: bool) -> dict[str, Any]:
+    """Maps head by head: all tokens as keys, queries every `stride` rows and columns, the least that fits `budget`.
+
+    n: patches of the grid, and before them the prefix tokens, which are always kept as queries.
+
+    Signed: round(127 b / limit). Unsigned (attention): round(255 a / peak), a peak for each layer, head and query,
+    rows of attention being peaked and unlike in height. Queries that are left out look the same as the nearest kept.
+    """
+    packed: dict[str, Any] = {}
+    prefix = maps_LHnn.shape[-1] - grid[0] * grid[1]
+    for stride in range(1, max(grid) + 1):
+        kept = [np.arange((side - 1) % stride // 2, side, stride) for side in grid]
+        queries = np.r_[:prefix, prefix + (kept[0][:, None] * grid[1] + kept[1]).ravel()]
+        chosen = maps_LHnn[:, :, queries]
+        packed = {"form": "rows", "heads": chosen.shape[1], "queries": [k.tolist() for k in kept]}
+        packed |= {"prefix": prefix, "tokens": maps_LHnn.shape[-1]}
+        if signed:
+            limit = float(np.abs(maps_LHnn).max()) or 1.0
+            packed |= {"limit": limit, "data": blob(np.rint(chosen * (127 / limit)).astype(np.int8))}
+        else:
+            peaks = np.maximum(chosen.max(-1), 1e-12).astype("<f4")
+            levels = np.rint(chosen / peaks[..., None] * 255).astype(np.uint8)
+            packed |= {"limit": 0.0, "peaks": blob(peaks), "data": blob(levels)}
+        if len(packed["data"]) <= budget:
+            break
+    return packed
