@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 EVALUATION = (
     *STORED,
-    *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),
+    *("data_path", "data_set", "columns", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),
     *("ema", "dist_eval", "device", "amp", "attention", "threads"),
 )
 
@@ -309,8 +309,14 @@ def bench(
 
 @app.command(name="check-data")
 def check_data(
-    data_path: Annotated[str, Parameter(help="folder with train/<class>/* and val/<class>/*")],
+    data_path: Annotated[
+        str, Parameter(help="folder with train/<class>/* and val/<class>/*, or parquet, arrow or tar files")
+    ],
     *,
+    columns: Annotated[
+        tuple[str, str] | None,
+        Parameter(help="of parquet and arrow files: the image's column and the class's, if in doubt"),
+    ] = None,
     json: Annotated[
         str | None, Parameter(help="write all findings to this JSON file; -: stdout", allow_leading_hyphen=True)
     ] = None,
@@ -320,7 +326,7 @@ def check_data(
     from lape.data.check import check_data as check
 
     keep_inputs([json], [data_path])
-    report = check(data_path, workers=workers or None)
+    report = check(data_path, columns=columns or (), workers=workers or None)
     if json is not None:
         _write(json, _as_json(report.to_dict()))
     if json != "-":

@@ -17,7 +17,9 @@ from lape.data.images import is_hidden, is_image
 from lape.errors import DataError
 
 SPLITS = ("train", "val")
-LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*"
+LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*, or train and validation files of " + (
+    "parquet, arrow or tar"
+)
 
 
 @dataclass

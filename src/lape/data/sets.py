@@ -1,10 +1,10 @@
 """Data sets, checked before anything runs.
 
-**Layouts.** `D/train/<class>/*` and `D/val/<class>/*` (torchvision's `ImageFolder`, classes in its lexical order),
-CIFAR-10 and CIFAR-100 in the original's Python files, iNaturalist 2018 and 2019 as DeiT lays them out, and the digits
-inside the package. A layout that cannot be trusted is a `DataError` of one line; a corrupt image is one that names the
-file, when it is read. It is never replaced by another, unless `skip_corrupt` asks for that in training, where each is
-named and counted.
+**Layouts.** `D/train/<class>/*` and `D/val/<class>/*` (torchvision's `ImageFolder`, classes in its lexical order), the
+same in parquet, arrow and tar files (`lape.data.stored`), CIFAR-10 and CIFAR-100 in the original's Python files,
+iNaturalist 2018 and 2019 as DeiT lays them out, and the digits inside the package. A layout that cannot be trusted is a
+`DataError` of one line; a corrupt image is one that names the file, when it is read. It is never replaced by another,
+unless `skip_corrupt` asks for that in training, where each is named and counted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lape.data.augment import Transform, is_augmented
 from lape.data.device import OnDevice
 from lape.data.folders import check_root, few, survey
 from lape.data.images import assumption, load_image, to_mode
+from lape.data.stored import look, stored_files
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ CACHE_BYTES = 2**28  # tensors of an unaugmented in-memory data set are kept up 
 class Listing(NamedTuple):
     """A data set before its images are transformed."""
 
-    images: dict[str, tuple[Any, list[int]]]  # split -> what `read` takes, and class numbers
+    images: dict[str, tuple[Sequence[Any], list[int]]]  # split -> what `read` takes, and class numbers
     read: Callable[[Any], Image.Image]
     classes: list[str]
     name: str  # what the output calls it
@@ -67,10 +68,20 @@ def reader_of(recipe: Recipe) -> tuple[Reader, Path]:
     root = Path(recipe.data_path).expanduser()
     if recipe.data_path:
         check_root(root)
-        return READERS[recipe.data_set], root
+        reader = READERS[recipe.data_set]
+        if reader is _folders and (files := stored_files(root)):
+            return partial(_stored, files), root
+        _refuse_columns(recipe, root)
+        return reader, root
     if recipe.data_set != "IMNET":
         raise DataError(f"--data-set {recipe.data_set} needs --data-path: nothing is downloaded, name its folder")
+    _refuse_columns(recipe, "the digits")
     return list_digits, root
+
+
+def _refuse_columns(recipe: Recipe, what: object) -> None:
+    if recipe.columns:
+        raise LapeError(f"columns={list(recipe.columns)} are of parquet and arrow files, not of {what}: leave it out")
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +140,15 @@ def _folders(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
     return _files(recipe, images, folder.classes, str(root))
 
 
-def _files(recipe: Recipe, images: dict[str, tuple[Any, list[int]]], classes: list[str], what: str) -> Listing:
+def _stored(files: dict[str, list[Path]], recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
+    """Images in parquet, arrow and tar files."""
+    images, classes, note = look(root, files, splits, recipe.columns)
+    return _files(recipe, images, classes, f"{root}{note}")
+
+
+def _files(
+    recipe: Recipe, images: dict[str, tuple[Sequence[Any], list[int]]], classes: list[str], what: str
+) -> Listing:
     read = partial(load_image, in_chans=recipe.in_chans)
     paths = next(iter(images.values()))[0]
     note = assumption(paths[0]) if paths else ""
@@ -139,7 +158,7 @@ def _files(recipe: Recipe, images: dict[str, tuple[Any, list[int]]], classes: li
     return Listing(images, read, classes, name)
 
 
-def _counted(what: str, images: dict[str, tuple[Any, list[int]]], classes: list[str]) -> str:
+def _counted(what: str, images: dict[str, tuple[Sequence[Any], list[int]]], classes: list[str]) -> str:
     words = {"train": "training", "val": "validation"}
     counts = ", ".join(f"{len(targets)} {words[split]} images" for split, (_, targets) in images.items())
     return f"{what} ({len(classes)} classes, {counts})"
