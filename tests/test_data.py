@@ -171,7 +171,10 @@ def refused(call) -> str:
     return message
 
 
-LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*"
+LAYOUT = (
+    "--data-path must name a folder with train/<class>/* and val/<class>/*, or train and validation files of parquet, "
+    "arrow or tar"
+)
 
 
 def test_missing_data_folder(tmp_path):
@@ -334,7 +337,7 @@ def test_corrupt_image_is_named(tmp_path, monkeypatch, how, suffix, workers):
         message = str(caught.value)
         assert "\n" not in message
         assert str(path) in message
-        wanted = "replace or remove the file"
+        wanted = "replace or remove it"
         assert message.endswith(wanted if loader is loaders[1] else wanted + ", or train without it: --skip-corrupt")
         assert ("truncated" in message) == (how == "truncated")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES

@@ -40,7 +40,7 @@ def check_root(root: Path) -> None:
         raise DataError(f"data folder {root} does not exist: {LAYOUT}, or be left out for the packaged digits")
     if not root.is_dir():
         raise DataError(f"{root} is a file, not a data folder: unpack it; {LAYOUT}")
-    if not _names(root):
+    if not names_in(root):
         raise DataError(f"data folder {root} is empty: {LAYOUT}")
 
 
@@ -57,7 +57,7 @@ def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
         if (root / split).is_dir():
             classes[split] = _look_into(root / split, split, result)
         else:
-            result.errors.append(f"{root} has no folder {split}/ (it holds {few(_names(root))}): {LAYOUT}")
+            result.errors.append(f"{root} has no folder {split}/ (it holds {few(names_in(root))}): {LAYOUT}")
     for split in set(SPLITS) - set(splits):
         if (root / split).is_dir():
             classes[split] = _subfolders(root / split)
@@ -102,7 +102,7 @@ def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
         for place, files in _walk(folder / name, result):
             for file in sorted(files):
                 (images if is_image(file) else result.others).append(os.path.join(place, file))
-    files = [name for name in _names(folder) if not (folder / name).is_dir()]
+    files = [name for name in names_in(folder) if not (folder / name).is_dir()]
     flat = [name for name in files if is_image(name)]
     result.others += [str(folder / name) for name in files if name not in flat]
     if flat:
@@ -116,7 +116,7 @@ def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
 def _subfolders(folder: Path, result: Survey | None = None) -> list[str]:
     """The names of the classes; folders that are none are entered into the result."""
     around, classes, left = _around(folder), list[str](), result or Survey()
-    for name in _names(folder):
+    for name in names_in(folder):
         if not (folder / name).is_dir():
             continue
         place = str(folder / name)
@@ -155,7 +155,7 @@ def _identity(place: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _names(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     """List a folder in lexical order, torchvision's."""
     try:
         return sorted(os.listdir(folder))

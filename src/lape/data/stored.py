@@ -7,13 +7,12 @@ in folders there that are called as a split. The validation images are those of 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lape.data.folders import LAYOUT, SPLITS, few
+from lape.data.folders import LAYOUT, SPLITS, few, names_in
 from lape.data.images import is_hidden
 from lape.errors import DataError, LapeError
 
@@ -37,13 +36,13 @@ class Stored(NamedTuple):
 def stored_files(root: Path) -> dict[str, list[Path]]:
     """The files by the split that they say; none where train/ or val/ hold class folders. Raises DataError."""
     folders = [root / split for split in SPLITS if (root / split).is_dir()]
-    if any(entry.is_dir() and not is_hidden(entry.name) for folder in folders for entry in os.scandir(folder)):
+    if any(not is_hidden(name) and (folder / name).is_dir() for folder in folders for name in names_in(folder)):
         return {}
     files: dict[str, list[Path]] = {}
     words = [word for of in WORDS.values() for word in of]
     for folder in (root, root / "data"):
         for place in (folder, *(folder / word for word in words)):
-            for path in sorted(place.iterdir()) if place.is_dir() else ():
+            for path in map(place.joinpath, names_in(place) if place.is_dir() else ()):
                 parts = [*re.split(r"[-._ 0-9]+", path.stem.lower()), place.name]
                 word = next((part for part in parts if part in words), None)
                 if word is not None and path.suffix in KINDS and path.is_file() and not is_hidden(path.name):

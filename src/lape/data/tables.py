@@ -26,7 +26,7 @@ with needs("data"):
 
 HELD = 2**30  # bytes of a split's images in parquet files that are read once and kept
 MOST = 2**30  # bytes of a group of rows; a larger one is not read for each of its images
-END = bytes(4)  # of an arrow stream; one that was cut between two batches lacks it
+END = b"\xff\xff\xff\xff\0\0\0\0"  # of an arrow stream; one that was cut between two batches lacks it
 
 
 class Table:
@@ -214,9 +214,7 @@ def read_tables(paths: Sequence[Path], columns: Sequence[str]) -> tuple[Rows, li
     tables = [(Arrow if path.suffix == ".arrow" else Parquet)(path, columns) for path in paths]
     for one, other in pairwise(tables):
         if (one.image, one.label, one.classes) != (other.image, other.label, other.classes):
-            raise DataError(
-                f"{one.path} and {other.path} differ in their columns or classes: they are of two data sets"
-            )
+            raise DataError(f"{one.path} and {other.path} have other columns or classes: leave one out")
     return Rows(tables), [label for table in tables for label in table.labels()], tables[0].classes, _held(tables)
 
 
@@ -237,7 +235,7 @@ def _held(tables: Sequence[Table]) -> str:
         )
     for table in parquet:
         table.keeps = False
-    rows = sum(sum(table.lengths) for table in parquet) // len(sizes)
+    rows = max(length for table in parquet for length in table.lengths)
     return f" ({rows} rows are read for one image, arrow files are faster in training)"
 
 
