@@ -6,7 +6,7 @@ Training and `lape check-data` ask the same function, `survey`; the first raises
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -92,6 +92,31 @@ def few(items: Sequence[object], most: int = 5) -> str:
     """The first ones, and how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(str(item) for item in items[:most]) + more
+
+
+def image_files(paths: Iterable[str | Path]) -> list[str | Path]:
+    """The files that are named, and in the place of a folder all images in it and below, sorted, without hidden ones.
+
+    Raises:
+        DataError: a folder without an image, or one that cannot be read.
+    """
+    files: list[str | Path] = []
+    for path in paths:
+        if not Path(path).is_dir():
+            files.append(path)
+            continue
+        top = os.path.abspath(path)
+        places = [(os.path.relpath(place, top), names) for place, names in _walk(Path(top), Survey())]
+        below = [
+            os.path.normpath(os.path.join(path, place, name))
+            for place, names in places
+            for name in sorted(names)
+            if is_image(name)
+        ]
+        if not below:
+            raise DataError(f"no image in folder {path}: give images ({' '.join(IMG_EXTENSIONS)}) or their folder")
+        files += below
+    return files
 
 
 def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
