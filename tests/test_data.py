@@ -20,6 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from lape.data import sets as module
 from lape.data.device import OnDevice
+from lape.data.folders import image_files
 from lape.data.images import load_image
 from lape.data.loaders import Samples, TrainBatches, check_batch, eval_loader, steps_per_epoch, train_loader
 from lape.data.open import load_data
@@ -160,6 +161,24 @@ def test_training_alone_needs_no_val_folder(folder):
     shutil.rmtree(folder / "val")
     found = load_data(recipe(folder), val=False)
     assert (len(found.train), found.val) == (6, None)
+
+
+def test_a_folder_stands_for_the_images_below(tmp_path, monkeypatch):
+    names = ["b/2.png", "b/10.png", "a.jpg", "b/deep/c.PNG", "z.jpeg"]
+    for name in [*names, ".hidden.png", "b/._2.png", ".thumbs/x.png", "@eaDir/y.png"]:
+        write_image(tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    (tmp_path / "in" / "b" / "again").symlink_to(tmp_path / "in")
+    wanted = ["a.jpg", "z.jpeg", "b/10.png", "b/2.png", "b/deep/c.PNG"]
+    assert image_files([tmp_path / "in"]) == [f"{tmp_path}/in/{name}" for name in wanted]
+    assert image_files(["x.png", f"{tmp_path}/in/b/"]) == ["x.png", *(f"{tmp_path}/in/{name}" for name in wanted[2:])]
+    monkeypatch.chdir(tmp_path / "in")
+    assert image_files(["."]) == wanted
+    monkeypatch.chdir(tmp_path / "in" / "b")
+    assert image_files([".."]) == [f"../{name}" for name in wanted]
+    (tmp_path / "empty" / ".git").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"no image in folder .*empty: give images \(\.jpg"):
+        image_files([tmp_path / "empty"])
 
 
 def refused(call) -> str:
