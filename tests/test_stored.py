@@ -249,6 +249,19 @@ def test_numbers_without_names_are_classes(folder, tmp_path):
     assert load_data(recipe_of(tmp_path)).classes == ["0", "1", "2"]
 
 
+def test_names_of_ones_own_count_more_than_those_of_the_files(folder, tmp_path):
+    """A checkpoint of a folder is evaluated by names, and the Hub's names are others."""
+    as_parquet(images_of(folder), tmp_path)
+    (tmp_path / "classnames.txt").write_text("n02\r\nn00\n\nn01\n")
+    found = load_data(recipe_of(tmp_path))
+    assert found.classes == ["n02", "n00", "n01"]
+    assert found.val.targets == load_data(recipe_of(folder)).val.targets
+    (tmp_path / "classnames.txt").write_text("n02\nn00\n")
+    assert "has 2 names, 2 different ones: give one of the 3 classes" in refused(lambda: load_data(recipe_of(tmp_path)))
+    (tmp_path / "classnames.txt").write_bytes(b"\xff")
+    assert "it holds a name of a class a line, in UTF-8" in refused(lambda: load_data(recipe_of(tmp_path)))
+
+
 def test_columns_are_chosen_where_there_are_several(folder, tmp_path, capsys):
     for split, paths in images_of(folder).items():
         table = table_of(paths)
@@ -495,7 +508,7 @@ def test_class_numbers_that_are_none_are_one_line(folder, tmp_path):
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     assert "have a class that is none of the 2, such as 2 of" in refused(lambda: load_data(recipe_of(tmp_path)))
     (tmp_path / "classnames.txt").write_text("cat\ndog\ncat\n")
-    assert "names a class twice" in refused(lambda: load_data(recipe_of(tmp_path)))
+    assert "has 3 names, 2 different ones: give one a line" in refused(lambda: load_data(recipe_of(tmp_path)))
     (tmp_path / "classnames.txt").unlink()
     tar_of(tmp_path / "made-up-val-000001.tar", ("0.jpg", b""), ("0.cls", b"99999999999"))
     assert "class number 99999999999: more than" in refused(lambda: load_data(recipe_of(tmp_path)))

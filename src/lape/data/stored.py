@@ -8,7 +8,7 @@ in folders there that are called as a split. The validation images are those of 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from lape.errors import DataError, LapeError
 
 KINDS = (".parquet", ".arrow", ".tar")
 WORDS = {"train": ("train", "training"), "val": ("validation", "valid", "val", "dev", "test", "testing")}
-NAMES = "classnames.txt"  # one a line; beside tar files that say numbers of classes
+NAMES = "classnames.txt"  # of the classes by their numbers, one a line; they count more than those in files
 OF = re.compile(r"-(\d+)-of-(\d+)$")
 MOST_CLASSES = 2**20
 
@@ -69,9 +69,8 @@ def look(root: Path, files: dict[str, list[Path]], splits: Sequence[str], column
         note += f", {word}: {len(files[word])} {kind[1:]} file(s)" + more
         if not sources[split]:
             raise DataError(f"the {word} files in {root} hold no image: give others")
-    if any(one != names[splits[0]] for one in names.values()):
-        raise DataError(f"{root}: its training files name other classes than its validation files")
-    classes, number = _numbering(root, [label for some in labels.values() for label in some], names[splits[0]])
+    every = [label for some in labels.values() for label in some]
+    classes, number = _numbering(root, every, _names_of(root, names.values()))
     images = {split: (sources[split], _numbered(sources[split], labels[split], number, classes)) for split in splits}
     if len(splits) == len(SPLITS) and (alone := set(images["val"][1]) - set(images["train"][1])):
         odd = few([classes[place] for place in sorted(alone)])
@@ -102,14 +101,26 @@ def _read(
     if columns:
         raise LapeError(f"columns={list(columns)} are of parquet and arrow files, not of {root}: leave it out")
     images, labels = read_shards(paths, [word for of in WORDS.values() for word in of])
+    return images, labels, None, ""
+
+
+def _names_of(root: Path, files: Iterable[list[str] | None]) -> list[str] | None:
+    """The names of the classes: those that the user gives, else those of the files. Raises DataError."""
+    first, *others = files
+    if any(one != first for one in others):
+        raise DataError(f"{root}: its training files name other classes than its validation files")
+    if not (root / NAMES).is_file():
+        return first
     try:
-        names = (root / NAMES).read_text(encoding="utf-8").split("\n") if (root / NAMES).is_file() else None
+        names = [line.strip() for line in (root / NAMES).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
         raise DataError(f"cannot read {root / NAMES} ({error}): it holds a name of a class a line, in UTF-8") from None
-    names = names and [name.strip() for name in names if name.strip()]
-    if names and len(set(names)) < len(names):
-        raise DataError(f"{root / NAMES} names a class twice: it holds a name of a class a line")
-    return images, labels, names, ""
+    if len(set(names)) < len(names) or (first is not None and len(names) != len(first)):
+        many = f" of the {len(first)} classes" if first is not None else ""
+        raise DataError(
+            f"{root / NAMES} has {len(names)} names, {len(set(names))} different ones: give one{many} a line"
+        )
+    return names
 
 
 def _numbering(root: Path, labels: Labels, names: list[str] | None) -> tuple[list[str], dict[Any, int]]:

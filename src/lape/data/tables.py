@@ -169,7 +169,8 @@ class Parquet(Table):
     def block(self, number: int) -> pa.Array:
         leaf = f"{self.image}.bytes" if pa.types.is_struct(self.schema().field(self.image).type) else self.image
         with self._open() as file:
-            return file.read_row_group(number, [leaf], use_threads=False).column(0).combine_chunks()
+            column = file.read_row_group(number, [leaf], use_threads=False).column(0)
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # the latter copies
 
 
 class Row(Packed):
