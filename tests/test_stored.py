@@ -17,6 +17,7 @@ from pictures import write_image
 from PIL import Image
 from training import STATE, Killed, log_without_times, quiet, read, same, tiny
 
+import lape.data.shards
 import lape.data.tables
 from lape.cli.app import USER_ERROR, app, run
 from lape.data.check import check_data
@@ -312,6 +313,22 @@ def test_a_copy_in_another_process_opens_the_file_itself(folder, tmp_path, form)
     assert [source.read() for source in pickle.loads(stored)] == wanted
     with pytest.raises(IndexError):
         sources[len(sources)]
+
+
+def test_large_shards_are_indexed_by_all_processors(folder, tmp_path, monkeypatch):
+    as_samples(images_of(folder), tmp_path)
+    wanted = load_data(recipe_of(tmp_path))
+    used = []
+    monkeypatch.setattr(lape.data.shards, "LARGE", 0)
+    monkeypatch.setattr(lape.data.shards, "processors", lambda: used.append(2) or 2)
+    found = load_data(recipe_of(tmp_path))
+    assert used == [2, 2]
+    assert found.train.sources.names == wanted.train.sources.names
+    assert same(list(eval_loader(found.val, recipe_of(tmp_path))), list(eval_loader(wanted.val, recipe_of(tmp_path))))
+    (tmp_path / "made-up-train-000001.tar").write_bytes(b"")
+    assert "made-up-train-000001.tar is not a whole, uncompressed tar file" in refused(
+        lambda: load_data(recipe_of(tmp_path))
+    )
 
 
 # -- what cannot be trusted --------------------------------------------------------------------------------------------

@@ -18,8 +18,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -30,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 from lape.data.folders import SPLITS, Survey, check_root, few, survey
 from lape.data.images import Packed, Source, check_shape, decode, opened, reason_of
 from lape.data.loaders import processors
-from lape.data.processes import end_with_parent
+from lape.data.processes import spread
 from lape.data.stored import look, stored_files
 from lape.errors import DataError, LapeError, check_file
 
@@ -226,14 +224,8 @@ class Finding(NamedTuple):
 
 
 def _inspect_all(sources: list[Source], workers: int) -> Iterator[Finding]:
-    if workers == 1 or len(sources) <= TOGETHER:
-        yield from map(_inspect, sources)
-        return
-    try:
-        with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
-            yield from pool.map(_inspect, sources, chunksize=TOGETHER)
-    except BrokenProcessPool:
-        raise LapeError("a process that reads images was killed, mostly for lack of memory: use --workers 1") from None
+    workers = 1 if len(sources) <= TOGETHER else workers
+    yield from spread(_inspect, sources, workers, TOGETHER, "use --workers 1")
 
 
 def _inspect(source: Source) -> Finding:

@@ -39,7 +39,7 @@ CACHE_BYTES = 2**28  # tensors of an unaugmented in-memory data set are kept up 
 class Listing(NamedTuple):
     """A data set before its images are transformed."""
 
-    images: dict[str, tuple[Sequence[Any], list[int]]]  # split -> what `read` takes, and class numbers
+    images: dict[str, tuple[Any, list[int]]]  # split -> what `read` takes, and class numbers
     read: Callable[[Any], Image.Image]
     classes: list[str]
     name: str  # what the output calls it
@@ -146,9 +146,7 @@ def _stored(files: dict[str, list[Path]], recipe: Recipe, root: Path, splits: Se
     return _files(recipe, images, classes, f"{root}{note}")
 
 
-def _files(
-    recipe: Recipe, images: dict[str, tuple[Sequence[Any], list[int]]], classes: list[str], what: str
-) -> Listing:
+def _files(recipe: Recipe, images: dict[str, tuple[Any, list[int]]], classes: list[str], what: str) -> Listing:
     read = partial(load_image, in_chans=recipe.in_chans)
     paths = next(iter(images.values()))[0]
     note = assumption(paths[0]) if paths else ""
@@ -158,7 +156,7 @@ def _files(
     return Listing(images, read, classes, name)
 
 
-def _counted(what: str, images: dict[str, tuple[Sequence[Any], list[int]]], classes: list[str]) -> str:
+def _counted(what: str, images: dict[str, tuple[Any, list[int]]], classes: list[str]) -> str:
     words = {"train": "training", "val": "validation"}
     counts = ", ".join(f"{len(targets)} {words[split]} images" for split, (_, targets) in images.items())
     return f"{what} ({len(classes)} classes, {counts})"

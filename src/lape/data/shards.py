@@ -11,7 +11,7 @@ import json
 import mmap
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lape.data.images import Packed, is_hidden, is_image, reason_of
+from lape.data.loaders import processors
+from lape.data.processes import spread
 from lape.errors import DataError, check_file
 
 LABELS = ("cls", "json")  # endings of the file that says a sample's class
 TEXT = 2**16  # bytes of such a file, the most
 NUMBER = re.compile(r"-?\d{1,18}", re.ASCII)
+LARGE = 2**30  # bytes of all shards; these are indexed by all processors
 REST = 2**20  # bytes at the end of a shard that must be zeros
 
 
@@ -68,7 +71,7 @@ class Member(Packed):
         return self.entry.shard.bytes_at(self.entry.offset, self.entry.size)
 
 
-class Members(Sequence[Any]):
+class Members:
     """The images of several shards."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -80,7 +83,7 @@ class Members(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: Any) -> Member:
+    def __getitem__(self, index: int) -> Member:
         shard, offset, size = self.places[index].tolist()
         return Member(Entry(self.shards[shard], self.names[index], offset, size))
 
@@ -94,7 +97,10 @@ def read_shards(paths: Sequence[Path], words: Sequence[str]) -> tuple[Members, l
     Raises:
         DataError: a file that is damaged, or compressed; links; an image without a class.
     """
-    entries = [entry for path in paths for entry in _index(Shard(path))]
+    large = sum(path.stat().st_size for path in paths) >= LARGE
+    workers = min(processors(), len(paths)) if large else 1
+    parts = spread(_index, [Shard(path) for path in paths], workers, 1, "there is one for each processor")
+    entries = [entry for part in parts for entry in part]
     images = [entry for entry in entries if is_image(entry.name)]
     labels = {(*_key(entry), ending): entry for entry in entries if (ending := _ending(entry)) in LABELS}
     if any((*_key(entry), ending) in labels for entry in images for ending in LABELS):
@@ -103,13 +109,14 @@ def read_shards(paths: Sequence[Path], words: Sequence[str]) -> tuple[Members, l
     return Members([images[place[-1]] for place in places]), [place[0] for place in places]
 
 
-def _index(shard: Shard) -> Iterator[Entry]:
+def _index(shard: Shard) -> list[Entry]:
     """The files in a shard, without those of a system. Raises DataError."""
+    entries: list[Entry] = []
     check_file(shard.path, DataError)
     try:
         with open(shard.path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
                 parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
                 if any(map(is_hidden, parts)) or member.isdir():
                     continue
@@ -118,7 +125,7 @@ def _index(shard: Shard) -> Iterator[Entry]:
                         f"{shard.path}, {member.name} is a link or has holes, its bytes are not there: pack it with "
                         "tar --dereference --hard-dereference"
                     )
-                yield Entry(shard, "/".join(parts), member.offset_data, member.size)
+                entries.append(Entry(shard, "/".join(parts), member.offset_data, member.size))
             file.seek(tar.offset)
             rest = file.read(REST)
             if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):  # where tarfile sees an end
@@ -128,6 +135,7 @@ def _index(shard: Shard) -> Iterator[Entry]:
             raise
         reason = reason_of(error)[:200]
         raise DataError(f"{shard.path} is not a whole, uncompressed tar file ({reason}): pack it again") from None
+    return entries
 
 
 def _key(entry: Entry) -> tuple[Shard, str]:

@@ -1,8 +1,9 @@
 """Images inside larger files: which files of a folder are which split, and which number is which class.
 
-A file belongs to the split that its name says (`train-00000-of-00002.parquet`, `imagenet-train-0017.tar`), or that of
-the folder it lies in (`validation/data-00000-of-00001.arrow`). Files are looked for in the folder, in its `data/`, and
-in folders there that are called as a split. The validation images are those of that name, else the test images.
+A file belongs to the split that its name says last (`train-00000-of-00002.parquet`, `imagenet-train-17.tar`), else to
+that of the folder it lies in (`validation/data-00000-of-00001.arrow`). Files are looked for in the folder, in its
+`data/`, and in folders there that are called as a split. The validation images are those of that name, else the test
+images.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Labels = Sequence[int | str]
 class Stored(NamedTuple):
     """A data set inside larger files."""
 
-    images: dict[str, tuple[Sequence[Any], list[int]]]  # split -> what `load_image` takes, and class numbers
+    images: dict[str, tuple[Any, list[int]]]  # split -> what `load_image` takes, and class numbers
     classes: list[str]
     note: str  # what the output says behind the numbers of images
 
@@ -43,8 +44,8 @@ def stored_files(root: Path) -> dict[str, list[Path]]:
     for folder in (root, root / "data"):
         for place in (folder, *(folder / word for word in words)):
             for path in map(place.joinpath, names_in(place) if place.is_dir() else ()):
-                parts = [*re.split(r"[-._ 0-9]+", path.stem.lower()), place.name]
-                word = next((part for part in parts if part in words), None)
+                parts = [place.name, *re.split(r"[-._ 0-9]+", path.stem.lower())]
+                word = next((part for part in reversed(parts) if part in words), None)
                 if word is not None and path.suffix in KINDS and path.is_file() and not is_hidden(path.name):
                     files.setdefault(word, []).append(path)
     return files
@@ -56,7 +57,7 @@ def look(root: Path, files: dict[str, list[Path]], splits: Sequence[str], column
     Raises:
         DataError: a split without files or images, a file that is missing or cannot be read, labels that are none.
     """
-    sources: dict[str, Sequence[Any]] = {}
+    sources: dict[str, Any] = {}
     labels: dict[str, Labels] = {}
     names: dict[str, list[str] | None] = {}
     note = ""
@@ -90,7 +91,7 @@ def _kind_of(root: Path, word: str, paths: Sequence[Path]) -> str:
 
 def _read(
     root: Path, kind: str, paths: Sequence[Path], columns: Sequence[str]
-) -> tuple[Sequence[Any], Labels, list[str] | None, str]:
+) -> tuple[Any, Labels, list[str] | None, str]:
     """Images, labels, names of classes where they are known, a note. Raises DataError."""
     if kind != ".tar":
         from lape.data.tables import read_tables
@@ -137,7 +138,7 @@ def _numbering(root: Path, labels: Labels, names: list[str] | None) -> tuple[lis
     return names, {number: number for number in range(len(names))}
 
 
-def _numbered(sources: Sequence[Any], labels: Labels, number: dict[Any, int], classes: list[str]) -> list[int]:
+def _numbered(sources: Any, labels: Labels, number: dict[Any, int], classes: list[str]) -> list[int]:
     odd = [place for place, label in enumerate(labels) if label not in number]
     if odd:
         raise DataError(

@@ -189,7 +189,7 @@ class Row(Packed):
         return encoded
 
 
-class Rows(Sequence[Any]):
+class Rows:
     """The rows of several files, one after the other."""
 
     def __init__(self, tables: Sequence[Table]) -> None:
@@ -199,7 +199,7 @@ class Rows(Sequence[Any]):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index: Any) -> Row:
+    def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(index)
         block = bisect_right(self.ends, index) - 1
@@ -275,7 +275,7 @@ def _columns(
     schema: pa.Schema, features: dict[str, dict[str, Any]], chosen: Sequence[str], path: Path
 ) -> tuple[str, str]:
     """The columns of the image and of the class: those chosen, or the only ones, or those with the usual names."""
-    columns = []
+    columns: list[str] = []
     kinds = (("image", "Image", _is_image, "image"), ("class", "ClassLabel", _is_label, "label"))
     for place, (what, feature, fits, usual) in enumerate(kinds):
         able = [field.name for field in schema if fits(field.type)]
