@@ -366,9 +366,9 @@ def stored() -> str:
     lines += [
         "",
         "ImageNet photographs, each several times in the larger files, which lie in memory; processor time, ratios "
-        "within a round, median [quartiles]. Parquet of up to 1 GiB is held in memory, so that no groups are read. A "
-        f"tar file is indexed in {1e6 * found['index_seconds_an_image']:.0f} µs an image, shards of 1 GiB and more on all "
-        f"cores. {found['machine']['processor']}, {found['machine']['cores']} cores, other work running "
+        "within a round, median [quartiles]. Parquet of up to 1 GiB is held in memory, no groups are read then. A "
+        f"tar file is indexed in {1e6 * found['index_seconds_an_image']:.0f} µs an image, shards of 1 GiB and more on "
+        f"all cores. {found['machine']['processor']}, {found['machine']['cores']} cores, other work running "
         f"(`{path.relative_to(ROOT)}`).",
     ]
     return "\n".join(lines)

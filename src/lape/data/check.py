@@ -27,8 +27,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lape.data.folders import SPLITS, Survey, check_root, few, survey
 from lape.data.images import Packed, Source, check_shape, decode, opened, reason_of
-from lape.data.loaders import processors
-from lape.data.processes import spread
+from lape.data.processes import processors, spread
 from lape.data.stored import look, stored_files
 from lape.errors import DataError, LapeError, check_file
 

@@ -46,6 +46,10 @@ def end_with_parent(grace: float = 0.0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def spread(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int, together: int, fix: str
 ) -> Iterator[Result]:

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lape.data.images import Packed, is_hidden, is_image, reason_of
-from lape.data.loaders import processors
-from lape.data.processes import spread
+from lape.data.processes import processors, spread
 from lape.errors import DataError, check_file
 
 LABELS = ("cls", "json")  # endings of the file that says a sample's class
