@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lape.data.loaders import processors, train_loader
+from lape.data.loaders import train_loader
 from lape.data.open import load_data
+from lape.data.processes import processors
 from lape.recipe import Recipe
 from lape.train.machine import environment
 

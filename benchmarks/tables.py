@@ -417,6 +417,35 @@ def input_pipeline() -> str:
     return "\n".join(lines)
 
 
+def stored() -> str:
+    """Speed of reading photographs from larger files, beside the folder's."""
+    (path,) = RESULTS.glob("stored_*.json")
+    found = _read(path)
+    names = {"plain": "folder", "arrow": "arrow", "tar": "tar", "parquet": "parquet, groups of 100 rows"}
+    lines = ["| images a second and core | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 1) + "|"]
+    kinds = {
+        "reading": "reading the bytes, shuffled",
+        "train": "training, 224, RandAugment, shuffled",
+        "eval": "evaluation, 256 to 224, in order",
+    }
+    for kind, what in kinds.items():
+        rows = found["speed"][kind]
+        cells = [f"{rows['plain']['images_a_second_and_core']:,.0f}"]
+        for name in list(names)[1:]:
+            low, high = rows[name]["speed_quartiles"]
+            cells.append(f"x {rows[name]['speed_median']:.2f} [{low:.2f}, {high:.2f}]")
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "ImageNet photographs, each several times in the larger files, which lie in memory; processor time, ratios "
+        "within a round, median [quartiles]. Parquet of up to 1 GiB is held in memory, no groups are read then. A "
+        f"tar file is indexed in {1e6 * found['index_seconds_an_image']:.0f} µs an image, shards of 1 GiB and more on "
+        f"all cores. {found['machine']['processor']}, {found['machine']['cores']} cores, other work running "
+        f"(`{path.relative_to(ROOT)}`).",
+    ]
+    return "\n".join(lines)
+
+
 def attack() -> str:
     """What the last run of benchmarks/attack.py counted."""
     path = sorted(RESULTS.glob("attack_*.json"))[-1]
@@ -490,7 +519,16 @@ PAGES = {
     ),
     ROOT / "docs" / "small-data.md": (device_path, trained_on_gpu),
     ROOT / "docs" / "dense.md": (dense,),
-    ROOT / "docs" / "performance.md": (joins, variants, original_style, chain_cost, folded, input_pipeline, attention),
+    ROOT / "docs" / "performance.md": (
+        joins,
+        variants,
+        original_style,
+        chain_cost,
+        folded,
+        input_pipeline,
+        stored,
+        attention,
+    ),
     ROOT / "docs" / "laboratory.md": (laboratory,),
 }
 

@@ -33,6 +33,7 @@ TRAIN_FLAGS = """
 --skip-corrupt --no-skip-corrupt --global-batch --max-skipped --save-steps --save-minutes --best-by --log-to
 --data-on-device --no-data-on-device --ema --no-ema --deterministic --no-deterministic --dist-timeout
 --data-path --data-set --inat-category --num-workers --pin-mem --no-pin-mem --decode --eval-crop-ratio --mean --std
+--columns
 --epochs --batch-size --seed --start-epoch --bce-loss --no-bce-loss --smoothing --train-mode --no-train-mode
 --finetune --warm-start --no-warm-start --attn-only --no-attn-only --as-original
 --opt --opt-eps --opt-betas --momentum --weight-decay --clip-grad --lr --unscale-lr --no-unscale-lr
@@ -50,7 +51,7 @@ TRAIN_FLAGS = """
 EVAL_FLAGS = """
 --checkpoint --resume
 --model --join-type --pe --in-chans --model-kwargs --input-size --eval-crop-ratio --mean --std
---data-path --data-set --inat-category --batch-size --num-workers --pin-mem --no-pin-mem --decode
+--data-path --data-set --columns --inat-category --batch-size --num-workers --pin-mem --no-pin-mem --decode
 --ema --no-ema --dist-eval --no-dist-eval --device --amp --attention --threads
 --sizes --corruptions --severities --shuffle-patches --shift --occlude --json --plot
 """
@@ -58,7 +59,7 @@ EVAL_FLAGS = """
 OURS = {
     *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
-    *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode"),
+    *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode", "columns"),
     *("scale", "mixup_off_epoch", "schedule_epochs", "as_original", "attention"),
     *("pe_std", "pe_norm", "pe_lr_scale"),
 }

@@ -20,6 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from lape.data import sets as module
 from lape.data.device import OnDevice
+from lape.data.folders import image_files
 from lape.data.images import load_image
 from lape.data.loaders import Samples, TrainBatches, check_batch, eval_loader, steps_per_epoch, train_loader
 from lape.data.open import load_data
@@ -162,6 +163,24 @@ def test_training_alone_needs_no_val_folder(folder):
     assert (len(found.train), found.val) == (6, None)
 
 
+def test_a_folder_stands_for_the_images_below(tmp_path, monkeypatch):
+    names = ["b/2.png", "b/10.png", "a.jpg", "b/deep/c.PNG", "z.jpeg"]
+    for name in [*names, ".hidden.png", "b/._2.png", ".thumbs/x.png", "@eaDir/y.png"]:
+        write_image(tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    (tmp_path / "in" / "b" / "again").symlink_to(tmp_path / "in")
+    wanted = ["a.jpg", "z.jpeg", "b/10.png", "b/2.png", "b/deep/c.PNG"]
+    assert image_files([tmp_path / "in"]) == [f"{tmp_path}/in/{name}" for name in wanted]
+    assert image_files(["x.png", f"{tmp_path}/in/b/"]) == ["x.png", *(f"{tmp_path}/in/{name}" for name in wanted[2:])]
+    monkeypatch.chdir(tmp_path / "in")
+    assert image_files(["."]) == wanted
+    monkeypatch.chdir(tmp_path / "in" / "b")
+    assert image_files([".."]) == [f"../{name}" for name in wanted]
+    (tmp_path / "empty" / ".git").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"no image in folder .*empty: give images \(\.jpg"):
+        image_files([tmp_path / "empty"])
+
+
 def refused(call) -> str:
     """The message of the error, which must be one line."""
     with pytest.raises(LapeError) as caught:
@@ -171,7 +190,10 @@ def refused(call) -> str:
     return message
 
 
-LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*"
+LAYOUT = (
+    "--data-path must name a folder with train/<class>/* and val/<class>/*, or train and validation files of parquet, "
+    "arrow or tar"
+)
 
 
 def test_missing_data_folder(tmp_path):
@@ -334,7 +356,7 @@ def test_corrupt_image_is_named(tmp_path, monkeypatch, how, suffix, workers):
         message = str(caught.value)
         assert "\n" not in message
         assert str(path) in message
-        wanted = "replace or remove the file"
+        wanted = "replace or remove it"
         assert message.endswith(wanted if loader is loaders[1] else wanted + ", or train without it: --skip-corrupt")
         assert ("truncated" in message) == (how == "truncated")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES

@@ -126,7 +126,7 @@ def test_images_to_check_on_are_spread_over_all(tmp_path):
     from lape.files.read import read_checkpoint
     from lape.recipe import Recipe
 
-    pixels, _ = sample_images(read_checkpoint(lape.save(converted(), tmp_path / "model")), "", 7)
+    pixels, *_ = sample_images(read_checkpoint(lape.save(converted(), tmp_path / "model")), "", 7)
     val = load_data(Recipe(input_size=16), train=False).val
     assert len(val) == 359
     assert torch.equal(pixels, torch.stack([val[51 * number][0] for number in range(7)]))

@@ -124,10 +124,15 @@ for call in json.loads(sys.argv[2]):
         ("cyclopts", "train", "similarity_visualize.py --help"),
         pytest.param("matplotlib", "plot", "lape visualize nothing.pth --save-dir DIR", marks=pytest.mark.slow),
         ("matplotlib", "plot", "lape demo --output-dir DIR"),
+        ("pyarrow", "data", "lape check-data PARQUET"),
     ],
 )
 def test_a_command_says_so_in_one_line_and_exits_with_2(package, extra, command, tmp_path):
-    script, *arguments = command.replace("DIR", str(tmp_path / "new")).split()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").write_bytes(b"")
+    script, *arguments = (
+        command.replace("DIR", str(tmp_path / "new")).replace("PARQUET", str(tmp_path / "data")).split()
+    )
     start = "run_module('lape'" if script == "lape" else f"run_path({str(ROOT / script)!r}"
     done = run({package}, f"import runpy\nrunpy.{start}, run_name='__main__')", *arguments)
     assert (done.returncode, done.stdout) == (2, "")

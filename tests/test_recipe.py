@@ -92,7 +92,7 @@ ORIGINAL = {
 OURS = {
     *("eval_crop_ratio", "in_chans", "mean", "std", "model_kwargs", "amp", "threads", "log_every", "model_ema_warmup"),
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
-    *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode"),
+    *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode", "columns"),
     *("scale", "mixup_off_epoch", "schedule_epochs", "pe_std", "pe_norm", "pe_lr_scale", "as_original"),
     "attention",
 }
@@ -182,7 +182,7 @@ def test_choices_are_listed() -> None:
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [("colour", None), ("batchsize", "batch_size"), ("Join-Type", "join_type"), ("pee", "pe")],
+    [("palette", None), ("batchsize", "batch_size"), ("Join-Type", "join_type"), ("pee", "pe")],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(key: str, nearest: str | None) -> None:
     message = refusal(**{key: 1})

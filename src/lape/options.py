@@ -50,9 +50,12 @@ class Options(BaseModel):
 class PredictOptions(Options):
     """How images are classified."""
 
-    checkpoint: str = Field(description=".pth file or folder written by lape.save")
+    checkpoint: str = Field(description=".pth file, folder written by lape.save, or .onnx file of lape export")
     top_k: int = Field(default=5, description="how many classes to show for an image", ge=1)
     device: str = Field(default="auto", description="auto (CUDA when there is one), cpu, cuda, cuda:N")
+    described_by: str | None = Field(
+        default=None, description="of an .onnx file that says neither transform nor class names: a checkpoint that does"
+    )
 
 
 class ExportOptions(Options):
@@ -62,5 +65,7 @@ class ExportOptions(Options):
     formats: tuple[str, ...] = Field(default=("folder", "torch", "onnx"), description="of folder, torch, onnx")
     fold: bool = Field(default=True, description="positions become constants")
     tolerance: float = Field(default=1e-4, description="largest difference of outputs, relative to the largest")
-    data_path: str = Field(default="", description="folder with val/ to check on (default: the packaged digits)")
+    data_path: str | None = Field(
+        default=None, description="folder with val/ to check on (default: the checkpoint's; '': the packaged digits)"
+    )
     images: int = Field(default=64, description="how many images to check on", ge=2)

@@ -84,8 +84,11 @@ class Recipe(Options):
     compile: bool = _model(False, "compile the training step with torch.compile")
 
     # Data
-    data_path: str = _data("", "folder with train/<class>/* and val/<class>/*; empty: the packaged digits")
-    data_set: DataSet = _data("IMNET", "layout of --data-path (IMNET: image folders; CIFAR: CIFAR-100)")
+    data_path: str = _data(
+        "", "folder with train/<class>/* and val/<class>/*, or parquet, arrow or tar files; empty: the packaged digits"
+    )
+    data_set: DataSet = _data("IMNET", "layout of --data-path (IMNET: images; CIFAR: CIFAR-100 in its own files)")
+    columns: tuple[str, ...] = _data((), "of parquet and arrow files: the image's column and the class's, if in doubt")
     inat_category: InatCategory = _data("name", "which label of an INAT data set")
     num_workers: int = _data(10, "loader processes per training process", ge=0)
     pin_mem: bool = _data(True, "page-locked loader memory on CUDA")
@@ -241,6 +244,12 @@ class Recipe(Options):
     def _device(cls, value: str) -> str:
         if not DEVICE.fullmatch(value):
             raise LapeError(f"device={value!r} is not known: use auto, cpu, cuda, cuda:N, mps or xpu")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _columns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        _require("columns", value, (0, 2))
         return value
 
     @field_validator("opt_betas", "cutmix_minmax", "scale")
@@ -399,6 +408,6 @@ def _mapping(text: str) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in data.items()}
 
 
-def _require(name: str, value: tuple[float, ...] | None, lengths: tuple[int, ...]) -> None:
+def _require(name: str, value: tuple[Any, ...] | None, lengths: tuple[int, ...]) -> None:
     if value is not None and len(value) not in lengths:
         raise LapeError(f"{name}={list(value)} has {len(value)} value(s), {' or '.join(map(str, lengths))} are needed")

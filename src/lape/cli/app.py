@@ -40,7 +40,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 EVALUATION = (
     *STORED,
-    *("data_path", "data_set", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),
+    *("data_path", "data_set", "columns", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),
     *("ema", "dist_eval", "device", "amp", "attention", "threads"),
 )
 WITH_CHECKPOINT = ("eval", "predict", "visualize", "export", "probe")

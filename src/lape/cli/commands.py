@@ -3,6 +3,8 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
     from lape.files.read import Checkpoint
 
+
+OF_THE_DATA = ("data_path", "data_set", "inat_category", "columns")
 
 # What the matrix of `lape compare` sets itself, and what means nothing for it.
 NOT_COMPARED = (
@@ -136,7 +140,7 @@ def evaluate(
 
 @app.command
 def predict(
-    *images: Annotated[str, Parameter(help="image files")],
+    *images: Annotated[str, Parameter(help="image files, and folders of them with all below")],
     options: Annotated[PredictOptions, Parameter(name="*")],
     json: Annotated[
         str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
@@ -150,18 +154,20 @@ def predict(
     Lines appear, and files grow, as images are done. One that cannot be read is left out, named, and ends it with 2.
     """
     if not images:
-        raise LapeError("no image was given: lape predict IMAGE... --checkpoint CHECKPOINT")
-    check_outputs([json, csv], [*images, options.checkpoint], streams=True)
+        raise LapeError("no image was given: lape predict IMAGE_OR_FOLDER... --checkpoint CHECKPOINT")
     if json is not None and json == csv:
         raise LapeError(f"--json and --csv are both {json!r}: give two files")
 
+    from lape.data.folders import image_files
     from lape.data.images import assumption
     from lape.train.evaluate import predictions
 
+    files = image_files(images)
+    check_outputs([json, csv], [*files, options.checkpoint], streams=True)
     note = ""
     problems: list[str] = []
     with written(json, csv) as add:
-        for p in _shown(predictions(images, options, problems), len(images)):
+        for p in _shown(predictions(files, options, problems), len(files)):
             if not note and (note := assumption(p.path)):
                 print(f"{shown(p.path)}: {note}; said of the first such image", file=sys.stderr)
             best = list(zip(p.classes, p.probabilities, strict=True))
@@ -176,7 +182,7 @@ def predict(
                 print("\n".join([shown(p.path), *lines]))
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise DataError(f"{len(problems)} of {len(images)} images are left out: {'; '.join(problems[:10])}{more}")
+        raise DataError(f"{len(problems)} of {len(files)} images are left out: {'; '.join(problems[:10])}{more}")
 
 
 @app.command
@@ -268,9 +274,10 @@ def export(
     from lape.files.export import export as write
     from lape.files.read import read_checkpoint
 
-    pixels, data_name = sample_images(read_checkpoint(checkpoint), options.data_path, options.images)
+    pixels, data_name, transform = sample_images(read_checkpoint(checkpoint), options.data_path, options.images)
     tell(f"checked on {len(pixels)} images of {data_name}")
-    write(checkpoint, images_BCHW=pixels, say=tell, **options.model_dump(exclude={"data_path", "images"}))
+    chosen = options.model_dump(exclude={"data_path", "images"})
+    write(checkpoint, images_BCHW=pixels, transform=transform, say=tell, **chosen)
 
 
 @app.command
@@ -297,8 +304,14 @@ def bench(
 
 @app.command(name="check-data")
 def check_data(
-    data_path: Annotated[str, Parameter(help="folder with train/<class>/* and val/<class>/*")],
+    data_path: Annotated[
+        str, Parameter(help="folder with train/<class>/* and val/<class>/*, or parquet, arrow or tar files")
+    ],
     *,
+    columns: Annotated[
+        tuple[str, str] | None,
+        Parameter(help="of parquet and arrow files: the image's column and the class's, if in doubt"),
+    ] = None,
     json: Annotated[
         str | None, Parameter(help="write all findings to this JSON file; -: stdout", allow_leading_hyphen=True)
     ] = None,
@@ -309,7 +322,7 @@ def check_data(
 
     check_outputs([json], [data_path], streams=True)
     with destination(json or "-") as write:
-        report = check(data_path, workers=workers or None)
+        report = check(data_path, columns=columns or (), workers=workers or None)
         if json is not None:
             write(_as_json(report.to_dict()))
     if json != "-":
@@ -386,18 +399,30 @@ def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(help="
     print(app.generate_completion(prog_name="lape", shell=shell), end="")
 
 
-def sample_images(checkpoint: "Checkpoint", data_path: str, count: int) -> tuple["Tensor", str]:
-    """`count` validation images, evenly spread, of a data set ("": the packaged digits), transformed; and its name."""
+def sample_images(checkpoint: "Checkpoint", data_path: str | None, count: int) -> tuple["Tensor", str, dict[str, Any]]:
+    """`count` validation images, evenly spread, transformed; what they are of, and the transform.
+
+    `data_path` "" is the packaged digits, None what the checkpoint was trained on where that is still there.
+    """
     import torch
 
     from lape.data.open import load_data
-    from lape.files.restore import settings_of
+    from lape.files.restore import settings_of, transform_of
 
-    settings = settings_of(checkpoint, Recipe(data_path=data_path, num_workers=0))
+    own = {name: checkpoint.args[name] for name in OF_THE_DATA if checkpoint.args.get(name)}
+    gone = data_path is None and "data_path" in own and not Path(own["data_path"]).exists()
+    chosen = {"data_path": data_path} if data_path is not None else {} if gone else own
+    settings = settings_of(checkpoint, Recipe(**chosen, num_workers=0))
     data = load_data(settings, train=False)
     val: Any = data.val
     step = max(1, len(val) // count)
-    return torch.stack([val[i][0] for i in range(0, len(val), step)][:count]), data.name
+    pixels = torch.stack([val[i][0] for i in range(0, len(val), step)][:count])
+    name = f"{data.name}, since {own['data_path']} is not there" if gone else data.name
+    transform = transform_of(checkpoint)
+    height, width = pixels.shape[-2:]
+    if transform.size != (height, width):
+        transform = replace(transform, input_size=height if height == width else (height, width))
+    return pixels, name, transform.to_dict()
 
 
 def _class_names(paths: Iterable[str]) -> str:

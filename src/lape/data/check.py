@@ -1,10 +1,11 @@
-"""Is a folder of images fit to be trained on for days? Every file is opened, counted and compared before a long run.
+"""Are images fit to be trained on for days? Every one is opened, counted and compared before a long run.
 
-`D/train/<class>/*` and `D/val/<class>/*` are read by all processors. **Errors** forbid training: classes that differ,
-a class without an image, images outside class folders, files that cannot be decoded. **Warnings** are for the user to
-judge: images that are in both splits or twice in one, kinds of pixels that are converted and what is assumed of them,
-rotations in EXIF, folders whose names are numbers (their order is that of their spelling: 10 before 2), names that mix
-WordNet ids with others, files that are no images, and folders that are not entered.
+`D/train/<class>/*` and `D/val/<class>/*`, or parquet, arrow or tar files, are read by all processors. **Errors** forbid
+training: classes that differ, a class without an image, images outside class folders, files that cannot be decoded.
+**Warnings** are for the user to judge: images that are in both splits or twice in one, kinds of pixels that are
+converted and what is assumed of them, rotations in EXIF, folders whose names are numbers (their order is that of their
+spelling: 10 before 2), names that mix WordNet ids with others, files that are no images, and folders that are not
+entered.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -27,10 +26,10 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from lape.data.folders import SPLITS, Survey, check_root, few, survey
-from lape.data.images import check_shape, decode, reason_of
-from lape.data.loaders import processors
-from lape.data.processes import end_with_parent
-from lape.errors import LapeError, check_file
+from lape.data.images import Packed, Source, check_shape, decode, opened, reason_of
+from lape.data.processes import processors, spread
+from lape.data.stored import look, stored_files
+from lape.errors import DataError, LapeError, check_file
 
 MACOS = ("._", ".DS_Store")
 WNID = re.compile(r"n\d{8}")
@@ -93,11 +92,17 @@ class Report:
         yield f"{'Training may start' if self.fit else 'Training must not start'} ({speed})"
 
 
-def check_data(root: str | Path, *, workers: int | None = None, progress: bool | None = None) -> Report:
-    """Check an image folder; nothing in it is changed.
+Images = dict[str, tuple[str, str, Source]]  # name -> split, class, what is read
+
+
+def check_data(
+    root: str | Path, *, columns: Sequence[str] = (), workers: int | None = None, progress: bool | None = None
+) -> Report:
+    """Check the images in a folder; nothing in it is changed.
 
     Args:
-        root: the folder with train/ and val/.
+        root: the folder with train/ and val/, or with parquet, arrow or tar files.
+        columns: of parquet and arrow files, those of the image and of the class, where the files leave it open.
         workers: processes, default: one a processor.
         progress: draw a bar; default: where stderr is a terminal.
 
@@ -106,32 +111,62 @@ def check_data(root: str | Path, *, workers: int | None = None, progress: bool |
     """
     began, root = time.perf_counter(), Path(root).expanduser()
     check_root(root)
-    folder = survey(root)
-    counts = {split: {name: len(paths) for name, paths in classes.items()} for split, classes in folder.images.items()}
-    report = Report(str(root), counts, folder.errors)
-    _judge_others(folder, root, report)
+    report = Report(str(root))
+    images = _inside(root, files, columns, report) if (files := stored_files(root)) else _in_folders(root, report)
     _judge_classes(report)
-    files = [path for classes in folder.images.values() for paths in classes.values() for path in paths]
     hashes: dict[str, dict[bytes, list[str]]] = {split: {} for split in SPLITS}
     sides: set[int] = set()
-    findings = _shown(_inspect_all(files, workers or processors()), len(files), progress)
-    for path, finding in sorted(zip((os.path.relpath(file, root) for file in files), findings, strict=True)):
+    sources = [source for *_, source in images.values()]
+    findings = _shown(_inspect_all(sources, workers or processors()), len(images), progress)
+    for path, finding in sorted(zip(images, findings, strict=True)):
         if finding.reason:
             report.corrupt[path] = finding.reason
             continue
         for kind in finding.kinds:
             report.odd.setdefault(kind, []).append(path)
         sides |= {finding.width, finding.height}
-        hashes[path.partition(os.sep)[0]].setdefault(finding.digest, []).append(path)
+        hashes[images[path][0]].setdefault(finding.digest, []).append(path)
     report.odd = dict(sorted(report.odd.items()))
     both = hashes["train"].keys() & hashes["val"].keys()
     report.duplicates = sorted([hashes["train"][digest][0], hashes["val"][digest][0]] for digest in both)
     report.copies = sorted(paths for of in hashes.values() for paths in of.values() if len(paths) > 1)
     if sides:
         report.sizes = {"smallest": min(sides), "largest": max(sides)}
-    _judge_files(report)
+    _judge_files(report, {path: name for path, (_, name, _) in images.items()})
     report.seconds = round(time.perf_counter() - began, 2)
     return report
+
+
+def _in_folders(root: Path, report: Report) -> Images:
+    """The images in class folders, counted."""
+    folder = survey(root)
+    report.counts = {split: {name: len(of) for name, of in classes.items()} for split, classes in folder.images.items()}
+    report.errors = folder.errors
+    _judge_others(folder, root, report)
+    return {
+        os.path.relpath(path, root): (split, name, path)
+        for split, classes in folder.images.items()
+        for name, paths in classes.items()
+        for path in paths
+    }
+
+
+def _inside(root: Path, files: dict[str, list[Path]], columns: Sequence[str], report: Report) -> Images:
+    """The images in parquet, arrow and tar files, counted."""
+    try:
+        stored = look(root, files, SPLITS, columns)
+    except DataError as error:
+        report.errors.append(str(error))
+        return {}
+    images: Images = {}
+    for split, (sources, targets) in stored.images.items():
+        count = Counter(targets)
+        report.counts[split] = {name: count[number] for number, name in enumerate(stored.classes)}
+        for source, number in zip(sources, targets, strict=True):
+            images[os.path.relpath(str(source), root)] = split, stored.classes[number], source
+    if empty := [name for name, number in report.counts["train"].items() if not number]:
+        report.warnings.append(f"{len(empty)} of {len(stored.classes)} classes have no training image: {few(empty)}")
+    return images
 
 
 def _judge_others(folder: Survey, root: Path, report: Report) -> None:
@@ -154,7 +189,8 @@ def _judge_others(folder: Survey, root: Path, report: Report) -> None:
 
 def _judge_classes(report: Report) -> None:
     """Warn of names whose order or meaning may be another than it seems."""
-    names = sorted({name for classes in report.counts.values() for name in classes})
+    ordered = list(dict.fromkeys(name for classes in report.counts.values() for name in classes))
+    names = sorted(ordered)
     wnids = [name for name in names if WNID.fullmatch(name)]
     if wnids and len(wnids) != len(names):
         others = [name for name in names if not WNID.fullmatch(name)]
@@ -168,8 +204,8 @@ def _judge_classes(report: Report) -> None:
         if (imagenet := ImageNetInfo("imagenet-1k").label_names()) != wnids:
             strange = sorted(set(wnids) - set(imagenet))
             report.warnings.append(f"1000 WordNet ids, but not those of ImageNet-1k: {few(strange)} are others")
-    numeric = [name for name in names if name.isdigit()]
-    if numeric and sorted(numeric, key=int) != sorted(numeric):
+    numeric = [name for name in ordered if name.isdigit()]
+    if sorted(numeric, key=int) != numeric:
         report.warnings.append(
             f"class folders are numbers, ordered by spelling: classes 0, 1, 2 are {', '.join(sorted(numeric)[:3])}; "
             "write them with leading zeros if the order matters"
@@ -186,26 +222,24 @@ class Finding(NamedTuple):
     digest: bytes = b""
 
 
-def _inspect_all(paths: list[str], workers: int) -> Iterator[Finding]:
-    if workers == 1 or len(paths) <= TOGETHER:
-        yield from map(_inspect, paths)
-        return
-    try:
-        with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
-            yield from pool.map(_inspect, paths, chunksize=TOGETHER)
-    except BrokenProcessPool:
-        raise LapeError("a process that reads images was killed, mostly for lack of memory: use --workers 1") from None
+def _inspect_all(sources: list[Source], workers: int) -> Iterator[Finding]:
+    workers = 1 if len(sources) <= TOGETHER else workers
+    yield from spread(_inspect, sources, workers, TOGETHER, "use --workers 1")
 
 
-def _inspect(path: str) -> Finding:
-    """Decode a file. JPEG is decoded at an eighth of its size: all of its bytes are read, few pixels are computed."""
+def _inspect(source: Source) -> Finding:
+    """Decode an image. JPEG is decoded at an eighth of its size: all of its bytes are read, few pixels are computed."""
     try:
-        check_file(path)
-        data = Path(path).read_bytes()
+        if not isinstance(source, Packed):
+            check_file(source)
+        with opened(source) as file:
+            data = file.read()
     except LapeError:
         return Finding("a pipe or a device")
     except OSError as error:
         return Finding(error.strerror or "cannot be read")
+    except Exception as error:
+        return Finding(reason_of(error))
     if not data:
         return Finding("empty file")
     try:
@@ -230,7 +264,7 @@ def _inspect(path: str) -> Finding:
     return Finding("", kinds, *size, blake2b(data, digest_size=16).digest())
 
 
-def _judge_files(report: Report) -> None:
+def _judge_files(report: Report, class_of: Mapping[str, str]) -> None:
     if report.corrupt:
         some = [f"{path} ({reason})" for path, reason in report.corrupt.items()]
         report.errors.append(
@@ -242,18 +276,14 @@ def _judge_files(report: Report) -> None:
     if report.duplicates:
         pairs = [f"{val} = {train}" for train, val in report.duplicates]
         report.warnings.append(f"{len(pairs)} validation image(s) are training images, too: {few(pairs)}")
-        inside = Counter(_class_of(train) != _class_of(val) for train, val in report.duplicates)
+        inside = Counter(class_of[train] != class_of[val] for train, val in report.duplicates)
         if inside[True]:
             report.warnings.append(f"{inside[True]} of them under another class")
     for across, where in ((True, "under two classes"), (False, "in one class")):
-        groups = [paths for paths in report.copies if (len({_class_of(path) for path in paths}) > 1) == across]
+        groups = [paths for paths in report.copies if (len({class_of[path] for path in paths}) > 1) == across]
         if groups:
             names = [" = ".join(paths) for paths in groups]
             report.warnings.append(f"{len(groups)} image(s) are there more than once {where}: {few(names)}")
-
-
-def _class_of(path: str) -> str:
-    return path.split(os.sep)[1]
 
 
 def _shown(findings: Iterable[Finding], total: int, progress: bool | None) -> Iterable[Finding]:

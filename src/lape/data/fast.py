@@ -32,7 +32,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from lape.data.augment import SMALL, EvalTransform, Transform, operations
-from lape.data.images import check_shape, reading
+from lape.data.images import Source, check_shape, opened, reading
 from lape.data.sets import Images
 from lape.errors import LapeError
 
@@ -54,14 +54,14 @@ Levels = tuple[Tensor, "list[Patch]"]
 """An image on its way: (H, W, C) uint8, and what is to be erased of it, in this order, after the normalisation."""
 
 
-def read_levels(path: str, in_chans: int, plain: Callable[[str], Image.Image]) -> Tensor:
+def read_levels(path: Source, in_chans: int, plain: Callable[[Any], Image.Image]) -> Tensor:
     """Return the pixels of an image file as uint8 (1 or `in_chans`, H, W); one channel stands for equal ones.
 
     Args:
         plain: reads a file that is not a JPEG with these channels, or says what is wrong with it.
     """
     if decode_jpeg is not None:
-        with open(path, "rb") as file:
+        with reading(path), opened(path) as file:
             data = file.read()
         levels = _decoded(data) if data.startswith(JPEG) else None
         if levels is not None and levels.shape[0] in (1, in_chans):

@@ -6,7 +6,7 @@ Training and `lape check-data` ask the same function, `survey`; the first raises
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +17,9 @@ from lape.data.images import is_hidden, is_image
 from lape.errors import DataError
 
 SPLITS = ("train", "val")
-LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*"
+LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*, or train and validation files of " + (
+    "parquet, arrow or tar"
+)
 
 
 @dataclass
@@ -38,7 +40,7 @@ def check_root(root: Path) -> None:
         raise DataError(f"data folder {root} does not exist: {LAYOUT}, or be left out for the packaged digits")
     if not root.is_dir():
         raise DataError(f"{root} is a file, not a data folder: unpack it; {LAYOUT}")
-    if not _names(root):
+    if not names_in(root):
         raise DataError(f"data folder {root} is empty: {LAYOUT}")
 
 
@@ -55,7 +57,7 @@ def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
         if (root / split).is_dir():
             classes[split] = _look_into(root / split, split, result)
         else:
-            result.errors.append(f"{root} has no folder {split}/ (it holds {few(_names(root))}): {LAYOUT}")
+            result.errors.append(f"{root} has no folder {split}/ (it holds {few(names_in(root))}): {LAYOUT}")
     for split in set(SPLITS) - set(splits):
         if (root / split).is_dir():
             classes[split] = _subfolders(root / split)
@@ -92,6 +94,31 @@ def few(items: Sequence[object], most: int = 5) -> str:
     return ", ".join(str(item) for item in items[:most]) + more
 
 
+def image_files(paths: Iterable[str | Path]) -> list[str | Path]:
+    """The files that are named, and in the place of a folder all images in it and below, sorted, without hidden ones.
+
+    Raises:
+        DataError: a folder without an image, or one that cannot be read.
+    """
+    files: list[str | Path] = []
+    for path in paths:
+        if not Path(path).is_dir():
+            files.append(path)
+            continue
+        top = os.path.abspath(path)
+        places = [(os.path.relpath(place, top), names) for place, names in _walk(Path(top), Survey())]
+        below = [
+            os.path.normpath(os.path.join(path, place, name))
+            for place, names in places
+            for name in sorted(names)
+            if is_image(name)
+        ]
+        if not below:
+            raise DataError(f"no image in folder {path}: give images ({' '.join(IMG_EXTENSIONS)}) or their folder")
+        files += below
+    return files
+
+
 def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
     """Enter the images of a split, and what is wrong with its layout; returns its classes."""
     classes = _subfolders(folder, result)
@@ -100,7 +127,7 @@ def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
         for place, files in _walk(folder / name, result):
             for file in sorted(files):
                 (images if is_image(file) else result.others).append(os.path.join(place, file))
-    files = [name for name in _names(folder) if not (folder / name).is_dir()]
+    files = [name for name in names_in(folder) if not (folder / name).is_dir()]
     flat = [name for name in files if is_image(name)]
     result.others += [str(folder / name) for name in files if name not in flat]
     if flat:
@@ -114,7 +141,7 @@ def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
 def _subfolders(folder: Path, result: Survey | None = None) -> list[str]:
     """The names of the classes; folders that are none are entered into the result."""
     around, classes, left = _around(folder), list[str](), result or Survey()
-    for name in _names(folder):
+    for name in names_in(folder):
         if not (folder / name).is_dir():
             continue
         place = str(folder / name)
@@ -153,7 +180,7 @@ def _identity(place: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _names(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     """List a folder in lexical order, torchvision's."""
     try:
         return sorted(os.listdir(folder))

@@ -7,6 +7,7 @@ hold the largest of the image. Colour with 16 bits is what Pillow makes of it, t
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -25,6 +26,22 @@ MODES = {1: "L", 3: "RGB"}
 BITS = (8, 12, 16)  # that values in 16 or 32 bits are taken for
 OF_SYSTEMS = ("@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found")
 STRETCHED = 1000  # times the other side, the most; a longer strip that covers a square takes gigabytes
+
+
+class Packed:
+    """An image inside a larger file; `str()` says where, for messages."""
+
+    def read(self) -> bytes:
+        """Its encoded bytes. Raises what reading raises, and ValueError where there are none."""
+        raise NotImplementedError
+
+
+Source = str | os.PathLike[str] | Packed
+
+
+def opened(source: Source) -> BinaryIO:
+    """The encoded bytes of an image. Raises OSError, and what `Packed.read` raises."""
+    return io.BytesIO(source.read()) if isinstance(source, Packed) else open(source, "rb")
 
 
 def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
@@ -127,8 +144,10 @@ def reason_of(error: Exception) -> str:
 
 
 @contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What goes wrong is a `DataError` that names the file."""
+def reading(path: Source) -> Iterator[None]:
+    """What goes wrong is a `DataError` that names the file, a pipe and a device, too."""
+    if not isinstance(path, Packed):
+        check_file(path, DataError)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on EXIF, palettes and size change nothing in the pixels
@@ -136,33 +155,31 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{path} is not an image that can be read: replace or remove the file") from None
+        raise DataError(f"{path} is not an image that can be read: replace or remove it") from None
     except Exception as error:
-        raise DataError(f"cannot read image {path} ({reason_of(error)}): replace or remove the file") from error
+        raise DataError(f"cannot read image {path} ({reason_of(error)}): replace or remove it") from error
 
 
-def load_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
-    """Decode a whole image file to 8-bit grey (`in_chans` 1) or RGB (3).
+def load_image(path: Source, in_chans: int = 3) -> Image.Image:
+    """Decode a whole image to 8-bit grey (`in_chans` 1) or RGB (3).
 
     Raises:
         DataError: not an image, corrupt, truncated, a strip, or pixels of unknown range; names the file.
     """
-    check_file(path, DataError)
-    with reading(path), open(path, "rb") as file:
+    with reading(path), opened(path) as file:
         return decode(file, in_chans)[0]
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
     """Read the header of an image file, not its pixels. Raises DataError where it is missing or no image."""
-    check_file(path, DataError)
     with reading(path), Image.open(path) as image:
         check_shape(*image.size)
 
 
-def assumption(path: str | os.PathLike[str]) -> str:
+def assumption(path: Source) -> str:
     """What `decode` takes for granted of a file, "" for nothing or where it cannot be read."""
     try:
-        with reading(path), open(path, "rb") as file:
+        with reading(path), opened(path) as file:
             return decode(file, 3)[1] if _may_be_deep(Image.open(file)) else ""
     except DataError:
         return ""

@@ -12,7 +12,6 @@ it has as many whole batches as fit, for any number of images and processes.
 
 from __future__ import annotations
 
-import os
 import random
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lape.data.device import DeviceLoader, OnDevice
-from lape.data.processes import begin_loader, end_loaders, loader_context
+from lape.data.processes import begin_loader, end_loaders, loader_context, processors
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -300,10 +299,6 @@ class Loader(DataLoader[Any]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _hash(*parts: int) -> int:

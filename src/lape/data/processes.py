@@ -8,10 +8,18 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import Queue
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data._utils import signal_handling
+
+from lape.errors import LapeError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 GRACE = 4.0  # seconds in which a process that is asked to end may finish its step and save
 LOOK = 0.5  # seconds between two looks at the parent
@@ -36,6 +44,27 @@ def end_with_parent(grace: float = 0.0) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def spread(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, together: int, fix: str
+) -> Iterator[Result]:
+    """The results of a function, in order, computed in processes by so many items `together`; with 1 worker, here.
+
+    Raises LapeError, which ends in `fix`, where a process was killed.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    try:
+        with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
+            yield from pool.map(function, items, chunksize=together)
+    except BrokenProcessPool:
+        raise LapeError(f"a process that reads images was killed, mostly for lack of memory: {fix}") from None
 
 
 def begin_loader(_worker: int) -> None:

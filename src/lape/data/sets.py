@@ -1,10 +1,10 @@
 """Data sets, checked before anything runs.
 
-**Layouts.** `D/train/<class>/*` and `D/val/<class>/*` (torchvision's `ImageFolder`, classes in its lexical order),
-CIFAR-10 and CIFAR-100 in the original's Python files, iNaturalist 2018 and 2019 as DeiT lays them out, and the digits
-inside the package. A layout that cannot be trusted is a `DataError` of one line; a corrupt image is one that names the
-file, when it is read. It is never replaced by another, unless `skip_corrupt` asks for that in training, where each is
-named and counted.
+**Layouts.** `D/train/<class>/*` and `D/val/<class>/*` (torchvision's `ImageFolder`, classes in its lexical order), the
+same in parquet, arrow and tar files (`lape.data.stored`), CIFAR-10 and CIFAR-100 in the original's Python files,
+iNaturalist 2018 and 2019 as DeiT lays them out, and the digits inside the package. A layout that cannot be trusted is a
+`DataError` of one line; a corrupt image is one that names the file, when it is read. It is never replaced by another,
+unless `skip_corrupt` asks for that in training, where each is named and counted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lape.data.augment import Transform, is_augmented
 from lape.data.device import OnDevice
 from lape.data.folders import check_root, few, survey
 from lape.data.images import assumption, load_image, to_mode
+from lape.data.stored import look, stored_files
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -67,10 +68,20 @@ def reader_of(recipe: Recipe) -> tuple[Reader, Path]:
     root = Path(recipe.data_path).expanduser()
     if recipe.data_path:
         check_root(root)
-        return READERS[recipe.data_set], root
+        reader = READERS[recipe.data_set]
+        if reader is _folders and (files := stored_files(root)):
+            return partial(_stored, files), root
+        _refuse_columns(recipe, root)
+        return reader, root
     if recipe.data_set != "IMNET":
         raise DataError(f"--data-set {recipe.data_set} needs --data-path: nothing is downloaded, name its folder")
+    _refuse_columns(recipe, "the digits")
     return list_digits, root
+
+
+def _refuse_columns(recipe: Recipe, what: object) -> None:
+    if recipe.columns:
+        raise LapeError(f"columns={list(recipe.columns)} are of parquet and arrow files, not of {what}: leave it out")
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -127,6 +138,12 @@ def _folders(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
         targets = [number[name] for name, paths in by_class.items() for _ in paths]
         images[split] = [path for paths in by_class.values() for path in paths], targets
     return _files(recipe, images, folder.classes, str(root))
+
+
+def _stored(files: dict[str, list[Path]], recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
+    """Images in parquet, arrow and tar files."""
+    images, classes, note = look(root, files, splits, recipe.columns)
+    return _files(recipe, images, classes, f"{root}{note}")
 
 
 def _files(recipe: Recipe, images: dict[str, tuple[Any, list[int]]], classes: list[str], what: str) -> Listing:

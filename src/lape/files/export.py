@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from lape.convert.converted import conversion_of
 from lape.convert.positions import describe
 from lape.errors import LapeError, check_finite, needs
 from lape.files.atomic import keep_inputs, put_in_place, unfinished, write_atomically
+from lape.files.exported import DESCRIPTION
 from lape.files.folder import load, put_folder_in_place, save
 from lape.files.read import CONFIG, WEIGHTS, Checkpoint, read_checkpoint
 from lape.files.restore import restore
@@ -78,6 +80,8 @@ def export(
     formats: Sequence[str] = FORMATS,
     fold: bool = True,
     tolerance: float = TOLERANCE,
+    classes: list[str] | None = None,
+    transform: dict[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Exported]:
     """Exports a converted model and checks every file against the eager model.
@@ -89,6 +93,8 @@ def export(
         formats: of "folder", "torch" (torch.export) and "onnx" (opset 18 or newer, any batch size, one file).
         fold: whether positions become constants.
         tolerance: largest difference of the outputs, relative to the largest eager output.
+        classes: class names in the order of the outputs, stored in each file; default: those of the checkpoint.
+        transform: what made the images (`EvalTransform.to_dict()`), likewise.
 
     Raises:
         LapeError: an unknown format, a missing package (with its pip line), images that do not fit, or a file that
@@ -108,6 +114,9 @@ def export(
         expected_BC = _Outputs(eager)(images_BCHW)
     check_finite(expected_BC, f"the outputs of {'the model' if checkpoint is None else checkpoint.path}")
     shipped = copy.deepcopy(eager)
+    about = {"classes": classes, "transform": transform}
+    if checkpoint is not None:
+        about = {"classes": classes or checkpoint.classes, "transform": transform or checkpoint.transform}
     if fold and not conversion_of(shipped).folded:
         fold_(shipped)
     target = Path(output_dir).expanduser()
@@ -118,7 +127,7 @@ def export(
         done = []
         for name in chosen:
             with torch.no_grad():  # torch writes another graph where a mask could get a gradient
-                path, run, operations = _WRITERS[name](shipped, checkpoint, images_BCHW, place)
+                path, run, operations = _WRITERS[name](shipped, about, images_BCHW, place)
             result = _compare(name, path, run, operations, images_BCHW, expected_BC, place)
             _judge(result, tolerance, say)
             done.append(result)
@@ -198,26 +207,26 @@ def _compare(
 
 
 Written = tuple[Path, Callable[[Tensor], Tensor], dict[str, int]]
+About = dict[str, Any]  # class names and transform, as `save` takes them
 
 
-def _write_folder(model: nn.Module, checkpoint: Checkpoint | None, _images: Tensor, folder: Path) -> Written:
-    classes, transform = (checkpoint.classes, checkpoint.transform) if checkpoint is not None else (None, None)
-    path = save(model, folder / _FILES["folder"], classes=classes, transform=transform)
+def _write_folder(model: nn.Module, about: About, _images: Tensor, folder: Path) -> Written:
+    path = save(model, folder / _FILES["folder"], **about)
     return path, _Outputs(load(path)), {}
 
 
-def _write_torch(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: Tensor, folder: Path) -> Written:
+def _write_torch(model: nn.Module, about: About, images_BCHW: Tensor, folder: Path) -> Written:
     path = folder / _FILES["torch"]
     with _quiet():
         program = torch.export.export(_Outputs(model), (images_BCHW[:2],), dynamic_shapes=({0: BATCH},))
         content = io.BytesIO()  # torch ends the process where it cannot write a file
-        torch.export.save(program, content)
+        torch.export.save(program, content, extra_files={f"{DESCRIPTION}.json": json.dumps(about)})
         path.write_bytes(content.getbuffer())
         module = torch.export.load(path).module()
     return path, module, {}
 
 
-def _write_onnx(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: Tensor, folder: Path) -> Written:
+def _write_onnx(model: nn.Module, about: About, images_BCHW: Tensor, folder: Path) -> Written:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime would look up an address, and write into the home folder
     with needs("export", ", or leave onnx out of `formats`"):
         import onnx
@@ -237,7 +246,10 @@ def _write_onnx(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: T
             external_data=False,
             verbose=False,
         )
-    operations = Counter(node.op_type for node in onnx.load(path).graph.node)
+    graph = onnx.load(path)
+    onnx.helper.set_model_props(graph, {DESCRIPTION: json.dumps(about)})
+    onnx.save(graph, path)
+    operations = Counter(node.op_type for node in graph.graph.node)
     session = onnxruntime.InferenceSession(path.as_posix(), providers=["CPUExecutionProvider"])
 
     def run(pixels_BCHW: Tensor) -> Tensor:
@@ -246,7 +258,7 @@ def _write_onnx(model: nn.Module, _checkpoint: Checkpoint | None, images_BCHW: T
     return path, run, dict(operations)
 
 
-_WRITERS: dict[str, Callable[[nn.Module, Checkpoint | None, Tensor, Path], Written]] = {
+_WRITERS: dict[str, Callable[[nn.Module, About, Tensor, Path], Written]] = {
     "folder": _write_folder,
     "torch": _write_torch,
     "onnx": _write_onnx,

@@ -431,7 +431,8 @@ def _other(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
         from lape.train.evaluate import evaluate_checkpoint
 
         checkpoint = read_checkpoint(run)
-        given = {name: getattr(recipe, name) for name in ("data_path", "data_set") if name in recipe.model_fields_set}
+        data = ("data_path", "data_set", "columns")
+        given = {name: getattr(recipe, name) for name in data if name in recipe.model_fields_set}
         metrics = evaluate_checkpoint(
             Recipe(eval=True, resume=str(run), device=recipe.device, num_workers=0, **given), say=lambda _text: None
         )

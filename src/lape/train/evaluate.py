@@ -6,7 +6,7 @@ import copy
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from lape.data.augment import eval_transform
 from lape.data.device import DeviceLoader
 from lape.data.folders import few
 from lape.errors import CheckpointError, DataError, LapeError, NotFiniteError, check_finite
+from lape.files.exported import Classifier, all_names, is_exported, read_exported
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import (
     check_classifier,
@@ -313,6 +314,7 @@ def predictions(
     no image costs no work. A file that is cut off shows in its batch only. With a list for `problems`, files that are
     there and cannot be read, links to nothing and those that went meanwhile are named in it and left out.
     """
+    from lape.data.folders import image_files
     from lape.data.images import check_header, load_image
 
     def readable(paths: Sequence[str | Path], read: Callable[[str | Path], T]) -> Iterator[tuple[str | Path, T]]:
@@ -324,15 +326,9 @@ def predictions(
                     raise
                 problems.append(str(error))
 
-    checkpoint = read_checkpoint(options.checkpoint)
-    transform = transform_of(checkpoint)
-    prepare = transform.build()
-    image_paths = [path for path, _ in readable(image_paths, check_header)]
-    with join_world(options.device) as world:
-        model = restore_with(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size).to(world.device)
-        outputs = check_classifier(checkpoint, model, transform.input_size, transform.in_chans)
-        names = checkpoint.classes or labels_of(model) or []
-        names = [*names, *(str(number) for number in range(len(names), outputs))]
+    with _classifier(options) as (transform, names, logits):
+        image_paths = [path for path, _ in readable(image_files(image_paths), check_header)]
+        prepare = transform.build()
         for first in range(0, len(image_paths), PREDICT_BATCH):
             batch = image_paths[first : first + PREDICT_BATCH]
             images = list(readable(batch, lambda path: prepare(load_image(path, transform.in_chans))))
@@ -340,9 +336,26 @@ def predictions(
                 continue
             pixels_BCHW = torch.stack([image for _, image in images])
             with torch.no_grad():
-                probabilities_BK = logits_of(model(pixels_BCHW.to(world.device))).float().softmax(dim=1)
+                probabilities_BK = logits(pixels_BCHW).float().softmax(dim=1)
             for (path, _), probabilities_K in zip(images, probabilities_BK, strict=True):
                 check_finite(probabilities_K, f"the outputs of {options.checkpoint} for {path}")
-            best = probabilities_BK.topk(min(options.top_k, outputs))
+            best = probabilities_BK.topk(min(options.top_k, len(names)))
             for (path, _), values, indices in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
                 yield Prediction(str(path), [names[index] for index in indices], values)
+
+
+@contextmanager
+def _classifier(options: PredictOptions) -> Iterator[Classifier]:
+    """The model of a checkpoint, or of an exported file."""
+    if is_exported(options.checkpoint):
+        yield read_exported(options.checkpoint, options.described_by, options.device)
+        return
+    if options.described_by is not None:
+        raise LapeError(f"described_by={options.described_by!r} is for .onnx files: {options.checkpoint} is none")
+    checkpoint = read_checkpoint(options.checkpoint)
+    transform = transform_of(checkpoint)
+    with join_world(options.device) as world:
+        model = restore_with(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size).to(world.device)
+        outputs = check_classifier(checkpoint, model, transform.input_size, transform.in_chans)
+        names = all_names(checkpoint.classes or labels_of(model), outputs)
+        yield Classifier(transform, names, lambda pixels_BCHW: logits_of(model(pixels_BCHW.to(world.device))))
