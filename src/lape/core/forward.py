@@ -78,6 +78,8 @@ class Forward:
         own = self.link.anatomy.layout.grid
         made = {grid: self.link.compute(self.root, None if grid == own else grid) for grid in dict.fromkeys(grids)}
         count = len(made[grids[0]])
+        if made[grids[0]][0].ndim != 3:
+            raise LapeError("images of several grids in a batch are for position tables: give images of one size")
         padded = [
             [F.pad(made[grid][i][0], (0, 0, 0, num_tokens - made[grid][i].shape[1])) for grid in grids]
             for i in range(count)
@@ -127,6 +129,7 @@ class _Here(threading.local):
         self.forward: Forward | None = None
         self.adding = 0  # how many hosts are adding their table right now
         self.traced_zeros: Tensor | None = None  # what they see in a graph that is being made
+        self.turning: tuple[nn.Module, Tensor] | None = None  # the attention that runs, cosine and sine, where rotary
 
 
 HERE = _Here()
@@ -263,6 +266,11 @@ class Link:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, recall=Recall())
+
+
+def first_of(kwargs: dict[str, Any]) -> str:
+    """The name under which a module was handed its tokens."""
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
 def received(module: Any, x: Tensor) -> Tensor:
