@@ -7,7 +7,7 @@
 FOLDER holds CIFAR-10 as train/<class>/* and val/<class>/*. A study trains the preset `rivals` with each of `--seeds`,
 evaluates each model at other sizes, probes those of the first seed, and writes results/laboratory_<study>.json, from
 which docs/laboratory.md has its tables. What was killed goes on by the same command; `--finished` trains nothing and
-reports on the rows that the first seed has, and the seeds that have all of these.
+reports on the rows that the first seed has, and again on those that have all of `--seeds`.
 """
 
 from __future__ import annotations
@@ -67,22 +67,38 @@ def main() -> None:
 
 
 def study(given: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
-    folder, seeds = given.runs / given.study, given.seeds
-    rows = [Variant(recipe.model, *row) for row in RIVALS]
+    folder, every = given.runs / given.study, [Variant(recipe.model, *row) for row in RIVALS]
+    grids = [(every, given.seeds)]
     if given.finished:
-        done = {(row, seed) for row in rows for seed in seeds if is_done(folder, row.recipe(recipe).replace(seed=seed))}
-        rows = [row for row in rows if (row, seeds[0]) in done]
-        seeds = [seed for seed in seeds if all((row, seed) in done for row in rows)]
-    asked = {"seeds": tuple(seeds), "workers": given.workers, "sizes": SIZES[given.study], "probe": PROBED}
+        seeds_of = {
+            row: [seed for seed in given.seeds if is_done(folder, row.recipe(recipe).replace(seed=seed))]
+            for row in every
+        }
+        whole = [row for row in every if seeds_of[row] == given.seeds]
+        first = [row for row in every if given.seeds[0] in seeds_of[row]]
+        grids = [(rows, seeds) for rows, seeds in ((whole, given.seeds), (first, given.seeds[:1])) if rows]
+        grids = grids[:1] if whole == first else grids
+    folder_flag = " --cifar FOLDER" if recipe.data_path else ""
+    return {
+        "made_by": f"python benchmarks/laboratory.py {given.study}{folder_flag}",
+        "parts": [part(folder, recipe, rows, seeds, given.workers) for rows, seeds in grids],
+    }
+
+
+def part(folder: Path, recipe: Recipe, rows: list[Variant], seeds: list[int], workers: int) -> dict[str, Any]:
+    """Of rows that all have these seeds."""
+    asked = {"seeds": tuple(seeds), "workers": workers, "sizes": SIZES[folder.name], "probe": PROBED}
     found = compare(recipe, CompareOptions(output_dir=str(folder), **asked), rows).results
     runs = [Run(**cell) for cell in found["cells"]]
     ours = Variant(recipe.model, "learnable", "LaPE")
-    gaps = {f"{row.label}, {row.pe}": difference(runs, ours, row, recipe.epochs) for row in rows if row != ours}
+    leads = {f"{row.label}, {row.pe}": difference(runs, ours, row, recipe.epochs) for row in rows if row != ours}
+    gaps = {name: gap for name, gap in leads.items() if gap is not None}
     for gap, p in zip(gaps.values(), holm([gap["p"] for gap in gaps.values()]), strict=True):
         gap["p_holm"] = p
-    kept = {key: found[key] for key in ("data", "conditions", "probe", "versions", "hardware", "commit")}
+    kept = {key: found[key] for key in ("conditions", "probe", "versions", "hardware", "commit")}
+    images = "CIFAR-10 as JPEG files, 5,000 to train and 2,000 to test" if recipe.data_path else found["data"]
     return {
-        "made_by": f"python benchmarks/laboratory.py {given.study} --seeds {' '.join(map(str, seeds))}",
+        "data": images,
         "recipe": {name: value for name, value in found["recipe"].items() if name != "data_path"},
         "seeds": seeds,
         "epochs": recipe.epochs,

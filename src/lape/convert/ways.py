@@ -107,7 +107,7 @@ class Way(nn.Module):
     def enter(self, link: Link) -> None:
         """Joins the model. Nothing in it can be wrong use."""
         root, anatomy = link.root, link.anatomy
-        root.add_module("lape", self)
+        root.add_module("lape", self.train(root.training))
         if self.mixin is not None:
             for place, path in enumerate(self.places(anatomy)):
                 module = root.get_submodule(path)

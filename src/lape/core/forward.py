@@ -129,7 +129,7 @@ class _Here(threading.local):
         self.forward: Forward | None = None
         self.adding = 0  # how many hosts are adding their table right now
         self.traced_zeros: Tensor | None = None  # what they see in a graph that is being made
-        self.turning: tuple[nn.Module, Tensor] | None = None  # the attention that runs, cosine and sine, where rotary
+        self.turning: tuple[Any, Tensor] | None = None  # the attention that runs, cosine and sine, where rotary
 
 
 HERE = _Here()
