@@ -481,29 +481,72 @@ def attention() -> str:
 
 
 def laboratory() -> str:
-    """Accuracy over the size, and what the last depth of the first seed's models keeps of position."""
-    found = _read(RESULTS / "laboratory_digits.json")
-    first = next(iter(found["sizes"].values()))[0]
-    sizes = ["×".join(map(str, dict.fromkeys(o["size"]))) + " px" for o in first]
+    """Every rival under one recipe: accuracy, other sizes, and what the features keep; and what a sweep costs."""
+    paths = [path for study in ("digits", "cifar") if (path := RESULTS / f"laboratory_{study}.json").exists()]
+    texts = []
+    for path in paths:
+        found = _read(path)
+        texts += [_rivals(part) for part in found["parts"]]
+        texts.append(f"`benchmarks/results/{path.name}`, by `{found['made_by']}`.")
+    return "\n\n".join([*texts, _cost_of_sweep()])
+
+
+def _rivals(found: dict) -> str:
+    first = next(iter(found["conditions"].values()))
+    sizes = ["×".join(e["name"].split("x")) + " px" for e in first if e["kind"] == "size"]
     measures = {"row": "row, R²", "column": "column, R²", "share": "share", "rank": "rank", "shift": "shift"}
-    lines = [f"| | {' | '.join([*sizes, *measures.values()])} |", "|---" * (len(sizes) + len(measures) + 1) + "|"]
-    for name, trainings in found["sizes"].items():
-        at = [[o["acc1"] for o in outcomes] for outcomes in zip(*trainings, strict=True)]
-        cells = [f"{statistics.fmean(a):.1f}" + (f" ± {statistics.stdev(a):.1f}" if len(a) > 1 else "") for a in at]
+    lines = ["| | parameters | accuracy, % | LaPE ahead by | 95 % interval | p |", "|---" * 6 + "|"]
+    more = [f"| | {' | '.join([*sizes, *measures.values()])} |", "|---" * (len(sizes) + len(measures) + 1) + "|"]
+    for name, accuracies in found["accuracies"].items():
+        cells = [f"{found['parameters'][name]:,}", _mean(accuracies), *_lead(found["lape_ahead_of"].get(name))]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
         probed = found["probe"][name]
+        at = [f"{entry['acc1']:.1f}" for entry in found["conditions"][name] if entry["kind"] == "size"]
         for measure in measures:
             cell = f"{probed['plain'][measure][-1]:.2f}"
-            cells.append(f"{cell} ({probed['without'][measure][-1]:.2f})" if measure in probed["without"] else cell)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+            at.append(f"{cell} ({probed['without'][measure][-1]:.2f})" if measure in probed["without"] else cell)
+        more.append(f"| {name} | {' | '.join(at)} |")
     images = next(iter(found["probe"].values()))["images"]
-    lines += [
-        "",
-        f"Accuracy in percent, mean ± standard deviation of {len(found['seeds'])} seeds (trained at the first size for "
-        f"{found['epochs']} epochs); the features of seed {found['seeds'][0]} at the last depth on {images} test "
-        "images, in brackets without the position subspace. `benchmarks/results/laboratory_digits.json`, by "
-        f"`python benchmarks/laboratory.py --seeds {' '.join(map(str, found['seeds']))}`.",
-    ]
-    return "\n".join(lines)
+    side, seeds = found["recipe"]["input_size"], ", ".join(map(str, found["seeds"]))
+    return "\n".join(
+        [
+            f"{found['data']}, {found['epochs']} epochs at {side} pixels, seeds {seeds}.",
+            "",
+            *lines,
+            "",
+            "Parameters: those of position that learn; accuracy after the last epoch, mean ± standard deviation; "
+            "differences seed by seed, p of the paired t-test, corrected for their number (Holm). Below, the same "
+            f"models: mean accuracy in percent at other sizes, and the features of seed "
+            f"{found['seeds'][0]} on {images} test images, last depth, in brackets without the position subspace:",
+            "",
+            *more,
+        ]
+    )
+
+
+def _mean(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def _lead(gap: dict | None) -> list[str]:
+    if gap is None:
+        return ["", "", ""]
+    if gap["interval"] is None:
+        return [f"{gap['mean']:+.1f}", "one seed", ""]
+    p = "< 0.001" if gap["p_holm"] < 0.001 else f"{gap['p_holm']:.3f}"
+    return [f"{gap['mean']:+.1f}", "{:+.1f} to {:+.1f}".format(*gap["interval"]), p]
+
+
+def _cost_of_sweep() -> str:
+    found = _read(RESULTS / "laboratory_cost.json")
+    hardware, seconds = found["hardware"], found["processor_seconds"]
+    return (
+        f"**Cost.** `lape eval --sizes {' '.join(found['sizes'])}` of a DeiT-Ti for 96 pixels on "
+        f"{found['images']:,} CIFAR images takes {seconds:.0f} s of one core, {seconds / 2:.0f} s of two "
+        f"({hardware['processor']}, processor time; `benchmarks/results/laboratory_cost.json`, by "
+        f"`{found['made_by']}`)."
+    )
 
 
 PAGES = {

@@ -46,7 +46,7 @@ TRAIN_FLAGS = """
 --distillation-type --teacher-model --teacher-path --distillation-alpha --distillation-tau
 --output-dir --resume --eval --no-eval --dist-eval --no-dist-eval --device --amp --threads --log-every
 --world-size --dist-url --local-rank --distributed --cosub
---attention --pe-norm --pe-std --pe-lr-scale
+--attention --pe-norm --pe-std --pe-lr-scale --rope-jitter
 """
 EVAL_FLAGS = """
 --checkpoint --resume
@@ -61,7 +61,7 @@ OURS = {
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode", "columns"),
     *("scale", "mixup_off_epoch", "schedule_epochs", "as_original", "attention"),
-    *("pe_std", "pe_norm", "pe_lr_scale"),
+    *("pe_std", "pe_norm", "pe_lr_scale", "rope_jitter"),
 }
 COMMANDS = set("bench check-data compare demo train eval export hosts predict probe visualize".split())
 COMMANDS |= {"recipes", "version", "completion"}

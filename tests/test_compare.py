@@ -239,9 +239,12 @@ def test_the_page_says_when_it_shows_some_of_the_models(count: int, monkeypatch:
     about = {"processor": "p", "cores": 1, "system": "s"}
     results = {"data": "d", "baseline": "basic", "cells": [{"seed": 3, "seconds": 1.0}], "recipe": {}, "rivals": None}
     results |= {"workers": 1, "hardware": about, "versions": {}, "commit": "c"}
+    results |= {"conditions": {}, "probe": {}}
     results |= {name: [] for name in ("variants", "differences", "sentences", "others", "meaningless", "gpus")}
     monkeypatch.setattr("lape.look.explorer.explore", lambda *_, title, intro: intro)
-    page = explorer_page(Path("page"), results, dict.fromkeys(map(str, range(count)), Path("m")), Figure())
+    page = explorer_page(
+        Path("page"), results, dict.fromkeys(map(str, range(count)), Path("m")), {"curves.png": Figure()}
+    )
     assert ("models of seed 3, the first six" in str(page)) == (count == 6)
 
 

@@ -94,7 +94,7 @@ OURS = {
     *("grad_checkpointing", "compile", "skip_corrupt", "global_batch", "max_skipped", "save_steps", "save_minutes"),
     *("best_by", "log_to", "ema", "deterministic", "dist_timeout", "warm_start", "data_on_device", "decode", "columns"),
     *("scale", "mixup_off_epoch", "schedule_epochs", "pe_std", "pe_norm", "pe_lr_scale", "as_original"),
-    "attention",
+    *("attention", "rope_jitter"),
 }
 
 

@@ -29,14 +29,14 @@ from lape.train.loop import train
 ROPE = "vit_small_patch16_rope_mixed_224"
 
 
-def generated(x: torch.Tensor, state: dict[str, torch.Tensor], prefix: int, grid: tuple[int, int]) -> torch.Tensor:
+def generated(x: torch.Tensor, state: dict, prefix: int, grid: tuple[int, int], block: int = 0) -> torch.Tensor:
     """y + PEG(y), written out by shifted maps: tokens (B, N, D)."""
     rows, columns = grid
     patches = x[:, prefix:].reshape(len(x), rows, columns, -1)
     around = F.pad(patches, (0, 0, 1, 1, 1, 1))
-    weight = state["blocks.0.peg.weight"][:, 0]
+    weight = state[f"blocks.{block}.peg.weight"][:, 0]
     y = sum(around[:, i : i + rows, j : j + columns] * weight[:, i, j] for i in range(3) for j in range(3))
-    y = patches + y + state["blocks.0.peg.bias"]
+    y = patches + y + state[f"blocks.{block}.peg.bias"]
     return torch.cat([x[:, :prefix], y.flatten(1, 2)], dim=1)
 
 
@@ -68,6 +68,36 @@ def test_peg_is_its_equation_is_loaded_and_removed_is_the_original(host, tmp_pat
         block._forward_pre_hooks.clear()
     assert_same_structure(model, original)
     assert torch.equal(model(x), before)
+
+
+def test_peg_behind_six_blocks_is_its_equation(tmp_path):
+    depth = {"depth": 7, "dynamic_img_size": True}
+    model, bare = make(**depth), make(**depth)
+    lape.apply_(model, "basic", "PEG-6")
+    done, state = lape.describe(model), lape.to_reference_state_dict(model)
+    assert (done.joined, done.input_addition, done.position_parameters) == (6, False, 6 * 10 * 32)
+    assert len({model.lape.get_submodule(f"peg_{i}").weight.sum().item() for i in range(6)}) == 6
+    with torch.no_grad():
+        bare.pos_embed.zero_()
+        grid = [(4, 4)]
+        for i, block in enumerate(bare.blocks[:6]):
+            block.register_forward_hook(lambda _m, _a, y, i=i: generated(y, state, 1, grid[0], i))
+        for grid[0] in ((4, 4), (6, 2)):
+            x = torch.randn(2, 3, *(4 * side for side in grid[0]))
+            assert (bare(x) - model(x)).abs().max() <= TOLERANCE * bare(x).abs().max()
+        loaded = lape.load(lape.save(model, tmp_path / "model", name="vit_tiny_patch16_224", **{**TINY, **depth}))
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_peg_behind_six_blocks_needs_as_many_of_one_grid():
+    with pytest.raises(lape.UnsupportedModelError, match=r"PEG-6.*first 6 blocks of one grid.*has 3: use pe='PEG'"):
+        lape.apply_(make(), "basic", "PEG-6")
+    with pytest.raises(lape.UnsupportedModelError, match=r"PEG-6.*has stages"):
+        lape.apply_(
+            timm.create_model("swin_tiny_patch4_window7_224", depths=(2, 4), num_heads=(1, 2), embed_dim=16),
+            "basic",
+            "PEG-6",
+        )
 
 
 @pytest.mark.parametrize("family", ["EVA-02", "CaiT", "NaFlexViT", "SAM", "VOLO", "XCiT", "T2T-ViT", "CeiT"])

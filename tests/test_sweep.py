@@ -125,7 +125,9 @@ def sweep_of(trained, name: str, *words: str) -> dict:
     out = trained / f"{name}.json"
     command = ["eval", str(trained / name / "checkpoint.pth"), "--device", "cpu", "--num-workers", "0"]
     assert run(app, [*command, *words, "--json", str(out)]) == 0
-    return json.loads(out.read_text())
+    found = json.loads(out.read_text())
+    (model,) = found["models"]
+    return {**found, "outcomes": model["outcomes"][0], "summary": model["summary"]}
 
 
 def test_a_sweep_at_the_own_size_is_the_evaluation(trained) -> None:
@@ -198,7 +200,37 @@ def test_a_summary_of_a_model_that_is_never_right_has_no_shares() -> None:
     from lape.study.sweep import Outcome
 
     blank = partial(Outcome, level=None, size=(8, 8), transform="", acc1=0.0, acc5=0.0, loss=1.0, count=3)
-    assert [e["relative"] for e in summary_of([blank("clean", "clean"), blank("shift", "shifted")])] == [None, None]
+    assert [e["relative"] for e in summary_of([[blank("clean", "clean"), blank("shift", "shifted")]])] == [None, None]
+
+
+def test_checkpoints_that_differ_in_their_seed_are_one_model_with_an_interval(trained, capsys) -> None:
+    from scipy.stats import t
+
+    kwargs = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "class_token": False, "global_pool": "avg"}
+    plain = {"epochs": 2, "batch_size": 256, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": 1e-2}
+    for seed in (1, 2):
+        train(tiny(output_dir=str(trained / f"lape{seed}"), model_kwargs=kwargs, seed=seed, **plain), say=quiet)
+    paths = [str(trained / name / "checkpoint.pth") for name in ("lape", "lape1", "lape2", "none")]
+    words = ["--sizes", "12", "--shift", "2", "--json", str(trained / "all.json"), "--plot", str(trained / "all.png")]
+    assert run(app, ["eval", *paths, "--device", "cpu", "--num-workers", "0", *words]) == 0
+    told = capsys.readouterr().out
+    assert "lape, 3 checkpoints" in told
+    assert "none, 1 checkpoint\n" in told
+    found = json.loads((trained / "all.json").read_text())
+    assert [model["checkpoints"] for model in found["models"]] == [paths[:3], paths[3:]]
+    several = found["models"][0]
+    for place, entry in enumerate(several["summary"]):
+        values = torch.tensor([outcomes[place]["acc1"] for outcomes in several["outcomes"]], dtype=torch.float64)
+        half = t.ppf(0.975, 2) * (values.var() / 3).sqrt().item()
+        assert entry["acc1"] == pytest.approx(values.mean().item())
+        assert entry["interval"] == pytest.approx([entry["acc1"] - half, entry["acc1"] + half])
+    alone = sweep_of(trained, "lape", "--sizes", "12", "--shift", "2")
+    assert alone["outcomes"] == several["outcomes"][0]
+    with Image.open(trained / "all.png") as drawn:
+        assert drawn.width > 1000
+    for words, text in (([paths[0], paths[0], "--sizes", "12"], "given twice"), (paths[:2], "several are for --sizes")):
+        assert run(app, ["eval", *words, "--device", "cpu"]) == 2
+        assert text in capsys.readouterr().err
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
@@ -213,13 +245,20 @@ def test_a_comparison_at_other_sizes(tmp_path, capsys) -> None:
     kwargs = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 4}
     recipe = Recipe.from_yaml("digits", epochs=1, batch_size=256, model_kwargs=kwargs)
     size = recipe.input_size
-    asked = {"sizes": (str(size + 4), f"{size}x{size + 8}"), "seeds": (0, 1), "workers": 1, "probe": 8}
-    study = compare(recipe, CompareOptions(output_dir=str(tmp_path), pes=("RoPE",), joins=("basic",), **asked))
+    asked = {"sizes": (str(size + 4), f"{size}x{size + 8}"), "seeds": (0, 1), "workers": 1, "probe": 8, "shift": (1,)}
+    study = compare(recipe, CompareOptions(output_dir=str(tmp_path), pes=("learnable",), joins=("basic",), **asked))
     (trainings,) = study.results["sizes"].values()
-    assert [o["size"] for o in trainings[0]] == [(size, size), (size + 4, size + 4), (size, size + 8)]
+    assert [o["size"] for o in trainings[0][:3]] == [(size, size), (size + 4, size + 4), (size, size + 8)]
     assert [t[0]["acc1"] for t in trainings] == [cell["accuracy"] for cell in study.results["cells"]]
     mean = sum(t[1]["acc1"] for t in trainings) / 2
-    assert f"{mean:.1f}" in (tmp_path / "report.md").read_text()
+    (told,) = study.results["conditions"].values()
+    cell = f"{mean:.1f} ({told[1]['interval'][0]:.1f} to {told[1]['interval'][1]:.1f})"
+    share = sum(t[3]["acc1"] / t[0]["acc1"] for t in trainings) / 2
+    page, explorer = ((tmp_path / name).read_text() for name in ("report.md", "report.html"))
+    for text in (page, explorer):
+        assert cell in text
+        assert f"{100 * share:.1f} %" in text
+    assert explorer.count('src="data:image/png') == 3  # accuracy by epoch, over the size, and in the features
     assert {"sizes.png", "probe.png"} <= {file.name for file in study.files}
     (probed,) = study.results["probe"].values()
     assert (probed["images"], len(probed["plain"]["shift"])) == (8, 3)

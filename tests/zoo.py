@@ -371,7 +371,7 @@ WIDE = {
 }
 
 
-def make_wide(family: str) -> torch.nn.Module:
+def make_wide(family: str, **more) -> torch.nn.Module:
     import importlib
 
     name, arguments, *_ = WIDE[family]
@@ -381,7 +381,7 @@ def make_wide(family: str) -> torch.nn.Module:
     if config is None:  # a plain module
         config = importlib.import_module(f"transformers.models.{family}.configuration_{family}").IdeficsVisionConfig
     torch.manual_seed(1)
-    model = cls(config(**arguments))
+    model = cls(config(**arguments, **more))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

@@ -10,7 +10,7 @@ VERSION = "0.2.0"
 JOIN_NAMES = ("basic", "share", "unshare", "beside", "LaPE-sharing", "LaPE", "PVG", "MPVG")
 PE_NAMES = (
     *("learnable", "1D_sin", "2D_sin", "1D_RPE", "2D_RPE"),
-    *("RoPE", "RoPE-mixed", "ALiBi-2D", "LookHere", "PEG", "none", "own"),
+    *("RoPE", "RoPE-mixed", "ALiBi-2D", "LookHere", "PEG", "PEG-6", "none", "own"),
 )
 TABLE8_NAMES = ("none", "scalar", "scale", "affine", "norm", "scalar-norm", "scale-norm", "layernorm")
 PE_NORM_NAMES = (*TABLE8_NAMES, "learned-norm")

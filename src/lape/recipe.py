@@ -68,6 +68,7 @@ class Recipe(Options):
     pe: str = _model("learnable", f"kind of position embedding: {', '.join(PE_NAMES)}")
     pe_std: float | None = _model(None, "deviation a new table starts with (default: the model's)", ge=1e-6, le=1e6)
     pe_norm: str | None = _model(None, f"what replaces position's LayerNorm: {', '.join(PE_NORM_NAMES)}")
+    rope_jitter: tuple[float, ...] | None = _model(None, "RoPE in training: shift, factors of each axis and of all")
     input_size: int = _model(224, "side of the square input image, pixels", gt=0)
     in_chans: int = _model(3, "channels of the input image", gt=0)
     drop: float = _model(0.0, "dropout rate", ge=0, lt=1)
@@ -262,6 +263,14 @@ class Recipe(Options):
     @classmethod
     def _one_or_pair(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
         _require("lr_noise", value, (1, 2))
+        return value
+
+    @field_validator("rope_jitter")
+    @classmethod
+    def _jitter(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        _require("rope_jitter", value, (3,))
+        if value is not None and not (0 <= value[0] <= 10 and all(1 <= factor <= 100 for factor in value[1:])):
+            raise LapeError(f"rope_jitter={list(value)} is not allowed: a shift of 0 to 10 and two factors of 1 to 100")
         return value
 
     @model_validator(mode="after")

@@ -114,23 +114,25 @@ def compare(
 @takes(EVALUATION, STORED)
 def evaluate(
     sweep: SweepOptions,
-    checkpoint: Annotated[str | None, Parameter(help=".pth file or folder written by lape.save")] = None,
+    checkpoint: Annotated[tuple[str, ...], Parameter(help=".pth files or folders written by lape.save")] = (),
     *,
     resume: Annotated[str | None, Parameter(help="the same as CHECKPOINT, the original's spelling")] = None,
     **given: Any,
 ) -> None:
     """Evaluate a checkpoint, with more flags at other sizes and on changed images as well.
 
-    What is not given (model, join, PE, input size) comes from the checkpoint.
+    What is not given (model, join, PE, input size) comes from the checkpoint. Several are told together at other sizes
+    and on changed images, those that differ in their seed alone as one model with an interval.
     """
-    paths = [path for path in (checkpoint, resume) if path is not None]
-    if len(paths) != 1:
-        raise LapeError("give one checkpoint: lape eval CHECKPOINT (or --resume CHECKPOINT)")
+    paths = [path for path in (*checkpoint, resume) if path is not None]
+    if not paths or (len(paths) > 1 and not sweep.asked):
+        several = "; several are for --sizes and changed images" if paths else ""
+        raise LapeError(f"give one checkpoint: lape eval CHECKPOINT (or --resume CHECKPOINT){several}")
     settings = Recipe(eval=True, resume=paths[0], **given)
-    if sweep.asks:
+    if sweep.asked or sweep.json or sweep.plot:
         from lape.study.sweep import sweep as run_sweep
 
-        run_sweep(settings, sweep)
+        run_sweep(paths, settings, sweep)
         return
 
     from lape.train.evaluate import evaluate_checkpoint

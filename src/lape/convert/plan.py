@@ -122,6 +122,11 @@ def check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: bool
     plain = len(anatomy.layout.grid) == 2 and not (anatomy.layout.suffix_rows or anatomy.windows)
     if not plain and (kind.is_bias or kind.rotary or kind.conditional):
         raise LapeError(f"pe={kind.name!r} is for one grid of rows and columns, which the blocks of {name} do not have")
+    if kind.generators > 1 and (anatomy.stages or len(anatomy.blocks) < kind.generators):
+        raise UnsupportedModelError(
+            f"pe={kind.name!r} is behind the first {kind.generators} blocks of one grid and width, {name} has "
+            f"{'stages' if anatomy.stages else len(anatomy.blocks)}: use pe='PEG'"
+        )
     if anatomy.branches and join.site == "block":
         raise LapeError(
             f"join={join.name!r}: several attentions of {name} read one stream, so it would get the position several "
@@ -139,12 +144,16 @@ def check_host(name: str, anatomy: Anatomy, join: Join, kind: Kind, *, new: bool
 
 def check_rotary(name: str, anatomy: Anatomy, kind: Kind) -> None:
     """Raises UnsupportedModelError where queries and keys pass nothing behind which they could be turned."""
-    attentions = [anatomy.root.get_submodule(f"{path}.{anatomy.attention}") for path in anatomy.blocks]
-    parts = all({"q_norm", "k_norm"} <= set(attention._modules) for attention in attentions)
-    if not parts or not hasattr(attentions[0], "head_dim") or anatomy.shuffle or anatomy.stages or anatomy.maps:
+    why, modules = anatomy.queries_keys, dict(anatomy.root.named_modules())
+    if not isinstance(why, str):
+        paths = [f"{block}.{anatomy.attention}.{part}" for block in anatomy.blocks for part in why]
+        why = next((f"has no {path}" for path in paths if path not in modules), "")
+    if anatomy.shuffle or anatomy.stages or anatomy.maps:
+        why = "has not one grid in all blocks"
+    if why:
         raise UnsupportedModelError(
-            f"pe={kind.name!r} turns queries and keys behind q_norm and k_norm, which {name} has not in every block of "
-            "one grid: use pe='2D_RPE', or a model with rotary embedding of its own and pe='own'"
+            f"pe={kind.name!r} turns queries and keys behind the modules that make or norm them, and {name} {why}: "
+            "use pe='2D_RPE', or a model with rotary embedding of its own and pe='own'"
         )
 
 

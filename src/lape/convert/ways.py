@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,13 @@ from lape.core.bias import OwnBiasMethod, PositionBias, normalise
 from lape.core.conditional import PEG, Generating
 from lape.core.constants import constant
 from lape.core.forward import Adding, Asked, Link, Slot, Spanning, owned
-from lape.core.grids import GridWatch, Shuffled
+from lape.core.grids import GridWatch, Shuffled, in_backward
 from lape.core.joined import Joined, join_module
 from lape.core.joins import Join
 from lape.core.norm import Entered, PositionalNorm, beside, chain, makes_new
 from lape.core.pe_norms import PE_NORMS
 from lape.core.position import Kind, Layout, resized
-from lape.core.rotary import Rotating, axial, mixed, places, rotation
+from lape.core.rotary import Jitter, Rotating, axial, jittered, mixed, places, rotation
 from lape.core.sites import PositionalAttention, PositionalBlock, PositionalInput, PositionalStem, Unfused
 from lape.errors import LapeError
 
@@ -107,7 +107,7 @@ class Way(nn.Module):
     def enter(self, link: Link) -> None:
         """Joins the model. Nothing in it can be wrong use."""
         root, anatomy = link.root, link.anatomy
-        root.add_module("lape", self)
+        root.add_module("lape", self.train(root.training))
         if self.mixin is not None:
             for place, path in enumerate(self.places(anatomy)):
                 module = root.get_submodule(path)
@@ -416,7 +416,7 @@ class GivenBias(Way):
 
 
 class Rotary(Way):
-    """Queries and keys are turned behind the host's own norms of them."""
+    """Queries and keys are turned behind the host's modules that make or norm them."""
 
     here: Tensor  # empty, goes where the model goes
 
@@ -425,36 +425,51 @@ class Rotary(Way):
     def __init__(self, wish: Wish):
         super().__init__(wish)
         anatomy, like = wish.anatomy, wish.like
-        first: Any = anatomy.root.get_submodule(f"{anatomy.blocks[0]}.{anatomy.attention}")
-        self.head_width = first.head_dim
+        first: Any = anatomy.root.get_submodule(self.homes(anatomy)[0])
+        self.head_width = getattr(first, "head_dim", anatomy.width // anatomy.num_heads)
         axial(self.head_width)  # refused now, not in a forward
         self.register_buffer("here", like.new_empty(0), persistent=False)
         self.learned = wish.kind.rotary == "mixed"
         for layer in range(len(anatomy.blocks) if self.learned else 0):
             start = mixed(self.head_width, anatomy.num_heads).to(device=like.device, dtype=like.dtype)
             self.register_parameter(f"frequencies_{layer}", nn.Parameter(start))
+        self.jitter: Jitter | None = None  # of places in training, for each forward anew
+        self.drawn: Tensor | None = None
 
     def homes(self, anatomy: Anatomy) -> list[str]:
-        return [f"{path}.{anatomy.attention}.{norm}" for path in anatomy.blocks for norm in ("q_norm", "k_norm")]
+        query = f"{anatomy.attention}.{anatomy.queries_keys[0]}"
+        return [f"{path}.{query}".rpartition(".")[0] for path in anatomy.blocks]
+
+    def enter(self, link: Link) -> None:
+        super().enter(link)
+        names = [path.rpartition(".")[2] for path in link.anatomy.queries_keys]
+        for place, path in enumerate(self.places(link.anatomy)):
+            join_module(link.root.get_submodule(path), Rotating, link, *names, place=place)
 
     def each(self, asked: Asked) -> Iterator[Tensor]:
-        """Cosine and sine, (2, H, N, d / 2) or alike for all heads, for the queries and for the keys of each block."""
+        """Cosine and sine for each block, (2, H, N, d / 2) or alike for all heads."""
         anatomy, device = asked.anatomy, self.here.device
-        place_2n = constant(places, device, asked.grid or anatomy.layout.grid)
+        grid = asked.grid or anatomy.layout.grid
+        place_2n = constant(places, device, grid)
+        if self.training and self.jitter is not None:
+            if self.drawn is None or not in_backward():  # activations are computed again with the same places
+                self.drawn = 2 * torch.rand(5, device=device) - 1
+            place_2n = jittered(place_2n, grid, self.drawn, self.jitter)
         made: Tensor | None = None
-        for place in range(2 * len(anatomy.blocks))[: asked.number]:
-            if self.learned and place % 2 == 0:
-                made = rotation(self.get_parameter(f"frequencies_{place // 2}"), place_2n, anatomy.layout.num_prefix)
+        for layer in range(len(anatomy.blocks))[: asked.number]:
+            if self.learned:
+                made = rotation(self.get_parameter(f"frequencies_{layer}"), place_2n, anatomy.layout.num_prefix)
             elif made is None:
                 frequencies = constant(axial, device, self.head_width)
                 made = rotation(frequencies, place_2n, anatomy.layout.num_prefix)
             yield made
 
     def fold(self, link: Link) -> Way:
+        self.jitter = None
         return Folded(self, link, link.compute(link.root, None), "folded_rotation")
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        homes = enumerate(f"{path}.{anatomy.attention}" for path in anatomy.blocks)
+        homes = enumerate(self.homes(anatomy))
         return {f"lape.frequencies_{layer}": f"{home}.rotary_frequencies" for layer, home in homes if self.learned}
 
 
@@ -502,26 +517,29 @@ class HostBias(Way):
 
 
 class Generated(Way):
-    """Position is made of the tokens that leave block 0."""
+    """Position is made of the tokens that leave block 0, or each of the first blocks."""
 
     mixin, site = Generating, "block outputs"
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
-        self.peg = PEG(wish.anatomy.width, wish.like)
+        count = wish.kind.generators
+        self.names = ["peg"] if count == 1 else [f"peg_{block}" for block in range(count)]
+        for name in self.names:
+            self.add_module(name, PEG(wish.anatomy.width, wish.like))
 
     def homes(self, anatomy: Anatomy) -> list[str]:
-        return [anatomy.blocks[0]]
+        return list(anatomy.blocks[: len(self.names)])
 
-    def forward(self, x: Tensor, link: Link) -> Tensor:  # type: ignore[override]
-        """x with the position of its patches."""
-        layout = link.anatomy.layout
+    def forward(self, x: Tensor, link: Link, place: int) -> Tensor:  # type: ignore[override]
+        """x, as it leaves a block, with the position of its patches."""
+        layout, peg = link.anatomy.layout, cast(PEG, self._modules[self.names[place]])
         if link.anatomy.maps:
-            return self.peg.beside_map(x)
-        return self.peg.beside(x, link.grid_of(x) or layout.grid, layout.num_prefix)
+            return peg.beside_map(x)
+        return peg.beside(x, link.grid_of(x) or layout.grid, layout.num_prefix)
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        return {"lape.peg": f"{anatomy.blocks[0]}.peg"}
+        return {f"lape.{name}": f"{home}.peg" for name, home in zip(self.names, self.homes(anatomy), strict=True)}
 
 
 class Folded(Way):

@@ -76,6 +76,8 @@ class Anatomy:
     )
     norms: tuple[str, ...] = ()  # paths of the norms, layer by layer, where they are not attributes of "blocks"
     unfused: str | None = None  # attribute of a block that must read as 0, or a fused path passes its norm by
+    # in attention, the modules that last make or norm queries and keys; or why there are none
+    queries_keys: tuple[str, str] | str = ("q_norm", "k_norm")
     branches: bool = False  # whether "blocks" are branches of blocks, several attentions side by side
 
     @property

@@ -18,9 +18,9 @@ class PEG(nn.Conv2d):
     """y + PEG(y) for patches y; prefix tokens (class, registers) pass by.
 
     PEG is one depth-wise convolution, 3 x 3, zeros around the map, with bias: 10 D parameters. The zeros are what tells
-    a token how far the border is. It follows block 0 and nothing else is added to the model; its initial values are
-    torch's. Source: Chu et al., "Conditional Positional Encodings for Vision Transformers" (arXiv 2102.10882), whose
-    default this is (CPVT with one PEG). It depends on the image, so no constant can take its place.
+    a token how far the border is. One follows block 0, or (PEG-6) one each of the blocks 0 to 5, and nothing else is
+    added to the model; initial values are torch's. Source: Chu et al., "Conditional Positional Encodings for Vision
+    Transformers" (arXiv 2102.10882), whose default is one. It depends on the image, so no constant can take its place.
     """
 
     def __init__(self, width: int, like: Tensor):
@@ -45,5 +45,5 @@ class Generating(Joined):
         link: Any = self._lape  # type: ignore[attr-defined]
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         first, *more = output if isinstance(output, tuple) else (output,)  # some return their attention, too
-        first = link.running.lape(first, link)
+        first = link.running.lape(first, link, self._lape_place)  # type: ignore[attr-defined]
         return (first, *more) if isinstance(output, tuple) else first

@@ -122,6 +122,7 @@ class _Here(threading.local):
         self.forward: Forward | None = None
         self.adding = 0  # how many hosts are adding their table right now
         self.traced_zeros: Tensor | None = None  # what they see in a graph that is being made
+        self.turning: tuple[Any, Tensor] | None = None  # the attention that runs, cosine and sine, where rotary
 
 
 HERE = _Here()
@@ -277,6 +278,11 @@ class Link:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, recall=Recall())
+
+
+def first_of(kwargs: dict[str, Any]) -> str:
+    """The name under which a module was handed its tokens."""
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
 def received(module: Any, x: Tensor, layer: int | None = None) -> Tensor:

@@ -146,7 +146,7 @@ class Kind:
     build: Callable[..., Tensor] | None = None  # tables only: (1, R, D) for a layout and a width, free ones by std
     frozen: bool = False
     bias_axes: int = 0  # biases only: 1 offset along the raster order, 2 row and column offsets
-    conditional: bool = False  # made of the tokens of each image
+    generators: int = 0  # made of the tokens of each image behind so many blocks
     fixed_bias: Callable[..., Tensor] | None = None  # (H, n, n) of grid, heads, layer, number of layers
     rotary: Literal["", "axial", "mixed"] = ""  # queries and keys turned
     untouched: bool = False  # whatever the model itself does
@@ -166,6 +166,10 @@ class Kind:
         own_std = SINUSOIDS if self.frozen else 0.02 if own_std is None else own_std
         table = self.build(layout, width) if self.frozen else self.build(layout, width, own_std)
         return table if std is None else table * (std / own_std)
+
+    @property
+    def conditional(self) -> bool:
+        return self.generators > 0
 
     @property
     def is_bias(self) -> bool:
@@ -193,7 +197,8 @@ KINDS: dict[str, Kind] = {
         Kind("RoPE-mixed", rotary="mixed", note="queries and keys turned by learned frequencies of column and row"),
         Kind("ALiBi-2D", fixed_bias=alibi_2d, note="fixed bias on attention logits: minus the distance, by head"),
         Kind("LookHere", fixed_bias=look_here, note="as ALiBi-2D, and heads look up, down, left or right only"),
-        Kind("PEG", conditional=True, note="made of the tokens behind block 0 by a depth-wise convolution (CPVT)"),
+        Kind("PEG", generators=1, note="made of the tokens behind block 0 by a depth-wise convolution (CPVT)"),
+        Kind("PEG-6", generators=6, note="as PEG, behind each of the first six blocks"),
         Kind("none", note="no position at all, the control"),
         Kind("own", untouched=True, note="the model stays as it is, whatever its position: a rival in a comparison"),
     )

@@ -8,19 +8,23 @@ Shape legend: B batch, N tokens, H heads, n patches, d width of a head.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lape.core.forward import received
+from lape.core.forward import HERE, first_of, received
 from lape.core.grids import wrong_number
 from lape.core.joined import Joined
 from lape.core.position import Grid
 from lape.errors import LapeError
 
 AXIAL_BASE, MIXED_BASE = 100.0, 10.0
+
+Jitter = tuple[float, float, float]
+"""At most: shift as a share of half the grid, factor of each axis, factor of both (DINOv3, arXiv 2508.10104)."""
 
 
 def places(grid: Grid) -> Tensor:
@@ -64,14 +68,50 @@ def rotation(frequency_2Hd: Tensor, place_2n: Tensor, num_prefix: int) -> Tensor
     return torch.stack([angle_HNd.cos(), angle_HNd.sin()])
 
 
-class Rotating(Joined):
-    """The norm (or nothing) that a host's queries or keys (B, H, N, d) pass: behind it they are turned."""
+def jittered(place_2n: Tensor, grid: Grid, draw_5: Tensor, jitter: Jitter) -> Tensor:
+    """Places p as r j (p + t n / 2): shifted and scaled along each axis, then scaled as a whole.
 
-    def forward(self, x_BHNd: Tensor) -> Tensor:
-        y_BHNd: Tensor = super().forward(x_BHNd)  # type: ignore[misc]
-        cos_sin: Any = received(self, y_BHNd.transpose(1, 2))
-        if isinstance(y_BHNd, Tensor) and not torch.jit.is_tracing() and cos_sin.shape[-2] != y_BHNd.shape[-2]:
-            raise wrong_number(self._lape.anatomy.layout, y_BHNd.shape[-2])  # type: ignore[attr-defined]
-        cos, sin = cos_sin
-        first, second = y_BHNd.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
+    `draw_5` in -1 ... 1: t = shift draw (two, n patches along the axis), j = axes^draw (two), r = whole^draw.
+    """
+    shift, axes, whole = jitter
+    half_2 = place_2n.new_tensor(grid[::-1]) / 2
+    scale_2 = axes ** draw_5[2:4] * whole ** draw_5[4]
+    return scale_2[:, None] * (place_2n + (shift * draw_5[:2] * half_2)[:, None])
+
+
+class Rotating(Joined):
+    """Attention whose queries and keys are turned behind the modules that make them, or norm them.
+
+    The attributes that it takes over read as themselves, and inside of its forward as what turns their output: so
+    what an adapter puts in their place is turned, too.
+    """
+
+    @classmethod
+    def takes_over(cls, host: type, name: str) -> Any:
+        def read(self: Any) -> Any:
+            turning, module = HERE.turning, self._modules[name]
+            return module if turning is None or turning[0] is not self else partial(_turned, module, turning[1])
+
+        return property(read)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x_BND: Any = args[0] if args else kwargs[first_of(kwargs)]
+        cos_sin, before = received(self, x_BND), HERE.turning
+        if isinstance(x_BND, Tensor) and not torch.jit.is_tracing() and cos_sin.shape[-2] != x_BND.shape[1]:
+            raise wrong_number(self._lape.anatomy.layout, x_BND.shape[1])  # type: ignore[attr-defined]
+        HERE.turning = (self, cos_sin)
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            HERE.turning = before
+
+
+def _turned(module: Any, cos_sin: Tensor, x: Tensor) -> Tensor:
+    """What a module makes of x, (B, H, N, d) or (B, N, H d), turned."""
+    y = module(x)
+    cos, sin = cos_sin.to(y.dtype)
+    heads_first = y.ndim == 4
+    y_BHNd = y if heads_first else y.unflatten(-1, (-1, 2 * cos.shape[-1])).transpose(1, 2)
+    first, second = y_BHNd.unflatten(-1, (-1, 2)).unbind(-1)
+    y_BHNd = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
+    return y_BHNd if heads_first else y_BHNd.transpose(1, 2).flatten(2)

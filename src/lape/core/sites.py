@@ -9,13 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lape.core.forward import fits, received
+from lape.core.forward import first_of, fits, received
 from lape.core.joined import Joined
-
-
-def _first(kwargs: dict[str, Any]) -> str:
-    """The name under which a module was handed its tokens."""
-    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
 class Unfused(Joined):
@@ -30,7 +25,7 @@ class PositionalBlock(Joined):
     """Block_l(x + P): the position joins the residual stream (joins `share` and `unshare`)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x_BND: Tensor = args[0] if args else kwargs.pop(_first(kwargs))
+        x_BND: Tensor = args[0] if args else kwargs.pop(first_of(kwargs))
         if self._lape.anatomy.channels_first:  # type: ignore[attr-defined]
             p_1DRC = received(self, x_BND.movedim(1, -1)).movedim(-1, 1)
             return super().forward(x_BND + p_1DRC, *args[1:], **kwargs)  # type: ignore[misc]
@@ -43,7 +38,7 @@ class PositionalInput(Joined):
     """LN_l(x) + P_(l+1) for attention alone, where its norm feeds the residual stream, too."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name = "" if args else _first(kwargs)
+        name = "" if args else first_of(kwargs)
         y: Tensor = args[0] if args else kwargs[name]
         p = received(self, y)
         fits(self, y, p)
@@ -66,7 +61,7 @@ class PositionalAttention(Joined):
     """The host's attention with a position bias on its logits, handed over in its mask."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x_BND: Tensor = args[0] if args else kwargs[_first(kwargs)]
+        x_BND: Tensor = args[0] if args else kwargs[first_of(kwargs)]
         bias_1HNN = received(self, x_BND)
         args, kwargs = self._lape.anatomy.add_bias(bias_1HNN, args, kwargs)  # type: ignore[attr-defined]
         return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -202,7 +202,13 @@ def _grids_of_shapes(pixels: Tensor, spatial_shapes: Tensor) -> list[Grid]:
 
 def _siglip2(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     bilinear = partial(resample, mode="bilinear")
-    return {"packed": _grids_of_shapes, "patch_embed": "embeddings", "resample": bilinear, "add_bias": None}
+    return {
+        "packed": _grids_of_shapes,
+        "patch_embed": "embeddings",
+        "resample": bilinear,
+        "add_bias": None,
+        "queries_keys": "takes images of several grids",
+    }
 
 
 def _siglip2_sizes(root: Any) -> Sizes:
@@ -574,6 +580,7 @@ def examine(root: nn.Module) -> Anatomy:
         "adds": ("embeddings.forward",),
         "beside": RELATIVE if getattr(config, "use_relative_position_bias", False) else SHARED if shared else None,
         "own_bias": _own_bias(root, blocks, layout),
+        "queries_keys": _projections(attention),
         **family.read(root, blocks, layout),
     }
     fields = {"norm": family.norm, "attention": family.attention, "patch_size": patch_size, **fields}
@@ -588,6 +595,18 @@ def _own_bias(root: nn.Module, blocks: list[str], layout: Layout) -> tuple[OwnBi
         for name, module in root.get_submodule(path).named_modules()
         if type(module).__name__ in ("BeitRelativePositionBias", "Data2VecVisionRelativePositionBias")
     )
+
+
+def _projections(attention: nn.Module) -> tuple[str, str] | str:
+    """What makes queries and keys, where nothing stands between it and their product; or why there is no such."""
+    modules = dict(attention.named_modules())
+    if any("norm" in path and not isinstance(module, nn.Identity) for path, module in modules.items()):
+        return "norms them in a form of its own"
+    for query, key in (("q_proj", "k_proj"), ("query", "key")):
+        for path in modules:
+            if path.rpartition(".")[2] == query and (twin := path.removesuffix(query) + key) in modules:
+                return path, twin
+    return "makes them in one module"
 
 
 def _takes_bias(attention: nn.Module) -> bool:

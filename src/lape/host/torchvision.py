@@ -38,7 +38,8 @@ def examine(root: nn.Module) -> Anatomy:
     sizes = {"patch_size": (patch, patch), "width": vit.hidden_dim, "num_heads": vit.encoder.layers[0].num_heads}
     layout = Layout((side, side), prefix_rows=1)
     adds = ("encoder.forward",)
-    return anatomy(root, blocks, layout, add_bias=add_to_multihead_mask, adds=adds, **paths, **sizes)
+    more: dict[str, Any] = {"adds": adds, "queries_keys": "makes them inside of nn.MultiheadAttention"}
+    return anatomy(root, blocks, layout, add_bias=add_to_multihead_mask, **more, **paths, **sizes)
 
 
 _ARGUMENTS = (

@@ -22,10 +22,10 @@ from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, TABLE8_NAMES, match_
 from lape.recipe import Recipe
 from lape.study import report
 from lape.study.numbers import Run, Variant, differences, summarise
-from lape.study.options import CompareOptions, DemoOptions, SweepOptions
+from lape.study.options import CompareOptions, DemoOptions
 from lape.study.probing import draw as draw_probe
 from lape.study.probing import validation_images
-from lape.study.sweep import Outcome, evaluate_at, size_named
+from lape.study.sweep import Outcome, conditions_of, evaluate_at, summary_of
 from lape.study.sweep import draw as draw_sizes
 from lape.study.workers import Agenda, Stage, run_all, told
 from lape.train.machine import environment
@@ -82,7 +82,7 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     order = list(recipes)
     runs.sort(key=lambda run: (order.index(run.variant), run.seed))
     gaps = differences(runs, baseline)
-    sizes = _at_sizes(folder, runs, recipes, options) if options.sizes else {}
+    sizes = _at_sizes(folder, runs, recipes, options) if options.asked else {}
     probed = _probed(folder, runs, recipe, options.probe) if options.probe else {}
     rivals = {"models": list(options.rivals), "model_kwargs": recipes[order[-1]].model_kwargs}
     results = {
@@ -96,6 +96,7 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
         "meaningless": [{**variant._asdict(), "why": why} for variant, why in meaningless.items()],
         "others": others,
         "sizes": {name: [[asdict(o) for o in outcomes] for outcomes in each] for name, each in sizes.items()},
+        "conditions": {name: summary_of(each) for name, each in sizes.items()},
         "probe": {name: features.to_dict() for name, features in probed.items()},
         "cells": [asdict(run) for run in runs],
         "workers": options.workers,
@@ -119,8 +120,7 @@ def _asked_for(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant])
         raise LapeError(f"workers={options.workers} is not allowed: choose 1 or more")
     if options.probe and options.probe < 4:
         raise LapeError(f"probe={options.probe} is not allowed: choose 4 images or more, or 0 for none")
-    for size in options.sizes:
-        size_named(size)
+    conditions_of(options, (recipe.input_size,) * 2, (1, 1))
     models = options.models or (recipe.model,)
     if options.preset == "rivals" and not rows:
         rows = [Variant(model, *row) for model in models for row in RIVALS]
@@ -135,12 +135,13 @@ def _asked_for(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant])
 def _report_on(folder: Path, results: dict[str, Any], runs: Sequence[Run], figures: dict[str, "Figure"]) -> list[Path]:
     """Writes the report of a comparison, and prints its table and sentences."""
     curves = report.accuracy_curves(runs, lambda run: f"{run.model}, {run.pe}")
-    files = report.write(folder, results, report.comparison_page(results), {"curves.png": curves, **figures})
+    figures = {"curves.png": curves, **figures}
+    files = report.write(folder, results, report.comparison_page(results), figures)
     if shown := _explorable(folder, runs):
-        files.append(report.explorer_page(folder / "report.html", results, shown, curves))
+        files.append(report.explorer_page(folder / "report.html", results, shown, figures))
     table = report.plain_table(report.rows_of_variants(results))
-    at_sizes = ["", *report.plain_table(report.rows_of_sizes(results))] if results["sizes"] else []
-    lines = ["", *table, *at_sizes, "", *results["sentences"], "", "Written:", *(f"  {file}" for file in files)]
+    more = [line for _, rows in report.tables_of_conditions(results) for line in ("", *report.plain_table(rows))]
+    lines = ["", *table, *more, "", *results["sentences"], "", "Written:", *(f"  {file}" for file in files)]
     print("\n".join(lines))
     return files
 
@@ -157,8 +158,7 @@ def _at_sizes(
         home = _cell_name(folder, run.variant, run.seed) / "model"
         if home.exists():
             recipe = run.variant.recipe(recipes[run.variant])
-            wanted = SweepOptions(sizes=options.sizes)
-            found = evaluate_at(read_checkpoint(home), recipe, wanted, say=lambda _text: None)
+            found = evaluate_at(read_checkpoint(home), recipe, options, say=lambda _text: None)
             outcomes.setdefault(names[run.variant], []).append(found)
     return outcomes
 
@@ -217,7 +217,7 @@ RIVALS: tuple[tuple[str, str, str | None, float | None], ...] = (
     ("2D_sin", "basic", None, None),
     ("2D_RPE", "basic", None, None),
     ("2D_RPE", "LaPE", None, None),
-    *((pe, "basic", None, None) for pe in ("RoPE", "RoPE-mixed", "ALiBi-2D", "LookHere", "PEG")),
+    *((pe, "basic", None, None) for pe in ("RoPE", "RoPE-mixed", "ALiBi-2D", "LookHere", "PEG", "PEG-6")),
 )
 """Kind, join, norm of position and start of the table: the rows of the preset `rivals`."""
 

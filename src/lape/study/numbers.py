@@ -100,6 +100,18 @@ def mean_std(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "std": spread, "n": len(values)}
 
 
+def interval(values: Sequence[float]) -> list[float] | None:
+    """Student's 95 % interval of the mean; None for fewer than two values."""
+    with needs("train"):
+        from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    mean = statistics.fmean(values)
+    half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return [mean - half, mean + half]
+
+
 def paired_t(gaps: Sequence[float]) -> dict[str, Any]:
     """Student's paired t-test of "the mean difference is zero", two-sided, and the mean's 95 % interval.
 
@@ -113,8 +125,7 @@ def paired_t(gaps: Sequence[float]) -> dict[str, Any]:
     if statistics.stdev(gaps) == 0:
         return {"t": None, "p": 0.0 if gaps[0] else 1.0, "interval": [gaps[0], gaps[0]]}
     test = ttest_1samp(gaps, 0.0)
-    low, high = test.confidence_interval(LEVEL)
-    return {"t": float(test.statistic), "p": float(test.pvalue), "interval": [float(low), float(high)]}
+    return {"t": float(test.statistic), "p": float(test.pvalue), "interval": interval(gaps)}
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -4,7 +4,7 @@ The command line makes its flags of the fields, and their `help` is what `--help
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from lape.look.options import option
@@ -25,7 +25,25 @@ class DemoOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions:
+class Conditions:
+    """Other image sizes and changed images."""
+
+    sizes: tuple[str, ...] = option((), "image sizes, SIDE or HEIGHTxWIDTH in pixels, beside the training size")
+    corruptions: tuple[str, ...] = option((), "corrupted images: all, or some by name")
+    severities: tuple[int, ...] = option((1, 2, 3, 4, 5), "of the corruptions")
+    shuffle_patches: bool = option(False, "images whose patches are shuffled")
+    shift: tuple[int, ...] = option((), "images moved right and down by so many pixels")
+    occlude: tuple[float, ...] = option((), "images with this share of their patches hidden")
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """These fields, by name; empty where there is nothing beside the plain evaluation."""
+        values = {one.name: getattr(self, one.name) for one in fields(Conditions)}
+        return values if values != asdict(Conditions(severities=self.severities)) else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Conditions):
     """The rows of a comparison, their seeds, and what they are compared with and shown beside.
 
     A rival is trained once a seed (pe="own"), whether it can be converted or not. Nothing says that the budget of
@@ -47,7 +65,6 @@ class CompareOptions:
     baseline: str | None = option(None, "join that the others are compared with (default: basic, or the first)")
     runs: tuple[str, ...] = option((), "finished runs and checkpoints to show beside, in a table of their own")
     workers: int = option(2, "trainings side by side, one thread each; also on one GPU")
-    sizes: tuple[str, ...] = option((), "image sizes, SIDE or HEIGHTxWIDTH, at which each model is evaluated as well")
     probe: int = option(0, "images on which the features of each row's first model are probed for position; 0: none")
 
 
@@ -87,19 +104,8 @@ class ProbeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions:
+class SweepOptions(Conditions):
     """Other image sizes and changed images, on which `lape eval` measures a model as well."""
 
-    sizes: tuple[str, ...] = option((), "image sizes, SIDE or HEIGHTxWIDTH in pixels, beside the training size")
-    corruptions: tuple[str, ...] = option((), "corrupted images: all, or some by name")
-    severities: tuple[int, ...] = option((1, 2, 3, 4, 5), "of the corruptions")
-    shuffle_patches: bool = option(False, "images whose patches are shuffled")
-    shift: tuple[int, ...] = option((), "images moved right and down by so many pixels")
-    occlude: tuple[float, ...] = option((), "images with this share of their patches hidden")
     json: str | None = option(None, "write the numbers of sizes and changes to this JSON file")
     plot: str | None = option(None, "draw them to this .png, .pdf or .svg")
-
-    @property
-    def asks(self) -> bool:
-        """Whether there is anything beside the plain evaluation."""
-        return self != SweepOptions(severities=self.severities)

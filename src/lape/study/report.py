@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lape.errors import needs
 from lape.look.colours import COLOURS
-from lape.study.numbers import Run, mean_std
+from lape.study.numbers import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,15 +114,31 @@ def rows_of_differences(results: dict[str, Any]) -> Rows:
     return without_constants(rows)
 
 
-def rows_of_sizes(results: dict[str, Any]) -> Rows:
-    """A row a variant, a column a size."""
-    first = next(iter(results["sizes"].values()))[0]
-    named = ["x".join(map(str, dict.fromkeys(o["size"]))) + " px" for o in first]
-    rows = [["", "seeds", *named]]
-    for name, trainings in results["sizes"].items():
-        means = [mean_std([o["acc1"] for o in at]) for at in zip(*trainings, strict=True)]
-        rows.append([name, str(len(trainings)), *map(spell, means)])
-    return rows
+def tables_of_conditions(results: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
+    """A table of other sizes and one of changed images, where these were asked for, each with its heading.
+
+    A row a variant: at sizes accuracies with their 95 % interval over the seeds, on changed images shares of the clean.
+    """
+    for heading, at_size in (("At other sizes", True), ("On changed images", False)):
+        rows = []
+        for name, entries in results["conditions"].items():
+            chosen = [e for e in entries if (e["kind"] in ("clean", "size")) == at_size]
+            if len(chosen) > at_size:  # beside the clean images
+                head = [f"{e['name']} px" if e["kind"] == "size" else e["name"] for e in chosen]
+                cells = map(_accuracy if at_size else _share, chosen)
+                rows += [*([] if rows else [["", "seeds", *head]]), [name, str(entries[0]["n"]), *cells]]
+        if rows:
+            yield heading, rows
+
+
+def _accuracy(entry: dict[str, Any]) -> str:
+    """'94.1 (93.0 to 95.2)', or '94.1' for one training."""
+    between = "" if entry["interval"] is None else " ({:.1f} to {:.1f})".format(*entry["interval"])
+    return f"{entry['acc1']:.1f}{between}"
+
+
+def _share(entry: dict[str, Any]) -> str:
+    return "" if entry["relative"] is None else f"{100 * entry['relative']:.1f} %"
 
 
 def without_constants(rows: Rows, names: Sequence[str] = ("model", "pe", "epochs")) -> Rows:
@@ -253,10 +269,15 @@ HOW_TO_READ = (
     "differences are taken seed by seed; p is of Student's paired t-test, corrected for their number (Holm); "
     "intervals are of each difference alone."
 )
-AT_SIZES = (
-    "The same models, evaluated as by `lape eval --sizes`: each is built for the size by its own rule, images are "
-    "resized and cropped by the evaluation transform of that size. The first column is the training size."
-)
+HOW_MEASURED = {
+    "At other sizes": "The same models, evaluated as by lape eval --sizes: each is built for the size by its own rule, "
+    "images are resized and cropped by the evaluation transform of that size. The first column is the training size. "
+    "In percent, with the 95 % interval of the mean over the seeds.",
+    "On changed images": "The same models on images that are changed behind resizing and cropping: what is left of the "
+    "accuracy on clean ones, mean over the seeds and levels.",
+}
+FEATURES = "Of the first seed, as by lape probe."
+PICTURES = {"sizes.png": "Accuracy over the image size, and on changed images", "probe.png": "What the features keep"}
 NOT_TRAINED_HERE = "Not trained here: nothing says that budget, data and recipe were the same."
 
 
@@ -306,12 +327,12 @@ def comparison_page(results: dict[str, Any]) -> Iterator[str]:
     yield markdown_table(rows_of_differences(results)) + "\n"
     yield from (f"- {sentence}" for sentence in results["sentences"])
     yield "\n![Test accuracy by epoch](curves.png)\n"
-    if results.get("sizes"):
-        yield f"## At other sizes\n\n{AT_SIZES}\n\n{markdown_table(rows_of_sizes(results))}\n"
-        yield "![Accuracy over the image size](sizes.png)\n"
-    if results.get("probe"):
-        yield "## Position in the features\n\nOf the first seed, as by `lape probe`.\n"
-        yield "![What the features keep of position](probe.png)\n"
+    for heading, rows in tables_of_conditions(results):
+        yield f"## {heading}\n\n{HOW_MEASURED[heading]}\n\n{markdown_table(rows)}\n"
+    if results["conditions"]:
+        yield f"![{PICTURES['sizes.png']}](sizes.png)\n"
+    if results["probe"]:
+        yield f"## Position in the features\n\n{FEATURES}\n\n![{PICTURES['probe.png']}](probe.png)\n"
     if results["others"]:
         yield f"## Other runs\n\n{NOT_TRAINED_HERE}\n\n{markdown_table(rows_of_others(results['others']))}\n"
     yield "## How it was run\n"
@@ -329,7 +350,9 @@ def _how(results: dict[str, Any]) -> Iterator[str]:
     yield f"Time: {sum(cell['seconds'] for cell in results['cells']):.0f} s of training. Every epoch: results.json"
 
 
-def explorer_page(path: Path, results: dict[str, Any], models: Mapping[str, Path], curves: Figure) -> Path:
+def explorer_page(
+    path: Path, results: dict[str, Any], models: Mapping[str, Path], figures: Mapping[str, Figure]
+) -> Path:
     """The report of a comparison as HTML, with some of its models (name -> folder) in the explorer below it."""
     from lape.look.explorer import explore
 
@@ -339,19 +362,35 @@ def explorer_page(path: Path, results: dict[str, Any], models: Mapping[str, Path
     others = ""
     if results["others"]:
         others = f"<h2>Other runs</h2><p>{NOT_TRAINED_HERE}</p>{_html_table(rows_of_others(results['others']))}"
-    picture = io.BytesIO()
-    curves.savefig(picture, format="png", dpi=130)
-    image = f"data:image/png;base64,{b64encode(picture.getvalue()).decode()}"
+    image = _address(figures["curves.png"])
+    tables = "".join(
+        f"<h2>{heading}</h2><p>{HOW_MEASURED[heading]}</p>{_html_table(rows)}"
+        for heading, rows in tables_of_conditions(results)
+    )
+    pictures = {
+        name: f'<figure><img alt="{text}" src="{_address(figures[name])}"></figure>'
+        for name, text in PICTURES.items()
+        if name in figures
+    }
+    features = f"<h2>Position in the features</h2><p>{FEATURES}</p>" if results["probe"] else ""
+    measured = f"{tables}{pictures.get('sizes.png', '')}{features}{pictures.get('probe.png', '')}"
     intro = (
         f'<div class="report"><p>{html.escape(HOW_TO_READ)}</p>{_html_table(rows_of_variants(results))}'
         f"{_html_table(rows_of_differences(results))}"
         f'<ul>{sentences}</ul><figure><img alt="Test accuracy by epoch" src="{image}"><figcaption>Test accuracy by '
-        f"epoch: mean of the seeds, band from the lowest to the highest.</figcaption></figure>{others}"
+        f"epoch: mean of the seeds, band from the lowest to the highest.</figcaption></figure>{measured}{others}"
         f"<h2>How it was run</h2><ul>{how}</ul>"
         f"<h2>What position became</h2><p>The models of seed {results['cells'][0]['seed']}"
         f"{', the first six' if len(models) == 6 else ''}.</p></div>"
     )
     return explore(models, path, title=f"Comparison: {results['data']}", intro=intro)
+
+
+def _address(figure: Figure) -> str:
+    """A figure as a picture inside of a page."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    return f"data:image/png;base64,{b64encode(picture.getvalue()).decode()}"
 
 
 def text_writer(text: str) -> Callable[[BinaryIO], Any]:

@@ -31,8 +31,9 @@ from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classifier, labels_of, restore_with, settings_of, size_of
 from lape.look.watch import Watch
 from lape.recipe import Recipe
-from lape.study.options import SweepOptions
-from lape.study.pictures import check_writable, write_figure
+from lape.study.numbers import Variant, interval
+from lape.study.options import Conditions, SweepOptions
+from lape.study.pictures import check_writable, short_names, write_figure
 from lape.study.report import plain_table, text_writer
 from lape.train.distributed import join_world
 from lape.train.evaluate import evaluate, number_as
@@ -97,7 +98,7 @@ def size_named(text: str) -> Size:
     return int(sides[0]), int(sides[-1])
 
 
-def conditions_of(options: SweepOptions, own: Size, patch: Size) -> list[Condition]:
+def conditions_of(options: Conditions, own: Size, patch: Size) -> list[Condition]:
     """All that is asked for, the clean images of the training size first. Raises LapeError for what is out of range."""
     found = [Condition(CLEAN, CLEAN, own)]
     found += [Condition("size", name_of(s), s) for s in dict.fromkeys(map(size_named, options.sizes)) if s != own]
@@ -130,7 +131,7 @@ def name_of(size: tuple[int, ...]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
-def evaluate_at(checkpoint: Checkpoint, recipe: Recipe, options: SweepOptions, say: Any = print) -> list[Outcome]:
+def evaluate_at(checkpoint: Checkpoint, recipe: Recipe, options: Conditions, say: Any = print) -> list[Outcome]:
     """Evaluates a checkpoint in every condition; `recipe` as `settings_of` gave it.
 
     Raises LapeError before the first evaluation where a size is none that the model takes.
@@ -181,36 +182,77 @@ def patch_of(model: nn.Module, size: Size, in_chans: int) -> Size:
     return size[0] // rows, size[1] // columns
 
 
-def sweep(recipe: Recipe, options: SweepOptions) -> dict[str, Any]:
-    """`lape eval` with other sizes and changed images: a table, and the files that `options` names."""
-    check_writable(options.json, options.plot, [recipe.resume, recipe.data_path])
+def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[str, Any]:
+    """`lape eval` with other sizes and changed images: a table a model, and the files that `options` names.
+
+    Checkpoints that differ in their seed alone are one model, of which means and intervals are told.
+    """
+    check_writable(options.json, options.plot, [*paths, recipe.data_path])
+    if len(set(paths)) != len(paths):
+        raise LapeError(f"a checkpoint was given twice among {', '.join(paths)}: give each once")
+    known = {path: _opened(recipe.replace(resume=path)) for path in paths}
+    sizes = {trained for _, _, trained in known.values()}
+    if len(sizes) > 1:
+        raise LapeError(f"the checkpoints were trained at {sorted(sizes)} pixels: give those of one size")
+    variants = {path: (Variant.of(one), checkpoint.args.get("epochs")) for path, (checkpoint, one, _) in known.items()}
+    names = dict(zip(paths, short_names(paths), strict=True))
+    models: dict[str, list[list[Outcome]]] = {}
+    members: dict[str, list[str]] = {}
+    for path, (checkpoint, settings, _) in known.items():
+        name = next(names[other] for other in paths if variants[other] == variants[path])
+        print(f"{path}:")
+        models.setdefault(name, []).append(evaluate_at(checkpoint, settings, options))
+        members.setdefault(name, []).append(path)
+    found = [
+        {
+            "name": name,
+            "checkpoints": members[name],
+            "outcomes": [[asdict(outcome) for outcome in outcomes] for outcomes in trainings],
+            "summary": summary_of(trainings),
+        }
+        for name, trainings in models.items()
+    ]
+    for model in found:
+        several = len(model["checkpoints"])
+        heading = "" if len(paths) == 1 else f"{model['name']}, {several} checkpoint{'s' * (several > 1)}"
+        print("\n".join(["", *filter(None, [heading]), *plain_table(rows_of(model["summary"]))]))
+    results = {"made_by": "lape eval", "training_size": max(sizes), "models": found}
+    if options.json is not None:
+        write_atomically(Path(options.json), text_writer(json.dumps(results, indent=1) + "\n"))
+    if options.plot is not None:
+        write_figure(draw(models, max(sizes)), options.plot)
+    return results
+
+
+def _opened(recipe: Recipe) -> tuple[Checkpoint, Recipe, int]:
+    """The checkpoint that a recipe names, its settings, and the side of the images that it was trained with."""
     checkpoint = read_checkpoint(recipe.resume)
     if not recipe.data_path and checkpoint.args.get("data_path"):
         raise CheckpointError(f"{recipe.resume} was not trained on the packaged digits: give --data-path with val/")
     own = size_of(checkpoint)
     if own is not None and own[0] != own[1] and "input_size" not in recipe.model_fields_set:
         raise CheckpointError(f"{recipe.resume} is for images of {name_of(own)} pixels: give --input-size SIDE")
-    recipe = settings_of(checkpoint, recipe)
-    trained = recipe.input_size if own is None else own[0]
-    outcomes = evaluate_at(checkpoint, recipe, options)
-    summary = summary_of(outcomes)
-    results = {
-        "made_by": "lape eval",
-        "checkpoint": recipe.resume,
-        "training_size": trained,
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-        "summary": summary,
-    }
-    print("\n".join(["", *plain_table(rows_of(summary))]))
-    if options.json is not None:
-        write_atomically(Path(options.json), text_writer(json.dumps(results, indent=1) + "\n"))
-    if options.plot is not None:
-        write_figure(draw({Path(recipe.resume).stem: [outcomes]}, trained), options.plot)
-    return results
+    settings = settings_of(checkpoint, recipe)
+    return checkpoint, settings, settings.input_size if own is None else own[0]
 
 
-def summary_of(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """One entry a size or change, means over its levels; last the mean of all changes, each counted once."""
+def summary_of(trainings: Sequence[Sequence[Outcome]]) -> list[dict[str, Any]]:
+    """One entry a size or change, means over levels and trainings; last the mean of all changes, each counted once.
+
+    `acc1` is in percent, with its 95 % interval over the trainings; `relative` a share of the clean accuracy.
+    """
+    each = [_means(outcomes) for outcomes in trainings]
+    entries: list[dict[str, Any]] = []
+    for same in zip(*each, strict=True):
+        accuracies, shares = [entry["acc1"] for entry in same], [entry["relative"] for entry in same]
+        share = None if None in shares else statistics.fmean(shares)
+        about = {"interval": interval(accuracies), "n": len(same), "relative": share}
+        entries.append({**same[0], "acc1": statistics.fmean(accuracies), **about})
+    return entries
+
+
+def _means(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Of one training."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.kind, outcome.name), []).append(outcome)
@@ -230,26 +272,27 @@ def summary_of(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def rows_of(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The summary as a table."""
-    rows = [["images", "levels", "acc@1", "of clean"]]
+    rows = [["images", "levels", "acc@1", "95 % interval", "of clean"]]
     for entry in summary:
         share = "" if entry["relative"] is None else f"{100 * entry['relative']:.1f} %"
         levels = " ".join(f"{level:g}" for level in entry["levels"])
-        rows.append([f"{entry['name']} px" if entry["kind"] == "size" else entry["name"], levels,
-                     f"{entry['acc1']:.2f}", share])  # fmt: skip
-    return rows
+        between = "" if entry["interval"] is None else "{:.1f} to {:.1f}".format(*entry["interval"])
+        name = f"{entry['name']} px" if entry["kind"] == "size" else entry["name"]
+        rows.append([name, levels, f"{entry['acc1']:.2f}", between, share])
+    return [row[:3] + row[4:] for row in rows] if summary[0]["n"] == 1 else rows
 
 
 def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) -> Figure:
     """Accuracy over size with the training size marked, and what changes leave of the clean accuracy.
 
-    `models`: by name, the outcomes of each of its trainings; the band is one standard deviation over them.
+    `models`: by name, the outcomes of each of its trainings; the band is the mean's 95 % interval over them.
     """
     with needs("plot"):
         from matplotlib.figure import Figure
     from lape.look.figures import SERIES
 
     first = next(iter(models.values()))[0]
-    names = [e["name"] for e in summary_of(first) if e["kind"] not in (CLEAN, "size")]
+    names = [e["name"] for e in _means(first) if e["kind"] not in (CLEAN, "size")]
     sizes = [o for o in first if o.kind in (CLEAN, "size")]
     shown = [len(sizes) > 1, bool(names)]
     if not any(shown):
@@ -272,7 +315,7 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
         axes = next(panels)
         high = 0.8 / len(models)
         for place, (name, trainings) in enumerate(models.items()):
-            each = [{e["name"]: e["relative"] for e in summary_of(training)} for training in trainings]
+            each = [{e["name"]: e["relative"] for e in _means(training)} for training in trainings]
             values = [100 * statistics.fmean(t[change] or 0.0 for t in each) for change in names]
             where = [i + high * (place - (len(models) - 1) / 2) for i in range(len(names))]
             axes.barh(where, values, high, color=colours[name], label=name)
@@ -300,8 +343,8 @@ def _draw_sizes(axes: Any, name: str, trainings: Sequence[Sequence[Outcome]], co
     means = [statistics.fmean(by_size[size]) for size in square]
     axes.plot([size[0] for size in square], means, marker="o", ms=4, color=colour, label=name)
     if len(trainings) > 1:
-        spread = [statistics.stdev(by_size[size]) for size in square]
-        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        bands = [interval(by_size[size]) or (0.0, 0.0) for size in square]
+        low, high = ([min(max(band[end], 0.0), 100.0) for band in bands] for end in (0, 1))
         axes.fill_between([size[0] for size in square], low, high, color=colour, alpha=0.15, linewidth=0)
     for size in by_size:
         if size not in square:

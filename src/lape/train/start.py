@@ -80,6 +80,14 @@ def build_model(recipe: Recipe, num_classes: int, say: Say = print, classes: Seq
         drop_path_rate=recipe.drop_path,
         **{**drop, **recipe.model_kwargs},
     )
+    if recipe.rope_jitter is not None:
+        way: Any = model.lape
+        if not hasattr(way, "jitter"):
+            raise LapeError(
+                f"rope_jitter={list(recipe.rope_jitter)} with pe={recipe.pe!r}: it moves the places of rotary "
+                "position; use pe='RoPE' or 'RoPE-mixed', or leave it out"
+            )
+        way.jitter = recipe.rope_jitter
     if "init" in recipe.as_original and not recipe.model_kwargs.keys() & {"pretrained", "checkpoint_path"}:
         _start_as_original(model)
     if recipe.finetune:
