@@ -63,13 +63,17 @@ FAULTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("trained")
+    train(tiny(output_dir=str(out)), say=quiet)
+    return str(out / CHECKPOINT)
+
+
 @LINUX
 @pytest.mark.parametrize("what", ["training", "its evaluation", "an evaluation", "reading once"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_lost_loader_process_is_one_line_and_the_others_end(tmp_path, monkeypatch, capsys, fault, what):
-    out = tmp_path / "out"
-    if what == "an evaluation":
-        train(tiny(output_dir=str(out)), say=quiet)
+def test_a_lost_loader_process_is_one_line_and_the_others_end(checkpoint, monkeypatch, capsys, fault, what):
     whole = Samples.__getitems__
 
     def batch(samples, keys):
@@ -79,10 +83,10 @@ def test_a_lost_loader_process_is_one_line_and_the_others_end(tmp_path, monkeypa
     monkeypatch.setattr(Samples, "__getitems__", batch)
     monkeypatch.setattr("lape.data.loaders.processors", lambda: 2)
     monkeypatch.setattr("lape.data.sets.CACHE_BYTES", 0)
-    evaluation = ["eval", str(out / CHECKPOINT), "--device", "cpu", "--num-workers", "2"]
+    evaluation = ["eval", checkpoint, "--device", "cpu", "--num-workers", "2"]
     once = ["--data-on-device"] if what == "reading once" else []
     capsys.readouterr()
-    code = run(app, evaluation if what == "an evaluation" else command("--epochs", "2", *once))
+    code = run(app, evaluation if what == "an evaluation" else command("--epochs", "2", "--batch-size", "512", *once))
     shown = capsys.readouterr().err
     assert code == USER_ERROR, shown
     assert shown.count("\n") == 1, shown
