@@ -4,8 +4,9 @@
     python benchmarks/scale_model.py --check    exit with 1 when they say something else
     python benchmarks/scale_model.py --rate deit_tiny_patch16_224=6000 --cores 8 --print    other assumptions
 
-Measured by this project: the loader (benchmarks/results/input_pipeline_*.json); counted: parameters and bytes of a
-checkpoint, from the model. All of GPUs, networks and disks is an assumption with a flag; none of it was measured here.
+Measured by this project: the loader (benchmarks/results/input_pipeline_*.json), one GPU (on_gpu_throughput_h200.json,
+for 384 pixels) and two processes on two cores (two_processes_*.json); counted: parameters, products and bytes of a
+checkpoint, from the model. Networks, disks and GPUs at 224 pixels are assumptions with a flag.
 """
 
 from __future__ import annotations
@@ -217,12 +218,77 @@ def cores() -> str:
     return "\n".join(lines)
 
 
+LARGE = {"deit_base_patch16_224": "DeiT-B", "deit3_large_patch16_384": "DeiT III-L"}
+LARGE_SIDE, LARGE_EPOCHS = 384, 30  # DeiT fine-tunes for so long at that size
+MEMORY = 80e9  # bytes of an H100
+
+
+def large() -> str:
+    """B and L at 384 pixels, with the rate of products and the memory that one GPU was measured to have with DeiT-B."""
+    given = Assumptions()
+    rows = json.loads((RESULTS / "on_gpu_throughput_h200.json").read_text())["results"]["DeiT-B"]["rows"]
+    eager = {row["batch"]: row["LaPE"] for row in rows if (row["mode"], row["way"]) == ("training", "eager")}
+    speed = eager[256]["flops_per_second"]
+    kept = (eager[512]["peak_bytes"] - eager[128]["peak_bytes"]) / (512 - 128)  # of an image, by 12 layers
+    lines = [
+        "| model | GPUs | images at once, DDP | FSDP2 | GPU, ms a step | exchange, DDP, ms | FSDP2, ms "
+        "| state a GPU, DDP, GB | FSDP2, GB | hours, DDP | FSDP2 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, short in LARGE.items():
+        with torch.device("meta"):
+            model = lape.create_model(name, "LaPE", img_size=LARGE_SIDE)
+        depth, width, tokens = len(model.blocks), model.embed_dim, (LARGE_SIDE // 16) ** 2 + 1
+        rate = speed / (6 * depth * (12 * width**2 * tokens + 2 * width * tokens**2))
+        image = kept * depth * width * tokens / (12 * 768 * 197)
+        count = sum(p.numel() for p in model.parameters())
+        for gpus in GPUS:
+            batch, away = given.global_batch / gpus, (gpus - 1) / gpus
+            bandwidth = given.inside if gpus <= given.gpus_a_node else given.between
+            states = (20 * count, 20 * count / gpus)  # float32: weights, gradients, two moments, average
+            at_once = [min(batch, (MEMORY - state) // image) for state in states]
+            parts = -(-batch // at_once[1])
+            # DDP: a float32 all-reduce. FSDP2: bf16 weights before each forward and backward, float32 gradients once
+            exchanges = [away * 8 * count / bandwidth, away * (parts * 4 + 4) * count / bandwidth]
+            step = max(batch / rate, given.least_step)
+            hours = [LARGE_EPOCHS * (TRAIN // given.global_batch) * (step + one) / 3600 for one in exchanges]
+            cells = [f"{at_once[0]:.0f}", f"{at_once[1]:.0f}", f"{1e3 * step:.0f}"]
+            cells += [f"{1e3 * one:.1f}" for one in exchanges] + [f"{one / 1e9:.1f}" for one in states]
+            lines.append(f"| {short} | {gpus} | {' | '.join(cells + [f'{one:.1f}' for one in hours])} |")
+    return "\n".join(lines)
+
+
+def two_processes() -> str:
+    """What `benchmarks/two_processes.py` measured."""
+    found = json.loads(sorted(RESULTS.glob("two_processes_*.json"))[-1].read_text())
+    rates, config = found["images_per_second"], found["config"]
+    rows = [f"| {name} | {rate:.1f} |" for name, rate in rates.items()]
+    strong, weak = found["strong_speed_up"], found["weak_efficiency"]
+    spread = [f"{min(one['all']):.2f} to {max(one['all']):.2f}" for one in (strong, weak)]
+    share = found["bytes_a_step"] / found["bytes_of_trained_parameters"]
+    return "\n".join(
+        [
+            "| processes, images a step | images a second |",
+            "|---|---|",
+            *rows,
+            "",
+            f"Two processes are {strong['median']:.2f} times as fast as one with the same step ({spread[0]}), and keep",
+            f"{weak['median']:.2f} of one's rate each ({spread[1]}): {config['model']} at {config['pixels']} pixels,",
+            f"{config['rounds']} rounds, load before {found['load_before'][0]:.1f}, {found['hardware']['processor']}.",
+            f"Gradients of a step: {found['bytes_a_step'] / 1e6:.2f} MB in {found['messages_a_step']:.1f} messages, "
+            f"{share:.3f} times 4 bytes a trained parameter.",
+        ]
+    )
+
+
 SECTIONS = {
     "loader": loader,
     "assumed": assumed,
     "evaluation": evaluation_shared,
     "cores": cores,
     "hours": lambda: table(Assumptions(), "fast"),
+    "large": large,
+    "processes": two_processes,
 }
 
 

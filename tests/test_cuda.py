@@ -189,6 +189,42 @@ def test_training_with_less_time_or_memory(flags):
     assert train(recipe, say=lambda _text: None).accuracy > 15
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("flags", [{}, {"amp": "fp16", "clip_grad": 1.0, "mixup": 0.8}, {"data_on_device": True}])
+def test_no_step_waits_for_the_gpu(monkeypatch, flags):
+    import lape.train.loop as loop
+
+    def without_waiting(function):
+        def call(*args):
+            torch.cuda.set_sync_debug_mode("error" if calls else "default")  # the first step sets things up
+            try:
+                return function(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                calls.append(function)
+
+        return call
+
+    calls: list[object] = []
+    for name in ("_launch_update", "_add_gradients"):
+        monkeypatch.setattr(loop, name, without_waiting(getattr(loop, name)))
+    monkeypatch.setattr(loop, "training_loss", on_third_call(loop.training_loss, float("nan")))
+    recipe = Recipe.from_yaml("digits", epochs=1, device="cuda", join_type="LaPE", **flags)
+    result = train(recipe, say=lambda _text: None)
+    assert result.history[0]["skipped_steps"] == 1
+    assert all(torch.isfinite(value).all() for value in result.model.state_dict().values())
+
+
+def on_third_call(function, factor: float):
+    calls = []
+
+    def call(*args):
+        calls.append(function)
+        return function(*args) * (factor if len(calls) == 3 else 1)
+
+    return call
+
+
 def test_too_little_memory_is_one_line(tmp_path):
     recipe = Recipe.from_yaml("digits", epochs=1, device="cuda", join_type="LaPE", batch_size=1024)
     torch.cuda.empty_cache()

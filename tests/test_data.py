@@ -707,3 +707,18 @@ def test_inat_that_cannot_be_read(tmp_path):
     (root / "train_val2018" / "Mammalia" / "2").mkdir(parents=True)
     (root / "train_val2018" / "Mammalia" / "2" / "train0.png").touch()
     assert refused(lambda: load_data(fields)).startswith(f"{root}/val2018.json is not JSON (")
+
+
+def test_digits_are_transformed_once_a_process_and_for_each_transform():
+    recipe = Recipe(input_size=16, aa="none", color_jitter=0.0, reprob=0.0, num_workers=0, repeated_aug=False)
+    first, again = (load_data(recipe.replace(seed=seed)) for seed in (0, 1))
+    assert first.train.images.data_ptr() == again.train.images.data_ptr()
+    kept = first.train.images.clone()
+    for images, _ in train_loader(again.train, recipe, epoch=0):
+        images.zero_()  # as mixing does in place
+    again.val.targets = again.val.targets + 1
+    assert first.train.images.equal(kept)
+    assert first.val.targets.max() == 9
+    for change in ({"input_size": 8}, {"in_chans": 1}, {"mean": (0.1, 0.2, 0.3)}, {"train_interpolation": "nearest"}):
+        other = load_data(recipe.replace(**change)).train.images
+        assert other.shape != kept.shape or not other.equal(kept), change

@@ -1,21 +1,21 @@
 """A run ends, with one line, and no process is left: lost loader processes, launchers, full disks, gone parents."""
 
-import contextlib
 import errno
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import LIMIT, SERVER, Process, all_end, lape, session_of
 from training import KWARGS, quiet, read, tiny
 
 from lape.cli.app import USER_ERROR, app, run
@@ -27,7 +27,6 @@ from lape.train.loop import train
 from lape.train.state import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 120.0  # seconds until a test says that something hangs
 FLAGS = "--model vit_tiny_patch16_224 --input-size 16 --device cpu --batch-size 64 --no-repeated-aug --aa none"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -36,30 +35,10 @@ def command(*more: str) -> list[str]:
     return ["train", *FLAGS.split(), "--model-kwargs", json.dumps(KWARGS), "--num-workers", "2", *more]
 
 
-def session_of(leader: int) -> list[int]:
-    """The processes that a session's leader started and what those started, whoever is their parent by now."""
-    pids = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == leader and fields[0] != "Z":
-                pids.append(int(stat.parent.name))
-    return pids
-
-
 def begin(*arguments: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=settings, start_new_session=True, **pipes)
-
-
-def all_end(leader: int, seconds: float = LIMIT) -> bool:
-    until = time.monotonic() + seconds
-    while (left := session_of(leader)) and time.monotonic() < until:
-        time.sleep(0.1)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    return not left
 
 
 # ------------------------------------------------------------------------------------------------ loader processes
@@ -84,13 +63,17 @@ FAULTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("trained")
+    train(tiny(output_dir=str(out)), say=quiet)
+    return str(out / CHECKPOINT)
+
+
 @LINUX
 @pytest.mark.parametrize("what", ["training", "its evaluation", "an evaluation", "reading once"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_lost_loader_process_is_one_line_and_the_others_end(tmp_path, monkeypatch, capsys, fault, what):
-    out = tmp_path / "out"
-    if what == "an evaluation":
-        train(tiny(output_dir=str(out)), say=quiet)
+def test_a_lost_loader_process_is_one_line_and_the_others_end(checkpoint, monkeypatch, capsys, fault, what):
     whole = Samples.__getitems__
 
     def batch(samples, keys):
@@ -100,10 +83,10 @@ def test_a_lost_loader_process_is_one_line_and_the_others_end(tmp_path, monkeypa
     monkeypatch.setattr(Samples, "__getitems__", batch)
     monkeypatch.setattr("lape.data.loaders.processors", lambda: 2)
     monkeypatch.setattr("lape.data.sets.CACHE_BYTES", 0)
-    evaluation = ["eval", str(out / CHECKPOINT), "--device", "cpu", "--num-workers", "2"]
+    evaluation = ["eval", checkpoint, "--device", "cpu", "--num-workers", "2"]
     once = ["--data-on-device"] if what == "reading once" else []
     capsys.readouterr()
-    code = run(app, evaluation if what == "an evaluation" else command("--epochs", "2", *once))
+    code = run(app, evaluation if what == "an evaluation" else command("--epochs", "2", "--batch-size", "512", *once))
     shown = capsys.readouterr().err
     assert code == USER_ERROR, shown
     assert shown.count("\n") == 1, shown
@@ -112,27 +95,36 @@ def test_a_lost_loader_process_is_one_line_and_the_others_end(tmp_path, monkeypa
     assert not multiprocessing.active_children()
 
 
-@LINUX
-@pytest.mark.slow
-@pytest.mark.parametrize("error", ["ValueError('a bug')", "KeyboardInterrupt", "SystemExit(7)"])
-def test_python_ends_though_loader_processes_run_and_an_error_keeps_them(error):
-    code = f"""
+ENDS = {"ValueError('a bug')": 1, "KeyboardInterrupt": -signal.SIGINT, "SystemExit(7)": 7}
+DRIVER = """
+import os, sys
 from lape.data.loaders import train_loader
 from lape.data.open import load_data
 from lape.recipe import Recipe
-recipe = Recipe(num_workers=2, batch_size=8, input_size=16, repeated_aug=False)
-batches = iter(train_loader(load_data(recipe).train, recipe, epoch=0))
-next(batches)
-kept = batches.gi_frame.f_locals["batches"]  # beyond the reach of the garbage collector
-kept.itself = kept
-print("begun", flush=True)
-raise {error}
+
+for error in sys.argv[1:]:  # each in a fork, which ends as an interpreter does, without importing all this again
+    sys.stdout.flush()
+    if pid := os.fork():
+        print(pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        continue
+    os.setsid()
+    recipe = Recipe(num_workers=2, batch_size=8, input_size=16, repeated_aug=False)
+    batches = iter(train_loader(load_data(recipe).train, recipe, epoch=0))
+    next(batches)
+    kept = batches.gi_frame.f_locals["batches"]  # beyond the reach of the garbage collector
+    kept.itself = kept
+    raise eval(error)
 """
-    process = begin("-c", code)
+
+
+@LINUX
+@pytest.mark.slow
+def test_python_ends_though_loader_processes_run_and_an_error_keeps_them():
+    process = begin("-c", DRIVER, *ENDS)
     output, errors = process.communicate(timeout=LIMIT)
-    assert output == "begun\n", errors
-    assert process.returncode in (1, 7, -signal.SIGINT), errors
-    assert all_end(process.pid)
+    ends = [[int(word) for word in line.split()] for line in output.splitlines()]
+    assert [code for _, code in ends] == list(ENDS.values()), errors
+    assert all(all_end(pid) for pid, _ in ends)
 
 
 # ------------------------------------------------------------------------------------------------ parents that are gone
@@ -148,10 +140,10 @@ def wait_for_line(process: subprocess.Popen, text: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_whatever_ends_a_training_its_loader_processes_end(tmp_path, number):
-    process = begin("-m", "lape", *command("--epochs", "500", "--output-dir", str(tmp_path), "--log-every", "1"))
-    wait_for_line(process, "Epoch: [0]")
-    process.send_signal(number) if number == signal.SIGKILL else os.killpg(process.pid, number)  # as a terminal does
-    output, errors = process.communicate(timeout=LIMIT)
+    process = Process(lape, *command("--epochs", "500", "--output-dir", str(tmp_path), "--log-every", "1"))
+    process.wait_for("Epoch: [0]")
+    process.signal(number) if number == signal.SIGKILL else os.killpg(process.pid, number)  # as a terminal does
+    output, errors = process.communicate()
     assert all_end(process.pid)
     if number != signal.SIGKILL:  # of which a loader process may say that its pipe is gone
         assert "Traceback" not in errors
@@ -160,29 +152,30 @@ def test_whatever_ends_a_training_its_loader_processes_end(tmp_path, number):
         assert read(tmp_path / CHECKPOINT)["step"] + read(tmp_path / CHECKPOINT)["epoch"] > -1
 
 
+def compare_with_forks(*tokens: str) -> None:
+    """With workers that need not import all there is again: this process has computed nothing yet."""
+    multiprocessing.get_context = lambda _method: SERVER.get_context("fork")  # type: ignore[assignment]
+    lape(*tokens)
+
+
 @LINUX
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("when", ["workers start", "workers train"])
 def test_whatever_ends_a_comparison_its_workers_end(tmp_path, number, when):
     model = ["--models", "vit_tiny_patch16_224", "--model-kwargs", json.dumps(KWARGS), "--input-size", "16"]
-    process = begin(
-        "-m", "lape", "compare", "--output-dir", str(tmp_path), "--epochs", "500", "--device", "cpu", *model
-    )
-    until = time.monotonic() + LIMIT
-    while (
-        process.poll() is None
-        and time.monotonic() < until
-        and (
-            len(session_of(process.pid)) < 3
+    tokens = ["compare", "--output-dir", str(tmp_path), "--epochs", "500", "--device", "cpu", *model]
+    process = Process(lape if when == "workers start" else compare_with_forks, *tokens)
+    process.wait_until(
+        lambda: (
+            len(session_of(process.pid)) >= 3
             if when == "workers start"
-            else len(list(tmp_path.glob(f"cells/*/training/{CHECKPOINT}"))) < 2
+            else len(list(tmp_path.glob(f"cells/*/training/{CHECKPOINT}"))) >= 2
         )
-    ):
-        time.sleep(0.05)
-    process.send_signal(number)
+    )
+    process.signal(number)
     assert all_end(process.pid)
-    output, errors = process.communicate(timeout=LIMIT)
+    output, errors = process.communicate()
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), errors
     if number != signal.SIGKILL:  # else a child that starts may miss its parent
         assert "Traceback" not in errors
@@ -264,18 +257,24 @@ def test_one_task_of_slurm_is_a_process_like_any_other(monkeypatch):
 def test_ctrl_c_ends_a_process_that_waits_for_others():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from lape.train import distributed"
-    code += "; print('ready', flush=True)\nwith distributed.join_world('cpu'): pass"
-    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in launched.items():
-            patch.setenv(name, value)
-        process = begin("-c", code)
-    wait_for_line(process, "ready")
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=LIMIT)
-    assert process.returncode != 0
+    process = Process(join, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    process.wait_for("ready")
+    process.wait_until(lambda: not catches_ctrl_c(process.pid))  # torch waits, in C++
+    process.signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == -signal.SIGINT
+
+
+def join() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("ready", flush=True)
+    with join_world("cpu"):
+        pass
+
+
+def catches_ctrl_c(pid: int) -> bool:
+    mask = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return mask is not None and bool(int(mask[1], 16) >> (signal.SIGINT - 1) & 1)
 
 
 # ------------------------------------------------------------------------------------------------ values

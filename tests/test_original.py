@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from processes import main_py, run_together
 from torch import nn
 from training import ALONE, KWARGS, quiet, tiny
 
@@ -175,18 +173,13 @@ def test_without_a_teacher_the_class_head_learns_alone(original):
 
 @pytest.mark.distributed
 def test_without_a_teacher_two_processes_train_to_the_numbers_of_one(tmp_path):
-    flags = f"main.py --model {DISTILLED} --join-type LaPE --input-size 16 --epochs 1 --lr 0.01 --warmup-epochs 0"
+    flags = f"--model {DISTILLED} --join-type LaPE --input-size 16 --epochs 1 --lr 0.01 --warmup-epochs 0"
     flags += " --aa none --reprob 0 --mixup 0 --cutmix 0 --no-repeated-aug --device cpu --num_workers 0 --drop-path 0"
     losses = []
     for processes, batch in ((1, 256), (2, 128)):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += [*flags.split(), "--batch-size", str(batch), "--model-kwargs", json.dumps(KWARGS)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         folder = tmp_path / str(processes)
-        done = subprocess.run(
-            [*command, "--output_dir", str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+        more = ["--batch-size", str(batch), "--model-kwargs", json.dumps(KWARGS), "--output_dir", str(folder)]
+        run_together(processes, main_py, *flags.split(), *more)
         losses.append(json.loads((folder / "log.txt").read_text().splitlines()[-1])["train_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 

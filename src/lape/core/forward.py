@@ -69,9 +69,12 @@ class Forward:
     def begin(self, grid: Grid | None) -> None:
         """The grid is known. Positions are computed at once, before a block can be checkpointed."""
         self.grid = grid
-        self.late = self.link.listed and self.link.is_away(self.root)
-        if self.link.listed and not self.late:
-            self.compute()
+        if not self.link.listed:
+            return
+        table = self.link.table(self.root)
+        self.late = table is not None and table.is_meta  # offloaded: elsewhere until the host's code reads it
+        if not self.late:
+            self.compute(table)
 
     def begin_each(self, grids: list[Grid], num_tokens: int) -> None:
         """The grid of each image is known."""
@@ -79,9 +82,9 @@ class Forward:
         if self.link.listed:
             self.received = self.link.compute_each(self.root, grids, num_tokens)
 
-    def compute(self) -> None:
+    def compute(self, table: Tensor | None) -> None:
         self.learns = torch.is_grad_enabled()
-        asked = self.link.asked(self.root, self.grid, table=self.table)
+        asked = self.link.asked(self.root, self.grid, table=table)
         lape: Any = self.root.lape
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.learns or traced or not _is_bare(lape):
@@ -164,11 +167,6 @@ class Link:
         """The rows (1, R, D) that a host's table stands for."""
         form = self.anatomy.form
         return form.read(table, *(owned(*place_of(root, path)) for path in form.inputs))
-
-    def is_away(self, root: nn.Module) -> bool:
-        """Whether the table is elsewhere until the host's code reads it (offloading)."""
-        table = self.table(root)
-        return table is not None and table.is_meta
 
     def asked(
         self, root: nn.Module, grid: Grid | None, upto: int | None = None, *, table: Tensor | None = None
@@ -263,7 +261,8 @@ class Link:
             here.table = self.read(here.root, own)
         if isinstance(own, nn.Parameter):
             return _zeros(own, own.dtype)
-        return _zeros(own, next((p.dtype for p in self.running.parameters()), own.dtype))  # idle: follow the living
+        living = (p.dtype for module in self.running.modules() for p in module._parameters.values() if p is not None)
+        return _zeros(own, next(living, own.dtype))  # idle: follow the living
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         root = memo.get(id(self.root))
@@ -294,7 +293,7 @@ def received(module: Any, x: Tensor, layer: int | None = None) -> Tensor:
     if here is not None and here.late and here.link is link:
         here.late = False
         with _saved_as_it_is():
-            here.compute()
+            here.compute(here.table)
     p = None
     if here is not None and here.link is link and here.received is not None:
         usable = not link.anatomy.maps or link.grid_of(x, module._lape_place) == here.grid

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from lape.recipe import Recipe
 
 CACHE_BYTES = 2**28  # tensors of an unaugmented in-memory data set are kept up to this size
+OF_STILL = ("in_chans", "input_size", "eval_crop_ratio", "mean", "std", "train_interpolation")  # what decides on them
+MOST_STILL = 4  # such tensors in a process
+_STILL: dict[str, torch.Tensor] = {}
 
 
 class Listing(NamedTuple):
@@ -120,8 +123,12 @@ def kept_if_still(dataset: Images, recipe: Recipe, split: str) -> Images | OnDev
     fits = len(dataset) * recipe.in_chans * recipe.input_size**2 * 4 <= CACHE_BYTES
     if not fits or (split == "train" and is_augmented(recipe)):
         return dataset
-    images = torch.stack([dataset[index][0] for index in range(len(dataset))])
-    return OnDevice(images, torch.tensor(dataset.targets), [])
+    key = repr((split, [getattr(recipe, name) for name in OF_STILL]))
+    if key not in _STILL:  # the digits alone come here: of trainings in one process, the first transforms them
+        if len(_STILL) == MOST_STILL:
+            del _STILL[next(iter(_STILL))]
+        _STILL[key] = torch.stack([dataset[index][0] for index in range(len(dataset))])
+    return OnDevice(_STILL[key], torch.tensor(dataset.targets), [])
 
 
 def _from_array(pixels: np.ndarray[Any, Any], in_chans: int) -> Image.Image:

@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -191,6 +191,39 @@ def sum_over_ranks(values: Tensor) -> Tensor:
         total = total.to(_collective_device())
         dist.all_reduce(total)
     return total.cpu()
+
+
+class Reading:
+    """Numbers on their way from a device to this process, which goes on meanwhile."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)
+        self._arrival: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._arrival = torch.cuda.Event(blocking=True)
+            self._arrival.record()
+
+    def read(self) -> list[float]:
+        """Wait for them, and for nothing that was begun after them."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        numbers: list[float] = self._values.tolist()
+        return numbers
+
+
+def mean_over_ranks(measured: Tensor, told: Sequence[float]) -> Tensor:
+    """Float64 means over the processes of what was measured and, behind it, of what each of them tells.
+
+    They lie where `measured` does if that is on CUDA, and nothing is waited for; else on the CPU.
+    """
+    values = torch.tensor(told, dtype=torch.float64)
+    if measured.is_cuda:  # from pinned memory a copy is not waited for
+        values = values.pin_memory().to(measured.device, non_blocking=True)
+    values = torch.cat([measured.to(values.device).double(), values])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
 
 
 def all_of(text: str) -> list[str]:

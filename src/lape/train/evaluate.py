@@ -109,7 +109,7 @@ def _outcomes(
     """Of this process's images, each in its place: how often seen, top-1, top-5, loss, (4, images); what went wrong."""
     rank, size = rank_and_size() if shared else (0, 1)
     place, problem = rank, ""
-    outcome = torch.zeros(4, len(loader.dataset), dtype=torch.float64)  # type: ignore[arg-type]
+    outcome = torch.zeros(4, len(loader.dataset), device=device)  # type: ignore[arg-type]
     batches = iter(loader)
     try:
         with autocast(amp, device):
@@ -121,15 +121,16 @@ def _outcomes(
                 logits = logits_of(model(images.to(device, non_blocking=True))).float()
                 hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
                 loss = F.cross_entropy(logits, targets, reduction="none")
-                places = torch.arange(place, place + size * len(targets), size)
-                outcome[:, places] += torch.stack([torch.ones_like(loss), hit[:, 0], hit.any(dim=1), loss]).cpu()
-                place = int(places[-1]) + size
+                seen = torch.ones_like(loss)
+                behind = place + size * len(targets)
+                outcome[:, place:behind:size] += torch.stack([seen, hit[:, 0], hit.any(dim=1), loss])
+                place = behind
     except DataError as error:
         problem = str(error)
     finally:
         if isinstance(batches, Generator):  # its processes; an error would keep it
             batches.close()
-    return outcome, problem
+    return outcome.cpu().double(), problem
 
 
 @torch.no_grad()

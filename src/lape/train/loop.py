@@ -7,6 +7,10 @@ number of classes), and the reader sees every step. Optimizer, schedule, Mixup a
 the data set does the same for each image, and the schedule is a function of the epoch. So a run that was stopped, at
 any moment, and resumed from its `checkpoint.pth` ends with the same bits as one that was not.
 
+**A step does not wait for its device** where that can itself leave out a step whose loss or gradient is not finite
+(`decides` in `lape.train.state`): what a step reports is read when the next one is launched, and all of it before
+something is saved. Elsewhere a report is read at once.
+
 **Files** in `output_dir`, each replaced as a whole: `checkpoint.pth` (after every epoch, on SIGTERM, within an epoch
 as `save_steps` and `save_minutes` say), the one before it as `previous_checkpoint.pth`, `best_checkpoint.pth` (best
 top-1 so far, of the raw weights unless `best_by` says otherwise), `log.txt` (one JSON line an epoch: DeiT's keys with
@@ -20,6 +24,7 @@ import datetime
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
@@ -43,7 +48,16 @@ from lape.files.restore import check_classes, settings_of
 from lape.files.vet import of_file
 from lape.names import tell
 from lape.recipe import Recipe
-from lape.train.distributed import World, expect_answers, join_world, on_main, sum_over_ranks, wait_for_others
+from lape.train.distributed import (
+    Reading,
+    World,
+    expect_answers,
+    join_world,
+    mean_over_ranks,
+    on_main,
+    sum_over_ranks,
+    wait_for_others,
+)
 from lape.train.evaluate import Metrics, autocast, evaluate_data
 from lape.train.faults import Stop, Stopped, explained, make_deterministic
 from lape.train.logs import check_services, open_curves, write_log
@@ -122,9 +136,6 @@ class StepReport(NamedTuple):
     corrupt: float  # images that could not be read
     save: float  # more than 0: a checkpoint is due
 
-    def mean(self, world: World) -> StepReport:
-        return StepReport(*(sum_over_ranks(torch.tensor(self, dtype=torch.float64)) / world.size).tolist())
-
     @property
     def good(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
@@ -173,10 +184,7 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
             line = _train_epoch(run, epoch)
             raw, ema = _evaluate_epoch(run, epoch, line["train_lr"])
             line |= raw.log("test") | (ema.log("test_ema") if ema is not None else {})
-            accuracy = ema.acc1 if ema is not None and recipe.best_by == "ema" else raw.acc1
-            better = accuracy > state.best_accuracy
-            if better:
-                state.best_accuracy, state.best_epoch = accuracy, epoch
+            better = state.better(ema.acc1 if ema is not None and recipe.best_by == "ema" else raw.acc1, epoch)
             state.begin_epoch(epoch + 1)
             state.history.append(line)
             _say_results(run, raw, ema)
@@ -213,6 +221,7 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
     if run.mixup is not None:
         run.mixup.mixup_enabled = epoch < (recipe.mixup_off_epoch or recipe.epochs)
     loss = torch.zeros((), device=world.device)
+    launched: deque[Reading] = deque()  # the reports of steps that nobody has read yet
     with closing(progress.over(loader)) as batches:  # an error must not leave the loader's processes
         for number, (images, targets) in enumerate(batches, start=first * parts):
             step, part = divmod(number, parts)
@@ -221,14 +230,13 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
             loss += _add_gradients(run, images, targets, last)
             if not last:
                 continue
-            report = _update(run, loss, loader.skipped, epoch, step)
+            launched.append(_launch_update(run, loss, loader.skipped, epoch, step))
             loss.zero_()
-            progress.report(loss=report.loss, lr=lr, grad_norm=report.grad_norm)
-            if not report.good:
-                _count_bad_step(run, report, f"learning rate {lr:.3g} in epoch {epoch}, step {step}")
-            if report.stop:
+            at_once = not state.on_device or step + 1 == run.steps or _saves_behind(recipe, step)
+            stop, save = _account(run, launched, at_once, progress, f"learning rate {lr:.3g} in epoch {epoch}")
+            if stop:
                 _save_and_leave(run)
-            if report.save and report.good and state.next_step < run.steps:
+            if save and not state.bad_in_row and state.next_step < run.steps:
                 run.save()
     set_rate(state, recipe, epoch + 1)
     line = _epoch_line(run, epoch, lr, progress)
@@ -261,27 +269,41 @@ def _add_gradients(run: Training, images: Any, targets: Tensor, last: bool) -> T
     return loss.detach()
 
 
-def _update(run: Training, loss: Tensor, skipped: list[str], epoch: int, step: int) -> StepReport:
-    """One step of the optimizer and of the average, unless loss or gradient is not finite."""
+def _launch_update(run: Training, loss: Tensor, skipped: list[str], epoch: int, step: int) -> Reading:
+    """One step of the optimizer and of the average, unless loss or gradient is not finite; returns its report."""
     state, recipe = run.state, run.recipe
     grad_norm = _gradient_norm(state, run.parameters, recipe.clip_grad)
-    corrupt = len(skipped)
+    told = [run.stop.is_set(), len(skipped), run.world.is_main and _save_is_due(run, step)]
     _name_skipped(skipped)
-    due = run.world.is_main and _save_is_due(recipe, step, time.monotonic() - run.last_save)
-    value, norm = torch.stack([loss, grad_norm]).tolist()
-    report = StepReport(value, norm, run.stop.is_set(), corrupt, due).mean(run.world)
-    if report.good:
-        state.scaler.step(state.optimizer)
-        if state.ema is not None:
-            update = epoch * run.steps + step + 1 if recipe.model_ema_warmup else None
-            state.ema.update(state.model, update)
-        state.loss_sum += report.loss
-        state.bad_in_row = 0
-    state.scaler.update()
-    state.optimizer.zero_grad()
-    state.skipped_images += round(report.corrupt * run.world.size)
-    state.next_step = step + 1
-    return report
+    report = mean_over_ranks(torch.stack([loss, grad_norm]), told)
+    reading = Reading(report)
+    state.update(report[:2].isfinite().all(), epoch * run.steps + step + 1 if recipe.model_ema_warmup else None)
+    return reading
+
+
+def _account(
+    run: Training, launched: deque[Reading], at_once: bool, progress: Progress, place: str
+) -> tuple[bool, bool]:
+    """Read the reports of steps and count them: all but the last, so that the device is never waited for.
+
+    All of them `at_once`, or when a step stops the run or saves it: the state is that of the last one then.
+
+    Returns:
+        Whether the run stops; whether a checkpoint is due.
+    """
+    state, stop, save = run.state, False, False
+    while len(launched) > (0 if at_once or stop or save else 1):
+        report = StepReport(*launched.popleft().read())
+        progress.report(loss=report.loss, lr=state.optimizer.param_groups[0]["lr"], grad_norm=report.grad_norm)
+        state.skipped_images += round(report.corrupt * run.world.size)
+        state.next_step += 1
+        if report.good:
+            state.loss_sum += report.loss
+            state.bad_in_row = 0
+        else:
+            _count_bad_step(run, report, f"{place}, step {state.next_step - 1}")
+        stop, save = stop or report.stop > 0, save or report.save > 0
+    return stop, save
 
 
 def training_loss(
@@ -352,9 +374,15 @@ def _name_skipped(skipped: list[str]) -> None:
     skipped.clear()
 
 
-def _save_is_due(recipe: Recipe, step: int, seconds: float) -> bool:
-    by_steps = recipe.save_steps and (step + 1) % recipe.save_steps == 0
-    return bool(by_steps or (recipe.save_minutes and seconds >= 60 * recipe.save_minutes))
+def _saves_behind(recipe: Recipe, step: int) -> bool:
+    """Whether a checkpoint is due behind a step by its number."""
+    return bool(recipe.save_steps and (step + 1) % recipe.save_steps == 0)
+
+
+def _save_is_due(run: Training, step: int) -> bool:
+    """By the step's number, or by this process's clock."""
+    minutes = run.recipe.save_minutes
+    return _saves_behind(run.recipe, step) or bool(minutes and time.monotonic() - run.last_save >= 60 * minutes)
 
 
 def _save_and_leave(run: Training) -> NoReturn:

@@ -25,7 +25,7 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from lape.convert.converted import conversion_of
 from lape.convert.positions import tables_of
@@ -66,6 +66,35 @@ class State:
     best_accuracy: float = -1.0  # so that the first epoch is the best until a better one comes
     best_epoch: int | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    on_device: bool = False  # whether the device decides if a step counts; else this process, which waits for it
+
+    def update(self, good: Tensor, number: int | None) -> None:
+        """One step of the optimizer and of the average where `good` is true, and nothing where it is not.
+
+        Args:
+            good: a boolean, on the device that decides.
+            number: of the step, for an average that warms up.
+        """
+        if self.on_device:
+            optimizer: Any = self.optimizer
+            optimizer.grad_scale, optimizer.found_inf = None, (~good).float()  # as torch's gradient scaler tells it
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+            if self.ema is not None:
+                _average(self.ema, self.model, good, number)
+        elif good:
+            self.scaler.step(self.optimizer)
+            if self.ema is not None:
+                self.ema.update(self.model, number)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def better(self, accuracy: float, epoch: int) -> bool:
+        """Note what an epoch has reached; whether it is the best so far."""
+        if accuracy <= self.best_accuracy:
+            return False
+        self.best_accuracy, self.best_epoch = accuracy, epoch
+        return True
 
     def begin_epoch(self, epoch: int) -> None:
         """Forget what was counted for the epoch that has ended."""
@@ -94,7 +123,7 @@ def check_optimizer(recipe: Recipe, device: torch.device) -> None:
         raise LapeError(f"unknown opt {recipe.opt!r}{f'; did you mean {guess!r}?' if guess else ''}: a name of timm")
     probe = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Linear(2, 2)).to(device)
     try:
-        optimizer = create_optimizer_v2(probe, **optimizer_kwargs(recipe))
+        optimizer = create_optimizer_v2(probe, **optimizer_kwargs(recipe), **_fused(recipe, device))
         for parameter in probe.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
@@ -106,7 +135,8 @@ def check_optimizer(recipe: Recipe, device: torch.device) -> None:
 def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
     """Optimizer, schedule, EMA and gradient scaler for a model, at the first epoch."""
     with _decay_of(model, recipe):
-        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(recipe), "lr": peak_lr(recipe, world.size)})
+        settings = {**optimizer_kwargs(recipe), **_fused(recipe, world.device), "lr": peak_lr(recipe, world.size)}
+        optimizer = create_optimizer_v2(model, **settings)
     _scale_lr_of_position(optimizer, model, recipe.pe_lr_scale)
     # timm's function of the epoch stays at min_lr behind the end of its own epochs.
     scheduler, _ = create_scheduler(recipe.replace(epochs=recipe.schedule_epochs or recipe.epochs), optimizer)
@@ -115,9 +145,40 @@ def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
         device = torch.device("cpu") if recipe.model_ema_force_cpu else None
         ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup, device=device)
     half = recipe.amp in ("fp16", "auto") and world.device.type == "cuda"
-    state = State(model, ema, optimizer, scheduler, torch.amp.GradScaler("cuda", enabled=half), recipe.start_epoch)
+    scaler = torch.amp.GradScaler("cuda", enabled=half)
+    state = State(model, ema, optimizer, scheduler, scaler, recipe.start_epoch)
+    state.on_device = decides(world.device, recipe)
     set_rate(state, recipe, recipe.start_epoch)
     return state
+
+
+def decides(device: torch.device, recipe: Recipe) -> bool:
+    """Whether the device can leave out a step that is not finite: CUDA, with torch's fused Adam or AdamW.
+
+    SGD has a fused kernel as well, which leaves its first momentum undefined where it skips the first step.
+    """
+    average_there = not (recipe.model_ema and recipe.model_ema_force_cpu)
+    return device.type == "cuda" and recipe.opt.lower() in ("adam", "adamw") and average_there
+
+
+def _fused(recipe: Recipe, device: torch.device) -> dict[str, bool]:
+    return {"fused": True} if decides(device, recipe) else {}
+
+
+@torch.no_grad()
+def _average(ema: ModelEmaV3, model: nn.Module, good: Tensor, number: int | None) -> None:
+    """What timm's average does in a step, with a weight that the device knows: zero where the step does not count."""
+    weight = (1 - ema.get_decay(number)) * good
+    averages, values = [], []
+    for average, value in zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True):
+        if average.is_floating_point():
+            averages.append(average)
+            values.append(value)
+        else:
+            average.copy_(torch.where(good, value, average))
+    apart = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(apart, weight)
+    torch._foreach_add_(averages, apart)
 
 
 def set_rate(state: State, recipe: Recipe, epoch: int) -> None:
@@ -486,4 +547,4 @@ def _layout(value: Any) -> Any:
     return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
 
 
-_GROUP_SETTINGS = ("params", "lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
+_GROUP_SETTINGS = ("params", "lr", "initial_lr", "weight_decay", "betas", "eps", "momentum", "fused", "foreach")
