@@ -121,3 +121,13 @@ def test_contributing_says_the_same():
 def test_few_modules_stand_beside_the_wings():
     assert {f"lape.{name}" for name in GROUND} <= set(FILES)
     assert len([path for path in (SOURCE / "lape").iterdir() if path.is_file()]) <= 10
+
+
+def test_no_function_is_above_sixty_lines():
+    long = [
+        (str(path.relative_to(SOURCE)), node.name)
+        for path in FILES.values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
+    ]
+    assert not long

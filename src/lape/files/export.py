@@ -114,14 +114,12 @@ def export(
         expected_BC = _Outputs(eager)(images_BCHW)
     check_finite(expected_BC, f"the outputs of {'the model' if checkpoint is None else checkpoint.path}")
     shipped = copy.deepcopy(eager)
-    about = {"classes": classes, "transform": transform}
-    if checkpoint is not None:
-        about = {"classes": classes or checkpoint.classes, "transform": transform or checkpoint.transform}
+    named = {"classes": classes, "transform": transform}
+    about = {name: value or getattr(checkpoint, name, None) for name, value in named.items()}
     if fold and not conversion_of(shipped).folded:
         fold_(shipped)
     target = Path(output_dir).expanduser()
-    if checkpoint is not None:
-        keep_inputs((target / name for name in _FILES.values()), [checkpoint.path])
+    keep_inputs((target / name for name in _FILES.values()), [checkpoint.path] if checkpoint else [])
     _make(target)
     with _writing(target), unfinished(target, ".export.") as place:
         done = []
@@ -132,13 +130,18 @@ def export(
             _judge(result, tolerance, say)
             done.append(result)
         report = {"model": str(describe(shipped)), "tolerance": tolerance, "torch": torch.__version__, "files": done}
-        text = json.dumps(report, indent=2, default=asdict, allow_nan=False) + "\n"
-        write_atomically(place / REPORT, lambda file: file.write(text.encode()))
-        (target / REPORT).unlink(missing_ok=True)  # it says that all is in place, so it goes first and comes last
-        for result in done:
-            _move(place / result.path, target / result.path)
-        put_in_place({place / REPORT: target / REPORT})
+        _put_in_place(done, report, place, target)
     return done
+
+
+def _put_in_place(done: list[Exported], report: dict[str, Any], place: Path, target: Path) -> None:
+    """The report says that all is in place, so it goes first and comes last."""
+    text = json.dumps(report, indent=2, default=asdict, allow_nan=False) + "\n"
+    write_atomically(place / REPORT, lambda file: file.write(text.encode()))
+    (target / REPORT).unlink(missing_ok=True)
+    for result in done:
+        _move(place / result.path, target / result.path)
+    put_in_place({place / REPORT: target / REPORT})
 
 
 def _judge(result: Exported, tolerance: float, say: Callable[[str], None]) -> None:

@@ -166,11 +166,9 @@ def load_weights(
         load_reference_state_dict(model, fresh | rest, source_grid=None if plain else grid)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_advice(ours, theirs)}") from None
+    by_reason = {reason: [name for name in fresh if reasons[name] == reason] for reason in reasons.values() if reason}
     notes = [
-        *(
-            f"{reason} (start anew): {short([name for name in fresh if reasons[name] == reason])}"
-            for reason in dict.fromkeys(reasons[name] for name in fresh)
-        ),
+        *(f"{reason} (start anew): {short(names)}" for reason, names in by_reason.items()),
         f"left out: {short(foreign)}" if foreign else "",
         resized,
         moved,
