@@ -21,7 +21,8 @@ function makeChart(label) {
   const all = series.flatMap(({ m }) => [...m.values, ...(m.dots || []).flat()]).filter((v) => v !== null);
   if (!all.length) return;
   let [low, high] = [Math.min(...all), Math.max(...all)];
-  if (high - low < 1e-6 * Math.max(1, Math.abs(high))) [low, high] = [low - 0.5, high + 0.5];
+  const least = 0.02 * Math.max(0.5, Math.abs(low), Math.abs(high)); // what differs by less is drawn as level
+  if (high - low < least) [low, high] = [(low + high - least) / 2, (low + high + least) / 2];
   const marks = ticks(low, high);
   [low, high] = [marks[0], marks.at(-1)];
   const y = (v) => TOP + (1 - (v - low) / (high - low)) * (H - TOP - BOTTOM);
