@@ -107,6 +107,8 @@ def test_arguments_that_fetch_write_or_grow_are_refused_by_name(folder, asked, t
         {"hidden_act": "org/kernel"},
         {"hidden_act": 3},
         {"qkv_bias": 2},
+        {"qkv_bias": [True]},
+        {"output_hidden_states": [None]},
         {"dtype": "os"},
         {"model_type": "clip"},
         {"trust_remote_code": True},
@@ -189,7 +191,17 @@ def test_a_checkpoint_is_held_to_the_same(tmp_path, asked):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 10**5, "\xff", '{"format": NaN}', '{"format": "lape-1", "format": "x"}', "3", "{}"]
+    "text",
+    [
+        "[" * 10**5,
+        "9" * 5000,
+        "\ufeff{}",
+        "\xff",
+        '{"format": NaN}',
+        '{"format": "lape-1", "format": "x"}',
+        "3",
+        "{}",
+    ],
 )
 def test_a_config_that_is_not_json_is_refused(folder, text):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
@@ -199,6 +211,26 @@ def test_a_config_that_is_not_json_is_refused(folder, text):
     os.mkfifo(folder / "config.json")
     with pytest.raises(CheckpointError, match="not a regular file"):
         lape.load(folder)
+
+
+def test_nesting_has_an_end(tmp_path):
+    """Python's reader goes deeper than what looks at the values later could."""
+    for depth, fits in ((60, True), (70, False), (900, False), (10**5, False)):
+        (tmp_path / "x.json").write_text('{"a":' * depth + "1" + "}" * depth)
+        if fits:
+            vet.read_json(tmp_path / "x.json")
+        else:
+            with pytest.raises(CheckpointError, match="nested too deep"):
+                vet.read_json(tmp_path / "x.json")
+
+
+def test_a_model_of_a_file_that_cannot_run_is_one_line(folder):
+    from lape.files.restore import check_classifier
+
+    model = lape.load(folder)
+    model.head.forward = lambda _x: [] + 1
+    with pytest.raises(CheckpointError, match=r"does not fit together \(TypeError"):
+        check_classifier(read_checkpoint(folder), model, 16, 3)
 
 
 def test_whatever_is_built_from_a_file_asks_nothing(tmp_path):
