@@ -18,9 +18,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from lape.errors import CheckpointError
 from lape.files.read import read_checkpoint
 
+ROOT = Path(__file__).parents[1]
 LIMIT = 60.0
 MODEL = "--model vit_tiny_patch16_224 --input-size 16 --model-kwargs embed_dim=16 depth=2 num_heads=2 patch_size=4"
 SHARED = f"{MODEL} --device cpu --no-repeated-aug --batch-size 64".split()
@@ -28,10 +32,23 @@ TRAIN = ["train", *SHARED, "--threads", "1", "--log-every", "1"]
 
 
 def lape(*arguments: str, wrapper: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    """A process of its own session. Its lines go into a file: a pipe that is full would hold it."""
+    settings = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **variables}
     command = [*wrapper, sys.executable, "-u", "-m", "lape", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=settings, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    lines = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process = subprocess.Popen(
+        command, env=settings, start_new_session=True, stdout=lines, stderr=subprocess.STDOUT, text=True
+    )
+    process.stdout = lines
+    return process
+
+
+def lines_of(process: subprocess.Popen[str]) -> str:
+    process.wait()
+    assert process.stdout is not None
+    with process.stdout as lines:
+        lines.seek(0)
+        return lines.read()
 
 
 def processes_of(session: int) -> list[int]:
@@ -58,10 +75,11 @@ def all_end(session: int, seconds: float = 10.0) -> bool:
 def one_line(process: subprocess.Popen[str]) -> str:
     """What was not right about the end of a wrong use, "" if nothing."""
     try:
-        errors = process.communicate(timeout=LIMIT)[1]
+        process.wait(LIMIT)
     except subprocess.TimeoutExpired:
         all_end(process.pid, 0)
-        return f"did not end within {LIMIT:.0f} s"
+        return f"did not end within {LIMIT:.0f} s: {lines_of(process)[-200:]}"
+    errors = lines_of(process)
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     right = process.returncode == 2 and len(lines) == 1 and "Traceback" not in errors and all_end(process.pid)
     return "" if right else f"exit code {process.returncode}: {errors[-200:]}"
@@ -100,6 +118,17 @@ def full_disks(kilobytes: tuple[int, ...] = (4, 12, 60, 200)) -> dict[str, objec
     return count({f"{size} kB": lambda size=size: train_on(size) for size in kilobytes})  # type: ignore[misc]
 
 
+def images(folder: Path) -> Path:
+    """Pictures that take a while to decode."""
+    rng = np.random.default_rng(0)
+    for place in ("train/ant", "train/bee", "val/ant", "val/bee"):
+        (folder / place).mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / place / f"{number}.png")
+    return folder
+
+
 def kills(number_of_each: int = 2) -> dict[str, object]:
     """A training, its loader process, a comparison: each ended from outside. Nothing is left, and a file is whole."""
 
@@ -107,19 +136,21 @@ def kills(number_of_each: int = 2) -> dict[str, object]:
         with tempfile.TemporaryDirectory() as place:
             compare = ["compare", "--models", *SHARED[1:], "--epochs", "500", "--output-dir", place]
             train = [*TRAIN, "--num-workers", "2", "--epochs", "500", "--output-dir", place]
+            if what == "loader process":  # images that are decoded anew in each epoch
+                train += ["--data-path", str(images(Path(place) / "data")), "--batch-size", "4"]
             process = lape(*(compare if what == "comparison" else train))
             until = time.monotonic() + LIMIT
             while time.monotonic() < until and not list(Path(place).rglob("checkpoint.pth")):
                 time.sleep(0.1)
             time.sleep(moment)
-            others = [pid for pid in processes_of(process.pid) if pid != process.pid]
-            if what == "loader process" and not others:
-                all_end(process.pid, 0)
-                return "no loader process was running"
-            os.kill(others[0] if what == "loader process" else process.pid, number)
-            if not all_end(process.pid):
-                return "a process was left after 10 s"
-            errors = process.communicate()[1]
+            victims = [process.pid]
+            while what == "loader process" and process.pid in victims and time.monotonic() < until:
+                victims = [pid for pid in processes_of(process.pid) if pid != process.pid] or victims
+            os.kill(victims[0], number)
+            ended = all_end(process.pid)
+            errors = lines_of(process)
+            if not ended or (what == "loader process" and process.returncode != 2):
+                return f"exit code {process.returncode}, all ended within 10 s: {ended}: {errors[-200:]}"
             try:
                 for path in Path(place).rglob("checkpoint.pth"):
                     read_checkpoint(path)

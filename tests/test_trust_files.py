@@ -107,6 +107,8 @@ def test_arguments_that_fetch_write_or_grow_are_refused_by_name(folder, asked, t
         {"hidden_act": "org/kernel"},
         {"hidden_act": 3},
         {"qkv_bias": 2},
+        {"qkv_bias": [True]},
+        {"output_hidden_states": [None]},
         {"dtype": "os"},
         {"model_type": "clip"},
         {"trust_remote_code": True},
@@ -189,7 +191,17 @@ def test_a_checkpoint_is_held_to_the_same(tmp_path, asked):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 10**5, "\xff", '{"format": NaN}', '{"format": "lape-1", "format": "x"}', "3", "{}"]
+    "text",
+    [
+        "[" * 10**5,
+        "9" * 5000,
+        "\xef\xbb\xbf{}",
+        "\xff",
+        '{"format": NaN}',
+        '{"format": "lape-1", "format": "x"}',
+        "3",
+        "{}",
+    ],
 )
 def test_a_config_that_is_not_json_is_refused(folder, text):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
@@ -199,6 +211,26 @@ def test_a_config_that_is_not_json_is_refused(folder, text):
     os.mkfifo(folder / "config.json")
     with pytest.raises(CheckpointError, match="not a regular file"):
         lape.load(folder)
+
+
+def test_nesting_has_an_end(tmp_path):
+    """Python's reader goes deeper than what looks at the values later could."""
+    for depth, fits in ((60, True), (70, False), (900, False), (10**5, False)):
+        (tmp_path / "x.json").write_text('{"a":' * depth + "1" + "}" * depth)
+        if fits:
+            vet.read_json(tmp_path / "x.json")
+        else:
+            with pytest.raises(CheckpointError, match="nested too deep"):
+                vet.read_json(tmp_path / "x.json")
+
+
+def test_a_model_of_a_file_that_cannot_run_is_one_line(folder):
+    from lape.files.restore import check_classifier
+
+    model = lape.load(folder)
+    model.head.forward = lambda _x: [] + 1
+    with pytest.raises(CheckpointError, match=r"does not fit together \(TypeError"):
+        check_classifier(read_checkpoint(folder), model, 16, 3)
 
 
 def test_whatever_is_built_from_a_file_asks_nothing(tmp_path):
@@ -512,6 +544,53 @@ def test_results_are_there_as_they_come(images, monkeypatch):
     )
     assert seen[0] == "earlier"
     assert [len(json.loads(text)) for text in (*seen[1:], target.read_text())] == [1, 2, 3]
+
+
+def test_closed_streams_and_a_folder_that_is_gone_are_no_traceback(folder, images, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        patch.setattr(sys, "stderr", None)
+        assert run("predict", images / "a.png", "--checkpoint", folder, "--json", images / "p.json") == 0
+        assert run("predict", images / "none.png", "--checkpoint", folder) == 2
+    assert len(json.loads((images / "p.json").read_text())) == 3
+    gone = images / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert run("predict", images / "a.png", "--checkpoint", folder, "--json", "p.json") == 2
+    assert capsys.readouterr().err == "error: the working folder is gone: change to one that is there\n"
+
+
+ODD = ("[" * 10**5, "[1]", "3", "{", '{"run": []}', '{"made_by": NaN}', "\xff")
+
+
+@pytest.mark.parametrize("text", [*ODD, "PIPE"], ids=range(len(ODD) + 1))
+def test_odd_json_in_the_folder_of_a_comparison_or_a_run_is_one_line_or_replaced(tmp_path, capsys, text):
+    from lape.recipe import Recipe
+    from lape.study.compare import DEMO_FILES, cell_folder, claim
+    from lape.train.distributed import World
+    from lape.train.logs import RUN, record_run
+
+    def put(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(path) if text == "PIPE" else path.write_bytes(text.encode("latin-1"))
+
+    put(tmp_path / "demo" / DEMO_FILES[0])
+    with pytest.raises(LapeError):
+        claim(tmp_path / "demo")
+    options = ["--joins", "basic", "--seeds", "0", "--epochs", "1", "--device", "cpu"]
+    recipe = Recipe.from_yaml("digits", epochs=1, join_type="basic", seed=0)
+    put(cell_folder(tmp_path / "c", recipe) / "result.json")
+    assert run("compare", "--pes", recipe.pe, *options, "--output-dir", tmp_path / "c") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    put(tmp_path / "run" / RUN)
+    world = World(0, 1, torch.device("cpu"))
+    if text == "PIPE":
+        with pytest.raises(LapeError, match="a pipe or a device"):
+            record_run(Recipe(output_dir=str(tmp_path / "run")), world, (0, 0))
+    else:
+        assert record_run(Recipe(output_dir=str(tmp_path / "run")), world, (0, 0))
+        assert len(json.loads((tmp_path / "run" / RUN).read_text())["starts"]) == 1
 
 
 def test_the_lock_of_a_run_empties_nothing(tmp_path):

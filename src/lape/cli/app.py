@@ -145,6 +145,17 @@ def main() -> NoReturn:
     sys.exit(run(app, sys.argv[1:]))
 
 
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """stdout and stderr go nowhere where whoever started this process has closed them."""
+    with contextlib.ExitStack() as opened:
+        for stream, redirect in ((sys.stdout, contextlib.redirect_stdout), (sys.stderr, contextlib.redirect_stderr)):
+            if stream is None:
+                opened.enter_context(redirect(opened.enter_context(open(os.devnull, "w"))))
+        yield
+
+
+@_streams()
 def run(command: App, tokens: Sequence[str]) -> int:
     """Run a command line and return its exit code; nothing but the first process of a launch prints to stdout."""
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to end
@@ -152,6 +163,7 @@ def run(command: App, tokens: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with _quiet_unless_first():
+            _check_folder()
             command(_dashes(tokens))
             sys.stdout.flush()
     except BrokenPipeError:  # `lape hosts | head`: the reader has seen enough
@@ -172,6 +184,13 @@ def run(command: App, tokens: Sequence[str]) -> int:
             print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError:
+        raise LapeError("the working folder is gone: change to one that is there") from None
 
 
 def _dashes(tokens: Sequence[str]) -> list[str]:

@@ -28,7 +28,7 @@ from lape.data.device import OnDevice
 from lape.data.folders import check_root, few, survey
 from lape.data.images import assumption, load_image, to_mode
 from lape.data.stored import look, stored_files
-from lape.errors import DataError, LapeError
+from lape.errors import DataError, LapeError, check_file
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe
@@ -229,11 +229,12 @@ def _inat_paths(root: Path, parts: list[list[str]]) -> list[str]:
 
 
 def _json(path: Path) -> Any:
+    check_file(path, DataError)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}): an iNaturalist folder holds it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}): get the file again") from None
 
 

@@ -319,7 +319,7 @@ def check_classifier(checkpoint: Checkpoint, model: nn.Module, input_size: Size,
     """
     height, width = _sides(input_size)
     parameter = next(model.parameters())
-    with torch.no_grad():
+    with torch.no_grad(), of_file(checkpoint.path):
         output = model(torch.zeros(1, in_chans, height, width, device=parameter.device, dtype=parameter.dtype))
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if getattr(model, "num_classes", None) == 0 or logits is None or logits.ndim != 2:

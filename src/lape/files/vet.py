@@ -26,7 +26,7 @@ from lape.host import host_of_library
 from lape.names import shown
 
 LARGEST, SIDE, DEPTH = 2**24, 2**14, 8  # of an integer; of an image, in pixels; of values in values
-_JSON_BYTES, _VALUES = 2**26, 10**5
+_JSON_BYTES, _NESTING, _VALUES = 2**26, 64, 10**5
 _NAME = re.compile(r"[\w.+-]{1,128}")
 _WORDS = re.compile(r"[\w .,;+=()<>|\[\]-]{0,256}")  # nothing that a path, an address or a terminal is made of
 _SIZES = ("img_size", "image_size", "input_size")
@@ -42,10 +42,20 @@ def read_json(path: Path) -> Any:
             raise ValueError("no such file" if not path.exists() else "not a regular file")
         if path.stat().st_size > _JSON_BYTES:
             raise ValueError(f"larger than {_JSON_BYTES} bytes")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
+        level = [value]
+        for _ in range(_NESTING):
+            level = [part for one in level for part in _parts(one)]
+        if level:
+            raise RecursionError
+        return value
     except (OSError, ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
         raise CheckpointError(f"{path.parent} is no saved model: {path.name} cannot be read ({reason})") from None
+
+
+def _parts(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
 def _no_constant(text: str) -> Any:

@@ -27,6 +27,7 @@ _EARLIER = (  # of every configuration of transformers 4, and of some
     "bos_token_id eos_token_id decoder_start_token_id max_length num_beams num_beam_groups temperature top_k top_p "
     "typical_p repetition_penalty length_penalty num_return_sequences rope_theta partial_rotary_factor"
 ).split()
+_ANY = {"number", "yes or no", "several of yes or no"}  # where a class says no more than None
 _ROTARY = ("rope_scaling", "rope_parameters")
 Kinds = dict[str, set[str]]
 """For each entry that a configuration class declares: whether it holds numbers, yes or no, text."""
@@ -63,17 +64,19 @@ def _fits(key: str, value: Any, kinds: set[str]) -> bool:
         return value in _DTYPES
     texts, own = _leaves(value)
     words = texts if key not in ("model_type", "transformers_version") else []
-    return own <= (kinds or {"number", "yes or no"}) and all(re.fullmatch(r"[\w-]{1,64}", word) for word in words)
+    return own <= (kinds or _ANY) and all(re.fullmatch(r"[\w-]{1,64}", word) for word in words)
 
 
-def _leaves(value: Any) -> tuple[list[str], set[str]]:
-    """The texts in a value, and of which kinds its parts are."""
+def _leaves(value: Any, within: str = "") -> tuple[list[str], set[str]]:
+    """The texts in a value, and of which kinds its parts are. A number, or a text, may stand for several."""
     if isinstance(value, Mapping | list | tuple):
-        parts = [_leaves(part) for part in (value.values() if isinstance(value, Mapping) else value)]
+        parts = [_leaves(part, "several of ") for part in (value.values() if isinstance(value, Mapping) else value)]
         return [text for texts, _ in parts for text in texts], set().union(*(kinds for _, kinds in parts))
     if isinstance(value, str):
         return [value], {"text"}
-    return [], set() if value is None else {"yes or no" if isinstance(value, bool) else "number"}
+    if value is None:
+        return [], {f"{within}nothing"} if within else set()
+    return [], {f"{within}yes or no" if isinstance(value, bool) else "number"}
 
 
 @lru_cache(maxsize=64)

@@ -17,7 +17,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lape.errors import LapeError, UnsupportedModelError, needs
+from lape.errors import LapeError, UnsupportedModelError, check_file, needs
 from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, TABLE8_NAMES, match_name
 from lape.recipe import Recipe
 from lape.study import report
@@ -344,6 +344,7 @@ def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Rec
     done, waiting = [], []
     for recipe in plan:
         path = cell_folder(folder, recipe) / "result.json"
+        check_file(path)
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
             older = Recipe(as_original=()).model_dump(mode="json")  # what an older recipe had not
@@ -354,7 +355,7 @@ def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Rec
         except FileNotFoundError:
             waiting.append(recipe)
             continue
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise LapeError(f"{path} is no result of a comparison: remove it, or choose another --output-dir") from None
         asked = recipe.model_dump(mode="json")
         odd = sorted(name for name in asked if used.get(name) != asked[name])
@@ -414,6 +415,7 @@ def _other(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
 
     run = Path(path)
     log = run / "log.txt"
+    check_file(log)
     if log.exists():
         checkpoint = read_checkpoint(run / "checkpoint.pth")
         try:
@@ -521,9 +523,10 @@ def demo(options: DemoOptions) -> Study:
 def claim(folder: Path) -> Path:
     """The folder, made and writable. Raises LapeError if it is not, or if a file would be lost that no demo wrote."""
     there = [name for name in DEMO_FILES if (_writable(folder) / name).exists()]
+    check_file(folder / DEMO_FILES[0])
     try:
         ours = json.loads((folder / DEMO_FILES[0]).read_text(encoding="utf-8"))["made_by"] == DEMO
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         ours = False
     if there and not ours:
         raise LapeError(f"{folder} holds {', '.join(there)}, which no demo wrote: choose another --output-dir")

@@ -137,10 +137,10 @@ def record_run(recipe: Recipe, world: World, place: tuple[int, int]) -> str:
     """
     path = Path(recipe.output_dir) / RUN
     try:
-        earlier = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        earlier = {}
-    run_id, starts = earlier.get("id") or uuid.uuid4().hex, earlier.get("starts") or []
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        run_id, starts = str(earlier.get("id") or uuid.uuid4().hex), list(earlier.get("starts") or [])
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # it was not written here
+        run_id, starts = uuid.uuid4().hex, []
     content = {
         "id": run_id,
         "recipe": recipe.model_dump(mode="json"),

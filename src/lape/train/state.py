@@ -455,10 +455,10 @@ def _earlier_log(recipe: Recipe, next_epoch: int) -> list[dict[str, Any]]:
     if not recipe.output_dir or not path.is_file():
         return []
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except ValueError:
+        lines = [dict(json.loads(line)) for line in path.read_text().splitlines() if line.strip()]
+        return [line for line in lines if line.get("epoch", -1) < next_epoch]
+    except (OSError, ValueError, TypeError, RecursionError):
         raise LapeError(f"{path} is not a log of JSON lines: move it away, it would be overwritten") from None
-    return [line for line in lines if line.get("epoch", -1) < next_epoch]
 
 
 def _optimizer_names(state: State) -> list[str]:
