@@ -313,11 +313,11 @@ def sound_and_video() -> str:
             means = [sum(each) / len(each) for each in zip(*last, strict=True)]
             alike = ", ".join(f"{axis} {mean:.2f}" for axis, mean in zip(axes, means, strict=True))
             lines.append(f"| {found['config']['task']} | {way} | {spread(values['accuracy'])} | {alike} |")
-    config = _read(files[0])["config"]
+    config, names = _read(files[0])["config"], ", ".join(f"`{path.relative_to(ROOT)}`" for path in files)
     lines += [
         "",
         f"Percent of 256 made examples, mean ± standard deviation of {config['seeds']} seeds, {config['steps']} steps; "
-        f"cosine similarity of positions one step apart, mean of the seeds. {_machines(files)}",
+        f"cosine similarity of positions one step apart, mean of the seeds; {names}.",
     ]
     return "\n".join(lines)
 

@@ -373,6 +373,18 @@ def test_the_table_of_architectures_is_that_of_this_code():
         assert script.examine(row.module, row.name) == row
 
 
+# Whole models and backbones; encoders by themselves are converted in tests/test_hosts_wide.py.
+AS_THEY_ARE = """
+    EomtForUniversalSegmentation Siglip2ForImageClassification VivitForVideoClassification
+    TimesformerForVideoClassification VitDetBackbone YolosForObjectDetection LwDetrForObjectDetection
+    RfDetrForObjectDetection HieraForImageClassification Sam2Model MllamaVisionModel swin_t mvit_v1_b
+"""
+KIND_NAMED = """
+    DINOv3ViTModel DINOv3ViTBackbone CHMv2ForDepthEstimation EomtDinov3ForUniversalSegmentation
+    VideoMAEForVideoClassification VJEPA2ForVideoClassification mvit_v2_s
+"""
+
+
 def test_the_table_of_the_other_libraries_is_that_of_its_results():
     root = Path(__file__).parents[1]
     spec = importlib.util.spec_from_file_location("host_table", root / "benchmarks" / "host_table.py")
@@ -383,6 +395,11 @@ def test_the_table_of_the_other_libraries_is_that_of_its_results():
     rows = [script.Row(**{**row, "grid": row["grid"] and tuple(row["grid"])}) for row in written["architectures"]]
     assert script.page(rows, written["versions"], script.OTHERS) == (root / "docs" / "hosts-others.md").read_text()
     assert {"transformers", "torchvision"} == {row.module for row in rows}
+    status = {row.name: row.status for row in rows}
+    for name in AS_THEY_ARE.split():
+        assert status[name] == "converted", name
+    for name in KIND_NAMED.split():
+        assert status[name] == "converted with pe='learnable'", name
 
 
 def test_a_model_without_values_has_its_shapes_and_what_lies_elsewhere_gets_values():

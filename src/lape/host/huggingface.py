@@ -282,7 +282,7 @@ def _along_time_then_within_frames(p_1ND: Tensor, grid: Grid, layer: int) -> Ten
     """(1, N, D) -> (places, T, D), patches alone, or (T, 1 + places, D); the stream itself before the first layer."""
     if layer < 0:
         return _frames_last(p_1ND, grid, layer)
-    patches_TnD = p_1ND[0, 1:].unflatten(0, (grid[0], -1))
+    patches_TnD: Tensor = p_1ND[0, 1:].unflatten(0, (grid[0], -1))
     if layer % 2 == 0:
         return patches_TnD.transpose(0, 1)
     return torch.cat([p_1ND[:, :1].expand(grid[0], -1, -1), patches_TnD], dim=1)
