@@ -203,7 +203,7 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
         print(f"{path}:")
         models.setdefault(name, []).append(evaluate_at(checkpoint, settings, options))
         members.setdefault(name, []).append(path)
-    found = [
+    tables: list[dict[str, Any]] = [
         {
             "name": name,
             "checkpoints": members[name],
@@ -212,11 +212,11 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
         }
         for name, trainings in models.items()
     ]
-    for model in found:
+    for model in tables:
         several = len(model["checkpoints"])
         heading = "" if len(paths) == 1 else f"{model['name']}, {several} checkpoint{'s' * (several > 1)}"
         print("\n".join(["", *filter(None, [heading]), *plain_table(rows_of(model["summary"]))]))
-    results = {"made_by": "lape eval", "training_size": max(sizes), "models": found}
+    results = {"made_by": "lape eval", "training_size": max(sizes), "models": tables}
     if options.json is not None:
         write_atomically(Path(options.json), text_writer(json.dumps(results, indent=1) + "\n"))
     if options.plot is not None:
