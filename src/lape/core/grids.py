@@ -126,10 +126,11 @@ class Recall:
     def note_forward(self, told: Any, tokens: Tensor) -> None:
         """What a forward tells of its images: the patches kept (B, k), a list of grids, or None, one grid."""
         forward = None
-        if tokens.requires_grad and not torch.compiler.is_compiling():
+        node = tokens.grad_fn  # of a view of what was written to in place, Tensor.register_hook crashes (torch 2.14)
+        if node is not None and not torch.compiler.is_compiling():
             forward = _Waiting(plain=told is None)
             self._waiting.add(forward)
-            tokens.register_hook(lambda _: self._waiting.discard(forward))  # the last step of its backward
+            node.register_prehook(lambda _: self._waiting.discard(forward))  # the last step of its backward
         self._told[tokens.device] = (told, forward)
 
     def told(self, device: torch.device) -> Any:
