@@ -431,7 +431,7 @@ def test_offsets_outside_of_an_arrow_file_are_found(folder, tmp_path):
     with pa.ipc.open_stream(path) as stream:
         offsets = stream.read_next_batch().column(0).buffers()[1].to_pybytes()[:24]
     place = content.index(offsets)
-    content[place + 20 : place + 24] = (2**30).to_bytes(4, "little")
+    content[place + 12 : place + 16] = (2**30).to_bytes(4, "little")
     path.write_bytes(content)
     data = load_data(recipe_of(tmp_path)).train
     assert f"cannot read image {path}, row 0" in refused(lambda: data[0])
