@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from lape.convert.apply import fold_
 from lape.convert.converted import conversion_of
 from lape.convert.positions import describe
+from lape.convert.tended import CONFIG
 from lape.errors import LapeError, check_finite, needs
 from lape.files.atomic import keep_inputs, put_in_place, unfinished, write_atomically
 from lape.files.folder import load, put_folder_in_place, save
-from lape.files.read import CONFIG, WEIGHTS, Checkpoint, read_checkpoint
+from lape.files.read import WEIGHTS, Checkpoint, read_checkpoint
 from lape.files.restore import restore
 from lape.names import match_name
 
