@@ -421,6 +421,7 @@ def test_an_error_of_a_later_process_names_it(
         (["train", "--recipe", "absent.yaml"], ["absent.yaml", "lape recipes"]),
         (["predict", "--checkpoint", "c.pth"], ["IMAGE"]),
         (["predict", "a.png"], ["--checkpoint"]),
+        (["check-data", "x" * 300], ["File name too long"]),
         (["eval", "c.pth", "--pe-std", "1"], ["--pe-std", "lape eval takes it from there: leave it out"]),
         (["eval", "c.pth", "--pe-norm=none"], ["--pe-norm", "lape eval takes it from there: leave it out"]),
         (["eval", "c.pth", "--no-warm-start"], ["--no-warm-start", "a checkpoint says of itself"]),

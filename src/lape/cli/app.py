@@ -170,6 +170,9 @@ def run(command: App, tokens: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes nowhere
         return CLOSED_PIPE
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _report(f"{error.filename!r} is no path that can be: {error.strerror}")
+            return USER_ERROR
         if error.errno not in FULL:
             raise
         with contextlib.suppress(OSError):  # where stdout is what is full, Python's end would fail on it again

@@ -278,8 +278,8 @@ def _folder(
     if missing:
         raise CheckpointError(f"{path / CONFIG} does not say its {missing[0]}: it is not whole; save the model again")
     check_entries(path / CONFIG, args, raw)
-    digests = _said_digests(path, config)
     state: dict[str, Tensor] = {}
+    digests = _said_digests(path, config)
     for name in files:
         digest = digests.get(name)
         waiting = waiting_name(path / name, digest)
