@@ -159,7 +159,7 @@ def decides(device: torch.device, recipe: Recipe) -> bool:
     return device.type == "cuda" and recipe.opt.lower() in ("adam", "adamw") and average_there
 
 
-def _fused(recipe: Recipe, device: torch.device) -> dict[str, bool]:
+def _fused(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     return {"fused": True} if decides(device, recipe) else {}
 
 
