@@ -120,7 +120,7 @@ def tables_of_conditions(results: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
     A row a variant: at sizes accuracies with their 95 % interval over the seeds, on changed images shares of the clean.
     """
     for heading, at_size in (("At other sizes", True), ("On changed images", False)):
-        rows = []
+        rows: list[list[str]] = []
         for name, entries in results["conditions"].items():
             chosen = [e for e in entries if (e["kind"] in ("clean", "size")) == at_size]
             if len(chosen) > at_size:  # beside the clean images

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from lape.core.position import KINDS
 from lape.data.augment import eval_transform
 from lape.data.changes import CORRUPTIONS, Change, occluded, shifted, shuffled
 from lape.data.loaders import eval_loader
@@ -148,7 +149,12 @@ def evaluate_at(checkpoint: Checkpoint, recipe: Recipe, options: Conditions, say
         sources, read, classes, name = reader(recipe, root, ("val",))
 
         def model_at(size: Size) -> nn.Module:
-            return restore_with(checkpoint, recipe, size).to(world.device)
+            learned_bias = size != own and KINDS[recipe.pe].bias_axes > 0
+            at: Any = restore_with(checkpoint, recipe, own if learned_bias else size)
+            if learned_bias:  # resampled by the model that has it, as a file's table is while it is read
+                at.set_input_size(img_size=size)
+            model: nn.Module = at.to(world.device)
+            return model
 
         model = model_at(own)
         plain = Images(*sources["val"], read, eval_transform(recipe).build())
@@ -203,7 +209,7 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
         print(f"{path}:")
         models.setdefault(name, []).append(evaluate_at(checkpoint, settings, options))
         members.setdefault(name, []).append(path)
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": name,
             "checkpoints": members[name],
