@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 CLEAN = "clean"
+MARKERS = "os^Pv"  # tell models apart whose colours are the same
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,9 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
     if shown[0]:
         axes = next(panels)
         for name, trainings in models.items():
-            _draw_sizes(axes, name, trainings, colours[name])
+            place = list(models).index(name) // len(SERIES)
+            bands = len(models) <= len(SERIES)  # of more, they would hide each other
+            _draw_sizes(axes, name, trainings, colours[name], MARKERS[place % len(MARKERS)], bands)
         axes.axvline(training_size, color="0.5", linestyle=":", linewidth=1)
         names_at = {side_of(o.size): name_of(o.size) for o in sizes if o.size[0] != o.size[1]}
         for side, text in {**names_at, training_size: "training size"}.items():
@@ -338,7 +341,9 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
     return figure
 
 
-def _draw_sizes(axes: Any, name: str, trainings: Sequence[Sequence[Outcome]], colour: str) -> None:
+def _draw_sizes(
+    axes: Any, name: str, trainings: Sequence[Sequence[Outcome]], colour: str, marker: str, band: bool
+) -> None:
     """Square sizes as a line with a band, the others as marks."""
     by_size: dict[Size, list[float]] = {}
     for training in trainings:
@@ -347,8 +352,8 @@ def _draw_sizes(axes: Any, name: str, trainings: Sequence[Sequence[Outcome]], co
                 by_size.setdefault(outcome.size, []).append(outcome.acc1)
     square = sorted(size for size in by_size if size[0] == size[1])
     means = [statistics.fmean(by_size[size]) for size in square]
-    axes.plot([size[0] for size in square], means, marker="o", ms=4, color=colour, label=name)
-    if len(trainings) > 1:
+    axes.plot([size[0] for size in square], means, marker=marker, ms=4.5, color=colour, label=name)
+    if band and len(trainings) > 1:
         bands = [interval(by_size[size]) or (0.0, 0.0) for size in square]
         low, high = ([min(max(band[end], 0.0), 100.0) for band in bands] for end in (0, 1))
         axes.fill_between([size[0] for size in square], low, high, color=colour, alpha=0.15, linewidth=0)
