@@ -25,7 +25,7 @@ from zoo import HOSTS, TINY, image, make
 import lape
 from lape.core.position import KINDS
 
-RIGHT = {*MEANINGFUL, *(("basic", pe) for pe in ("PEG", "own", "RoPE", "RoPE-mixed", "ALiBi-2D", "LookHere"))}
+RIGHT = {*MEANINGFUL, *(("basic", pe) for pe in ("PEG", "PEG-6", "own", "RoPE", "RoPE-mixed", "ALiBi-2D", "LookHere"))}
 
 
 @pytest.mark.matrix

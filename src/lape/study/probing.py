@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from lape.recipe import Recipe
 from lape.study.options import ProbeOptions
 from lape.study.pictures import check_writable, short_names, write_figure
 from lape.study.report import text_writer
+from lape.study.sweep import MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,12 +114,13 @@ def draw(features: Mapping[str, Features]) -> Figure:
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
     for axes, (name, label) in zip(panels, LABELS.items(), strict=True):
-        for (model, found), colour in zip(features.items(), itertools.cycle(SERIES), strict=False):
+        for place, (model, found) in enumerate(features.items()):
+            colour, marker = SERIES[place % len(SERIES)], MARKERS[place // len(SERIES) % len(MARKERS)]
             for values, style in ((found.plain[name], "-"), (found.without.get(name), "--")):
                 if values is not None:
                     shown = values.double().where(values.isfinite(), math.nan)
                     text = model if style == "-" else None
-                    axes.plot(range(len(shown)), shown.numpy(), style, color=colour, label=text, marker="o", ms=2.6)
+                    axes.plot(range(len(shown)), shown.numpy(), style, color=colour, label=text, marker=marker, ms=3.2)
         axes.set_title(label, fontsize=9.5)
         axes.set_xlabel("depth: blocks passed", fontsize=8)
         axes.grid(alpha=0.3, linewidth=0.6)

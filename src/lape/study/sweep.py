@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from lape.core.position import KINDS
 from lape.data.augment import eval_transform
 from lape.data.changes import CORRUPTIONS, Change, occluded, shifted, shuffled
 from lape.data.loaders import eval_loader
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 CLEAN = "clean"
+MARKERS = "os^Pv"  # tell models apart whose colours are the same
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,12 @@ def evaluate_at(checkpoint: Checkpoint, recipe: Recipe, options: Conditions, say
         sources, read, classes, name = reader(recipe, root, ("val",))
 
         def model_at(size: Size) -> nn.Module:
-            return restore_with(checkpoint, recipe, size).to(world.device)
+            learned_bias = size != own and KINDS[recipe.pe].bias_axes > 0
+            at: Any = restore_with(checkpoint, recipe, own if learned_bias else size)
+            if learned_bias:  # resampled by the model that has it, as a file's table is while it is read
+                at.set_input_size(img_size=size)
+            model: nn.Module = at.to(world.device)
+            return model
 
         model = model_at(own)
         plain = Images(*sources["val"], read, eval_transform(recipe).build())
@@ -303,7 +310,9 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
     if shown[0]:
         axes = next(panels)
         for name, trainings in models.items():
-            _draw_sizes(axes, name, trainings, colours[name])
+            place = list(models).index(name) // len(SERIES)
+            bands = len(models) <= len(SERIES)  # of more, they would hide each other
+            _draw_sizes(axes, name, trainings, colours[name], MARKERS[place % len(MARKERS)], bands)
         axes.axvline(training_size, color="0.5", linestyle=":", linewidth=1)
         names_at = {side_of(o.size): name_of(o.size) for o in sizes if o.size[0] != o.size[1]}
         for side, text in {**names_at, training_size: "training size"}.items():
@@ -332,7 +341,9 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
     return figure
 
 
-def _draw_sizes(axes: Any, name: str, trainings: Sequence[Sequence[Outcome]], colour: str) -> None:
+def _draw_sizes(
+    axes: Any, name: str, trainings: Sequence[Sequence[Outcome]], colour: str, marker: str, band: bool
+) -> None:
     """Square sizes as a line with a band, the others as marks."""
     by_size: dict[Size, list[float]] = {}
     for training in trainings:
@@ -341,8 +352,8 @@ def _draw_sizes(axes: Any, name: str, trainings: Sequence[Sequence[Outcome]], co
                 by_size.setdefault(outcome.size, []).append(outcome.acc1)
     square = sorted(size for size in by_size if size[0] == size[1])
     means = [statistics.fmean(by_size[size]) for size in square]
-    axes.plot([size[0] for size in square], means, marker="o", ms=4, color=colour, label=name)
-    if len(trainings) > 1:
+    axes.plot([size[0] for size in square], means, marker=marker, ms=4.5, color=colour, label=name)
+    if band and len(trainings) > 1:
         bands = [interval(by_size[size]) or (0.0, 0.0) for size in square]
         low, high = ([min(max(band[end], 0.0), 100.0) for band in bands] for end in (0, 1))
         axes.fill_between([size[0] for size in square], low, high, color=colour, alpha=0.15, linewidth=0)
