@@ -131,3 +131,14 @@ def test_no_function_is_above_sixty_lines():
         if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
     ]
     assert not long
+
+
+def test_variables_are_named_for_what_they_are():
+    participles = {"found", "said", "told", "known", "wanted"}
+    named = [
+        (str(path.relative_to(SOURCE)), node.id if isinstance(node, ast.Name) else node.arg)
+        for path in FILES.values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    ]
+    assert not [one for one in named if one[1] in participles]

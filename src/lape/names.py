@@ -19,8 +19,8 @@ PE_NORM_NAMES = (*TABLE8_NAMES, "learned-norm")
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
     """Return the allowed name that looks most like `value` (case, `-` and `_` do not count), or None."""
     plain = {_plain(name): name for name in allowed}
-    found = get_close_matches(_plain(value), plain, n=1)
-    return plain[found[0]] if found else None
+    matches = get_close_matches(_plain(value), plain, n=1)
+    return plain[matches[0]] if matches else None
 
 
 def shown(text: object) -> str:

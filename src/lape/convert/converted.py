@@ -71,10 +71,10 @@ class Conversion:
 
     def record(self) -> dict[str, Any]:
         """What files say of it, as plain values."""
-        said = {"join": self.join, "pe": self.pe, **{CHOSEN[name]: value for name, value in self.chosen.items()}}
+        choice = {"join": self.join, "pe": self.pe, **{CHOSEN[name]: value for name, value in self.chosen.items()}}
         own = {"own_table": True} if self.anatomy.form != Form() else {}  # which a new one of this kind would not be
         place = {"grid": list(self.layout.grid), "at": self.path.rstrip(".")}
-        return {**said, "folded": self.folded, **own, **place}
+        return {**choice, "folded": self.folded, **own, **place}
 
     def places(self) -> list[int | None]:
         """For each block that the model has now: its place in what `root.lape` computes, None when it is not joined."""
@@ -91,8 +91,8 @@ class Conversion:
 def conversions(model: nn.Module) -> list[Conversion]:
     """All converted models in a module."""
     check_module(model)
-    found = [(path, module.__dict__[LINK]) for path, module in model.named_modules() if LINK in module.__dict__]
-    roots = [(path, link) for path, link in found if link.root is model.get_submodule(path)]
+    linked = [(path, module.__dict__[LINK]) for path, module in model.named_modules() if LINK in module.__dict__]
+    roots = [(path, link) for path, link in linked if link.root is model.get_submodule(path)]
     return [Conversion(f"{path}." if path else "", link, way_of(link)) for path, link in roots]
 
 

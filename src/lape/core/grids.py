@@ -123,27 +123,27 @@ class Recall:
             self._ambiguous.add(count)
         self._grids[count] = grid
 
-    def note_forward(self, told: Any, tokens: Tensor) -> None:
+    def note_forward(self, patches: Any, tokens: Tensor) -> None:
         """What a forward tells of its images: the patches kept (B, k), a list of grids, or None, one grid."""
         forward = None
         node = tokens.grad_fn  # of a view of what was written to in place, Tensor.register_hook crashes (torch 2.14)
         if node is not None and not torch.compiler.is_compiling():
-            forward = _Waiting(plain=told is None)
+            forward = _Waiting(plain=patches is None)
             self._waiting.add(forward)
             node.register_prehook(lambda _: self._waiting.discard(forward))  # the last step of its backward
-        self._told[tokens.device] = (told, forward)
+        self._told[tokens.device] = (patches, forward)
 
     def told(self, device: torch.device) -> Any:
         """What the last forward there told. Raises LapeError in a backward that may be another one's."""
-        told, forward = self._told.get(device, (None, None))
+        patches, forward = self._told.get(device, (None, None))
         others = [other for other in self._waiting if other is not forward]
-        differ = told is not None or not all(other.plain for other in others)
+        differ = patches is not None or not all(other.plain for other in others)
         if in_backward() and differ and (forward is None or others):
             raise LapeError(
                 "recomputing activations cannot tell of which forward the shuffled or packed patches are: one forward "
                 "a backward, through embeddings that get a gradient, or no activation checkpointing"
             )
-        return told
+        return patches
 
     def grid(self, layout: Layout, num_tokens: int) -> Grid | None:
         """The grid of so many tokens; None for the layout's own. Raises LapeError when it is not known."""

@@ -97,8 +97,8 @@ def _is_deep_grey(image: Image.Image) -> bool:
 
 
 def _bits_of(values: np.ndarray[Any, Any], image: Image.Image | None = None) -> int:
-    known = image is not None and image.format == "PPM"  # PIL has scaled it to 16 bits by the range in the header
-    return 16 if known else next((bits for bits in BITS if int(values.max()) < 2**bits), 16)
+    scaled = image is not None and image.format == "PPM"  # PIL has scaled it to 16 bits by the range in the header
+    return 16 if scaled else next((bits for bits in BITS if int(values.max()) < 2**bits), 16)
 
 
 def _to_bytes(values: np.ndarray[Any, Any], bits: int) -> Image.Image:

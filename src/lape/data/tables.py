@@ -279,8 +279,8 @@ def _columns(
     kinds = (("image", "Image", _is_image, "image"), ("class", "ClassLabel", _is_label, "label"))
     for place, (what, feature, fits, usual) in enumerate(kinds):
         able = [field.name for field in schema if fits(field.type)]
-        said = [name for name in able if features.get(name, {}).get("_type") == feature] or able
-        asked = [chosen[place]] if chosen else [usual] if usual in said else said
+        labelled = [name for name in able if features.get(name, {}).get("_type") == feature] or able
+        asked = [chosen[place]] if chosen else [usual] if usual in labelled else labelled
         if len(asked) != 1 or asked[0] not in able:
             lacks = f"no {what} column" if len(asked) < 2 else f"{len(asked)} {what} columns"
             asks = f"{lacks} {chosen[place]!r}" if chosen else lacks

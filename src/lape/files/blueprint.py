@@ -79,13 +79,13 @@ def _factory(model: nn.Module, conversion: Conversion, name: str | None, argumen
     if conversion.factory:
         return conversion.factory
     host = host_named(conversion.host) if conversion.anatomy.blocks else None  # else it has no host
-    told = host.blueprint(model) if host is not None and host.blueprint is not None else None
-    if host is None or told is None:
+    blueprint = host.blueprint(model) if host is not None and host.blueprint is not None else None
+    if host is None or blueprint is None:
         raise LapeError(
             "how to build this model again is not known: give its timm name and arguments, "
             "lape.save(model, path, name=..., ...), or save the state_dict yourself"
         )
-    return {"library": host.package, "name": told[0], "kwargs": told[1]}
+    return {"library": host.package, "name": blueprint[0], "kwargs": blueprint[1]}
 
 
 def _of_the_model(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -171,22 +171,22 @@ def _digests(folder: Path) -> Mapping[str, Any]:
 
 def _said_digests(folder: Path, config: dict[str, Any]) -> Mapping[str, Any]:
     record = record_of(config)
-    said = record.get(DIGESTS) if isinstance(record, Mapping) else None
-    if said is not None and not isinstance(said, Mapping):
+    digests = record.get(DIGESTS) if isinstance(record, Mapping) else None
+    if digests is not None and not isinstance(digests, Mapping):
         raise CheckpointError(f"{folder / CONFIG} says that it was not written to its end: save the model again")
     with of_file(folder / CONFIG):
-        whole = not said or said.get(CONFIG) in (None, digest_of_config(config))
+        whole = not digests or digests.get(CONFIG) in (None, digest_of_config(config))
     if not whole:
         raise CheckpointError(
             f"{folder / CONFIG} is not as it was written (SHA-256): it is damaged or edited; copy or save the folder "
             f"again, or take {CONFIG!r} out of its {DIGESTS!r} where the change is yours"
         )
-    return said or {}
+    return digests or {}
 
 
-def _check_digest(path: Path, wanted: Any) -> None:
+def _check_digest(path: Path, digest: Any) -> None:
     try:
-        if wanted is None or wanted == digest_of(path):
+        if digest is None or digest == digest_of(path):
             return
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error

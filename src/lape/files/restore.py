@@ -110,12 +110,12 @@ def _with_weights_of_library(model: Any, state: Mapping[str, Tensor]) -> nn.Modu
     logging: Any = utils.logging
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    loaded, told = type(model).from_pretrained(
+    loaded, report = type(model).from_pretrained(
         None, config=model.config, state_dict=dict(state), output_loading_info=True
     )
     if bars:
         logging.enable_progress_bar()
-    if wrong := {name: keys for name, keys in told.items() if keys}:
+    if wrong := {name: keys for name, keys in report.items() if keys}:
         names = "; ".join(f"{name}: {', '.join(map(str, list(keys)[:4]))}" for name, keys in wrong.items())
         raise CheckpointError(f"the weights do not fit a {type(model).__name__} ({names})")
     model.load_state_dict(loaded.state_dict())

@@ -113,9 +113,9 @@ def _inner_class(cls: Any, key: str, value: Mapping[str, Any]) -> Any:
     """The class of a configuration within one, None for a plain mapping."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    known, kind = cls.sub_configs.get(key), value.get("model_type")
-    if known not in (None, AutoConfig) and kind in (None, known.model_type):
-        return known
+    declared, kind = cls.sub_configs.get(key), value.get("model_type")
+    if declared not in (None, AutoConfig) and kind in (None, declared.model_type):
+        return declared
     if kind is not None and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise LapeError(f"{key!r} is of no model type that transformers has: {shown(str(kind))[:60]!r}")
     return None if kind is None else CONFIG_MAPPING[kind]

@@ -68,8 +68,10 @@ def _blocks(root: nn.Module, paths: Paths) -> list[str]:
         inside = root.get_submodule(paths.blocks)
     except AttributeError:
         raise UnsupportedModelError(f"{where} has no {paths.blocks!r} that holds its blocks") from None
-    found = [p for p, m in inside.named_modules(prefix=paths.blocks) if hasattr(m, paths.norm) and p != paths.blocks]
-    blocks = [p for p in found if hasattr(root.get_submodule(p), paths.attention)]
+    with_norm = [
+        p for p, m in inside.named_modules(prefix=paths.blocks) if hasattr(m, paths.norm) and p != paths.blocks
+    ]
+    blocks = [p for p in with_norm if hasattr(root.get_submodule(p), paths.attention)]
     if not blocks:
         raise UnsupportedModelError(f"{where}.{paths.blocks} has no blocks with {paths.norm!r} and {paths.attention!r}")
     return blocks
@@ -140,9 +142,9 @@ def register_host(host: Host | type[nn.Module], name: str = "", note: str = "", 
     """
     if isinstance(host, Host):
         return add_host(host)
-    known = [part.name for part in fields(Paths)]
-    if wrong := sorted(set(where) - set(known)):
-        raise LapeError(f"register_host does not know {', '.join(wrong)}: known are {', '.join(known)}")
+    names = [part.name for part in fields(Paths)]
+    if wrong := sorted(set(where) - set(names)):
+        raise LapeError(f"register_host does not know {', '.join(wrong)}: known are {', '.join(names)}")
     return add_host(host_by_paths(class_name(host), Paths(**where), name, note))
 
 

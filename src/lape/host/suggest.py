@@ -58,8 +58,8 @@ def suggest_host(model: nn.Module, example: Tensor | None = None) -> Suggestion:
     if patch is not None:
         where["patch_size"] = tuple(patch.stride)
     if example is not None:
-        found, where["norm"] = _run(model, first, where, example)
-        problems += found
+        more, where["norm"] = _run(model, first, where, example)
+        problems += more
         if patch is not None:
             where["grid"] = tuple(side // step for side, step in zip(example.shape[-2:], patch.stride, strict=True))
     if not problems:

@@ -164,8 +164,8 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
 def unknown_model(name: str) -> LapeError:
     import timm
 
-    asked, known = name.split(".")[0], timm.list_models()
-    guess = nearest(asked, known) or next((model for model in known if asked and model.startswith(asked)), None)
+    asked, models = name.split(".")[0], timm.list_models()
+    guess = nearest(asked, models) or next((model for model in models if asked and model.startswith(asked)), None)
     hint = f"did you mean {guess!r}? " if guess else ""
     return LapeError(f"unknown model {name!r}: {hint}timm.list_models() has all names")
 

@@ -80,13 +80,13 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     from torchvision.models import SwinTransformer, VisionTransformer
     from torchvision.models.video.mvit import MSBlockConfig, MViT
 
-    known: dict[str, Any] = {"VisionTransformer": VisionTransformer, "SwinTransformer": SwinTransformer, "MViT": MViT}
-    if name not in known:
-        raise LapeError(f"torchvision model {name!r} is not known here: {', '.join(known)} are")
+    classes: dict[str, Any] = {"VisionTransformer": VisionTransformer, "SwinTransformer": SwinTransformer, "MViT": MViT}
+    if name not in classes:
+        raise LapeError(f"torchvision model {name!r} is not known here: {', '.join(classes)} are")
     if name == "MViT":
         settings = [MSBlockConfig(**block) for block in kwargs["block_setting"]]
         kwargs = {**kwargs, "block_setting": settings, "spatial_size": tuple(kwargs["spatial_size"])}
-    model: nn.Module = known[name](**kwargs)
+    model: nn.Module = classes[name](**kwargs)
     return model
 
 

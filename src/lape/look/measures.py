@@ -183,5 +183,5 @@ MEASURES: dict[str, Measure] = {
 def measure_all(correlation_Lnn: Tensor, positions_LnD: Tensor, grid: Grid) -> dict[str, Tensor]:
     """Every measure of `MEASURES` that the grid has, by name, (L,) each; positions without prefix tokens."""
     arguments = {"s": correlation_Lnn, "p": positions_LnD, "g": grid}
-    known = {name: measure for name, measure in MEASURES.items() if len(grid) == 2 or not measure.planar}
-    return {name: measure.of(*(arguments[key] for key in measure.takes)) for name, measure in known.items()}
+    measures = {name: measure for name, measure in MEASURES.items() if len(grid) == 2 or not measure.planar}
+    return {name: measure.of(*(arguments[key] for key in measure.takes)) for name, measure in measures.items()}

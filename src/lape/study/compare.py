@@ -158,8 +158,8 @@ def _at_sizes(
         home = _cell_name(folder, run.variant, run.seed) / "model"
         if home.exists():
             recipe = run.variant.recipe(recipes[run.variant])
-            found = evaluate_at(read_checkpoint(home), recipe, options, say=lambda _text: None)
-            outcomes.setdefault(names[run.variant], []).append(found)
+            outcome = evaluate_at(read_checkpoint(home), recipe, options, say=lambda _text: None)
+            outcomes.setdefault(names[run.variant], []).append(outcome)
     return outcomes
 
 

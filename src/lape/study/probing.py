@@ -46,11 +46,11 @@ def probe_models(models: Sequence[str], options: ProbeOptions) -> dict[str, Feat
         print("\n".join(_table(features[name])))
     about = {"made_by": "lape probe", "energy": options.energy}
     if options.json is not None:
-        results = {**about, "models": {name: found.to_dict() for name, found in features.items()}}
+        results = {**about, "models": {name: one.to_dict() for name, one in features.items()}}
         write_atomically(Path(options.json), text_writer(json.dumps(results, indent=1) + "\n"))
     if options.plot is not None:
         short = dict(zip(features, short_names(list(features)), strict=True))
-        write_figure(draw({short[name]: found for name, found in features.items()}), options.plot)
+        write_figure(draw({short[name]: one for name, one in features.items()}), options.plot)
     return features
 
 
@@ -114,9 +114,9 @@ def draw(features: Mapping[str, Features]) -> Figure:
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
     for axes, (name, label) in zip(panels, LABELS.items(), strict=True):
-        for place, (model, found) in enumerate(features.items()):
+        for place, (model, kept_of) in enumerate(features.items()):
             colour, marker = SERIES[place % len(SERIES)], MARKERS[place // len(SERIES) % len(MARKERS)]
-            for values, style in ((found.plain[name], "-"), (found.without.get(name), "--")):
+            for values, style in ((kept_of.plain[name], "-"), (kept_of.without.get(name), "--")):
                 if values is not None:
                     shown = values.double().where(values.isfinite(), math.nan)
                     text = model if style == "-" else None

@@ -102,30 +102,30 @@ def size_named(text: str) -> Size:
 
 def conditions_of(options: Conditions, own: Size, patch: Size) -> list[Condition]:
     """All that is asked for, the clean images of the training size first. Raises LapeError for what is out of range."""
-    found = [Condition(CLEAN, CLEAN, own)]
-    found += [Condition("size", name_of(s), s) for s in dict.fromkeys(map(size_named, options.sizes)) if s != own]
-    known = tuple(CORRUPTIONS)
-    chosen = known if options.corruptions == ("all",) else options.corruptions
+    conditions = [Condition(CLEAN, CLEAN, own)]
+    conditions += [Condition("size", name_of(s), s) for s in dict.fromkeys(map(size_named, options.sizes)) if s != own]
+    corruptions = tuple(CORRUPTIONS)
+    chosen = corruptions if options.corruptions == ("all",) else options.corruptions
     for name in chosen:
-        if name not in known:
-            raise LapeError(f"--corruptions {name!r} is not known: use all, or some of {', '.join(known)}")
+        if name not in corruptions:
+            raise LapeError(f"--corruptions {name!r} is not known: use all, or some of {', '.join(corruptions)}")
     for severity in options.severities:
         if severity not in range(1, 6):
             raise LapeError(f"--severities {severity} is not allowed: choose from 1 to 5")
     for name in chosen:
         for level in options.severities:
-            found.append(Condition("corruption", name, own, level, partial(CORRUPTIONS[name], severity=level)))
+            conditions.append(Condition("corruption", name, own, level, partial(CORRUPTIONS[name], severity=level)))
     if options.shuffle_patches:
-        found.append(Condition("shuffle", "patches shuffled", own, None, partial(shuffled, patch=patch)))
+        conditions.append(Condition("shuffle", "patches shuffled", own, None, partial(shuffled, patch=patch)))
     for pixels in options.shift:
         if not 0 < pixels < min(own):
             raise LapeError(f"--shift {pixels} is not allowed: choose 1 to {min(own) - 1} pixels")
-        found.append(Condition("shift", "shifted", own, pixels, partial(shifted, pixels=pixels)))
+        conditions.append(Condition("shift", "shifted", own, pixels, partial(shifted, pixels=pixels)))
     for share in options.occlude:
         if not 0 < share < 1:
             raise LapeError(f"--occlude {share} is no share of the patches: choose between 0 and 1")
-        found.append(Condition("occlusion", "occluded", own, share, partial(occluded, share=share, patch=patch)))
-    return found
+        conditions.append(Condition("occlusion", "occluded", own, share, partial(occluded, share=share, patch=patch)))
+    return conditions
 
 
 def name_of(size: tuple[int, ...]) -> str:
@@ -197,15 +197,15 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
     check_writable(options.json, options.plot, [*paths, recipe.data_path])
     if len(set(paths)) != len(paths):
         raise LapeError(f"a checkpoint was given twice among {', '.join(paths)}: give each once")
-    known = {path: _opened(recipe.replace(resume=path)) for path in paths}
-    sizes = {trained for _, _, trained in known.values()}
+    opened = {path: _opened(recipe.replace(resume=path)) for path in paths}
+    sizes = {trained for _, _, trained in opened.values()}
     if len(sizes) > 1:
         raise LapeError(f"the checkpoints were trained at {sorted(sizes)} pixels: give those of one size")
-    variants = {path: (Variant.of(one), checkpoint.args.get("epochs")) for path, (checkpoint, one, _) in known.items()}
+    variants = {path: (Variant.of(one), checkpoint.args.get("epochs")) for path, (checkpoint, one, _) in opened.items()}
     names = dict(zip(paths, short_names(paths), strict=True))
     models: dict[str, list[list[Outcome]]] = {}
     members: dict[str, list[str]] = {}
-    for path, (checkpoint, settings, _) in known.items():
+    for path, (checkpoint, settings, _) in opened.items():
         name = next(names[other] for other in paths if variants[other] == variants[path])
         print(f"{path}:")
         models.setdefault(name, []).append(evaluate_at(checkpoint, settings, options))

@@ -211,12 +211,12 @@ class Reading:
         return numbers
 
 
-def mean_over_ranks(measured: Tensor, told: Sequence[float]) -> Tensor:
+def mean_over_ranks(measured: Tensor, numbers: Sequence[float]) -> Tensor:
     """Float64 means over the processes of what was measured and, behind it, of what each of them tells.
 
     They lie where `measured` does if that is on CUDA, and nothing is waited for; else on the CPU.
     """
-    values = torch.tensor(told, dtype=torch.float64)
+    values = torch.tensor(numbers, dtype=torch.float64)
     if measured.is_cuda:  # from pinned memory a copy is not waited for
         values = values.pin_memory().to(measured.device, non_blocking=True)
     values = torch.cat([measured.to(values.device).double(), values])

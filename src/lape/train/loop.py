@@ -273,9 +273,9 @@ def _launch_update(run: Training, loss: Tensor, skipped: list[str], epoch: int, 
     """One step of the optimizer and of the average, unless loss or gradient is not finite; returns its report."""
     state, recipe = run.state, run.recipe
     grad_norm = _gradient_norm(state, run.parameters, recipe.clip_grad)
-    told = [run.stop.is_set(), len(skipped), run.world.is_main and _save_is_due(run, step)]
+    numbers = [run.stop.is_set(), len(skipped), run.world.is_main and _save_is_due(run, step)]
     _name_skipped(skipped)
-    report = mean_over_ranks(torch.stack([loss, grad_norm]), told)
+    report = mean_over_ranks(torch.stack([loss, grad_norm]), numbers)
     reading = Reading(report)
     state.update(report[:2].isfinite().all(), epoch * run.steps + step + 1 if recipe.model_ema_warmup else None)
     return reading

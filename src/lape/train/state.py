@@ -377,9 +377,11 @@ def agree(checkpoint: Checkpoint | None, world: World) -> None:
     places = all_of(place)
     if len(set(places)) > 1:
         first = {text: rank for rank, text in reversed(list(enumerate(places)))}
-        said = ", ".join(f"process {rank} from {text}" for text, rank in sorted(first.items(), key=lambda one: one[1]))
+        differing = ", ".join(
+            f"process {rank} from {text}" for text, rank in sorted(first.items(), key=lambda one: one[1])
+        )
         raise LapeError(
-            f"the processes would go on from different places ({said}; this one, {world.rank}: "
+            f"the processes would go on from different places ({differing}; this one, {world.rank}: "
             f"{checkpoint.path if checkpoint else 'no checkpoint'}): --output-dir and --resume must name a folder that "
             "all machines share"
         )
