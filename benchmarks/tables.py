@@ -542,7 +542,7 @@ def _cost_of_sweep() -> str:
     found = _read(RESULTS / "laboratory_cost.json")
     hardware, seconds = found["hardware"], found["processor_seconds"]
     return (
-        f"**Cost.** `lape eval --sizes {' '.join(found['sizes'])}` of a DeiT-Ti for 96 pixels on "
+        f"**Cost.** `lape eval CHECKPOINT --sizes {' '.join(found['sizes'])}` of a DeiT-Ti for 96 pixels on "
         f"{found['images']:,} CIFAR images takes {seconds:.0f} s of one core, {seconds / 2:.0f} s of two "
         f"({hardware['processor']}, processor time; `benchmarks/results/laboratory_cost.json`, by "
         f"`{found['made_by']}`)."

@@ -437,7 +437,7 @@ def test_an_error_of_a_later_process_names_it(
         (["visualize", "c.pth", "--html", "f.html", "--token", "1"], ["--token", "--save-dir"]),
         (["visualize", "absent.pth", "--html", "f.html"], ["no such checkpoint", "absent.pth"]),
         (["visualize", "c.pth", "--html", "absent/f.html"], ["no folder", "absent"]),
-        (["visualize", "c.pth", "--save-dir", "d", "--size", "1", "2", "3"], ["--size 1 2 3"]),
+        (["visualize", "c.pth", "--save-dir", "d", "--size", "1", "2", "3", "4"], ["--size 1 2 3 4"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -136,6 +136,7 @@ CHANGES = {  # a piece of a command -> what stands in its place
     "init_values=1e-5": f"init_values=1e-5 {NARROW}",
     "--layers 2 3 4 5 6 7 8": "--layers 1",
     "--sizes 96 128 160 224 320 224x320": "--sizes 16 24 16x24",
+    "--sizes 32 48 64 64x96 80 96": "--sizes 16 24",
     "--corruptions all": "--corruptions all --severities 1",
     "--layers 2": "--layers 1",
     "--rival-kwargs": f"--rival-kwargs {NARROW}",

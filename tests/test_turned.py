@@ -121,9 +121,9 @@ def test_hosts_without_a_door_are_refused_by_name(build, why):
 def test_packed_images_of_several_grids_are_refused():
     model = lape.apply_(make_family("NaFlexViT"), "basic", "RoPE")
     patches = torch.randn(2, 16, 48)
-    coordinates = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).flatten(0, 1)
-    packed = {"patches": patches, "patch_coord": coordinates.expand(2, -1, -1), "patch_valid": torch.ones(2, 16).bool()}
-    with pytest.raises(lape.LapeError, match="several grids in a batch are for position tables"):
+    grids = [torch.cartesian_prod(torch.arange(rows), torch.arange(16 // rows)) for rows in (4, 2)]
+    packed = {"patches": patches, "patch_coord": torch.stack(grids), "patch_valid": torch.ones(2, 16).bool()}
+    with pytest.raises(lape.LapeError, match=r"images of several grids.* are packed in this batch"):
         model(packed)
 
 

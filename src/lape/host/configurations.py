@@ -35,7 +35,7 @@ Kinds = dict[str, set[str]]
 
 def check_entries(cls: Any, entries: Mapping[str, Any], within: Kinds | None = None) -> None:
     """Raises LapeError for an entry, at any depth, that its class does not declare, or of another kind than there; and
-    for what has the library fetch weights, a kernel or code. What is empty or false says nothing.
+    for what has the library fetch weights, a kernel or code. What is empty or false says nothing, a number may stand.
 
     Args:
         within: what the class around this one declares in it.
@@ -43,6 +43,7 @@ def check_entries(cls: Any, entries: Mapping[str, Any], within: Kinds | None = N
     declared = _declared(cls) | (within or {})
     for key, value in entries.items():
         empty = value in (None, False, "", {}, [])
+        number = isinstance(value, int | float) and not isinstance(value, bool)  # fetches nothing, whatever its name
         if key in _ELSEWHERE and not empty:
             raise LapeError(f"{key!r} names weights or code of somewhere else")
         if "attn_implementation" in key:
@@ -50,11 +51,11 @@ def check_entries(cls: Any, entries: Mapping[str, Any], within: Kinds | None = N
                 raise LapeError(f"{key!r} may be {' or '.join(_ATTENTION)}, not {value!r}")
         elif key == "model_type" and value not in (None, cls.model_type):
             raise LapeError(f"{key!r} of a {cls.__name__} is {cls.model_type!r}, not {shown(repr(value))[:60]}")
-        elif key.startswith("__") or callable(getattr(cls, key, None)) or not (empty or key in declared):
+        elif key.startswith("__") or callable(getattr(cls, key, None)) or not (empty or number or key in declared):
             raise LapeError(f"{key!r} is no entry of a {cls.__name__}")
         elif isinstance(value, Mapping) and (inner := _inner_class(cls, key, value)):
             check_entries(inner, value, _kinds_of(_default(cls).get(key)))
-        elif not (empty or key in ("id2label", "label2id") or _fits(key, value, declared[key])):
+        elif not (empty or key in ("id2label", "label2id") or _fits(key, value, declared.get(key, {"number"}))):
             kinds = " or ".join(sorted(declared[key])) or "a number"
             raise LapeError(f"{key!r} of a {cls.__name__} is {kinds}, not {shown(repr(value))[:60]}")
 

@@ -37,7 +37,7 @@ from lape.files.atomic import remove_left, write_atomically
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.host.timm import NOT_THE_MODEL
-from lape.names import nearest
+from lape.names import nearest, shown
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of
 from lape.train.logs import LOG, RUN, TABLE, write_log
@@ -363,7 +363,7 @@ def _check_resumable(checkpoint: Checkpoint, recipe: Recipe) -> None:
             f"{checkpoint.path} was not written by this project (DeiT's and the authors' files do not name the "
             "parameters of their optimizer): start from it with --finetune"
         )
-    was = str(checkpoint.args.get("opt", recipe.opt))
+    was = shown(str(checkpoint.args.get("opt", recipe.opt)))
     if was.lower() != recipe.opt.lower():
         raise LapeError(
             f"{checkpoint.path} was trained with opt={was!r}, whose state opt={recipe.opt!r} cannot take over: add "
