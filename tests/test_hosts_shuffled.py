@@ -185,6 +185,7 @@ def shaken(model):
     return model
 
 
+@pytest.mark.slow
 def test_compiled(images):
     x, noise = images
     model = lape.apply_(make())

@@ -35,7 +35,7 @@ def model_with(
 
 
 def written(tmp_path: Path, model: torch.nn.Module, **options: object) -> tuple[set[str], dict[str, np.ndarray]]:
-    files = visualize(model, tmp_path, DrawOptions(model_name="m", **options))  # type: ignore[arg-type]
+    files = visualize(model, tmp_path, DrawOptions(model_name="m", **{"dpi": 40, **options}))  # type: ignore[arg-type]
     assert all(file.stat().st_size > 0 for file in files)
     assert {file.name for file in files} == {file.name for file in (tmp_path / "m").iterdir()}
     with np.load(tmp_path / "m" / "positions.npz") as numbers:
@@ -424,7 +424,7 @@ def test_titles_name_the_model_not_the_folder(tmp_path: Path, bare: bool) -> Non
     args = {} if bare else {"model": "deit_tiny_patch16_224", "join_type": "LaPE", "pe": "learnable", "input_size": 32}
     args |= {} if bare else {"model_kwargs": {"patch_size": 8, "depth": 1}}
     path = checkpoint(tmp_path / "c.pth", model, **args)
-    visualize(path, tmp_path, DrawOptions(model_name="deit_b_LaPE"))
+    visualize(path, tmp_path, DrawOptions(model_name="deit_b_LaPE", dpi=40))
     text = (tmp_path / "deit_b_LaPE" / "overview.svg").read_text()
     assert "deit_b" not in text
     assert re.search(r"deit_tiny_patch16_224 \((width 192, )?depth 1\): join LaPE, pe learnable", text)

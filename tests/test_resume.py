@@ -52,6 +52,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_within_an_epoch_and_resumed(uninterrupted, tmp_path, workers):
     recipe = tiny(**FULL, output_dir=str(tmp_path), num_workers=workers, save_steps=4, resume="auto", log_every=1)

@@ -130,7 +130,8 @@ def test_prediction_and_pictures_of_any_folder(saved, tmp_path, capsys):
     labels = getattr(getattr(model, "config", None), "id2label", None) or {i: str(i) for i in range(1000)}
     assert found.classes == [labels[i] for i in wanted.indices[:10].tolist()]
     if side == 16:
-        for where in (["--html", str(tmp_path / "p.html"), "--image", str(path)], ["--save-dir", str(tmp_path / "p")]):
+        pictures = ["--save-dir", str(tmp_path / "p"), "--dpi", "40"]
+        for where in (["--html", str(tmp_path / "p.html"), "--image", str(path)], pictures):
             assert cli.run(cli.app, ["visualize", str(folder), *where]) == 0
         assert capsys.readouterr().err == ""
 
@@ -146,6 +147,7 @@ def test_another_image_size_resamples_the_table(make, tmp_path):
     assert any("grid 6 x 6" in text for text in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -164,7 +166,7 @@ def test_a_model_without_a_classifier_is_refused_in_one_line(make, reason, tmp_p
         assert reason in shown.err
         assert "lape visualize" in shown.err
         assert shown.err.count("\n") == 1
-    assert cli.run(cli.app, ["visualize", str(folder), "--save-dir", str(tmp_path / "pictures")]) == 0
+    assert cli.run(cli.app, ["visualize", str(folder), "--save-dir", str(tmp_path / "pictures"), "--dpi", "40"]) == 0
 
 
 def test_what_a_folder_cannot_be_is_refused(tmp_path):
@@ -237,7 +239,7 @@ def test_a_missing_image_costs_no_work_and_neither_does_a_missing_folder(tmp_pat
 
 def test_pictures_of_an_earlier_drawing_are_named(tmp_path, capsys):
     folder = lape.save(of_timm(), tmp_path / "saved")
-    command = ["visualize", str(folder), "--save-dir", str(tmp_path / "p"), "--model-name", "m"]
+    command = ["visualize", str(folder), "--save-dir", str(tmp_path / "p"), "--model-name", "m", "--dpi", "40"]
     (tmp_path / "p" / "m").mkdir(parents=True)
     (tmp_path / "p" / "m" / "notes.txt").write_text("mine")
     for token, left in (("1", ""), ("1", ""), ("2", "2 of an earlier drawing"), ("2", "2 of an earlier drawing")):

@@ -24,6 +24,7 @@ GIVEN = scale.Assumptions(cores=10, least_step=0.01, inside=1e9, between=1e8, di
 PARTS = scale.Parts(1_000_000, 16_000_000, 500.0, 200.0)
 
 
+@pytest.mark.slow
 def test_page_is_what_the_command_writes():
     done = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or "run: python benchmarks/scale_model.py"

@@ -378,6 +378,7 @@ def test_export_with_dynamic_height_and_width(join):
         assert far(graph(x), model(x)) <= 1e-5 * model(x).abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 @every_join
 def test_blocks_compiled_one_by_one(join, pe, x):

@@ -437,6 +437,7 @@ def many(folder, images, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_no_command_waits_for_a_reader_or_replaces_a_pipe_or_writes_what_cannot_be(many, tmp_path, capsys):
     """A pipe that nobody reads, a folder where a file goes, a name that is too long, a folder that is not there."""
     os.mkfifo(tmp_path / "pipe")
@@ -604,6 +605,7 @@ def test_the_lock_of_a_run_empties_nothing(tmp_path):
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_what_is_shown_steers_no_terminal():
     assert shown("a\x1b[31m\n\x9b\u202e\udcffé") == "a\\x1b[31m\\n\\x9b\\u202e\\udcffé"
     done = subprocess.run(
