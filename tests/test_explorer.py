@@ -796,7 +796,7 @@ def test_a_view_can_be_sent(browser: Any, two: tuple[Path, list[torch.nn.Module]
     visit = Visit(browser, path, sent)
     state = visit.page.evaluate("lape.state")
     told = {key: str(value) for key, value in state.items()}
-    assert told == {**dict(pair.split("=") for pair in sent[1:].split("&")), "photo": "0"}
+    assert told == {**dict(pair.split("=") for pair in sent[1:].split("&")), "photo": "0", "frame": "0"}
     assert visit.page.locator(".card:visible").count() == 1
     visit.page.locator("[data-all='0']").click()
     visit.page.wait_for_url(lambda url: "all=" not in url)
@@ -806,13 +806,13 @@ def test_a_view_can_be_sent(browser: Any, two: tuple[Path, list[torch.nn.Module]
     assert [visit.state("row"), visit.state("layer")] == [2, 1]
     visit.end()
     for nonsense in (
-        "#layer=99&row=-1&show=toString&head=x&models=7&range=&theme=red&query=5&all=2",
+        "#layer=99&row=-1&show=toString&head=x&models=7&range=&theme=red&query=5&all=2&frame=1",
         "#%%%",
         "#models=",
     ):
         visit = Visit(browser, path, nonsense)
         start = {"show": "position", "layer": 0, "row": 1, "column": 1, "query": -1, "all": 0, "view": 0, "head": -1}
-        start |= {"photo": 0, "range": "fixed", "models": "0.1", "theme": ""}
+        start |= {"photo": 0, "frame": 0, "range": "fixed", "models": "0.1", "theme": ""}
         assert visit.page.evaluate("lape.state") == start
         visit.end()
 
