@@ -20,6 +20,7 @@ from PIL import Image
 import lape
 from lape.look.explorer.pack import rows
 from lape.look.explorer.page import SCRIPTS, explore
+from lape.look.measures import MEASURES, measure_all
 from lape.look.probe import attention
 from lape.look.similarity import cosine
 
@@ -107,6 +108,83 @@ def test_what_does_not_fit_is_kept_for_fewer_queries() -> None:
 def test_large_models_stay_under_six_megabytes(tmp_path: Path, name: str, size: int, layers: int) -> None:
     model = lape.create_model(name, "LaPE", img_size=size, embed_dim=64, num_heads=4, depth=layers, num_classes=2)
     assert explore(model, tmp_path / "e.html").stat().st_size < 6_000_000
+
+
+# --- videos -----------------------------------------------------------------------------------------------------------
+
+
+def video(name: str = "Vivit", **extra: Any) -> torch.nn.Module:
+    """Of small videos; ViViT: 4 frames of 3 x 3 patches, 2 layers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"image_size": 24, "num_frames": 8} | extra
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}Model")(config).eval()
+
+
+@pytest.fixture(scope="module")
+def filmed() -> torch.nn.Module:
+    model = lape.apply_(video(tubelet_size=[2, 8, 8]), "LaPE", pe="learnable")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def within(model: torch.nn.Module, frame: int, prefix: int) -> np.ndarray:
+    """(L, 9, 9): by numpy from lape.positions, the frame's 9 patches cut out before anything is computed."""
+    w = lape.positions(model).detach().double().numpy()[:, prefix + 9 * frame : prefix + 9 * (frame + 1)]
+    length = np.linalg.norm(w, axis=-1)
+    return np.einsum("lid,ljd->lij", w, w) / (length[:, :, None] * length[:, None, :])
+
+
+def test_each_frame_of_a_video_is_that_of_the_positions(tmp_path: Path, filmed: torch.nn.Module) -> None:
+    page = contents(explore(filmed, tmp_path / "e.html"))
+    card = page["models"][0]
+    assert (card["grid"], card["frames"]) == ([3, 3], 4)
+    packed = card["maps"][0]
+    assert packed["frames"] == [0, 1, 2, 3]
+    i, j = np.triu_indices(9)
+    for frame, text in enumerate(packed["data"].split(" ")):
+        found = unpack(text, np.int8).reshape(packed["layers"], -1)[-2:] / 127
+        assert np.abs(found - within(filmed, frame, 1)[:, i, j]).max() <= 1 / 254 + 1e-6
+    measured = measure_all(lape.correlation(filmed), lape.positions(filmed)[:, 1:].detach(), (4, 3, 3))
+    assert [m["label"] for m in card["measures"]] == [MEASURES[name].label for name in measured]
+    assert card["measures"][0]["values"] == pytest.approx(next(iter(measured.values())).tolist(), rel=1e-4)
+
+
+def test_a_video_that_does_not_fit_loses_frames(tmp_path: Path, filmed: torch.nn.Module) -> None:
+    whole = contents(explore(filmed, tmp_path / "e.html"))["models"][0]
+    coarse = contents(explore(filmed, tmp_path / "e.html", budget=1000))["models"][0]
+    assert len(whole["maps"]) == 2
+    assert [m["frames"] for m in coarse["maps"]] == [[0]]
+    assert coarse["maps"][0]["data"] == whole["maps"][0]["data"].split(" ")[0]
+
+
+@pytest.mark.slow
+def test_long_videos_stay_under_six_megabytes(tmp_path: Path) -> None:
+    model = video("VideoMAE", num_hidden_layers=12, image_size=224, num_frames=16)
+    lape.apply_(model, "LaPE", pe="learnable")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))  # nothing that compresses
+    page = explore(model, tmp_path / "e.html")
+    card = contents(page)["models"][0]
+    assert (card["grid"], card["layers"], card["maps"][0]["frames"]) == ([14, 14], 12, list(range(8)))
+    assert page.stat().st_size < 6_000_000
+
+
+@pytest.mark.parametrize("name", ["Vivit", "Timesformer"])
+def test_photographs_are_not_for_videos(tmp_path: Path, photo: Path, name: str) -> None:
+    model = video(name, **({"patch_size": 8} if name == "Timesformer" else {"tubelet_size": [2, 8, 8]}))
+    for message in (r"is for videos .* leave images .* and call lape\.apply_", r"leave images \(--image\) out$"):
+        with pytest.raises(lape.LapeError, match=message) as caught:
+            explore(model, tmp_path / "e.html", images=[photo])
+        assert "\n" not in str(caught.value)
+        if "call" in message:
+            lape.apply_(model, "LaPE", pe="learnable")
+    assert not (tmp_path / "e.html").exists()
 
 
 # --- models that are not converted ------------------------------------------------------------------------------------
@@ -417,6 +495,47 @@ def test_clicks_and_keys_choose_patch_and_layer(browser: Any, two: tuple[Path, l
 
 
 @pytest.mark.browser
+def test_a_slider_goes_through_the_frames(
+    browser: Any, two: tuple[Path, list[torch.nn.Module]], filmed: torch.nn.Module, tmp_path: Path
+) -> None:
+    visit = Visit(browser, two[0])
+    assert not visit.page.locator("#frame").is_visible()
+    visit.end()
+    path = explore({"film": filmed, "image": two[1][0]}, tmp_path / "e.html")
+    visit = Visit(browser, path)
+    slider, canvas = visit.page.get_by_label("Frame t"), visit.page.locator(".big canvas").first
+    seen = {}
+
+    def look(frame: int) -> None:
+        assert visit.state("frame") == frame
+        assert visit.page.locator("#frame-name").inner_text() == str(frame)
+        assert f"frame {frame}: patch (1, 1)" in visit.page.locator(".readout").first.inner_text()
+        for layer in range(2):
+            assert np.abs(visit.values(0, layer) - within(filmed, frame, 1)[layer, 4]).max() < 1 / 250
+        seen[frame] = canvas.evaluate("canvas => canvas.toDataURL()")
+
+    look(1)
+    box = slider.bounding_box()
+    visit.page.mouse.click(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
+    look(3)
+    visit.page.wait_for_url(lambda url: url.endswith("#frame=3"))
+    for key, frame in (("ArrowLeft", 2), ("Home", 0)):
+        visit.page.keyboard.press(key)
+        look(frame)
+    assert len(set(seen.values())) == 4
+    assert [visit.state("row"), visit.state("column")] == [1, 1]
+    assert "frame" not in visit.page.locator(".readout").nth(1).inner_text()
+    visit.end()
+    visit = Visit(browser, path, "#frame=2")
+    assert visit.page.get_by_label("Frame t").input_value() == "2"
+    visit.end()
+    path = explore(filmed, tmp_path / "e.html", budget=1000)
+    visit = Visit(browser, path, "#frame=2")
+    assert "frame 0, the nearest that was kept: patch" in visit.page.locator(".readout").inner_text()
+    visit.end()
+
+
+@pytest.mark.browser
 def test_pixels_have_the_colours_of_the_numbers(browser: Any, two: tuple[Path, list[torch.nn.Module]]) -> None:
     from matplotlib import colormaps
 
@@ -677,7 +796,7 @@ def test_a_view_can_be_sent(browser: Any, two: tuple[Path, list[torch.nn.Module]
     visit = Visit(browser, path, sent)
     state = visit.page.evaluate("lape.state")
     told = {key: str(value) for key, value in state.items()}
-    assert told == {**dict(pair.split("=") for pair in sent[1:].split("&")), "photo": "0"}
+    assert told == {**dict(pair.split("=") for pair in sent[1:].split("&")), "photo": "0", "frame": "0"}
     assert visit.page.locator(".card:visible").count() == 1
     visit.page.locator("[data-all='0']").click()
     visit.page.wait_for_url(lambda url: "all=" not in url)
@@ -687,13 +806,13 @@ def test_a_view_can_be_sent(browser: Any, two: tuple[Path, list[torch.nn.Module]
     assert [visit.state("row"), visit.state("layer")] == [2, 1]
     visit.end()
     for nonsense in (
-        "#layer=99&row=-1&show=toString&head=x&models=7&range=&theme=red&query=5&all=2",
+        "#layer=99&row=-1&show=toString&head=x&models=7&range=&theme=red&query=5&all=2&frame=1",
         "#%%%",
         "#models=",
     ):
         visit = Visit(browser, path, nonsense)
         start = {"show": "position", "layer": 0, "row": 1, "column": 1, "query": -1, "all": 0, "view": 0, "head": -1}
-        start |= {"photo": 0, "range": "fixed", "models": "0.1", "theme": ""}
+        start |= {"photo": 0, "frame": 0, "range": "fixed", "models": "0.1", "theme": ""}
         assert visit.page.evaluate("lape.state") == start
         visit.end()
 

@@ -108,6 +108,12 @@ class Maps:
         return layers if self.table_nn is None else {"table P": self.table_nn, **layers}
 
 
+def within_frames(map_nn: Tensor, grid: Grid) -> Tensor:
+    """Of a map between all patches its parts within a frame, (T, m, m), m = rows x columns; T is 1 for an image."""
+    frames, patches = math.prod(grid[:-2]), math.prod(grid[-2:])
+    return map_nn.reshape(frames, patches, frames, patches).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
 AXES = ("frame", "row", "column")
 """Of a grid, its last ones."""
 

@@ -6,6 +6,7 @@ position to show, what it makes of images is shown all the same. Shape suffixes:
 
 import base64
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +20,17 @@ from lape.convert.positions import Size, View, describe
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError, UnsupportedModelError, check_finite
 from lape.host import class_name, find_host
-from lape.look.explorer.pack import finite, rows, triangle
+from lape.look.explorer.pack import by_frame, finite, rows, triangle
 from lape.look.measures import MEASURES, measure_all
-from lape.look.similarity import Maps, bias_to_show, cosine, grid_at, locality_radius, mean_of_pairs
+from lape.look.similarity import (
+    Maps,
+    bias_to_show,
+    cosine,
+    grid_at,
+    locality_radius,
+    mean_of_pairs,
+    within_frames,
+)
 from lape.look.watch import Attention, Watch
 
 PHOTO_SIDE = 448  # pixels of the longer side of a photograph in the page
@@ -70,7 +79,8 @@ class Card:
             if KINDS[description.pe].untouched:
                 what = f"{type(model).__name__}, left as it is"
         grid = " × ".join(map(str, self.grid))
-        self.data |= {"join": join, "about": about, "grid": list(self.grid), "layers": layers}
+        self.data |= {"join": join, "about": about, "grid": list(self.grid[-2:]), "layers": layers}
+        self.data["frames"] = math.prod(self.grid[:-2])
         self.data["facts"] = f"{what}, {layers} layers, {grid} patches"
         if self.kind is not None and self.kind.is_table:
             self._add_positions()
@@ -99,10 +109,10 @@ class Card:
         for view, label in VIEWS:
             if view == "unbiased" and self.conversion.folded:
                 continue
-            maps = Maps.of(self.model, self.size, view)
-            maps_Lnn = torch.stack(list(maps.columns.values()))
+            maps = Maps.of(self.model, self.size, view, frames=True)
+            maps_TLnn = torch.stack([within_frames(map_nn, self.grid) for map_nn in maps.columns.values()], dim=1)
             first = 0 if maps.table_nn is None else -1
-            self._add_maps(label, "cosine", first, len(maps_Lnn), triangle(maps_Lnn.numpy()))
+            self._add_maps(label, "cosine", first, maps_TLnn.shape[1], by_frame(maps_TLnn.numpy()))
             if view == "seen":
                 for name, value_L in measure_all(maps.layers_Lnn, maps.patches_LnD, self.grid).items():
                     about = MEASURES[name]
@@ -261,7 +271,10 @@ def photo(model: nn.Module, path: Any, stored: dict[str, Any] | None) -> Photo:
 
 
 def _image_size(model: nn.Module) -> tuple[int, int] | None:
-    """(height, width) in pixels of the images that a model is for, None where nothing tells."""
+    """(height, width) in pixels of the images that a model is for, None where nothing tells.
+
+    Raises LapeError for a model of videos.
+    """
     joined = [c.anatomy for c in conversions(model) if c.anatomy.blocks]
     try:
         if joined:
@@ -269,6 +282,12 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
         else:
             host, root = find_host(model)
             anatomy = host.examine(root)
+        if len(grid := anatomy.layout.grid) == 3:
+            convert = "" if joined else " and call lape.apply_(model) for its positions"
+            raise LapeError(
+                f"{type(model).__name__} is for videos ({' x '.join(map(str, grid))} patches: frames, rows, columns), "
+                f"photographs cannot be shown to it: leave images (--image) out{convert}"
+            )
         if len(anatomy.patch_size) == 2:
             pixels = anatomy.pixels if not joined else None
             height, width = pixels or (

@@ -90,6 +90,7 @@ function read(card) {
   card.readout.replaceChildren();
   if (!map) return;
   const { set } = map;
+  card.readout.append(frameName(card));
   const digits = state.show === "attention" ? 3 : 2;
   const query = set.kept(queryOf(card, set));
   const name = (token) => tokenName(card, set, token);
@@ -126,7 +127,7 @@ function drawCards() {
       paint(canvas, map, scaleOf(map, all), width, canvas !== card.big && state.all ? null : frameOf(card, map, width));
     };
     const of = asksPrefix() ? `${prefixNames[state.query]} token` : `patch row ${state.row}, column ${state.column}`;
-    const what = state.all ? "all tokens with all" : of;
+    const what = frameName(card) + (state.all ? "all tokens with all" : of);
     card.big.setAttribute("aria-label", `${card.name}, ${layerTitle(state.layer)}: ${SHOWS[state.show]} of ${what}`);
     for (const [layer, { canvas, tile, title }] of card.layerTiles) {
       tile.hidden = layer < 0 && state.show === "attention";

@@ -98,6 +98,10 @@ $("range").addEventListener("change", () => change({ range: $("range").value }))
 $("layer").max = depth - 1;
 $("layer").addEventListener("input", () => change({ layer: Number($("layer").value) }));
 
+$("frame").max = frames - 1;
+$("frame").addEventListener("input", () => change({ frame: Number($("frame").value) }));
+
+const OF_VIDEO = " Of a video, the patches of one frame with each other; the measures below count all frames.";
 const MEANING = {
   position:
     "How alike the positions of patches are. Better: rings or a cross around the patch, and layers that differ. " +
@@ -128,7 +132,11 @@ function drawControls() {
   $("where").textContent = asksPrefix()
     ? `${prefixNames[state.query]} token`
     : `row ${state.row}, column ${state.column}`;
-  $("meaning").textContent = MEANING[state.show];
+  const timed = frames > 1 && state.show === "position";
+  $("frame-row").hidden = !timed;
+  $("frame").value = state.frame;
+  $("frame-name").textContent = state.frame;
+  $("meaning").textContent = MEANING[state.show] + (timed ? OF_VIDEO : "");
   const grid = `${lead.grid[0]} by ${lead.grid[1]}`;
   picker.setAttribute("aria-label", `Patch picker, ${grid}: ${$("where").textContent}. Arrow keys move the patch.`);
   for (const [node, on] of choices) pressed(node, on());

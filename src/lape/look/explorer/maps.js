@@ -7,6 +7,9 @@ async function unpack(text) {
   return new Response(stream).arrayBuffer();
 }
 
+// The index of what is nearest to k.
+const nearest = (list, k) => list.reduce((best, v, i) => (Math.abs(v - k) < Math.abs(list[best] - k) ? i : best), 0);
+
 // Symmetric maps, of which the upper triangle is stored, row by row.
 function triangle(buffer, layers) {
   const bytes = new Int8Array(buffer);
@@ -30,7 +33,6 @@ function queryRows(packed, buffer, peaks, wide) {
   const patches = rows.flatMap((r) => columns.map((c) => r * wide + c));
   const { prefix, tokens } = packed;
   const queries = [...Array(prefix).keys(), ...patches.map((patch) => prefix + patch)];
-  const nearest = (list, k) => list.reduce((best, v, i) => (Math.abs(v - k) < Math.abs(list[best] - k) ? i : best), 0);
   const placeOf = (token) => {
     if (token < prefix) return token;
     const patch = token - prefix;
@@ -49,7 +51,15 @@ function queryRows(packed, buffer, peaks, wide) {
   return { row, tokens, queries, kept: (token) => queries[placeOf(token)] };
 }
 
+// A set of maps; of a video it is that of the first frame, and `each` has those of all frames that were kept.
 async function readMaps(card, packed) {
+  const frames = packed.frames || [0];
+  const texts = packed.data.split(" ");
+  const each = await Promise.all(frames.map((time, k) => readFrame(card, { ...packed, data: texts[k], time })));
+  return { ...each[0], each };
+}
+
+async function readFrame(card, packed) {
   const patches = card.grid[0] * card.grid[1];
   const buffer = await unpack(packed.data);
   const peaks = packed.peaks ? new Float32Array(await unpack(packed.peaks)) : null;

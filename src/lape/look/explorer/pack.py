@@ -3,6 +3,7 @@
 import base64
 import math
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,17 @@ def triangle(maps_Lnn: np.ndarray) -> dict[str, Any]:
     """Symmetric maps in [-1, 1]: the upper triangle, row by row, as round(127 s); off by at most 1/254."""
     i, j = np.triu_indices(maps_Lnn.shape[-1])
     return {"form": "triangle", "data": blob(np.rint(maps_Lnn[:, i, j] * 127).astype(np.int8)), "limit": 1.0}
+
+
+def by_frame(maps_TLnn: Iterable[np.ndarray]) -> dict[str, Any]:
+    """`triangle` of each frame, a blank between their data; an image is one frame."""
+    each = [triangle(maps_Lnn) for maps_Lnn in maps_TLnn]
+    return {**each[0], "frames": list(range(len(each))), "data": " ".join(one["data"] for one in each)}
+
+
+def halve_frames(packed: dict[str, Any]) -> None:
+    """Leaves every second frame out."""
+    packed |= {"frames": packed["frames"][::2], "data": " ".join(packed["data"].split()[::2])}
 
 
 def rows(maps_LHnn: np.ndarray, grid: Grid, budget: int, *, signed: bool) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lape.errors import LapeError, needs
 from lape.files.atomic import check_outputs, write_atomically
 from lape.files.read import read_checkpoint
 from lape.look.explorer.card import Card
+from lape.look.explorer.pack import halve_frames
 
 BUDGET = 6_000_000  # bytes of the whole file; what would not fit is kept coarser, and the page says so
 SCRIPTS = ("base", "maps", "state", "paint", "picker", "cards", "charts", "save", "controls", "main")
@@ -54,7 +55,8 @@ def explore(
         model_name, join, pe, ema: for checkpoints, as in `lape.look.figures.visualize`.
         intro: HTML to put above the explorer, trusted: escape what is not yours.
         budget: bytes. Attention, tokens, and biases that do not repeat, are kept for every second (third, ...) query
-            patch where the file would grow larger; positions are always kept whole.
+            patch where the file would grow larger; positions are always kept whole, of a video those within a frame,
+            of every second (fourth, ...) frame if need be.
 
     Raises LapeError: a model with nothing to show, more images than 8, a checkpoint or an image that cannot
     be read, a file that cannot be written. Nothing is written then.
@@ -122,6 +124,12 @@ def page_text(title: str, cards: Sequence[Card], intro: str, budget: int) -> str
         for card in cards:
             spent -= sum(len(m["data"]) for m in card.data["maps"][1:])
             del card.data["maps"][1:]
+    positions = [m for card in cards for m in card.data["maps"]]
+    while spent > budget and any(len(m["frames"]) > 1 for m in positions):
+        longest = max(positions, key=lambda m: len(m["frames"]))
+        spent -= len(longest["data"])
+        halve_frames(longest)
+        spent += len(longest["data"])
     each = max(budget - spent, 0) // max(sum(card.wishes for card in cards), 1)
     for card in cards:
         card.add_rest(each)

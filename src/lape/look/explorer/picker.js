@@ -59,7 +59,6 @@ function pick(row, column) {
 
 // A patch of a card, taken as the one of the first card that lies there.
 function pickOf(card, row, column) {
-  const place = (k, its, mine) => Math.floor(((k + 0.5) * mine) / its);
   pick(place(row, card.grid[0], lead.grid[0]), place(column, card.grid[1], lead.grid[1]));
 }
 

@@ -8,6 +8,7 @@ const SHOWS = { position: "Position", tokens: "Tokens", attention: "Attention" }
 const shows = Object.keys(SHOWS).filter((show) => cards.some((card) => card.sets[show].length));
 const views = cards.map((card) => card.sets.position).reduce((a, b) => (b.length > a.length ? b : a), []);
 const heads = Math.max(0, ...cards.map((card) => card.heads));
+const frames = Math.max(...cards.map((card) => card.frames));
 const lowest = Math.min(
   0,
   ...cards.flatMap((card) =>
@@ -22,6 +23,7 @@ const start = {
   layer: 0,
   row: centre(lead)[0],
   column: centre(lead)[1],
+  frame: Math.floor((frames - 1) / 2), // of the longest video
   query: -1, // a prefix token, or -1: the patch at row, column
   all: 0, // 1: all tokens with all
   view: 0,
@@ -39,6 +41,7 @@ const allowed = {
   layer: [lowest, depth - 1],
   row: [0, lead.grid[0] - 1],
   column: [0, lead.grid[1] - 1],
+  frame: [0, frames - 1],
   query: [-1, prefixNames.length - 1],
   all: [0, 1],
   view: [0, Math.max(0, views.length - 1)],
@@ -80,14 +83,24 @@ const chosenCards = () => state.models.split(".").map((k) => cards[k]);
 const firstName = () => (state.show === "tokens" ? "input" : "table P");
 const layerName = (layer) => (layer < 0 ? firstName() : String(layer));
 const layerTitle = (layer) => (layer < 0 ? firstName() : `layer ${layer}`);
+// What lies of `its` places where the k-th of `mine` lies.
+const place = (k, mine, its) => Math.min(its - 1, Math.floor(((k + 0.5) * its) / mine));
+const frameIn = (card) => place(state.frame, frames, card.frames);
 const setOf = (card) => {
   const sets = card.sets[state.show];
-  return sets[state.show === "position" ? Math.min(state.view, sets.length - 1) : Math.max(state.photo, 0)];
+  const set = sets[state.show === "position" ? Math.min(state.view, sets.length - 1) : Math.max(state.photo, 0)];
+  return set?.each[nearest(set.frames || [0], frameIn(card))];
 };
+
+// The frame that a card shows, in words; none of an image.
+function frameName(card) {
+  const time = setOf(card)?.time;
+  if (card.frames < 2 || time === undefined) return "";
+  return `frame ${time}${time === frameIn(card) ? "" : ", the nearest that was kept"}: `;
+}
 
 // The patch of a card that lies where the chosen patch of the first card lies.
 function patchOf(card) {
-  const place = (k, mine, its) => Math.min(its - 1, Math.floor(((k + 0.5) * its) / mine));
   return place(state.row, lead.grid[0], card.grid[0]) * card.grid[1] + place(state.column, lead.grid[1], card.grid[1]);
 }
 
@@ -109,7 +122,7 @@ function shown(card, layer) {
   const query = set && queryOf(card, set);
   if (!set || layer < set.first || layer >= set.first + set.layers || (asksPrefix() && query >= set.prefix))
     return null;
-  const now = [state.show, state.view, state.head, state.photo, state.all].join();
+  const now = [state.show, state.view, state.head, state.photo, state.frame, state.all].join();
   if (now !== context) {
     context = now;
     remembered.clear();
