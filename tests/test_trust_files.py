@@ -142,7 +142,7 @@ def test_what_a_transformers_folder_may_say_of_a_model_within_is_held_to_its_own
     sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {"model_type": "clip_vision_model", **sizes, "intermediate_size": 16}
     check_entries(transformers.LlavaConfig, {"vision_config": {**vision, "vocab_size": 9}})
-    for wrong in ({"backbone": "resnet50"}, {"hidden_act": 1}, {"num_heads": 2}, {"_attn_implementation": "a/b"}):
+    for wrong in ({"backbone": "resnet50"}, {"hidden_act": 1}, {"num_heads": [2]}, {"_attn_implementation": "a/b"}):
         with pytest.raises(LapeError, match=next(iter(wrong))):
             check_entries(transformers.CLIPConfig, {"vision_config": {**vision, **wrong}})
     model = lape.apply_(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision)))
