@@ -12,8 +12,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 """Optional real images and checkpoints beside the checkout; a test that needs them skips without."""
 
 
-EACH = 7
-"""Of the cases of a matrix, every seventh is not slow: a prime, so that all rows and columns are met."""
+EACH = 11
+"""Of the cases of a matrix, every eleventh is not slow: a prime, so that all rows and columns are met."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

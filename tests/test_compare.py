@@ -370,6 +370,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "--join" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_of_stages_is_compared_though_no_one_figure_holds_its_positions(tmp_path: Path) -> None:
     kwargs = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4, "patch_size": 2}
     recipe = TINY.replace(model="swin_tiny_patch4_window7_224", input_size=16, model_kwargs=kwargs)

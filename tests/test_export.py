@@ -29,12 +29,13 @@ def converted(join: str = "LaPE", pe: str | None = None, **kwargs) -> torch.nn.M
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("join", "pe"),
     [
-        pytest.param("basic", "learnable", marks=pytest.mark.slow),
-        pytest.param("share", "2D_sin", marks=pytest.mark.slow),
-        pytest.param("LaPE", None, marks=pytest.mark.slow),
+        ("basic", "learnable"),
+        ("share", "2D_sin"),
+        ("LaPE", None),
         ("LaPE", "2D_RPE"),
     ],
 )

@@ -116,13 +116,14 @@ for call in json.loads(sys.argv[2]):
         assert line.startswith(f"{package} is not installed: pip install 'lape[{extra}]'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "extra", "command"),
     [
         ("cyclopts", "train", "lape --help"),
         ("pydantic", "train", "main.py --help"),
         ("cyclopts", "train", "similarity_visualize.py --help"),
-        pytest.param("matplotlib", "plot", "lape visualize nothing.pth --save-dir DIR", marks=pytest.mark.slow),
+        ("matplotlib", "plot", "lape visualize nothing.pth --save-dir DIR"),
         ("matplotlib", "plot", "lape demo --output-dir DIR"),
         ("pyarrow", "data", "lape check-data PARQUET"),
     ],

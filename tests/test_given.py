@@ -163,6 +163,7 @@ def test_what_has_no_meaning_is_refused_by_name(call, text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pe", ["ALiBi-2D", "LookHere"])
 def test_given_biases_are_shown_and_drawn(pe, tmp_path):
     from lape.look.figures import visualize

@@ -183,6 +183,7 @@ def test_the_overview_shows_the_numbers_in_one_colour_range() -> None:
     assert [axes.get_title() for axes in figure.axes[:2]] == ["a", "b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [None, 3.25, 6.875])
 @pytest.mark.parametrize(("layers", "grid"), [(1, (1, 1)), (5, (14, 14)), (25, (2, 9)), (30, (9, 2))])
 def test_nothing_in_an_overview_is_clipped_or_overlaps(layers: int, grid: tuple[int, int], width: float | None) -> None:
@@ -219,6 +220,7 @@ def test_several_models_in_one_figure_with_one_scale(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.slow
 def test_biases_of_several_models_in_one_figure(tmp_path: Path) -> None:
     models = {"basic": model_with("basic", "2D_RPE"), "LaPE, deep": model_with("LaPE", "1D_RPE", depth=4)}
     files = draw_together({**models, "alone": model_with("LaPE")}, tmp_path)
@@ -273,6 +275,7 @@ assert "matplotlib.pyplot" not in sys.modules
 # --- for a paper -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figures_for_a_paper(tmp_path: Path) -> None:
     """Of a column's width, without a title, in a range that is stretched, of chosen layers, with embedded letters."""
     looks = DrawOptions(model_name="m", layers=(1,), range="auto", title=False, width="8.255cm", dpi=200)
@@ -306,6 +309,7 @@ def test_the_ends_of_the_colours(chosen: str | None, expected: tuple[float, floa
     assert (norm.vmin, norm.vmax) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_two_checkpoints_by_one_command(tmp_path: Path) -> None:
     paths = []
     for join in ("basic", "LaPE"):
@@ -395,6 +399,7 @@ def test_the_original_command_draws_bare_weights(tmp_path: Path, pe: str, capsys
             assert np.array_equal(numbers["positions"], lape.positions(model).detach().numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize(
     ("join", "pe", "name"),
@@ -418,6 +423,7 @@ def test_weights_that_do_not_say_their_join_are_refused(tmp_path: Path, capsys: 
     assert "give --join-type" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bare", [True, False])
 def test_titles_name_the_model_not_the_folder(tmp_path: Path, bare: bool) -> None:
     model = model_with("LaPE", embed_dim=192, depth=1)

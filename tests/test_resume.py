@@ -78,6 +78,7 @@ def _stop_at_third(text: str) -> None:
         raise Killed
 
 
+@pytest.mark.slow
 def test_a_torn_newest_file_loses_four_steps_and_not_the_run(uninterrupted, tmp_path):
     recipe = tiny(**FULL, output_dir=str(tmp_path), save_steps=4, resume="auto", log_every=1)
     with pytest.raises(Killed):

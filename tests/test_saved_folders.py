@@ -116,6 +116,7 @@ def test_evaluation_needs_nothing_but_the_folder(saved, monkeypatch):
     assert found == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 def test_prediction_and_pictures_of_any_folder(saved, tmp_path, capsys):
     model, folder = saved
@@ -237,6 +238,7 @@ def test_a_missing_image_costs_no_work_and_neither_does_a_missing_folder(tmp_pat
         assert "missing.png" in message or "no folder" in message
 
 
+@pytest.mark.slow
 def test_pictures_of_an_earlier_drawing_are_named(tmp_path, capsys):
     folder = lape.save(of_timm(), tmp_path / "saved")
     command = ["visualize", str(folder), "--save-dir", str(tmp_path / "p"), "--model-name", "m", "--dpi", "40"]

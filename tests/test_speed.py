@@ -51,6 +51,7 @@ def test_plain_attention_is_the_fused_one(join: str, pe: str) -> None:
     assert torch.allclose(*outputs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_training_computes_as_the_recipe_says_and_hands_back_the_model_as_it_was(tmp_path, monkeypatch) -> None:
     seen = set()
     forward = torch.nn.functional.scaled_dot_product_attention

@@ -366,6 +366,7 @@ def test_feature_extraction_by_torch_fx(library, node, fold, x):
     assert create_feature_extractor(model, [node])(x)[node].shape == (2, 17, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("join", ["LaPE", "share", "basic"])
 def test_export_with_dynamic_height_and_width(join):
     from torch.export import Dim, export
@@ -507,6 +508,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made_by", ["lape", "timm"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_was_changed_is_saved_as_it_is(change, made_by, tmp_path):

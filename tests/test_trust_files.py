@@ -73,7 +73,7 @@ ELSEWHERE = [
     {"block_fn": {"pretrained": True}, "cache_dir": "x"},
     {"norm_layer": "http://a/b"},
     {"depth": 2**40},
-    {"depth": 10**6},
+    pytest.param({"depth": 10**6}, marks=pytest.mark.slow),
     {"img_size": 16000},
     {"embed_dim": 10**6},
     {"num_heads": float("nan")},
