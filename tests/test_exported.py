@@ -140,9 +140,9 @@ def test_weights_in_another_file_are_not_read(work, tmp_path):
 
 
 def test_export_checks_on_the_data_of_the_run_while_it_is_there(work, tmp_path, capsys):
-    shutil.copytree(work, tmp_path / "work")
+    shutil.copytree(work, tmp_path / "trained")
     content = torch.load(work / "run" / "checkpoint.pth", weights_only=True)
-    content["args"]["data_path"] = str(tmp_path / "work" / "data")
+    content["args"]["data_path"] = str(tmp_path / "trained" / "data")
     torch.save(content, tmp_path / "a.pth")
     command = ["export", str(tmp_path / "a.pth"), "--output-dir", str(tmp_path / "out"), "--formats", "folder"]
 
@@ -150,11 +150,11 @@ def test_export_checks_on_the_data_of_the_run_while_it_is_there(work, tmp_path, 
         assert run(app, [*command, *more]) == 0
         return capsys.readouterr().out.splitlines()[0]
 
-    assert said() == f"checked on 8 images of {tmp_path}/work/data (2 classes, 8 validation images)"
+    assert said() == f"checked on 8 images of {tmp_path}/trained/data (2 classes, 8 validation images)"
     assert said("--data-path", "") == "checked on 64 images of packaged digits (8x8, UCI)"
     assert said("--data-path", str(work / "data")).startswith(f"checked on 8 images of {work}/data (")
-    shutil.rmtree(tmp_path / "work")
-    gone = f"checked on 64 images of packaged digits (8x8, UCI), since {tmp_path}/work/data is not there"
+    shutil.rmtree(tmp_path / "trained")
+    gone = f"checked on 64 images of packaged digits (8x8, UCI), since {tmp_path}/trained/data is not there"
     assert said() == gone
 
 
