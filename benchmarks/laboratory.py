@@ -1,13 +1,14 @@
 """What position does in a model: every rival under one recipe, at other sizes, and in the features.
 
     python benchmarks/laboratory.py digits                   # 20 epochs: 14 rows, a training takes 20 s of one core
-    python benchmarks/laboratory.py cifar --cifar FOLDER     # 5,000 images, 5 epochs: 80 s of one core
+    python benchmarks/laboratory.py cifar --cifar FOLDER     # 5,000 images, 50 epochs: 20 minutes of one core
     python benchmarks/laboratory.py cost --cifar FOLDER      # a sweep of 6 sizes on 2,000 images, DeiT-Ti up to 96 px
 
 FOLDER holds CIFAR-10 as train/<class>/* and val/<class>/*. A study trains the preset `rivals` with each of `--seeds`,
 evaluates each model at other sizes, probes those of the first seed, and writes results/laboratory_<study>.json, from
 which docs/laboratory.md has its tables. What was killed goes on by the same command; `--finished` trains nothing and
-reports on the rows that the first seed has, and again on those that have all of `--seeds`.
+reports on the rows that the first seed has, and again on those that have all of `--seeds`, wherever they were trained.
+`--trainings` ends behind the trainings: where a GPU trains, and something else measures.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def recipe_of(study: str, images: Path | None) -> Recipe:
     if study == "digits":
         return Recipe.from_yaml("digits", threads=1, num_workers=0, device="cpu")
     small = {"patch_size": 4, "embed_dim": 64, "depth": 6, "num_heads": 4}
-    recipe = Recipe.from_yaml("cifar10_matrix_cpu", data_path=str(images), device="cpu")
-    return recipe.replace(epochs=5, warmup_epochs=1, model="vit_tiny_patch16_224", amp="bf16", model_kwargs=small)
+    recipe = Recipe.from_yaml("cifar10_matrix_cpu", data_path=str(images), device="auto", data_on_device=True)
+    return recipe.replace(epochs=50, warmup_epochs=5, model="vit_tiny_patch16_224", amp="bf16", model_kwargs=small)
 
 
 def main() -> None:
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--finished", action="store_true", help="train nothing, report on what is done")
+    parser.add_argument("--trainings", action="store_true", help="only train")
     given = parser.parse_args()
     images = None
     if given.study != "digits":
@@ -68,6 +70,9 @@ def main() -> None:
 
 def study(given: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
     folder, every = given.runs / given.study, [Variant(recipe.model, *row) for row in RIVALS]
+    if given.trainings:
+        asked = {"seeds": tuple(given.seeds), "workers": given.workers}
+        raise SystemExit(not compare(recipe, CompareOptions(output_dir=str(folder), **asked), every).files)
     grids = [(every, given.seeds)]
     if given.finished:
         seeds_of = {

@@ -9,6 +9,7 @@
     throughput  DeiT-Ti, -S and -B in bf16, basic and LaPE: images a second at several batches, share of the rate that
                 torch.matmul reaches, peak memory
     data        CIFAR-10 to where a step finds it: Pillow in loader processes, and --data-on-device (`device_path.py`)
+    steps       epochs of `lape train` on CIFAR-10: as it is, and with the device waited for after every step
     training    ViT-Lite on CIFAR-10 by `lape train`: basic, basic whose table starts at std 1, LaPE; several seeds
 
 Compilation takes longer than all measurements. So every configuration of `ratios` and `throughput` is a process of its
@@ -63,7 +64,7 @@ from written_out import largest_difference, written_out
 import lape
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("tests", "ratios", "throughput", "data", "training")
+PARTS = ("tests", "ratios", "throughput", "data", "steps", "training")
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "triton", "pydantic")
 ARMS = ("basic", "basic, table at std 1", "LaPE")
 Run = Callable[[], None]
@@ -94,6 +95,7 @@ class Sizes:
     data_rounds: int = 3
     data_images: int = 50_000
     data_batch: int = 256
+    waits: int = 5  # pairs of epochs, with and without
     epochs: int = 20
     seeds: tuple[int, ...] = (0, 1, 2, 3)  # the last ones if time allows
     at_once: int = 2  # seeds, of three trainings each
@@ -106,6 +108,7 @@ class Sizes:
             "ratios": 160,
             "throughput": 120,
             "data": 75,
+            "steps": 90,
             "training": 700,
         }
     )
@@ -127,6 +130,7 @@ SMALL = Sizes(
     data_rounds=2,
     data_images=64,
     data_batch=32,
+    waits=3,
     epochs=1,
     seeds=(0,),
     trained="vit_lite_4_4_32",
@@ -588,22 +592,57 @@ def data(link: Link, sizes: Sizes, where: str, cifar: Path | None, scratch: Path
     link.send(json.loads(output.read_text()))
 
 
-def train(link: Link, sizes: Sizes, where: str, cifar: Path | None, folder: Path, arm: str, seed: int) -> None:
-    """One training by `lape train`: one seed starts all arms alike but for what the arm is about."""
+def recipe_of(sizes: Sizes, where: str, cifar: Path | None, arm: str) -> JSON:
+    """Of a training; without CIFAR-10 the packaged digits."""
     settings: JSON = yaml.safe_load((ROOT / "src/lape/recipes" / "cifar10_matrix_cpu.yaml").read_text()) | {
         "model": sizes.trained,
         "join_type": "LaPE" if arm == "LaPE" else "basic",
         "pe_std": 1.0 if arm == "basic, table at std 1" else None,
         "epochs": sizes.epochs,
-        "seed": seed,
         "amp": "bf16",
         "device": where,
         "data_on_device": True,
         "num_workers": 0 if sizes is SMALL else 2,
         "data_path": "" if cifar is None else str(cifar),
-        "output_dir": str(folder / "run"),
     }
-    settings |= sizes.recipe
+    return settings | sizes.recipe
+
+
+def steps(link: Link, sizes: Sizes, where: str, cifar: Path | None) -> None:
+    """One training whose epochs in turn leave the device alone and wait for it after every step; the first is none."""
+    import lape.train.loop as loop
+    from lape.recipe import Recipe
+
+    recipe = Recipe(**recipe_of(sizes, where, cifar, "LaPE"))
+    launch, waits = loop._launch_update, False
+
+    def launch_update(*arguments: Any) -> Any:
+        reading = launch(*arguments)
+        if waits:
+            wait(torch.device(where))
+        return reading
+
+    loop._launch_update = launch_update
+    rounds: dict[str, list[float]] = {"as it is": [], "waiting": []}
+
+    def on_epoch(line: JSON) -> None:
+        nonlocal waits
+        if line["epoch"]:
+            rounds["waiting" if waits else "as it is"].append(line["images_per_second"])
+            link.send(found | {"images_per_second": rounds})
+        waits = not waits
+
+    found: JSON = {"recipe": recipe.model_dump(mode="json", exclude_unset=True, exclude={"data_path"})} | card(
+        torch.device(where)
+    )
+    loop.train(recipe.replace(epochs=2 * sizes.waits + 1, warmup_epochs=0), on_epoch=on_epoch, say=lambda _text: None)
+    gain = ratio(rounds["as it is"], rounds["waiting"])
+    link.send(found | {"images_per_second": rounds, "as_it_is_to_waiting": gain})
+
+
+def train(link: Link, sizes: Sizes, where: str, cifar: Path | None, folder: Path, arm: str, seed: int) -> None:
+    """One training by `lape train`: one seed starts all arms alike but for what the arm is about."""
+    settings = recipe_of(sizes, where, cifar, arm) | {"seed": seed, "output_dir": str(folder / "run")}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
     link.send({"recipe": settings})
@@ -761,6 +800,14 @@ class Session:
         print(_tail(worker.log, 1500), flush=True)
         self.note("data", status=worker.state, error=worker.error[:400])
 
+    def steps(self, cifar: Path | None) -> None:
+        end = self.deadline("steps")
+        worker = self.start("steps", "ViT-Lite", steps, self.sizes, self.given.device, cifar)
+        worker.follow("done", end)
+        worker.stop()
+        self.write("steps", worker.told())
+        self.note("steps", status=worker.state, error=worker.error[:400])
+
     def start_trainings(self, cifar: Path | None, seed: int) -> None:
         for arm in ARMS:
             name = f"{arm}, seed {seed}"
@@ -875,7 +922,7 @@ def unpacked(cifar: Path | None, scratch: Path) -> Iterator[Path | None]:
 
 def show(session: Session) -> None:
     """The results in short, last of all."""
-    for part in ("ratios", "throughput", "data", "training"):
+    for part in PARTS[1:]:
         path = session.out / f"{part}.json"
         if not path.exists():
             continue
@@ -904,6 +951,8 @@ def show(session: Session) -> None:
             for name, row in results.get("rows", {}).items():
                 speeds = [f"{way} {row[way]['images_per_second']:.0f} img/s" for way in ("pil", "device")]
                 print(f"  {name}: {'; '.join(speeds)}")
+        elif part == "steps":
+            print(f"  {results.get('images_per_second')}, {results.get('as_it_is_to_waiting')}")
         else:
             for row in results:
                 last = (row["history"] or [{}])[-1]
@@ -946,6 +995,7 @@ def main() -> None:
                 "ratios": lambda: session.in_turn("ratios"),
                 "throughput": lambda: session.in_turn("throughput"),
                 "data": lambda: session.data(folder),
+                "steps": lambda: session.steps(folder),
                 "training": lambda: session.training(folder),
             }
             for name, act in acts.items():

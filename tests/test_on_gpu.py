@@ -23,7 +23,7 @@ def test_every_part_writes_its_numbers(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     found = {path.stem: json.loads(path.read_text(), parse_constant=finite) for path in tmp_path.glob("*.json")}
-    assert set(found) == {"summary", "tests", "ratios", "throughput", "data", "training"}, done.stdout[-3000:]
+    assert set(found) == {"summary", "tests", "ratios", "throughput", "data", "steps", "training"}, done.stdout[-3000:]
     parts = {name: content["results"] for name, content in found.items() if name != "summary"}
     for name, content in found.items():
         assert content["commit"] == "abc"
@@ -60,6 +60,10 @@ def test_every_part_writes_its_numbers(tmp_path):
     for row in parts["data"]["rows"].values():
         assert row["pil"]["images_per_second"] > 0
         assert row["device"]["images_per_second"] > 0
+
+    assert parts["steps"]["status"] == "done", parts["steps"]
+    assert {len(each) for each in parts["steps"]["images_per_second"].values()} == {3}
+    assert parts["steps"]["as_it_is_to_waiting"]["median"] > 0
 
     assert {row["arm"] for row in parts["training"]} == ARMS
     for row in parts["training"]:
