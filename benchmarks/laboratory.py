@@ -1,7 +1,7 @@
 """What position does in a model: every rival under one recipe, at other sizes, and in the features.
 
     python benchmarks/laboratory.py digits                   # 20 epochs: 14 rows, a training takes 20 s of one core
-    python benchmarks/laboratory.py cifar --cifar FOLDER     # 5,000 images, 50 epochs: 20 minutes of one core
+    python benchmarks/laboratory.py cifar --cifar FOLDER     # 5,000 images, 50 epochs: 8 minutes of one core
     python benchmarks/laboratory.py cost --cifar FOLDER      # a sweep of 6 sizes on 2,000 images, DeiT-Ti up to 96 px
 
 FOLDER holds CIFAR-10 as train/<class>/* and val/<class>/*. A study trains the preset `rivals` with each of `--seeds`,

@@ -103,7 +103,7 @@ class Sizes:
     recipe: JSON = field(default_factory=dict)
     limits: JSON = field(
         default_factory=lambda: {
-            "tests": 180,
+            "tests": 240,
             "prepare": 200,
             "ratios": 160,
             "throughput": 120,
@@ -565,6 +565,7 @@ def tests(link: Link, sizes: Sizes, scratch: Path) -> None:
     """tests/test_cuda.py, skipped where there is no GPU. What the libraries warn of is in the log, and no error."""
     report = scratch / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--durations=10", f"--junitxml={report}"]
+    command += ["-n", "4"]
     code = subprocess.run([*command, "-W", "default", "tests/test_cuda.py"], cwd=ROOT).returncode
     cases = []
     for case in ElementTree.parse(report).iter("testcase"):
