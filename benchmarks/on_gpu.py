@@ -95,7 +95,7 @@ class Sizes:
     data_rounds: int = 3
     data_images: int = 50_000
     data_batch: int = 256
-    waits: int = 5  # pairs of epochs, with and without
+    waits: int = 3  # pairs of epochs, with and without
     epochs: int = 20
     seeds: tuple[int, ...] = (0, 1, 2, 3)  # the last ones if time allows
     at_once: int = 2  # seeds, of three trainings each

@@ -538,6 +538,65 @@ def _lead(gap: dict | None) -> list[str]:
     return [f"{gap['mean']:+.1f}", "{:+.1f} to {:+.1f}".format(*gap["interval"]), p]
 
 
+def gpu_ratios() -> str:
+    """Time of DeiT-Ti on a GPU, as ratios to timm's model."""
+    path = RESULTS / "on_gpu_ratios_h200.json"
+    content = _read(path)
+    names = ("LaPE", "LaPE folded", "written out")
+    lines = [f"| what | how | timm | {' | '.join(names)} |", "|---|---|---|---|---|---|"]
+    for what, table in sorted(content["results"].items(), key=lambda item: item[1]["mode"]):
+        for way, rows in table["ways"].items():
+            cells = [f"{1e3 * rows['timm']['seconds']['median']:.3f} ms"]
+            cells += [_spread(rows[name]["to_timm"]) if name in rows else "-" for name in names]
+            lines.append(f"| {what} | {'CUDA graph' if way == 'graph' else way} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{_of_gpu(content)}; `{path.relative_to(ROOT)}`."])
+
+
+def gpu_throughput() -> str:
+    """Images a second on a GPU: basic and LaPE, and what LaPE costs in time and memory."""
+    path = RESULTS / "on_gpu_throughput_h200.json"
+    content = _read(path)
+    lines = ["| model | what | how | basic | share | LaPE | share | time | memory |", "|---|---|---|---|---|---|---|---|---|"]
+    for model, table in content["results"].items():
+        shown = {("inference", 1024): "eager compiled", ("training", 256): "eager compiled"}
+        rows = [row for row in table["rows"] if row["way"] in shown.get((row["mode"], row["batch"]), "")]
+        for row in sorted(rows, key=lambda row: (row["mode"], row["way"] != "eager")):
+            cells = [f"{model} | {row['mode']}, batch {row['batch']} | {row['way']}"]
+            for join in ("basic", "LaPE"):
+                cells += [f"{row[join]['images_per_second']:,.0f} | {row[join]['share_of_matmul_rate']:.1%}"]
+            cells += [_spread(row["LaPE"]["to_basic"]), f"{row['peak_ratio']:.4f}"]
+            lines.append(f"| {' | '.join(cells).replace('%', ' %')} |")
+    rates = [f"{t['matmul_flops_per_second']['best'] / 1e12:.0f}" for t in content["results"].values()]
+    note = f"`torch.matmul` reached {', '.join(rates[:-1])} and {rates[-1]} TFLOP/s at best"
+    return "\n".join([*lines, "", f"{_of_gpu(content)}; {note}; `{path.relative_to(ROOT)}`, with other batches."])
+
+
+def gpu_steps() -> str:
+    """What it is worth that a training step does not wait for its device."""
+    path = RESULTS / "on_gpu_steps_h200.json"
+    content = _read(path)
+    found, recipe = content["results"]["images_per_second"], content["results"]["recipe"]
+    pairs = list(zip(found["as it is"], found["waiting"], strict=True))
+    gains = sorted(mine / waiting for mine, waiting in pairs)
+    speeds = [f"{statistics.median(each):,.0f}" for each in zip(*pairs, strict=True)]
+    return (
+        f"`lape train` ({recipe['model']}, CIFAR-10 on the device, {recipe['amp']}, batch {recipe['batch_size']}), "
+        f"images a second, median of {len(pairs)} epochs each in turn: {speeds[0]} as it is, {speeds[1]} when the "
+        f"device is waited for after every step; within a pair {statistics.median(gains):.2f} "
+        f"[{gains[0]:.2f}, {gains[-1]:.2f}] times as many. {_of_gpu(content)}; `{path.relative_to(ROOT)}`."
+    )
+
+
+def _spread(found: dict[str, Any]) -> str:
+    return f"{found['median']:.3f} [{found['min']:.3f}, {found['max']:.3f}]"
+
+
+def _of_gpu(content: dict[str, Any]) -> str:
+    hardware, versions = content["hardware"], content["versions"]
+    gpu = hardware["gpu"].split(",")[0]
+    return f"{gpu} beside {hardware['cores']} cores, torch {versions['torch']}, lape {versions['lape']}"
+
+
 def _cost_of_sweep() -> str:
     found = _read(RESULTS / "laboratory_cost.json")
     hardware, seconds = found["hardware"], found["processor_seconds"]
@@ -571,6 +630,9 @@ PAGES = {
         input_pipeline,
         stored,
         attention,
+        gpu_ratios,
+        gpu_throughput,
+        gpu_steps,
     ),
     ROOT / "docs" / "laboratory.md": (laboratory,),
 }
