@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--finished", action="store_true", help="train nothing, report on what is done")
     parser.add_argument("--trainings", action="store_true", help="only train")
+    parser.add_argument("--trained-on", help="the machine of the trainings, where it is not this one")
     given = parser.parse_args()
     images = None
     if given.study != "digits":
@@ -86,6 +87,7 @@ def study(given: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
     folder_flag = " --cifar FOLDER" if recipe.data_path else ""
     return {
         "made_by": f"python benchmarks/laboratory.py {given.study}{folder_flag}",
+        "trained_on": given.trained_on,
         "parts": [part(folder, recipe, rows, seeds, given.workers) for rows, seeds in grids],
     }
 

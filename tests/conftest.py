@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -39,3 +40,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("optional material is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of many maps take most of the time: empty files for tests of names and numbers, JPEGs are drawn."""
+    from matplotlib.figure import Figure
+
+    draw = Figure.savefig
+
+    def draft(figure: Figure, file: BinaryIO, *, format: str, **options: object) -> None:
+        draw(figure, file, format=format, **options) if format == "jpg" else file.write(b"draft")
+
+    monkeypatch.setattr(Figure, "savefig", draft)

@@ -128,14 +128,7 @@ def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_processes_side_by_side_find_the_same(comparison: Study, tmp_path: Path) -> None:
-    other = compare(TINY, options(tmp_path, joins=("basic", "LaPE"), seeds=(0,), workers=2))
-    expected = [c for c in comparison.results["cells"] if c["pe"] == "learnable" and c["seed"] == 0]
-    found = {c["join"]: c["accuracy"] for c in other.results["cells"]}
-    assert found == {c["join"]: c["accuracy"] for c in expected if c["join"] != "share"}
-
-
-@pytest.mark.slow
+@pytest.mark.usefixtures("drafts")
 def test_data_on_the_device_side_by_side(tmp_path: Path) -> None:
     """Several seeds and joins at once on one device, which holds the images once a process."""
     recipe = TINY.replace(data_on_device=True, aa="rand-m9-mstd0.5-inc1", reprob=0.25)

@@ -420,12 +420,9 @@ def test_a_magnitude_ends_at_the_most_that_its_policy_allows(policy, level):
 @pytest.mark.slow
 def test_digits_become_as_good_on_both_paths():
     """With DeiT's RandAugment and erasing; coarse (a seed moves it by five points), and the longest test here."""
-    accuracies = {
-        on: [train(tiny(**LEARN, seed=seed, data_on_device=on), say=quiet).accuracy for seed in range(2)]
-        for on in (False, True)
-    }
-    assert min(min(found) for found in accuracies.values()) > 50  # of ten classes
-    assert abs(np.mean(accuracies[True]) - np.mean(accuracies[False])) < 15, accuracies
+    accuracies = {on: train(tiny(**LEARN, seed=0, data_on_device=on), say=quiet).accuracy for on in (False, True)}
+    assert min(accuracies.values()) > 50  # of ten classes
+    assert abs(accuracies[True] - accuracies[False]) < 20, accuracies
 
 
 class OneDevice(TorchDispatchMode):

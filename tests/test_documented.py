@@ -200,6 +200,7 @@ def call(words: list[str], monkeypatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("snippet", [one for one in SNIPPETS if one.language == "shell"], ids=str)
+@pytest.mark.usefixtures("drafts")
 def test_the_commands_run(snippet, material, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = dict(material)

@@ -129,6 +129,7 @@ def test_a_perfect_detector_and_segmenter_score_100(example):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["sound", "video"])
+@pytest.mark.usefixtures("drafts")
 def test_sound_and_video_train_each_way_and_show_positions_along_each_axis(example, task, tmp_path):
     pytest.importorskip("transformers", minversion="5.20")
     module = example("sound_and_video")

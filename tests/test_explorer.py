@@ -371,6 +371,7 @@ def test_checkpoints_and_folders_side_by_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drafts")
 def test_the_command_draws_and_explores_several(
     tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

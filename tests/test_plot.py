@@ -4,13 +4,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from PIL import Image
 from zoo import make_wide
 
@@ -48,22 +47,12 @@ def checkpoint(path: Path, network: torch.nn.Module, **args: object) -> Path:
     return path
 
 
-@pytest.fixture
-def drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of many maps take most of the time: empty files for tests of names and numbers, JPEGs are drawn."""
-    draw = Figure.savefig
-
-    def draft(figure: Figure, file: BinaryIO, *, format: str, **options: object) -> None:
-        draw(figure, file, format=format, **options) if format == "jpg" else file.write(b"draft")
-
-    monkeypatch.setattr(Figure, "savefig", draft)
-
-
 # --- files and numbers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("join", ["LaPE", "basic", "share", "unshare", "LaPE-sharing"])
+@pytest.mark.usefixtures("drafts")
 def test_files_have_the_names_of_the_original(tmp_path: Path, join: str) -> None:
     files, numbers = written(tmp_path, model_with(join))
     expected = {f"{join}_layer{i}_sim_{what}.jpg" for i in range(2) for what in ("overall", "5thToken")}
@@ -94,6 +83,7 @@ def test_numbers_are_those_of_positions(tmp_path: Path, view: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drafts")
 def test_a_wide_grid(tmp_path: Path) -> None:
     _, numbers = written(tmp_path, model_with("LaPE", "2D_sin", img_size=(28, 112), patch_size=4))
     assert numbers["token_maps"].shape == (2, 7, 28)
@@ -209,6 +199,7 @@ def test_nothing_in_an_overview_is_clipped_or_overlaps(layers: int, grid: tuple[
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drafts")
 def test_several_models_in_one_figure_with_one_scale(tmp_path: Path) -> None:
     models = {"LaPE": model_with("LaPE"), "unshare, wide": model_with("unshare", img_size=(16, 64), depth=3)}
     files = draw_together(models, tmp_path / "c")
@@ -221,6 +212,7 @@ def test_several_models_in_one_figure_with_one_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drafts")
 def test_biases_of_several_models_in_one_figure(tmp_path: Path) -> None:
     models = {"basic": model_with("basic", "2D_RPE"), "LaPE, deep": model_with("LaPE", "1D_RPE", depth=4)}
     files = draw_together({**models, "alone": model_with("LaPE")}, tmp_path)
@@ -469,6 +461,7 @@ def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drafts")
 def test_a_checkpoint_of_the_authors(tmp_path: Path) -> None:
     path = SHARED / "reference" / "deit_tiny_lape_64px.pth"
     if not path.exists():

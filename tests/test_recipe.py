@@ -323,6 +323,7 @@ def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", packaged())
 def test_packaged_recipes_are_found_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # of runs, say: no recipe
     assert Recipe.from_yaml(name) == Recipe.from_yaml(f"recipes/{name}.yaml") != Recipe()
     (tmp_path / "recipes").mkdir()
     (tmp_path / f"recipes/{name}.yaml").write_text("seed: 5")

@@ -118,6 +118,7 @@ def test_evaluation_needs_nothing_but_the_folder(saved, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.matrix
+@pytest.mark.usefixtures("drafts")
 def test_prediction_and_pictures_of_any_folder(saved, tmp_path, capsys):
     model, folder = saved
     path = tmp_path / "a.png"
@@ -157,6 +158,7 @@ def test_another_image_size_resamples_the_table(make, tmp_path):
         (lambda: of_timm(num_classes=0), "without a classifier"),
     ],
 )
+@pytest.mark.usefixtures("drafts")
 def test_a_model_without_a_classifier_is_refused_in_one_line(make, reason, tmp_path, capsys):
     folder = lape.save(make(), tmp_path / "saved")
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
@@ -239,6 +241,7 @@ def test_a_missing_image_costs_no_work_and_neither_does_a_missing_folder(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drafts")
 def test_pictures_of_an_earlier_drawing_are_named(tmp_path, capsys):
     folder = lape.save(of_timm(), tmp_path / "saved")
     command = ["visualize", str(folder), "--save-dir", str(tmp_path / "p"), "--model-name", "m", "--dpi", "40"]

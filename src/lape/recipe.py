@@ -384,7 +384,7 @@ def _read(path: str | Path) -> tuple[str, str]:
     """Return the text of a recipe and what to call it in a message."""
     name = re.sub(r"^recipes/(\w+)\.yaml$", r"\1", str(path))  # where the repository had them before 0.2.0
     try:
-        if not Path(path).exists() and name in packaged():
+        if name in packaged() and not Path(path).is_file():  # a folder of that name is none
             return text_of(name), f"recipe {name}"
         check_file(path)
         return Path(path).read_text(encoding="utf-8"), str(path)

@@ -628,6 +628,7 @@ class Pictures:
         # text stays text, letters are TrueType (publishers refuse Type 3), the ids are the same every time
         with rc_context({"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "lape"}):
             self._write(name, lambda file: figure.savefig(file, format=kind, **options))
+        figure.set_layout_engine("none")  # laid out once: it takes as long as drawing
 
     def add_maps(
         self,
