@@ -380,8 +380,7 @@ def test_export_with_dynamic_height_and_width(join):
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
-@every_join
+@pytest.mark.parametrize(("join", "pe"), [("LaPE", None), ("LaPE", "2D_RPE"), ("basic", "PEG")])
 def test_blocks_compiled_one_by_one(join, pe, x):
     torch._dynamo.reset()
     model = converted("timm", join, pe)
