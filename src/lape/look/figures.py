@@ -445,6 +445,7 @@ def curves(title: str, series: Mapping[str, Mapping[str, Tensor]], width: float 
         axes.set_title(textwrap.fill(MEASURES[name].label, int(13 * panel)), fontsize=9.5)
         axes.set_xlabel("layer", fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.ticklabel_format(axis="y", useOffset=False)  # "+1.44e1" above a panel is overlooked
         axes.tick_params(labelsize=7.5)
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
