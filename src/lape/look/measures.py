@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lape.core.position import Grid
-from lape.look.similarity import half_distance, locality_radius, monotonicity, spearman
+from lape.look.similarity import coordinates, half_distance, locality_radius, monotonicity, spearman
 
 DIRECTIONS = 60  # bins of the circle, as many as LOOPE (arXiv 2504.14386) takes
 
@@ -51,7 +51,7 @@ def directed_monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     2: similarity falls with every step, whichever way one walks; 1: no order. Directions with fewer than two patches
     are left out. After M_D of LOOPE (arXiv 2504.14386), whose bins and averages may differ in detail.
     """
-    row, column = (axis.flatten().double() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    row, column = coordinates(grid).double().unbind(1)
     down, right = row - row[:, None], column - column[:, None]  # (n, n): from the patch of the row
     turn = torch.atan2(down, right) / (2 * math.pi) % 1
     bins = (turn * DIRECTIONS + 0.5).long() % DIRECTIONS

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from lape.convert.converted import Conversion, conversion_of, conversions
 from lape.core.anatomy import Anatomy
@@ -65,7 +66,6 @@ class Watch:
     def __call__(self, images_BCHW: Tensor) -> list[Tensor]:
         return [x[:, self.patches] for x in self.tokens(images_BCHW)]
 
-    @torch.no_grad()
     def tokens(self, images_BCHW: Tensor) -> list[Tensor]:
         """All tokens of every depth, (B, N, D) each, prefix tokens first. float32, CPU."""
         tokens: list[Tensor] = []
@@ -78,16 +78,14 @@ class Watch:
                 )
             tokens.append(x.float().cpu().flatten(1, -2))
 
-        hooks: list[Any] = [(block, lambda _m, _args, output: keep(output)) for block in self.blocks]
-        before = self.blocks[0].register_forward_pre_hook(
-            lambda _m, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        hooks = [block.register_forward_hook(lambda _m, _args, output: keep(output)) for block in self.blocks]
+        hooks.append(
+            self.blocks[0].register_forward_pre_hook(
+                lambda _m, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
         )
-        like = next(self.model.parameters())
-        try:
-            with watching(hooks), evaluating(self.model):
-                self.model(images_BCHW.to(like.device, like.dtype))
-        finally:
-            before.remove()
+        with watching(hooks):
+            forward(self.model, images_BCHW)
         if len(tokens) != len(self.blocks) + 1:
             raise UnsupportedModelError(
                 f"{len(tokens) - 1} of {len(self.blocks)} blocks ran once: the model is not a plain stack"
@@ -155,7 +153,6 @@ class Attention:
                 f"{over[0]} attends over channels: there is no attention between tokens to read"
             )
 
-    @torch.no_grad()
     def run(self, images_BCHW: Tensor, use: Callable[[int, Tensor], None]) -> None:
         """A forward in which `use` gets (layer, weights (B, H, N, N)): the first between all tokens in each block."""
         inside: list[int] = []
@@ -168,18 +165,13 @@ class Attention:
             done.add(inside[-1])
             use(inside[-1], weights if weights.ndim == 4 else weights.unflatten(0, (len(images_BCHW), -1)))  # SAM
 
-        entering = [
+        hooks = [
             block.register_forward_pre_hook(lambda *_, layer=layer: inside.append(layer))
             for layer, block in enumerate(self.blocks)
         ]
-        leaving: list[Hook] = [(block, lambda *_: inside.clear()) for block in self.blocks]
-        like = next(self.model.parameters())
-        try:
-            with watching(leaving), evaluating(self.model), _Weights(numbered):
-                self.model(images_BCHW.to(like.device, like.dtype))
-        finally:
-            for handle in entering:
-                handle.remove()
+        hooks += [block.register_forward_hook(lambda *_: inside.clear()) for block in self.blocks]
+        with watching(hooks), _Weights(numbered):
+            forward(self.model, images_BCHW)
         if len(done) != len(self.blocks):
             raise UnsupportedModelError(
                 f"attention was seen in {len(done)} of {len(self.blocks)} layers: this model computes it in a way that "
@@ -252,26 +244,25 @@ def check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
-Hook = tuple[nn.Module, Callable[..., None]]
-
 
 @contextmanager
-def watching(hooks: Sequence[Hook]) -> Iterator[None]:
-    """Calls each hook after its module's forward."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+def watching(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Removes the hooks in the end."""
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+@torch.no_grad()
+def forward(model: nn.Module, images_BCHW: Tensor) -> None:
+    """A forward in eval mode, which is for what watches it; each module is in its own mode again afterwards."""
+    like = next(model.parameters())
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        model(images_BCHW.to(like.device, like.dtype))
     finally:
         for module, training in modes:
             module.training = training
