@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from lape.convert.apply import create_model, fold_
 from lape.convert.converted import conversion_of, conversions
 from lape.core.joins import JOINS, join_named
 from lape.errors import LapeError
+from lape.files.restore import logits_of
 from lape.names import match_name
 from lape.study.options import BenchOptions
 from lape.train.distributed import join_world
@@ -77,7 +79,12 @@ def benchmark(options: BenchOptions, say: Callable[[str], None] = print) -> dict
         models = _converted(options.model, joins, options.pe, kwargs, options.fold)
         models |= _peers(peers, options.model, kwargs, next(iter(models.values())), say)
         variants = [
-            Variant(name, model.to(world.device), _caller(model, options.compile), learns=not _is_folded(model))
+            Variant(
+                name,
+                model.to(world.device),
+                _caller(model, options.compile),
+                learns=not any(c.folded for c in conversions(model)),
+            )
             for name, model in models.items()
         ]
         input_size = _input_size(variants[0].model)
@@ -210,19 +217,9 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     return (3 if stem is None else stem.in_channels), rows * height, columns * width
 
 
-def _is_folded(model: nn.Module) -> bool:
-    return any(conversion.folded for conversion in conversions(model))
-
-
 def _caller(model: nn.Module, compiled: bool) -> Callable[[Tensor], Tensor]:
     run = torch.compile(model) if compiled else model
-
-    def call(pixels_BCHW: Tensor) -> Tensor:
-        output = run(pixels_BCHW)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits
-
-    return call
+    return lambda pixels_BCHW: logits_of(run(pixels_BCHW))
 
 
 # ------------------------------------------------------------------------------------------------ how it is measured
@@ -365,20 +362,17 @@ def peak_memory(
     """
     for _ in range(2):  # the optimizer's state, and what is compiled or chosen at first use
         run()
-    gradients = {id(p): p.grad for p in model.parameters()}
-    for parameter in model.parameters():
-        parameter.grad = None
-    gradients.clear()
+    model.zero_grad()
     kept = [*model.parameters(), *model.buffers()]
     if optimizer is not None:
         kept += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     static = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        _wait(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        torch.cuda.synchronize(device)
+        _wait(device)
         return static + torch.cuda.max_memory_allocated(device) - before
     return static + _peak_on_cpu(run)
 
@@ -393,11 +387,7 @@ def _peak_on_cpu(run: Callable[[], None]) -> int:
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     if not changes:
         raise RuntimeError("torch's profiler reported no allocation")
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+    return int(max(0, *itertools.accumulate(change for _, change in changes)))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from lape.errors import needs
 from lape.look.colours import COLOURS
@@ -176,10 +176,10 @@ def markdown_table(rows: Rows) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def plain_table(rows: Rows, justify: Callable[[str, int], str] = str.ljust, gap: str = "  ") -> list[str]:
+def plain_table(rows: Rows) -> list[str]:
     """Lines for a terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [gap.join(map(justify, row, widths)).rstrip() for row in rows]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _html_table(rows: Rows) -> str:
@@ -393,18 +393,13 @@ def _address(figure: Figure) -> str:
     return f"data:image/png;base64,{b64encode(picture.getvalue()).decode()}"
 
 
-def text_writer(text: str) -> Callable[[BinaryIO], Any]:
-    """What puts a text into an open file."""
-    return lambda file: file.write(text.encode())
-
-
 def write(folder: Path, results: dict[str, Any], page: Iterator[str], figures: Mapping[str, Figure]) -> list[Path]:
     """Writes results.json (first: it says whose the folder is), report.md and the figures, each whole; their paths."""
-    from lape.files.atomic import write_atomically
+    from lape.files.atomic import write_atomically, write_text
 
     texts = {"results.json": json.dumps(results, indent=1, allow_nan=False), "report.md": "\n".join(page)}
     for name, text in texts.items():
-        write_atomically(folder / name, text_writer(text + "\n"))
+        write_text(folder / name, text + "\n")
     for name, figure in figures.items():
         write_atomically(folder / name, partial(figure.savefig, format="png", dpi=150))
     return [folder / name for name in (*texts, *figures)]

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +26,7 @@ from lape.data.loaders import eval_loader
 from lape.data.open import Data
 from lape.data.sets import Images, reader_of
 from lape.errors import CheckpointError, LapeError, needs
-from lape.files.atomic import write_atomically
+from lape.files.atomic import write_text
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classifier, labels_of, restore_with, settings_of, size_of
 from lape.look.watch import Watch
@@ -35,7 +34,7 @@ from lape.recipe import Recipe
 from lape.study.numbers import Variant, interval
 from lape.study.options import Conditions, SweepOptions
 from lape.study.pictures import check_writable, short_names, write_figure
-from lape.study.report import plain_table, text_writer
+from lape.study.report import plain_table
 from lape.train.distributed import join_world
 from lape.train.evaluate import evaluate, number_as
 
@@ -225,7 +224,7 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
         print("\n".join(["", *filter(None, [heading]), *plain_table(rows_of(model["summary"]))]))
     results = {"made_by": "lape eval", "training_size": max(sizes), "models": tables}
     if options.json is not None:
-        write_atomically(Path(options.json), text_writer(json.dumps(results, indent=1) + "\n"))
+        write_text(options.json, json.dumps(results, indent=1) + "\n")
     if options.plot is not None:
         write_figure(draw(models, max(sizes)), options.plot)
     return results
