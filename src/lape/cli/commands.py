@@ -20,13 +20,18 @@ from lape.look.options import DrawOptions
 from lape.names import shown, tell
 from lape.options import ExportOptions, PredictOptions
 from lape.recipe import Recipe
-from lape.study.options import BenchOptions, CompareOptions, DemoOptions, SweepOptions
+from lape.study.options import BenchOptions, CompareOptions, DemoOptions, ProbeOptions, SweepOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lape.files.read import Checkpoint
 
+
+RECIPE = Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"])
+Original = Annotated[OriginalFlags, Parameter(name="*")]
+Launcher = Annotated[LauncherFlags, Parameter(name="*")]
+JsonFile = Annotated[str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)]
 
 OF_THE_DATA = ("data_path", "data_set", "inat_category", "columns")
 
@@ -46,41 +51,36 @@ def demo(options: DemoOptions) -> None:
     run_demo(options)
 
 
-RecipeFlag = Annotated[
-    str | None, Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"])
-]
-
-
 @original.default
 @takes(Recipe.model_fields)
 def main(
     *,
-    recipe: RecipeFlag = None,
-    _original: Annotated[OriginalFlags, Parameter(name="*")] = OriginalFlags(),  # noqa: B008
-    _launcher: Annotated[LauncherFlags, Parameter(name="*")] = LauncherFlags(),  # noqa: B008
-    **given: Any,
+    recipe: Annotated[str | None, RECIPE] = None,
+    _original: Original = OriginalFlags(),  # noqa: B008
+    _launcher: Launcher = LauncherFlags(),  # noqa: B008
+    **flags: Any,
 ) -> None:
     """Train a model, or evaluate one with --eval. Flags are those of DeiT and LaPE, `-` and `_` alike."""
     if recipe is None:  # the original's warm-up is as long as it says, also in a run that is shorter
-        given.setdefault("warmup_epochs", Recipe.model_fields["warmup_epochs"].default)
-    _train(recipe, given)
+        flags.setdefault("warmup_epochs", Recipe.model_fields["warmup_epochs"].default)
+    _train(recipe, flags)
 
 
 @app.command(name="train")
 @takes(Recipe.model_fields)
 def train(
     *,
-    recipe: RecipeFlag = None,
-    _original: Annotated[OriginalFlags, Parameter(name="*")] = OriginalFlags(),  # noqa: B008
-    _launcher: Annotated[LauncherFlags, Parameter(name="*")] = LauncherFlags(),  # noqa: B008
-    **given: Any,
+    recipe: Annotated[str | None, RECIPE] = None,
+    _original: Original = OriginalFlags(),  # noqa: B008
+    _launcher: Launcher = LauncherFlags(),  # noqa: B008
+    **flags: Any,
 ) -> None:
     """Train a model, or evaluate one with --eval. Flags are those of DeiT and LaPE, `-` and `_` alike."""
-    _train(recipe, given)
+    _train(recipe, flags)
 
 
-def _train(recipe: str | None, given: dict[str, Any]) -> None:
-    settings = Recipe.from_yaml(recipe, **given) if recipe else Recipe(**given)
+def _train(recipe: str | None, flags: dict[str, Any]) -> None:
+    settings = Recipe.from_yaml(recipe, **flags) if recipe else Recipe(**flags)
     if settings.eval:
         from lape.train.evaluate import evaluate_checkpoint
 
@@ -97,16 +97,14 @@ def _train(recipe: str | None, given: dict[str, Any]) -> None:
 def compare(
     options: CompareOptions,
     *,
-    recipe: Annotated[
-        str, Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"])
-    ] = "digits",
-    _original: Annotated[OriginalFlags, Parameter(name="*")] = OriginalFlags(),  # noqa: B008
-    **given: Any,
+    recipe: Annotated[str, RECIPE] = "digits",
+    _original: Original = OriginalFlags(),  # noqa: B008
+    **flags: Any,
 ) -> None:
     """Train joins, kinds, models and seeds by one recipe and compare them: table, test, curves, report, explorer."""
     from lape.study.compare import compare as run_comparison
 
-    run_comparison(Recipe.from_yaml(recipe, **given), options)
+    run_comparison(Recipe.from_yaml(recipe, **flags), options)
 
 
 @app.command(name="eval")
@@ -117,7 +115,7 @@ def evaluate(
     checkpoint: Annotated[tuple[str, ...], Parameter(help=".pth files or folders written by lape.save")] = (),
     *,
     resume: Annotated[str | None, Parameter(help="the same as CHECKPOINT, the original's spelling")] = None,
-    **given: Any,
+    **flags: Any,
 ) -> None:
     """Evaluate a checkpoint, with more flags at other sizes and on changed images as well.
 
@@ -128,7 +126,7 @@ def evaluate(
     if not paths or (len(paths) > 1 and not sweep.asked):
         several = "; several are for --sizes and changed images" if paths else ""
         raise LapeError(f"give one checkpoint: lape eval CHECKPOINT (or --resume CHECKPOINT){several}")
-    settings = Recipe(eval=True, resume=paths[0], **given)
+    settings = Recipe(eval=True, resume=paths[0], **flags)
     if sweep.asked or sweep.json or sweep.plot:
         from lape.study.sweep import sweep as run_sweep
 
@@ -144,9 +142,7 @@ def evaluate(
 def predict(
     *images: Annotated[str, Parameter(help="image files, and folders of them with all below")],
     options: Annotated[PredictOptions, Parameter(name="*")],
-    json: Annotated[
-        str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
-    ] = None,
+    json: JsonFile = None,
     csv: Annotated[
         str | None, Parameter(help="write it to this CSV file; -: stdout", allow_leading_hyphen=True)
     ] = None,
@@ -266,6 +262,21 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
 
 
 @app.command
+@arguments_as(ema="--ema", energy="--energy", count="--count")
+@takes_options(ProbeOptions)
+def probe(
+    options: ProbeOptions,
+    *models: Annotated[str, Parameter(help=".pth files, folders written by lape.save, or names of timm's models")],
+) -> None:
+    """Measure how much position the features of each layer hold: probes, similarity, what stays in a mean image."""
+    if not models:
+        raise LapeError("no model was given: lape probe CHECKPOINT... --images FILE...")
+    from lape.study.probing import probe_models
+
+    probe_models(models, options)
+
+
+@app.command
 @arguments_as(tolerance="--tolerance", formats="--formats")
 def export(
     checkpoint: Annotated[str, Parameter(help=".pth file or folder written by lape.save")],
@@ -287,9 +298,7 @@ def export(
 def bench(
     options: BenchOptions,
     *,
-    json: Annotated[
-        str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
-    ] = None,
+    json: JsonFile = None,
 ) -> None:
     """Measure what joins cost: parameters, MACs, images a second, latency and memory, in interleaved rounds."""
     check_outputs([json], streams=True)
@@ -352,9 +361,7 @@ def recipes(
 @app.command
 def hosts(
     *,
-    json: Annotated[
-        str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
-    ] = None,
+    json: JsonFile = None,
 ) -> None:
     """List the models that can be converted, by the class of their blocks."""
     from lape.host import hosts as table

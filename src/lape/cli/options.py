@@ -8,9 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from lape.cli.app import Command, _keywords
-
-KEYWORDS = Parameter(converter=_keywords, accepts_keys=False, n_tokens=-1, json_dict=False)
+from lape.cli.app import KEYWORDS, Command, with_parameters
 
 
 def takes_options(kind: type[Any]) -> Callable[[Command], Command]:
@@ -35,19 +33,14 @@ def takes_options(kind: type[Any]) -> Callable[[Command], Command]:
     names = {flag.name for flag in flags}
 
     def extend(command: Command) -> Command:
-        signature = inspect.signature(command)
-        _first, *others = signature.parameters.values()
+        _first, *others = inspect.signature(command).parameters.values()
         places = [p for p in others if p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_OR_KEYWORD)]
         keywords = [p for p in others if p.kind is p.KEYWORD_ONLY]
 
-        def call(*args: Any, **given: Any) -> None:
-            options = kind(**{name: given.pop(name) for name in names & given.keys()})
-            command(options, *args, **given)
+        def call(*args: Any, **values: Any) -> None:
+            options = kind(**{name: values.pop(name) for name in names & values.keys()})
+            command(options, *args, **values)
 
-        call.__name__, call.__doc__, call.__module__ = command.__name__, command.__doc__, command.__module__
-        parameters = [*places, *flags, *keywords]
-        call.__annotations__ = {p.name: p.annotation for p in parameters}
-        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return call
+        return with_parameters(call, command, [*places, *flags, *keywords])
 
     return extend
