@@ -33,10 +33,15 @@ def imagenet_cfg(crop_pct: float, first_conv: str | None) -> dict[str, Any]:
     }
 
 
-def create(cls: type[nn.Module], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """The model of an entry point, features_only included. Raises LapeError when weights are asked for."""
+def check_untrained(name: str, pretrained: bool) -> None:
+    """Raises LapeError when weights are asked for: there are none of our models."""
     if pretrained:
         raise LapeError(f"{name} has no pretrained weights: leave pretrained=True out and train it (`lape recipes`)")
+
+
+def create(cls: type[nn.Module], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """The model of an entry point, features_only included. Raises LapeError when weights are asked for."""
+    check_untrained(name, pretrained)
     out_indices = kwargs.pop("out_indices", 3)
     features = {"out_indices": out_indices, "feature_cls": "getter"}
     model: nn.Module = build_model_with_cfg(cls, name, False, feature_cfg=features, **kwargs)
