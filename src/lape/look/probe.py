@@ -22,8 +22,9 @@ from lape.core.joined import host_forward
 from lape.core.joins import JOINS
 from lape.core.position import Grid
 from lape.errors import LapeError, check_finite
+from lape.host.base import watching
 from lape.look.similarity import coordinates
-from lape.look.watch import BATCH, Attention, check_size, forward, watching
+from lape.look.watch import BATCH, Attention, check_size, forward
 
 # --- attention --------------------------------------------------------------------------------------------------------
 

@@ -8,21 +8,20 @@ Shape suffixes: B images, N tokens, n patches, D width, E depths (layers + 1), H
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from lape.convert.converted import Conversion, conversion_of, conversions
 from lape.core.anatomy import Anatomy
 from lape.core.position import Grid
 from lape.errors import LapeError, UnsupportedModelError, check_finite
 from lape.host import check_module, find_host
+from lape.host.base import evaluating, watching
 
 BATCH = 16  # images at a time: what is watched is used at once, not kept
 MOST_PREFIX = 16  # class token and registers
@@ -245,24 +244,9 @@ def check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def watching(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Removes the hooks in the end."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @torch.no_grad()
 def forward(model: nn.Module, images_BCHW: Tensor) -> None:
-    """A forward in eval mode, which is for what watches it; each module is in its own mode again afterwards."""
+    """A forward in eval mode, for those who watch it."""
     like = next(model.parameters())
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         model(images_BCHW.to(like.device, like.dtype))
-    finally:
-        for module, training in modes:
-            module.training = training
