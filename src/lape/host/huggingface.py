@@ -111,10 +111,6 @@ def _dinov3_like(folder: str, name: str, **more: Any) -> Family:
 # ------------------------------------------------------ tables read or resampled in ways of their own
 
 
-def _without_class_row(table_1RD: Tensor) -> Tensor:
-    return table_1RD[:, 1:]
-
-
 def _class_row_everywhere(table_1RD: Tensor) -> Tensor:
     return table_1RD[:, 1:] + table_1RD[:, :1]
 

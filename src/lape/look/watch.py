@@ -95,10 +95,8 @@ class Watch:
 def _parts(model: nn.Module) -> tuple[Anatomy | None, list[nn.Module], int | None]:
     """Anatomy, blocks, number of prefix tokens; None where no host knows the model, or it does not say its number."""
     check_module(model)
-    joined = [c.anatomy for c in conversions(model) if c.anatomy.blocks]
     try:
-        host, root = (None, joined[0].root) if joined else find_host(model)
-        anatomy = joined[0] if host is None else host.examine(root)
+        anatomy = anatomy_of(model)
     except UnsupportedModelError:
         lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
         stacks = [stack for stack in lists if len({type(block) for block in stack}) == 1]
@@ -112,7 +110,16 @@ def _parts(model: nn.Module) -> tuple[Anatomy | None, list[nn.Module], int | Non
         raise UnsupportedModelError(
             "the model shuffles the patches of every image: its tokens are in no order to be probed"
         )
-    return anatomy, [root.get_submodule(path) for path in anatomy.blocks], anatomy.layout.num_prefix
+    return anatomy, [anatomy.root.get_submodule(path) for path in anatomy.blocks], anatomy.layout.num_prefix
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """Of a converted model, or as its host says. Raises UnsupportedModelError where no host knows it."""
+    joined = [c.anatomy for c in conversions(model) if c.anatomy.blocks]
+    if joined:
+        return joined[0]
+    host, root = find_host(model)
+    return host.examine(root)
 
 
 def _grid_like(height: int, width: int, count: int) -> Grid:

@@ -305,9 +305,7 @@ def training_run(
     return run, optimizer
 
 
-def time_rounds(
-    runs: dict[str, Callable[[], None]], rounds: int, device: torch.device, seed: int = 0
-) -> dict[str, list[float]]:
+def time_rounds(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each call: one value a round, the order drawn anew each round; warm-up apart."""
     for run in runs.values():
         for _ in range(WARM_UP):
@@ -315,7 +313,7 @@ def time_rounds(
     quickest = min(_seconds(run, 1, device) for run in runs.values())
     repeats = max(1, round(SHORTEST / max(quickest, 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in runs}
-    order, draw = list(runs), random.Random(seed)
+    order, draw = list(runs), random.Random(0)
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:

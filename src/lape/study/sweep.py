@@ -34,7 +34,7 @@ from lape.recipe import Recipe
 from lape.study.numbers import Variant, interval
 from lape.study.options import Conditions, SweepOptions
 from lape.study.pictures import check_writable, short_names, write_figure
-from lape.study.report import plain_table
+from lape.study.report import name_of_images, plain_table, spell_interval, spell_share
 from lape.train.distributed import join_world
 from lape.train.evaluate import evaluate, number_as
 
@@ -280,11 +280,8 @@ def rows_of(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The summary as a table."""
     rows = [["images", "levels", "acc@1", "95 % interval", "of clean"]]
     for entry in summary:
-        share = "" if entry["relative"] is None else f"{100 * entry['relative']:.1f} %"
-        levels = " ".join(f"{level:g}" for level in entry["levels"])
-        between = "" if entry["interval"] is None else "{:.1f} to {:.1f}".format(*entry["interval"])
-        name = f"{entry['name']} px" if entry["kind"] == "size" else entry["name"]
-        rows.append([name, levels, f"{entry['acc1']:.2f}", between, share])
+        levels, accuracy = " ".join(f"{level:g}" for level in entry["levels"]), f"{entry['acc1']:.2f}"
+        rows.append([name_of_images(entry), levels, accuracy, spell_interval(entry["interval"]), spell_share(entry)])
     return [row[:3] + row[4:] for row in rows] if summary[0]["n"] == 1 else rows
 
 

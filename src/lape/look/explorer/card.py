@@ -19,7 +19,7 @@ from lape.convert.converted import Conversion, conversion_of, conversions, known
 from lape.convert.positions import Size, View, describe
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError, UnsupportedModelError, check_finite
-from lape.host import class_name, find_host
+from lape.host import class_name
 from lape.look.explorer.pack import by_frame, finite, rows, triangle
 from lape.look.measures import MEASURES, measure_all
 from lape.look.similarity import (
@@ -31,7 +31,7 @@ from lape.look.similarity import (
     mean_of_pairs,
     within_frames,
 )
-from lape.look.watch import Attention, Watch
+from lape.look.watch import Attention, Watch, anatomy_of
 
 PHOTO_SIDE = 448  # pixels of the longer side of a photograph in the page
 VIEWS: tuple[tuple[View, str], ...] = (
@@ -275,13 +275,9 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
 
     Raises LapeError for a model of videos.
     """
-    joined = [c.anatomy for c in conversions(model) if c.anatomy.blocks]
+    joined = any(c.anatomy.blocks for c in conversions(model))
     try:
-        if joined:
-            anatomy = joined[0]
-        else:
-            host, root = find_host(model)
-            anatomy = host.examine(root)
+        anatomy = anatomy_of(model)
         if len(grid := anatomy.layout.grid) == 3:
             convert = "" if joined else " and call lape.apply_(model) for its positions"
             raise LapeError(
@@ -289,10 +285,8 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
                 f"photographs cannot be shown to it: leave images (--image) out{convert}"
             )
         if len(anatomy.patch_size) == 2:
-            pixels = anatomy.pixels if not joined else None
-            height, width = pixels or (
-                side * step for side, step in zip(anatomy.layout.grid, anatomy.patch_size, strict=True)
-            )
+            sides = zip(anatomy.layout.grid, anatomy.patch_size, strict=True)
+            height, width = (None if joined else anatomy.pixels) or (side * step for side, step in sides)
             return height, width
     except UnsupportedModelError:
         pass
