@@ -624,8 +624,7 @@ def blueprint(model: nn.Module) -> Blueprint | None:
 
 
 def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raises LapeError for an entry, at any depth, that its configuration class does not declare, or of another kind
-    than there; and for what has the library fetch weights, a kernel or code. What is empty or false says nothing."""
+    """Raises LapeError for what `check_entries` refuses in a configuration of this model class."""
     check_entries(_model_class(name).config_class, kwargs)
 
 

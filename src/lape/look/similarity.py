@@ -86,16 +86,17 @@ class Maps:
     def of(cls, model: nn.Module, size: Size | None = None, view: View = "seen", *, frames: bool = False) -> Maps:
         """Arguments and errors are those of `lape.positions`; a grid of frames is an error without `frames`."""
         positions_LND = positions(model, size, view).detach()
-        if len(grid_at(model, size)) != 2 and not (frames and len(grid_at(model, size)) == 3):
-            grid = " x ".join(map(str, grid_at(model, size)))
+        grid = grid_at(model, size)
+        if len(grid) != 2 and not (frames and len(grid) == 3):
+            sides = " x ".join(map(str, grid))
             raise LapeError(
-                f"this is drawn of rows and columns, the grid is {grid}: lape visualize draws frames, "
+                f"this is drawn of rows and columns, the grid is {sides}: lape visualize draws frames, "
                 "lape.correlation(model) has the numbers"
             )
         patches, table_ND = conversion_of(model).layout.patches, raw_table(model, size)
         table_nn = None if table_ND is None else cosine(table_ND[patches])
         maps_Lnn = cosine(positions_LND[:, patches])
-        return cls(grid_at(model, size), patches, positions_LND, maps_Lnn, table_ND, table_nn)
+        return cls(grid, patches, positions_LND, maps_Lnn, table_ND, table_nn)
 
     @property
     def patches_LnD(self) -> Tensor:
