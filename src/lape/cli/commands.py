@@ -205,7 +205,7 @@ def visualize(
         raise LapeError("nothing to write: give --save-dir DIR for pictures, --html FILE for the explorer, or both")
     if image and html is None:
         raise LapeError("--image shows photographs in the explorer: give --html FILE as well")
-    sides = options.sides  # refused here, before a file is read
+    of_checkpoint = options.of_checkpoint  # a size that cannot be is refused here, before a file is read
     for name in ("token", "view", "layers", "range", "title", "width", "dpi"):
         if save_dir is None and getattr(options, name) != getattr(DrawOptions(), name):
             flag = "--no-title" if name == "title" else f"--{name}"
@@ -217,16 +217,7 @@ def visualize(
     if html is not None:
         from lape.look.explorer import explore
 
-        page = explore(
-            checkpoints,
-            html,
-            images=image,
-            size=sides,
-            model_name=options.model_name,
-            join=options.join_type,
-            pe=options.pe,
-            ema=options.ema,
-        )
+        page = explore(checkpoints, html, images=image, model_name=options.model_name, **of_checkpoint)
         print(f"open {shown(page)} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
 
 
@@ -249,8 +240,9 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
             )
     if len(checkpoints) == 1:
         return
-    chosen: dict[str, Any] = {"size": options.sides, "ema": options.ema, "join": options.join_type, "pe": options.pe}
-    models = {c: restore_to_draw(read_checkpoint(c), options.model_name, **chosen)[0] for c in checkpoints}
+    models = {
+        c: restore_to_draw(read_checkpoint(c), options.model_name, **options.of_checkpoint)[0] for c in checkpoints
+    }
     joins = [describe(model).join for model in models.values()]
     if len(set(joins)) == len(models):  # shorter than their paths
         models = dict(zip(joins, models.values(), strict=True))

@@ -153,7 +153,7 @@ def without_constants(rows: Rows) -> Rows:
     """A table without those of the columns model, pe and epochs that hold one value throughout."""
     constant = ("model", "pe", "epochs")
     kept = [one for one in zip(*rows, strict=True) if one[0] not in constant or len(set(one[1:])) > 1]
-    return list(zip(*kept, strict=True))
+    return [list(row) for row in zip(*kept, strict=True)]
 
 
 def rows_of_others(others: Sequence[dict[str, Any]]) -> Rows:
