@@ -143,26 +143,13 @@ def _peers(
 
             models[library] = timm.create_model(name, **kwargs)
         else:
-            models[library] = {"torchvision": _torchvision, "transformers": _transformers}[library](
-                _dimensions(name, converted)
-            )
+            make = {"torchvision": _torchvision, "transformers": _transformers}[library]
+            models[library] = make(_sizes(name, converted), getattr(converted, "num_classes", 1000))
     return models
 
 
-@dataclass(frozen=True)
-class _Dimensions:
-    image: int
-    patch: int
-    channels: int
-    width: int
-    layers: int
-    heads: int
-    hidden: int
-    classes: int
-
-
-def _dimensions(name: str, converted: nn.Module) -> _Dimensions:
-    """Raises LapeError for a model that torchvision's and transformers' plain ViT cannot be."""
+def _sizes(name: str, converted: nn.Module) -> dict[str, Any]:
+    """By their names in transformers. Raises LapeError for a model that its and torchvision's plain ViT cannot be."""
     anatomy = conversion_of(converted).anatomy
     (rows, columns), (patch, patch_width) = anatomy.layout.grid, anatomy.patch_size
     hidden = getattr(getattr(anatomy.root.get_submodule(anatomy.blocks[0]), "mlp", None), "fc1", None)
@@ -173,39 +160,32 @@ def _dimensions(name: str, converted: nn.Module) -> _Dimensions:
             "use --peers timm"
         )
     assert isinstance(hidden, nn.Linear)
-    return _Dimensions(
-        image=rows * patch,
-        patch=patch,
-        channels=_input_size(converted)[0],
-        width=anatomy.width,
-        layers=len(anatomy.blocks),
-        heads=anatomy.num_heads,
-        hidden=hidden.out_features,
-        classes=getattr(converted, "num_classes", 1000),
-    )
+    return {
+        "image_size": rows * patch,
+        "patch_size": patch,
+        "num_channels": _input_size(converted)[0],
+        "hidden_size": anatomy.width,
+        "num_hidden_layers": len(anatomy.blocks),
+        "num_attention_heads": anatomy.num_heads,
+        "intermediate_size": hidden.out_features,
+    }
 
 
-def _torchvision(d: _Dimensions) -> nn.Module:
+def _torchvision(sizes: dict[str, Any], classes: int) -> nn.Module:
     from torchvision.models import VisionTransformer
 
-    if d.channels != 3:
-        raise LapeError(f"--peers torchvision: its ViT takes 3 channels, not {d.channels}: leave it out")
-    return VisionTransformer(d.image, d.patch, d.layers, d.heads, d.width, d.hidden, num_classes=d.classes)
+    if (channels := sizes["num_channels"]) != 3:
+        raise LapeError(f"--peers torchvision: its ViT takes 3 channels, not {channels}: leave it out")
+    order = "image_size patch_size num_hidden_layers num_attention_heads hidden_size intermediate_size".split()
+    image, patch, layers, heads, width, hidden = (sizes[name] for name in order)
+    return VisionTransformer(image, patch, layers, heads, width, hidden, num_classes=classes)
 
 
-def _transformers(d: _Dimensions) -> nn.Module:
+def _transformers(sizes: dict[str, Any], classes: int) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    config: Any = ViTConfig(
-        hidden_size=d.width,
-        num_hidden_layers=d.layers,
-        num_attention_heads=d.heads,
-        intermediate_size=d.hidden,
-        image_size=d.image,
-        patch_size=d.patch,
-        num_channels=d.channels,
-    )
-    config.num_labels = d.classes
+    config: Any = ViTConfig(**sizes)
+    config.num_labels = classes
     return ViTForImageClassification(config)
 
 

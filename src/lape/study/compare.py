@@ -17,12 +17,13 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lape.errors import LapeError, UnsupportedModelError, check_file, needs
+from lape.errors import LapeError, UnsupportedModelError, check_file
 from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, TABLE8_NAMES, match_name
 from lape.recipe import Recipe
 from lape.study import report
 from lape.study.numbers import Run, Variant, differences, summarise
 from lape.study.options import CompareOptions, DemoOptions
+from lape.study.pictures import check_figures
 from lape.study.probing import draw as draw_probe
 from lape.study.probing import validation_images
 from lape.study.sweep import Outcome, conditions_of, evaluate_at, summary_of
@@ -59,7 +60,7 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     """
     options = with_preset(options)
     baseline, rows = _asked_for(recipe, options, rows)
-    _check_figures()
+    check_figures()
     variants, meaningless = combinations(recipe, rows)
     recipes = dict.fromkeys(variants, recipe) | _rivals(recipe, options, variants)
     folder = _writable(Path(options.output_dir))
@@ -189,12 +190,6 @@ def _kept(folder: Path, runs: Sequence[Run]) -> Iterator[tuple[Run, str, Path]]:
         home = _cell_name(folder, run.variant, run.seed) / "model"
         if home.exists():
             yield run, f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else ""), home
-
-
-def _check_figures() -> None:
-    """What draws them is asked for before the trainings, not after hours."""
-    with needs("plot"):
-        import matplotlib  # noqa: F401
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -476,7 +471,7 @@ def demo(options: DemoOptions) -> Study:
     recipe = Recipe.from_yaml("digits", threads=1, num_workers=0, device="cpu")
     if options.epochs is not None:
         recipe = fit_warm_up(recipe.replace(epochs=options.epochs), print, given=False)
-    _check_figures()
+    check_figures()
     folder = claim(Path(options.output_dir))
     stages = demo_stages(recipe, options.seeds, recipe.epochs * options.long_factor, options.long_seeds)
     agenda = Agenda(stages, options.workers, options.time_limit)
