@@ -405,19 +405,16 @@ def sample_images(checkpoint: "Checkpoint", data_path: str | None, count: int) -
 
     `data_path` "" is the packaged digits, None what the checkpoint was trained on where that is still there.
     """
-    import torch
-
     from lape.data.open import load_data
     from lape.files.restore import settings_of, transform_of
+    from lape.study.probing import evenly
 
     own = {name: checkpoint.args[name] for name in OF_THE_DATA if checkpoint.args.get(name)}
     gone = data_path is None and "data_path" in own and not Path(own["data_path"]).exists()
     chosen = {"data_path": data_path} if data_path is not None else {} if gone else own
     settings = settings_of(checkpoint, Recipe(**chosen, num_workers=0))
     data = load_data(settings, train=False)
-    val: Any = data.val
-    step = max(1, len(val) // count)
-    pixels = torch.stack([val[i][0] for i in range(0, len(val), step)][:count])
+    pixels = evenly(data.val, count)
     name = f"{data.name}, since {own['data_path']} is not there" if gone else data.name
     transform = transform_of(checkpoint)
     height, width = pixels.shape[-2:]

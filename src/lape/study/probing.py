@@ -85,9 +85,13 @@ def validation_images(transform: EvalTransform, recipe: Recipe, count: int) -> t
         raise LapeError(f"count={count}: a probe needs 4 images or more, half to fit and half to test")
     reader, root = reader_of(recipe)
     sources, read, _classes, name = reader(recipe, root, ("val",))
-    data = Images(*sources["val"], read, transform.build())
-    step = max(1, len(data) // count)
-    return torch.stack([data[i][0] for i in range(0, len(data), step)][:count]), name
+    return evenly(Images(*sources["val"], read, transform.build()), count), name
+
+
+def evenly(images: Any, count: int) -> Tensor:
+    """`count` images (count, C, height, width) of a data set, evenly spread, or all where it has fewer."""
+    step = max(1, len(images) // count)
+    return torch.stack([images[i][0] for i in range(0, len(images), step)][:count])
 
 
 def _table(features: Features) -> list[str]:
