@@ -1,7 +1,7 @@
 """What the features of any Vision Transformer keep of position, layer by layer, and taking it out of them.
 
-Converted or not: the model's own forward runs, hooks on its blocks watch it. Depth 0 is what enters the first block,
-depth d what leaves block d - 1: the residual stream. Only patch tokens count, prefix tokens are left out.
+Converted or not, of the residual stream. Only patch tokens count, prefix tokens are left out; depths as in
+`lape.look.watch`.
 Shape suffixes: B images, N tokens, n patches, D width, E depths (layers + 1), k directions of a subspace.
 """
 

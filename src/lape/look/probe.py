@@ -1,7 +1,6 @@
 """What a model makes of position when it looks at images: attention, token statistics, and "where am I?".
 
-The model's own forward runs; hooks and torch's function override watch it, and nothing of it is copied. Images are
-(B, C, height, width), transformed as in evaluation, of the model's own size.
+Images are (B, C, height, width), transformed as in evaluation, of the model's own size.
 Shape suffixes: B images, N tokens, n patches, D width, L layers, H heads.
 """
 
