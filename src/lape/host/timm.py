@@ -362,9 +362,8 @@ def _naflex_resampling(embeds: Any, *, factorized: bool) -> Callable[..., Tensor
     square = embeds.pos_embed_ar_preserving
     if factorized:
         return partial(resample, mode="bilinear", antialias=False, square=square)
-    names = ("mode", "antialias", "align_corners")
-    own = (embeds.pos_embed_interp_mode, embeds.pos_embed_antialias, embeds.pos_embed_align_corners)
-    return partial(resample, square=square, **dict(zip(names, own, strict=True)))
+    own = {"antialias": embeds.pos_embed_antialias, "align_corners": embeds.pos_embed_align_corners}
+    return partial(resample, mode=embeds.pos_embed_interp_mode, square=square, **own)
 
 
 def _grids_of_coordinates(

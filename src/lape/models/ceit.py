@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from lape.core.position import Grid
 from lape.errors import LapeError
-from lape.models.registry import create, imagenet_cfg
+from lape.models.registry import check_images, create, imagenet_cfg
 
 Pair = tuple[int, int]
 PATCH = 4  # of the stem's map, which has a quarter of the image's sides
@@ -71,11 +71,7 @@ class ImageToTokens(HybridEmbed):
         super().__init__(stem(in_chans, **dd), img_size, patch_size=PATCH, in_chans=in_chans, **kwargs)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if x_BCHW.shape[2:] != self.img_size:
-            raise LapeError(
-                f"images of {x_BCHW.shape[2]} x {x_BCHW.shape[3]} pixels were given, the model is for "
-                f"{self.img_size[0]} x {self.img_size[1]}: create it with that img_size, or call set_input_size"
-            )
+        check_images(x_BCHW, self.img_size)
         tokens_BND: Tensor = super().forward(x_BCHW)  # type: ignore[no-untyped-call]
         return tokens_BND
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lape.core.position import Grid, Layout, learnable, resample, sin_1d
 from lape.errors import LapeError
-from lape.models.registry import check_untrained, imagenet_cfg
+from lape.models.registry import check_images, check_untrained, imagenet_cfg
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # mean and std of the training images, in [0, 1]
 HIDDEN_PLANES = 64  # channels between two layers of a convolutional tokenizer
@@ -96,11 +96,7 @@ class Tokenizer(nn.Module):
         return rows, columns
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if tuple(x_BCHW.shape[-2:]) != self.img_size:
-            raise LapeError(
-                f"images of {x_BCHW.shape[-2]} x {x_BCHW.shape[-1]} pixels were given, the model is for "
-                f"{self.img_size[0]} x {self.img_size[1]}: create it with that img_size, or call set_input_size"
-            )
+        check_images(x_BCHW, self.img_size)
         x_BND: Tensor = self.layers(x_BCHW).flatten(2).mT
         return x_BND
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models._builder import build_model_with_cfg
-from torch import nn
+from torch import Tensor, nn
 
+from lape.core.position import Grid
 from lape.errors import LapeError
 
 
@@ -31,6 +32,16 @@ def imagenet_cfg(crop_pct: float, first_conv: str | None) -> dict[str, Any]:
         "classifier": "head",
         "license": "apache-2.0",
     }
+
+
+def check_images(x_BCHW: Tensor, img_size: Grid, otherwise: str = "call set_input_size") -> None:
+    """Raises LapeError for images of another size than the model's, with what to do beside creating another model."""
+    height, width = x_BCHW.shape[-2:]
+    if (height, width) != img_size:
+        raise LapeError(
+            f"images of {height} x {width} pixels were given, the model is for {img_size[0]} x {img_size[1]}: "
+            f"create it with that img_size, or {otherwise}"
+        )
 
 
 def check_untrained(name: str, pretrained: bool) -> None:
