@@ -1,7 +1,8 @@
 """What every command line here shares: flags from `lape.recipe.Recipe`, exit codes, and errors of one line.
 
-The flags of training and evaluation are generated from `Recipe`, so there is one set of defaults. Only the flags that
-were given reach it: a YAML recipe keeps the others, and an evaluation takes them from the checkpoint.
+The flags of training and evaluation are generated from `Recipe`, so there is one set of defaults, and those of other
+commands from a dataclass of options. Only the flags that were given reach `Recipe`: a YAML recipe keeps the others, and
+an evaluation takes them from the checkpoint.
 """
 
 import ast
@@ -15,8 +16,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.exceptions import (
@@ -73,6 +75,41 @@ def takes(names: Iterable[str], stored: Iterable[str] = ()) -> Callable[[Command
             command(*args, **values)
 
         return with_parameters(call, command, [*own, *flags])
+
+    return extend
+
+
+def takes_options(kind: type[Any]) -> Callable[[Command], Command]:
+    """Give a command one flag for each field of the frozen dataclass `kind`; its first argument is one of these.
+
+    A field's `help` is in its metadata. A flag that is off has no --no- form.
+    """
+    hints = get_type_hints(kind)
+    flags = []
+    for entry in fields(kind):
+        hint, how = hints[entry.name], Parameter(help=entry.metadata["help"])
+        if hint == Mapping[str, Any] | None:
+            hint, how = dict[str, Any] | None, Parameter.combine(KEYWORDS, how)
+        elif entry.default is False:
+            how = Parameter.combine(how, Parameter(negative=()))
+        default = inspect.Parameter.empty if entry.default is MISSING else entry.default
+        flags.append(
+            inspect.Parameter(
+                entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, how]
+            )
+        )
+    names = {flag.name for flag in flags}
+
+    def extend(command: Command) -> Command:
+        _first, *others = inspect.signature(command).parameters.values()
+        places = [p for p in others if p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_OR_KEYWORD)]
+        keywords = [p for p in others if p.kind is p.KEYWORD_ONLY]
+
+        def call(*args: Any, **values: Any) -> None:
+            options = kind(**{name: values.pop(name) for name in names & values.keys()})
+            command(options, *args, **values)
+
+        return with_parameters(call, command, [*places, *flags, *keywords])
 
     return extend
 

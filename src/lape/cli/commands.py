@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lape import __version__
-from lape.cli.app import EVALUATION, GROUPS, STORED, app, original, takes
-from lape.cli.options import takes_options
+from lape.cli.app import EVALUATION, GROUPS, STORED, app, original, takes, takes_options
 from lape.cli.original import LauncherFlags, OriginalFlags
 from lape.cli.rows import destination, escaped, written
 from lape.errors import DataError, LapeError, arguments_as
