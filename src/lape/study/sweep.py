@@ -251,8 +251,7 @@ def summary_of(trainings: Sequence[Sequence[Outcome]]) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for same in zip(*each, strict=True):
         accuracies, shares = [entry["acc1"] for entry in same], [entry["relative"] for entry in same]
-        share = None if None in shares else statistics.fmean(shares)
-        about = {"interval": interval(accuracies), "n": len(same), "relative": share}
+        about = {"interval": interval(accuracies), "n": len(same), "relative": _mean_share(shares)}
         entries.append({**same[0], "acc1": statistics.fmean(accuracies), **about})
     return entries
 
@@ -264,16 +263,21 @@ def _means(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         groups.setdefault((outcome.kind, outcome.name), []).append(outcome)
     entries: list[dict[str, Any]] = []
     for (kind, name), group in groups.items():
-        relative = [o.relative for o in group if o.relative is not None]
+        share = _mean_share([o.relative for o in group])
         levels = [o.level for o in group if o.level is not None]
         mean = statistics.fmean(o.acc1 for o in group)
-        share = statistics.fmean(relative) if relative else None
         entries.append({"kind": kind, "name": name, "levels": levels, "acc1": mean, "relative": share})
-    changes = [entry for entry in entries if entry["kind"] not in (CLEAN, "size") and entry["relative"] is not None]
+    changes = [entry for entry in entries if entry["kind"] not in (CLEAN, "size")]
     if len(changes) > 1:
-        means = {key: statistics.fmean(entry[key] for entry in changes) for key in ("acc1", "relative")}
+        accuracies, shares = [entry["acc1"] for entry in changes], [entry["relative"] for entry in changes]
+        means = {"acc1": statistics.fmean(accuracies), "relative": _mean_share(shares)}
         entries.append({"kind": "mean", "name": "mean of changes", "levels": [], **means})
     return entries
+
+
+def _mean_share(shares: Sequence[float | None]) -> float | None:
+    """None where one is missing: shares of a clean accuracy of 0."""
+    return None if None in shares else statistics.fmean(share for share in shares if share is not None)
 
 
 def rows_of(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
