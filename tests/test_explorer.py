@@ -352,6 +352,7 @@ def test_wrong_models_and_folders_are_one_line(tmp_path: Path) -> None:
         (model_with("basic", "none"), "e.html", "nothing to show"),
         ([], "e.html", "no model"),
         (tmp_path / "absent.pth", "e.html", "no such checkpoint"),
+        ("https://lape.invalid/x.pth", "e.html", "https://lape.invalid/x.pth cannot be downloaded"),
         (model, "absent/e.html", "no folder"),
     ):
         with pytest.raises(lape.LapeError, match=message):

@@ -364,6 +364,14 @@ def test_what_is_suggested_can_be_registered(table):
     assert "not checked in a forward" in str(lape.suggest_host(OpenClip()))
 
 
+def test_a_suggestion_leaves_every_module_in_its_own_mode():
+    model = Mine().train()
+    model.layers[0].norm1.eval()
+    modes = [module.training for module in model.modules()]
+    lape.suggest_host(model, torch.randn(1, 3, 16, 16))
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_why_nothing_is_suggested():
     x = torch.randn(1, 3, 16, 16)
     assert "post-norm" in str(lape.suggest_host(Mine(post=True).eval(), x))

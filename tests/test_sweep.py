@@ -1,6 +1,7 @@
 """Other sizes and changed images: a sweep at the own size is the plain evaluation, changes are what they say."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -201,6 +202,10 @@ def test_a_summary_of_a_model_that_is_never_right_has_no_shares() -> None:
 
     blank = partial(Outcome, level=None, size=(8, 8), transform="", acc1=0.0, acc5=0.0, loss=1.0, count=3)
     assert [e["relative"] for e in summary_of([[blank("clean", "clean"), blank("shift", "shifted")]])] == [None, None]
+    never = [blank("clean", "clean"), blank("shift", "shifted"), blank("occlusion", "occluded")]
+    often = [replace(outcome, acc1=50.0, relative=1.0) for outcome in never]
+    assert [e["relative"] for e in summary_of([never, often])] == [None] * 4
+    assert [e["relative"] for e in summary_of([often])] == [1.0] * 4
 
 
 def test_checkpoints_that_differ_in_their_seed_are_one_model_with_an_interval(trained, capsys) -> None:

@@ -10,7 +10,6 @@ from lape.errors import LapeError, needs
 try:
     with needs("train"):
         from lape.cli import commands as commands
-        from lape.cli import laboratory as laboratory
 except LapeError as missing:  # nothing here can run, and whoever started it gets no traceback
     print(f"error: {missing}", file=sys.stderr)
     sys.exit(2)

@@ -1,7 +1,8 @@
 """What every command line here shares: flags from `lape.recipe.Recipe`, exit codes, and errors of one line.
 
-The flags of training and evaluation are generated from `Recipe`, so there is one set of defaults. Only the flags that
-were given reach it: a YAML recipe keeps the others, and an evaluation takes them from the checkpoint.
+The flags of training and evaluation are generated from `Recipe`, so there is one set of defaults, and those of other
+commands from a dataclass of options. Only the flags that were given reach `Recipe`: a YAML recipe keeps the others, and
+an evaluation takes them from the checkpoint.
 """
 
 import ast
@@ -15,8 +16,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.exceptions import (
@@ -67,18 +69,57 @@ def takes(names: Iterable[str], stored: Iterable[str] = ()) -> Callable[[Command
     ]
 
     def extend(command: Command) -> Command:
-        signature = inspect.signature(command)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
 
-        def call(*args: Any, **given: Any) -> None:
-            command(*args, **given)
+        def call(*args: Any, **values: Any) -> None:
+            command(*args, **values)
 
-        call.__name__, call.__doc__, call.__module__ = command.__name__, command.__doc__, command.__module__
-        call.__annotations__ = {p.name: p.annotation for p in (*own, *flags)}
-        call.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
-        return call
+        return with_parameters(call, command, [*own, *flags])
 
     return extend
+
+
+def takes_options(kind: type[Any]) -> Callable[[Command], Command]:
+    """Give a command one flag for each field of the frozen dataclass `kind`; its first argument is one of these.
+
+    A field's `help` is in its metadata. A flag that is off has no --no- form.
+    """
+    hints = get_type_hints(kind)
+    flags = []
+    for entry in fields(kind):
+        hint, how = hints[entry.name], Parameter(help=entry.metadata["help"])
+        if hint == Mapping[str, Any] | None:
+            hint, how = dict[str, Any] | None, Parameter.combine(KEYWORDS, how)
+        elif entry.default is False:
+            how = Parameter.combine(how, Parameter(negative=()))
+        default = inspect.Parameter.empty if entry.default is MISSING else entry.default
+        flags.append(
+            inspect.Parameter(
+                entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, how]
+            )
+        )
+    names = {flag.name for flag in flags}
+
+    def extend(command: Command) -> Command:
+        _first, *others = inspect.signature(command).parameters.values()
+        places = [p for p in others if p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_OR_KEYWORD)]
+        keywords = [p for p in others if p.kind is p.KEYWORD_ONLY]
+
+        def call(*args: Any, **values: Any) -> None:
+            options = kind(**{name: values.pop(name) for name in names & values.keys()})
+            command(options, *args, **values)
+
+        return with_parameters(call, command, [*places, *flags, *keywords])
+
+    return extend
+
+
+def with_parameters(call: Command, command: Command, parameters: Sequence[inspect.Parameter]) -> Command:
+    """`call` under the name and with the help of `command`, and with these parameters."""
+    call.__name__, call.__doc__, call.__module__ = command.__name__, command.__doc__, command.__module__
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__signature__ = inspect.signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
 
 
 def _flag(name: str, stored: bool) -> Any:
@@ -91,9 +132,7 @@ def _flag(name: str, stored: bool) -> Any:
     if stored or field.default in (None, "", {}):
         settings["show_default"] = False
     if name == "model_kwargs":
-        return Annotated[
-            dict[str, Any], Parameter(**settings, converter=_keywords, accepts_keys=False, n_tokens=-1, json_dict=False)
-        ]
+        return Annotated[dict[str, Any], Parameter.combine(KEYWORDS, Parameter(**settings))]
     return Annotated[field.annotation, Parameter(**settings)]
 
 
@@ -112,6 +151,10 @@ def _keywords(_type: Any, tokens: Sequence[Any]) -> dict[str, Any]:
         else:
             raise LapeError(f"{text!r} is neither KEY=VALUE nor a JSON object, e.g. embed_dim=64 depth=6")
     return keywords
+
+
+KEYWORDS = Parameter(converter=_keywords, accepts_keys=False, n_tokens=-1, json_dict=False)
+"""Of a flag whose value is a mapping."""
 
 
 def _literal(text: str) -> Any:
@@ -227,7 +270,7 @@ def _report(message: str, lost: bool = False) -> None:
     One that has lost another waits as well, or the launcher would end that one before it can say why.
     """
     if lost:
-        _wait_for_launcher(5)
+        _wait_for_launcher()
     elif _rank() > 0:
         time.sleep(3)
     if _rank() > 0:
@@ -235,12 +278,12 @@ def _report(message: str, lost: bool = False) -> None:
     print(f"error: {shown(message)}", file=sys.stderr, flush=True)
 
 
-def _wait_for_launcher(seconds: float) -> None:
-    """Until it ends this process, too, which then still has something to say."""
+def _wait_for_launcher() -> None:
+    """Until it ends this process, too, which then still has something to say; five seconds at most."""
     sigterm = threading.Event()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda _number, _frame: sigterm.set())
-    sigterm.wait(seconds)
+    sigterm.wait(5)
 
 
 def _one_line(error: Exception) -> str:

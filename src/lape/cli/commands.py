@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lape import __version__
-from lape.cli.app import EVALUATION, GROUPS, STORED, app, original, takes
-from lape.cli.options import takes_options
+from lape.cli.app import EVALUATION, GROUPS, STORED, app, original, takes, takes_options
 from lape.cli.original import LauncherFlags, OriginalFlags
 from lape.cli.rows import destination, escaped, written
 from lape.errors import DataError, LapeError, arguments_as
@@ -20,13 +19,18 @@ from lape.look.options import DrawOptions
 from lape.names import shown, tell
 from lape.options import ExportOptions, PredictOptions
 from lape.recipe import Recipe
-from lape.study.options import BenchOptions, CompareOptions, DemoOptions, SweepOptions
+from lape.study.options import BenchOptions, CompareOptions, DemoOptions, ProbeOptions, SweepOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lape.files.read import Checkpoint
 
+
+RECIPE = Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"])
+Original = Annotated[OriginalFlags, Parameter(name="*")]
+Launcher = Annotated[LauncherFlags, Parameter(name="*")]
+JsonFile = Annotated[str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)]
 
 OF_THE_DATA = ("data_path", "data_set", "inat_category", "columns")
 
@@ -46,41 +50,36 @@ def demo(options: DemoOptions) -> None:
     run_demo(options)
 
 
-RecipeFlag = Annotated[
-    str | None, Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"])
-]
-
-
 @original.default
 @takes(Recipe.model_fields)
 def main(
     *,
-    recipe: RecipeFlag = None,
-    _original: Annotated[OriginalFlags, Parameter(name="*")] = OriginalFlags(),  # noqa: B008
-    _launcher: Annotated[LauncherFlags, Parameter(name="*")] = LauncherFlags(),  # noqa: B008
-    **given: Any,
+    recipe: Annotated[str | None, RECIPE] = None,
+    _original: Original = OriginalFlags(),  # noqa: B008
+    _launcher: Launcher = LauncherFlags(),  # noqa: B008
+    **flags: Any,
 ) -> None:
     """Train a model, or evaluate one with --eval. Flags are those of DeiT and LaPE, `-` and `_` alike."""
     if recipe is None:  # the original's warm-up is as long as it says, also in a run that is shorter
-        given.setdefault("warmup_epochs", Recipe.model_fields["warmup_epochs"].default)
-    _train(recipe, given)
+        flags.setdefault("warmup_epochs", Recipe.model_fields["warmup_epochs"].default)
+    _train(recipe, flags)
 
 
 @app.command(name="train")
 @takes(Recipe.model_fields)
 def train(
     *,
-    recipe: RecipeFlag = None,
-    _original: Annotated[OriginalFlags, Parameter(name="*")] = OriginalFlags(),  # noqa: B008
-    _launcher: Annotated[LauncherFlags, Parameter(name="*")] = LauncherFlags(),  # noqa: B008
-    **given: Any,
+    recipe: Annotated[str | None, RECIPE] = None,
+    _original: Original = OriginalFlags(),  # noqa: B008
+    _launcher: Launcher = LauncherFlags(),  # noqa: B008
+    **flags: Any,
 ) -> None:
     """Train a model, or evaluate one with --eval. Flags are those of DeiT and LaPE, `-` and `_` alike."""
-    _train(recipe, given)
+    _train(recipe, flags)
 
 
-def _train(recipe: str | None, given: dict[str, Any]) -> None:
-    settings = Recipe.from_yaml(recipe, **given) if recipe else Recipe(**given)
+def _train(recipe: str | None, flags: dict[str, Any]) -> None:
+    settings = Recipe.from_yaml(recipe, **flags) if recipe else Recipe(**flags)
     if settings.eval:
         from lape.train.evaluate import evaluate_checkpoint
 
@@ -97,16 +96,14 @@ def _train(recipe: str | None, given: dict[str, Any]) -> None:
 def compare(
     options: CompareOptions,
     *,
-    recipe: Annotated[
-        str, Parameter(help="YAML file, or the name of a packaged recipe; flags win over it", group=GROUPS["Recipe"])
-    ] = "digits",
-    _original: Annotated[OriginalFlags, Parameter(name="*")] = OriginalFlags(),  # noqa: B008
-    **given: Any,
+    recipe: Annotated[str, RECIPE] = "digits",
+    _original: Original = OriginalFlags(),  # noqa: B008
+    **flags: Any,
 ) -> None:
     """Train joins, kinds, models and seeds by one recipe and compare them: table, test, curves, report, explorer."""
     from lape.study.compare import compare as run_comparison
 
-    run_comparison(Recipe.from_yaml(recipe, **given), options)
+    run_comparison(Recipe.from_yaml(recipe, **flags), options)
 
 
 @app.command(name="eval")
@@ -117,7 +114,7 @@ def evaluate(
     checkpoint: Annotated[tuple[str, ...], Parameter(help=".pth files or folders written by lape.save")] = (),
     *,
     resume: Annotated[str | None, Parameter(help="the same as CHECKPOINT, the original's spelling")] = None,
-    **given: Any,
+    **flags: Any,
 ) -> None:
     """Evaluate a checkpoint, with more flags at other sizes and on changed images as well.
 
@@ -128,7 +125,7 @@ def evaluate(
     if not paths or (len(paths) > 1 and not sweep.asked):
         several = "; several are for --sizes and changed images" if paths else ""
         raise LapeError(f"give one checkpoint: lape eval CHECKPOINT (or --resume CHECKPOINT){several}")
-    settings = Recipe(eval=True, resume=paths[0], **given)
+    settings = Recipe(eval=True, resume=paths[0], **flags)
     if sweep.asked or sweep.json or sweep.plot:
         from lape.study.sweep import sweep as run_sweep
 
@@ -144,9 +141,7 @@ def evaluate(
 def predict(
     *images: Annotated[str, Parameter(help="image files, and folders of them with all below")],
     options: Annotated[PredictOptions, Parameter(name="*")],
-    json: Annotated[
-        str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
-    ] = None,
+    json: JsonFile = None,
     csv: Annotated[
         str | None, Parameter(help="write it to this CSV file; -: stdout", allow_leading_hyphen=True)
     ] = None,
@@ -209,7 +204,7 @@ def visualize(
         raise LapeError("nothing to write: give --save-dir DIR for pictures, --html FILE for the explorer, or both")
     if image and html is None:
         raise LapeError("--image shows photographs in the explorer: give --html FILE as well")
-    sides = options.sides  # refused here, before a file is read
+    of_checkpoint = options.of_checkpoint  # a size that cannot be is refused here, before a file is read
     for name in ("token", "view", "layers", "range", "title", "width", "dpi"):
         if save_dir is None and getattr(options, name) != getattr(DrawOptions(), name):
             flag = "--no-title" if name == "title" else f"--{name}"
@@ -221,16 +216,7 @@ def visualize(
     if html is not None:
         from lape.look.explorer import explore
 
-        page = explore(
-            checkpoints,
-            html,
-            images=image,
-            size=sides,
-            model_name=options.model_name,
-            join=options.join_type,
-            pe=options.pe,
-            ema=options.ema,
-        )
+        page = explore(checkpoints, html, images=image, model_name=options.model_name, **of_checkpoint)
         print(f"open {shown(page)} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
 
 
@@ -253,8 +239,9 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
             )
     if len(checkpoints) == 1:
         return
-    chosen: dict[str, Any] = {"size": options.sides, "ema": options.ema, "join": options.join_type, "pe": options.pe}
-    models = {c: restore_to_draw(read_checkpoint(c), options.model_name, **chosen)[0] for c in checkpoints}
+    models = {
+        c: restore_to_draw(read_checkpoint(c), options.model_name, **options.of_checkpoint)[0] for c in checkpoints
+    }
     joins = [describe(model).join for model in models.values()]
     if len(set(joins)) == len(models):  # shorter than their paths
         models = dict(zip(joins, models.values(), strict=True))
@@ -263,6 +250,21 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
         print(f"{len(files)} files of all models in {shown(save_dir)}")
     else:
         print("no figure of all models: one has positions, another a bias on attention logits")
+
+
+@app.command
+@arguments_as(ema="--ema", energy="--energy", count="--count")
+@takes_options(ProbeOptions)
+def probe(
+    options: ProbeOptions,
+    *models: Annotated[str, Parameter(help=".pth files, folders written by lape.save, or names of timm's models")],
+) -> None:
+    """Measure how much position the features of each layer hold: probes, similarity, what stays in a mean image."""
+    if not models:
+        raise LapeError("no model was given: lape probe CHECKPOINT... --images FILE...")
+    from lape.study.probing import probe_models
+
+    probe_models(models, options)
 
 
 @app.command
@@ -287,9 +289,7 @@ def export(
 def bench(
     options: BenchOptions,
     *,
-    json: Annotated[
-        str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
-    ] = None,
+    json: JsonFile = None,
 ) -> None:
     """Measure what joins cost: parameters, MACs, images a second, latency and memory, in interleaved rounds."""
     check_outputs([json], streams=True)
@@ -352,9 +352,7 @@ def recipes(
 @app.command
 def hosts(
     *,
-    json: Annotated[
-        str | None, Parameter(help="write it to this JSON file; -: stdout", allow_leading_hyphen=True)
-    ] = None,
+    json: JsonFile = None,
 ) -> None:
     """List the models that can be converted, by the class of their blocks."""
     from lape.host import hosts as table
@@ -406,19 +404,16 @@ def sample_images(checkpoint: "Checkpoint", data_path: str | None, count: int) -
 
     `data_path` "" is the packaged digits, None what the checkpoint was trained on where that is still there.
     """
-    import torch
-
     from lape.data.open import load_data
     from lape.files.restore import settings_of, transform_of
+    from lape.study.probing import evenly
 
     own = {name: checkpoint.args[name] for name in OF_THE_DATA if checkpoint.args.get(name)}
     gone = data_path is None and "data_path" in own and not Path(own["data_path"]).exists()
     chosen = {"data_path": data_path} if data_path is not None else {} if gone else own
     settings = settings_of(checkpoint, Recipe(**chosen, num_workers=0))
     data = load_data(settings, train=False)
-    val: Any = data.val
-    step = max(1, len(val) // count)
-    pixels = torch.stack([val[i][0] for i in range(0, len(val), step)][:count])
+    pixels = evenly(data.val, count)
     name = f"{data.name}, since {own['data_path']} is not there" if gone else data.name
     transform = transform_of(checkpoint)
     height, width = pixels.shape[-2:]

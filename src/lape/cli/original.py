@@ -54,10 +54,10 @@ class LauncherFlags(Options):
         if self.dist_url != "env://":
             fix = "start with torchrun --rdzv-endpoint HOST:PORT, or --master-addr and --master-port"
             raise LapeError(f"dist_url={self.dist_url!r} is refused, only 'env://' is allowed: {fix}")
-        given = int(processes) if processes and processes.isdecimal() else 1  # else refused where processes meet
-        if self.world_size not in (1, given):
+        started = int(processes) if processes and processes.isdecimal() else 1  # else refused where processes meet
+        if self.world_size not in (1, started):
             raise LapeError(
-                f"world_size={self.world_size} but {given} process(es) were started: "
+                f"world_size={self.world_size} but {started} process(es) were started: "
                 f"leave the flag out and start with torchrun --nproc_per_node={self.world_size}"
             )
         return self

@@ -10,12 +10,13 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from textwrap import indent
 from typing import Any
 
 from lape.errors import LapeError
-from lape.files.atomic import hold, is_stream, remove_left, write_atomically
+from lape.files.atomic import hold, is_stream, remove_left, write_text
 from lape.names import shown
 
 Row = dict[str, Any]
@@ -90,7 +91,7 @@ def destination(path: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: print(text, end="")
         return
     if not is_stream(path):
-        yield lambda text: write_atomically(path, lambda file: file.write(text.encode()))
+        yield partial(write_text, path)
         return
     try:
         descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))

@@ -59,6 +59,11 @@ def write_atomically(
         raise
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """The same of a text, in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def is_stream(path: str | os.PathLike[str]) -> bool:
     """Whether it is a pipe or a device, or stands for a file that is open (/dev/stdout): no place to rename to."""
     place = os.fspath(path)

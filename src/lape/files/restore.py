@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
@@ -22,7 +23,7 @@ from lape.core.position import Grid, kind_named
 from lape.data.augment import EvalTransform, eval_transform
 from lape.errors import CheckpointError, DataError, LapeError, arguments_as
 from lape.files.names import load_reference_state_dict
-from lape.files.read import Checkpoint, read_checkpoint
+from lape.files.read import HUB, Checkpoint, read_checkpoint
 from lape.files.vet import bounded, of_file
 from lape.host import host_of_library
 from lape.host.base import without_values
@@ -173,6 +174,11 @@ def restore_to_draw(
     )
     name = re.sub(r"[/\\]", "_", str(args.get("model", type(model).__name__)))
     return model, model_name or f"{name}_{describe(model).join}"
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a name is that of a file or folder that is there, or an address; a model of timm has neither."""
+    return name.startswith((HUB, "https://")) or Path(name).exists()
 
 
 def published(name: str, pretrained: bool = True) -> nn.Module:

@@ -6,7 +6,8 @@ strings, so that no library is imported before a model of it is at hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from lape.core.anatomy import Anatomy
 from lape.core.position import Grid
@@ -54,6 +56,12 @@ class Host:
 def class_name(cls: type) -> str:
     """The name under which a class stands in the table: "module.Class"."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def of_constructors(classes: Iterable[type]) -> list[inspect.Parameter]:
+    """The parameters of the constructors that these classes define themselves, without `self`."""
+    constructors = [vars(cls)["__init__"] for cls in classes if "__init__" in vars(cls)]
+    return [p for init in constructors for p in inspect.signature(init).parameters.values() if p.name != "self"]
 
 
 _HOSTS: dict[str, Host] = {}
@@ -97,15 +105,14 @@ def find_host(model: nn.Module) -> tuple[Host, nn.Module]:
     name = class_name(type(model))
     roots = list(_roots(model))
     roots = [root for root in roots if not root[2].last] or roots
-    roots = [
-        (p, m, host) for p, m, host in roots if not any(p != q and (not q or p.startswith(f"{q}.")) for q, *_ in roots)
-    ]
+    paths = [path for path, *_ in roots]
+    roots = [root for root in roots if not any(p != root[0] and (not p or root[0].startswith(f"{p}.")) for p in paths)]
     if len(roots) == 1:
         return roots[0][2], roots[0][1]
     if roots:
-        paths = ", ".join(path for path, *_ in roots)
         advice = f"name one, lape.apply_(model, at={roots[0][0]!r})"
-        raise UnsupportedModelError(f"{name} holds {len(roots)} convertible models ({paths}): {advice}")
+        inside = ", ".join(path for path, *_ in roots)
+        raise UnsupportedModelError(f"{name} holds {len(roots)} convertible models ({inside}): {advice}")
     reasons = {block: reason for host in _HOSTS.values() for block, reason in host.refused.items()}
     for path, module in model.named_modules():
         if (block := class_name(type(module))) in reasons:
@@ -133,6 +140,28 @@ def without_values() -> Iterator[None]:
     """Models that are built in it have shapes only: they lie on the meta device."""
     with torch.device("meta"), _Unfilled():
         yield
+
+
+@contextmanager
+def watching(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Removes the hooks in the end."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in eval mode, and each of its modules in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def check_module(model: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from lape.errors import LapeError
+from lape.host.base import of_constructors
 from lape.names import shown
 
 ORIGIN = ("_name_or_path", "name_or_path", "_commit_hash")  # where a configuration came from; nothing is read from it
@@ -93,14 +93,8 @@ def _default(cls: Any) -> dict[str, Any]:
 def _declared(cls: Any) -> Kinds:
     kinds: Kinds = {name: {"text"} for name in _WORDS} | {name: {"text", "number"} for name in _ROTARY}
     kinds |= {name: set() for name in (*_EARLIER, *cls.attribute_map, *cls.sub_configs)}
-    made = [inspect.signature(vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base)]
-    given = [
-        p
-        for signature in made
-        for p in signature.parameters.values()
-        if p.kind is not p.VAR_KEYWORD and p.name != "self"
-    ]
-    arguments = {p.name: None if p.default is p.empty else p.default for p in given}
+    parameters = [p for p in of_constructors(cls.__mro__) if p.kind is not p.VAR_KEYWORD]
+    arguments = {p.name: None if p.default is p.empty else p.default for p in parameters}
     for more in (_kinds_of(arguments), _kinds_of(_default(cls))):
         kinds |= {name: kinds.get(name, set()) | own for name, own in more.items()}
     return kinds

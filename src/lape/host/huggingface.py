@@ -50,9 +50,16 @@ Sizes = tuple[Grid, tuple[int, ...]]
 """Grid and patch size."""
 
 
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _divided(pixels: tuple[int, ...], patch: tuple[int, ...]) -> Sizes:
+    return tuple(side // step for side, step in zip(pixels, patch, strict=True)), patch
+
+
 def _sizes(root: Any) -> Sizes:
-    (height, width), (ph, pw) = _pair(root.config.image_size), _pair(root.config.patch_size)
-    return (height // ph, width // pw), (ph, pw)
+    return _divided(_pair(root.config.image_size), _pair(root.config.patch_size))
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,6 @@ def _dinov3_like(folder: str, name: str, **more: Any) -> Family:
 # ------------------------------------------------------ tables read or resampled in ways of their own
 
 
-def _without_class_row(table_1RD: Tensor) -> Tensor:
-    return table_1RD[:, 1:]
-
-
 def _class_row_everywhere(table_1RD: Tensor) -> Tensor:
     return table_1RD[:, 1:] + table_1RD[:, :1]
 
@@ -123,9 +126,7 @@ def _for_image(table_1RD: Tensor, skip: int, before: Grid, grid: Grid, way: Call
 
 
 def _pretrained_grid(root: Any, layout: Layout, skip: int, way: Callable[..., Tensor]) -> dict[str, Any]:
-    height, width = _pair(root.config.pretrain_image_size)
-    side, columns = _pair(root.config.patch_size)
-    before = (height // side, width // columns)
+    before, _ = _divided(_pair(root.config.pretrain_image_size), _pair(root.config.patch_size))
     return {"form": Form(partial(_for_image, skip=skip, before=before, grid=layout.grid, way=way)), "resample": way}
 
 
@@ -201,14 +202,8 @@ def _grids_of_shapes(pixels: Tensor, spatial_shapes: Tensor) -> list[Grid]:
 
 
 def _siglip2(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
-    bilinear = partial(resample, mode="bilinear")
-    return {
-        "packed": _grids_of_shapes,
-        "patch_embed": "embeddings",
-        "resample": bilinear,
-        "add_bias": None,
-        "queries_keys": "takes images of several grids",
-    }
+    watch = {"packed": _grids_of_shapes, "patch_embed": "embeddings", "resample": partial(resample, mode="bilinear")}
+    return {**watch, "add_bias": None, "queries_keys": "takes images of several grids"}
 
 
 def _siglip2_sizes(root: Any) -> Sizes:
@@ -235,7 +230,7 @@ def _video_sizes(root: Any) -> Sizes:
     patch = (tubelet, *_pair(config.patch_size)) if isinstance(tubelet, int) else tuple(tubelet)
     frames = getattr(config, "num_frames", None) or config.frames_per_clip
     pixels = (frames, *_pair(getattr(config, "image_size", None) or config.crop_size))
-    return tuple(side // step for side, step in zip(pixels, patch, strict=True)), patch
+    return _divided(pixels, patch)
 
 
 def _videomae(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
@@ -244,10 +239,9 @@ def _videomae(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
 
 
 def _timesformer_sizes(root: Any) -> Sizes:
-    config: Any = root.config
-    (side, columns), (ph, pw) = _pair(config.image_size), _pair(config.patch_size)
-    grid, patch = (side // ph, columns // pw), (ph, pw)
-    return (grid, patch) if config.attention_type == "space_only" else ((config.num_frames, *grid), (1, *patch))
+    grid, patch = _sizes(root)
+    spatial = root.config.attention_type == "space_only"
+    return (grid, patch) if spatial else ((root.config.num_frames, *grid), (1, *patch))
 
 
 def _timesformer(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
@@ -316,14 +310,10 @@ def _hiera_like(root: Any, blocks: list[str], layout: Layout, dims: tuple[str, s
 
 
 def _hiera(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
-    config, fields = (
-        root.config,
-        _hiera_like(root, blocks, layout, ("hidden_size", "hidden_size_output"), "layernorm_before"),
-    )
-    fields["windows"] = partial(
-        _unrolled, strides=tuple(config.query_stride), stages=len(config.depths), grid0=layout.grid
-    )
-    return {**fields, "width": config.embed_dim, "num_heads": config.num_heads[0]}
+    config, dims = root.config, ("hidden_size", "hidden_size_output")
+    order = partial(_unrolled, strides=tuple(config.query_stride), stages=len(config.depths), grid0=layout.grid)
+    sizes = {"windows": order, "width": config.embed_dim, "num_heads": config.num_heads[0]}
+    return {**_hiera_like(root, blocks, layout, dims, "layernorm_before"), **sizes}
 
 
 def _unrolled(p_1nD: Tensor, grid: Grid, layer: int, strides: tuple[int, int], stages: int, grid0: Grid) -> Tensor:
@@ -339,8 +329,7 @@ def _unrolled(p_1nD: Tensor, grid: Grid, layer: int, strides: tuple[int, int], s
 
 
 def _stride_sizes(root: Any) -> Sizes:
-    stride = _pair(root.config.patch_stride)
-    return tuple(side // step for side, step in zip(_pair(root.config.image_size), stride, strict=True)), stride
+    return _divided(_pair(root.config.image_size), _pair(root.config.patch_stride))
 
 
 def _sam2(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
@@ -430,6 +419,7 @@ def _swin(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
 
 
 _EOMT: dict[str, Any] = {"norm": "norm1", "table": "embeddings.position_embeddings.weight"}
+_VIDEO: dict[str, Any] = {"patch_embed": None, "sizes": _video_sizes}
 _ENCODERS = (
     _family("vit", "ViT"),
     _family("deit", "DeiT", prefix_rows=2),
@@ -485,19 +475,10 @@ _ENCODERS = (
     _family("eomt", "Eomt", prefix_rows=0, bare=1, registers=True, read=_eomt, **_EOMT),
     _family("eomt_dinov3", "EomtDinov3", norm="norm1", table=None, registers=True, read=_eomt),
     _family("audio_spectrogram_transformer", "AST", patch_embed=None, prefix_rows=2, sizes=_ast_sizes, read=_ast),
-    _family("vivit", "Vivit", patch_embed=None, sizes=_video_sizes),
+    _family("vivit", "Vivit", **_VIDEO),
     _family("timesformer", "Timesformer", patch_embed=None, read=_timesformer, sizes=_timesformer_sizes),
-    _family("videomae", "VideoMAE", table=None, patch_embed=None, prefix_rows=0, read=_videomae, sizes=_video_sizes),
-    _family(
-        "vjepa2",
-        "VJEPA2",
-        norm="norm1",
-        table=None,
-        patch_embed=None,
-        prefix_rows=0,
-        read=_rotary,
-        sizes=_video_sizes,
-    ),
+    _family("videomae", "VideoMAE", table=None, prefix_rows=0, read=_videomae, **_VIDEO),
+    _family("vjepa2", "VJEPA2", norm="norm1", table=None, prefix_rows=0, read=_rotary, **_VIDEO),
 )
 _SWIN: dict[str, Any] = {"patch_embed": None, "prefix_rows": 0, "read": _swin}
 _SWINS = (  # with its copies
@@ -550,10 +531,13 @@ _REFUSED = {
 }
 
 
+def _family_of(root: nn.Module) -> Family:
+    return FAMILIES[class_name(type(root._modules.get("embeddings", root)))]
+
+
 def examine(root: nn.Module) -> Anatomy:
     """Where an encoder of the library keeps its layers, its table and its grid. Raises UnsupportedModelError."""
-    name = class_name(type(root._modules.get("embeddings", root)))
-    family = FAMILIES[name]
+    family = _family_of(root)
     blocks = children(root, family.layers) if family.layers else instances(root, family.layer)
     check_blocks("Hugging Face", root, blocks, (family.layer,))
     first = root.get_submodule(blocks[0])
@@ -627,11 +611,7 @@ def add_to_attention_mask(bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict
 
 def measure(root: nn.Module) -> Sizes:
     """Grid and patch size that the model was made for."""
-    return FAMILIES[class_name(type(root._modules.get("embeddings", root)))].sizes(root)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    return _family_of(root).sizes(root)
 
 
 def blueprint(model: nn.Module) -> Blueprint | None:
@@ -644,8 +624,7 @@ def blueprint(model: nn.Module) -> Blueprint | None:
 
 
 def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raises LapeError for an entry, at any depth, that its configuration class does not declare, or of another kind
-    than there; and for what has the library fetch weights, a kernel or code. What is empty or false says nothing."""
+    """Raises LapeError for what `check_entries` refuses in a configuration of this model class."""
     check_entries(_model_class(name).config_class, kwargs)
 
 
@@ -673,8 +652,8 @@ def _host(name: str, families: tuple[Family, ...], note: str, refused: dict[str,
     layers = tuple(family.layer for family in families)
     child = "embeddings" if roots[0].endswith("Embeddings") else None
     host = Host(name, tuple(roots), layers, examine, measure, note, "transformers", blueprint, build)
-    host = replace(host, root_child=child, check_arguments=check_arguments, refused=refused)
-    return replace(host, tested=(*earlier, "transformers 5.24.0"))
+    tested = (*earlier, "transformers 5.24.0")
+    return replace(host, root_child=child, check_arguments=check_arguments, refused=refused, tested=tested)
 
 
 HOSTS = (

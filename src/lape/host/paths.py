@@ -7,6 +7,7 @@ Shape legend: R rows of the position table, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -49,7 +50,7 @@ def examine(root: nn.Module, paths: Paths) -> Anatomy:
     bare = paths.bare if isinstance(paths.bare, int) else getattr(root, paths.bare)
     rows = paths.prefix_rows
     if rows is None:
-        rows = 0 if table is None else table.numel() // width - _count(grid)
+        rows = 0 if table is None else table.numel() // width - math.prod(grid)
     frozen = table is not None and not table.requires_grad
     more = {"maps": paths.maps, "own_kind": "2D_sin" if frozen else "learnable", **paths.more(root)}
     layout = more.pop("layout", Layout(grid, max(rows, 0), bare))
@@ -86,10 +87,6 @@ def _of_torch(layer: nn.TransformerEncoderLayer) -> dict[str, Any]:
     return {"unfused": "activation_relu_or_gelu"}
 
 
-def _count(grid: Grid) -> int:
-    return Layout(grid, 0).num_patches
-
-
 def _first(root: Any, *names: str) -> Any:
     """The first of these attributes that the model or its patch embedding has. Raises UnsupportedModelError."""
     for owner in (root, getattr(root, "patch_embed", None)):
@@ -110,10 +107,9 @@ def _grid(root: Any) -> Grid:
     return (grid, grid) if isinstance(grid, int) else tuple(grid)
 
 
-def host_by_paths(root_class: str, paths: Paths, name: str = "", note: str = "", **more: Any) -> Host:
+def host_by_paths(root_class: str, paths: Paths, name: str, note: str) -> Host:
     """A host whose models are of this class, "module.Class", and have their parts there."""
-    host_name = name or root_class.rpartition(".")[2]
-    return Host(host_name, (root_class,), (), partial(examine, paths=paths), note=note, **more)
+    return Host(name or root_class.rpartition(".")[2], (root_class,), (), partial(examine, paths=paths), note=note)
 
 
 def examine_encoder(root: nn.Module, grid: Grid | None = None) -> Anatomy:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lape.errors import LapeError
-from lape.host.base import class_name
+from lape.host.base import class_name, evaluating, watching
 from lape.host.parts import POST_NORM, is_norm
 from lape.host.paths import Paths, examine
 
@@ -68,8 +69,8 @@ def suggest_host(model: nn.Module, example: Tensor | None = None) -> Suggestion:
         except LapeError as error:
             problems.append(str(error))
     notes = () if example is not None else ("not checked in a forward: give an image, lape.suggest_host(model, image)",)
-    given = {name: value for name, value in where.items() if value != getattr(Paths(), name)}
-    return Suggestion(type(model), given, tuple(problems), notes)
+    arguments = {name: value for name, value in where.items() if value != getattr(Paths(), name)}
+    return Suggestion(type(model), arguments, tuple(problems), notes)
 
 
 def _may_be_table(name: str, parameter: Tensor, width: int) -> bool:
@@ -97,46 +98,35 @@ def _block_list(model: nn.Module) -> str | None:
 
 def _run(model: nn.Module, block: nn.Module, where: dict[str, Any], example: Tensor) -> tuple[list[str], str]:
     """What stands in the way in a forward, and the norm whose output attention gets."""
-    entered: list[Any] = []
-    read: dict[str, Any] = {}
-    returned: dict[str, Any] = {}
-    attended: list[Any] = []
-    norms = {name: part for name, part in block.named_children() if is_norm(part)}
-    hooks = [block.register_forward_pre_hook(lambda m, args, kw: entered.extend(_tensors(args, kw)), with_kwargs=True)]
-    attention = getattr(block, where["attention"])
-    hooks.append(
-        attention.register_forward_pre_hook(lambda m, a, kw: attended.extend(_tensors(a, kw)), with_kwargs=True)
-    )
-    for name, norm in norms.items():
+    entered: list[Tensor] = []
+    attended: list[Tensor] = []
+    read: dict[str, Tensor] = {}
+    returned: dict[str, Tensor] = {}
 
-        def keep(_m: nn.Module, args: Any, y: Tensor, name: str = name) -> None:
-            read.setdefault(name, args[0].clone())
-            returned.setdefault(name, y.clone())
+    def enter(tensors: list[Tensor], _module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors += [value.clone() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
-        hooks.append(norm.register_forward_hook(keep))
-    training = model.training
+    def keep(name: str, _norm: nn.Module, args: Any, y: Tensor) -> None:
+        read.setdefault(name, args[0].clone())
+        returned.setdefault(name, y.clone())
+
+    calls = ((block, entered), (getattr(block, where["attention"]), attended))
+    hooks = [part.register_forward_pre_hook(partial(enter, into), with_kwargs=True) for part, into in calls]
+    norms = [(name, part) for name, part in block.named_children() if is_norm(part)]
+    hooks += [norm.register_forward_hook(partial(keep, name)) for name, norm in norms]
     try:
-        with torch.no_grad():
-            model.eval()(example)
+        with torch.no_grad(), watching(hooks), evaluating(model):
+            model(example)
     except Exception as error:  # of the model
         return [f"the model does not take this image: {type(error).__name__}: {error}"], where["norm"]
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
     if not entered or not attended:
         return ["blocks or attention were not called as modules in a forward"], where["norm"]
     feeding = [name for name, y in returned.items() if _same(y, attended[0])]
     if not feeding:
-        return [f"no norm's output is what {where['attention']} gets: {POST_NORM}, or it is changed in between"], where[
-            "norm"
-        ]
+        problem = f"no norm's output is what {where['attention']} gets: {POST_NORM}, or it is changed in between"
+        return [problem], where["norm"]
     apart = [f"{feeding[0]} does not read what enters its block"]
     return ([] if _same(read[feeding[0]], entered[0]) else apart), feeding[0]
-
-
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [value.clone() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

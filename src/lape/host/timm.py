@@ -21,7 +21,7 @@ from lape.core.position import Grid, Layout, resample
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host import parts
-from lape.host.base import Blueprint, Host, class_name, find_host, without_values
+from lape.host.base import Blueprint, Host, class_name, find_host, of_constructors, without_values
 from lape.host.parts import POST_NORM, RELATIVE, ROTARY, SHARED, Call, check_blocks, check_norms, children
 from lape.names import nearest
 
@@ -127,8 +127,7 @@ def current(root: nn.Module) -> dict[str, Any]:
         "fc_norm": isinstance(_at(root, "fc_norm"), nn.LayerNorm),
         "pre_norm": not isinstance(_at(root, "norm_pre"), nn.Identity),
     }
-    classes: Any = type(root).__mro__
-    arguments = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    arguments = {parameter.name for parameter in of_constructors(type(root).__mro__)}
     return {name: value for name, value in shown.items() if name in arguments and value is not None}
 
 
@@ -153,9 +152,7 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
         raise unknown_model(name)
     classes = [c for c in vars(sys.modules[timm.model_entrypoint(arch).__module__]).values() if isinstance(c, type)]
     ours = {base for c in classes for base in c.__mro__ if base.__module__.startswith(("timm.", "lape."))}
-    made = [vars(base)["__init__"] for base in ours if "__init__" in vars(base)]
-    allowed = {p.name for one in made for p in inspect.signature(one).parameters.values() if p.kind is _BY_NAME}
-    allowed.discard("self")
+    allowed = {parameter.name for parameter in of_constructors(ours) if parameter.kind is _BY_NAME}
     for argument in kwargs:
         if argument not in (allowed | _OF_ALL_MODELS) - NOT_THE_MODEL:
             raise LapeError(f"{argument!r} is no argument of {arch} that says what the model is")
@@ -164,8 +161,8 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
 def unknown_model(name: str) -> LapeError:
     import timm
 
-    asked, models = name.split(".")[0], timm.list_models()
-    guess = nearest(asked, models) or next((model for model in models if asked and model.startswith(asked)), None)
+    arch, models = name.split(".")[0], timm.list_models()
+    guess = nearest(arch, models) or next((model for model in models if arch and model.startswith(arch)), None)
     hint = f"did you mean {guess!r}? " if guess else ""
     return LapeError(f"unknown model {name!r}: {hint}timm.list_models() has all names")
 
@@ -365,9 +362,8 @@ def _naflex_resampling(embeds: Any, *, factorized: bool) -> Callable[..., Tensor
     square = embeds.pos_embed_ar_preserving
     if factorized:
         return partial(resample, mode="bilinear", antialias=False, square=square)
-    names = ("mode", "antialias", "align_corners")
-    own = (embeds.pos_embed_interp_mode, embeds.pos_embed_antialias, embeds.pos_embed_align_corners)
-    return partial(resample, square=square, **dict(zip(names, own, strict=True)))
+    own = {"antialias": embeds.pos_embed_antialias, "align_corners": embeds.pos_embed_align_corners}
+    return partial(resample, mode=embeds.pos_embed_interp_mode, square=square, **own)
 
 
 def _grids_of_coordinates(
@@ -393,12 +389,9 @@ def _pit(root: Any) -> Fields:
         width = root.get_submodule(inside[0]).norm1.normalized_shape[0]
         stages.append(Stage(len(inside), grid, width, pool, _pooled))
         blocks += inside
-    layout, place = (
-        Layout(stages[0].grid, 0, root.num_tokens),
-        {"patch_size": embed.conv.stride, "pixels": embed.img_size},
-    )
-    form = Form(_of_channels_first)
-    return {"blocks": blocks, "layout": layout, "stages": tuple(stages), "form": form, "add_bias": None, **place}
+    layout = Layout(stages[0].grid, 0, root.num_tokens)
+    place = {"layout": layout, "patch_size": embed.conv.stride, "pixels": embed.img_size}
+    return {**place, "blocks": blocks, "stages": tuple(stages), "form": Form(_of_channels_first), "add_bias": None}
 
 
 def _of_channels_first(table_1DHW: Tensor) -> Tensor:

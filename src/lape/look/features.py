@@ -1,7 +1,7 @@
 """What the features of any Vision Transformer keep of position, layer by layer, and taking it out of them.
 
-Converted or not: the model's own forward runs, hooks on its blocks watch it. Depth 0 is what enters the first block,
-depth d what leaves block d - 1: the residual stream. Only patch tokens count, prefix tokens are left out.
+Converted or not, of the residual stream. Only patch tokens count, prefix tokens are left out; depths as in
+`lape.look.watch`.
 Shape suffixes: B images, N tokens, n patches, D width, E depths (layers + 1), k directions of a subspace.
 """
 
@@ -226,7 +226,8 @@ class _Seen:
         self.wrong += (read - self.place_n2).square().sum((0, 1))
         unit = F.normalize(x, dim=-1)
         alike = (unit @ unit.mT)[:, self.pairs]
-        self.ssdc += (_centred_unit(alike) @ self.far).sum().item() if len(self.far) else math.nan
+        apart = F.normalize(alike - alike.mean(-1, keepdim=True), dim=-1)
+        self.ssdc += (apart @ self.far).sum().item() if len(self.far) else math.nan
         self.count += len(x)
         self.sum = self.sum + x.sum((0, 1))
         self.square += x.square().sum().item()
@@ -246,10 +247,6 @@ class _Seen:
         steps = [m / self.count for m, side in zip(self.moved.tolist(), self.grid, strict=True) if side > 1]
         shift = 1 - sum(steps) / len(steps) / (2 * variance) if steps and variance > 1e-12 else math.nan
         return {"row": row, "column": column, "ssdc": self.ssdc / self.count, "shift": shift}
-
-
-def _centred_unit(rows: Tensor) -> Tensor:
-    return F.normalize(rows - rows.mean(-1, keepdim=True), dim=-1)
 
 
 def _stack(measures: Sequence[dict[str, float]]) -> dict[str, Tensor]:

@@ -290,14 +290,7 @@ def visualize(
             )
         model, name = source, options.model_name or f"{type(source).__name__}_{describe(source).join}"
     else:
-        model, name = restore_to_draw(
-            read_checkpoint(source),
-            options.model_name,
-            size=options.sides,
-            ema=options.ema,
-            join=options.join_type,
-            pe=options.pe,
-        )
+        model, name = restore_to_draw(read_checkpoint(source), options.model_name, **options.of_checkpoint)
     about = describe(model)
     if name in ("", ".", "..") or Path(name).name != name:
         raise LapeError(f"model_name={name!r} is not the name of a folder: put the path into save_dir")

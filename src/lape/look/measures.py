@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lape.core.position import Grid
-from lape.look.similarity import half_distance, locality_radius, monotonicity, spearman
+from lape.look.similarity import coordinates, half_distance, locality_radius, mean_of_pairs, monotonicity, spearman
 
 DIRECTIONS = 60  # bins of the circle, as many as LOOPE (arXiv 2504.14386) takes
 
@@ -39,10 +39,8 @@ def layer_change(correlation_Lnn: Tensor) -> Tensor:
 
     Between 0 (the same map) and 2. The first layer has none before it: NaN.
     """
-    s, n = correlation_Lnn.double(), correlation_Lnn.shape[-1]
-    square = (s[1:] - s[:-1]).square()
-    pairs = square.sum((-2, -1)) - square.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return torch.cat([s.new_full((1,), math.nan), (pairs / max(n * (n - 1), 1)).sqrt()])
+    s = correlation_Lnn.double()
+    return torch.cat([s.new_full((1,), math.nan), mean_of_pairs((s[1:] - s[:-1]).square()).sqrt()])
 
 
 def directed_monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
@@ -51,7 +49,7 @@ def directed_monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     2: similarity falls with every step, whichever way one walks; 1: no order. Directions with fewer than two patches
     are left out. After M_D of LOOPE (arXiv 2504.14386), whose bins and averages may differ in detail.
     """
-    row, column = (axis.flatten().double() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    row, column = coordinates(grid).double().unbind(1)
     down, right = row - row[:, None], column - column[:, None]  # (n, n): from the patch of the row
     turn = torch.atan2(down, right) / (2 * math.pi) % 1
     bins = (turn * DIRECTIONS + 0.5).long() % DIRECTIONS

@@ -59,6 +59,11 @@ class DrawOptions:
             raise LapeError(f"width={self.width!r} is not allowed: give 1 to 50 inches as 3.25in, 8.3cm, 83mm or 234pt")
         return inches
 
+    @property
+    def of_checkpoint(self) -> dict[str, Any]:
+        """What is read of a checkpoint, as arguments of `restore_to_draw`."""
+        return {"size": self.sides, "ema": self.ema, "join": self.join_type, "pe": self.pe}
+
     def chosen(self, count: int) -> list[int]:
         """The layers to draw, of `count`. Raises LapeError where there is no such layer."""
         for layer in self.layers or ():

@@ -1,14 +1,14 @@
 """What a model makes of position when it looks at images: attention, token statistics, and "where am I?".
 
-The model's own forward runs; hooks and torch's function override watch it, and nothing of it is copied. Images are
-(B, C, height, width), transformed as in evaluation, of the model's own size.
+Images are (B, C, height, width), transformed as in evaluation, of the model's own size.
 Shape suffixes: B images, N tokens, n patches, D width, L layers, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,9 @@ from lape.core.joined import host_forward
 from lape.core.joins import JOINS
 from lape.core.position import Grid
 from lape.errors import LapeError, check_finite
-from lape.look.watch import BATCH, Attention, Hook, check_size, evaluating, watching
+from lape.host.base import watching
+from lape.look.similarity import coordinates
+from lape.look.watch import BATCH, Attention, check_size, forward
 
 # --- attention --------------------------------------------------------------------------------------------------------
 
@@ -49,9 +51,8 @@ def attention_distance(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     """
     watch = Attention(model, images_BCHW)
     side = [pixels / count for pixels, count in zip(images_BCHW.shape[-2:], watch.grid, strict=True)]
-    row, column = torch.meshgrid(*map(torch.arange, watch.grid), indexing="ij")
-    place = torch.stack([row.flatten() * side[0], column.flatten() * side[1]], -1).float()
-    distance_nn = torch.cdist(place, place)
+    pixels_n2 = (coordinates(watch.grid) * torch.tensor(side)).float()
+    distance_nn = torch.cdist(pixels_n2, pixels_n2)
     totals: dict[int, Tensor] = {}
 
     def add(layer: int, weights_BHNN: Tensor) -> None:
@@ -180,9 +181,8 @@ def fit_places(gram: Tensor, cross: Tensor, ridge: float, measure: Tensor | None
 
 def places(grid: Grid) -> Tensor:
     """(n, 2) row and column, their middle taken off."""
-    row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
-    place = torch.stack([row.flatten(), column.flatten()], -1).double()
-    return place - place.mean(0)
+    place_n2 = coordinates(grid).double()
+    return place_n2 - place_n2.mean(0)
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,8 @@ def last_norm(model: nn.Module, images_BCHW: Tensor) -> LastNorm:
 
     norms = [m for m in anatomy.root.modules() if isinstance(m, nn.LayerNorm) and id(m) not in inside]
     last = anatomy.root.get_submodule(anatomy.blocks[-1])
-    hooks = [*((norm, keep) for norm in norms), (last, lambda *_: calls.clear())]  # not what runs before the last block
+    hooks = [norm.register_forward_hook(keep) for norm in norms]
+    hooks.append(last.register_forward_hook(lambda *_: calls.clear()))  # not what runs before the last block
     calls_of_all = []
     with watching(hooks):
         for batch in torch.split(images_BCHW, BATCH):
@@ -254,30 +255,21 @@ def _tokens(model: nn.Module, images_BCHW: Tensor) -> list[_Seen]:
     conversion = conversion_of(model)
     anatomy = conversion.anatomy
     layers: list[dict[str, Tensor]] = [{} for _ in anatomy.blocks]
-    hooks: list[Hook] = []
+    norms = [anatomy.root.get_submodule(anatomy.norm_of(layer)) for layer in range(len(anatomy.blocks))]
 
-    def keep(layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(norm: nn.Module, args: Any, output: Tensor) -> None:
-            layers[layer] = {"entering": args[0], "normed": host_forward(norm, args[0]), "attended": output}
+    def keep(layer: int, norm: nn.Module, args: Any, output: Tensor) -> None:
+        layers[layer] = {"entering": args[0], "normed": host_forward(norm, args[0]), "attended": output}
 
-        return hook
-
-    for layer in range(len(anatomy.blocks)):
-        hooks.append((anatomy.root.get_submodule(anatomy.norm_of(layer)), keep(layer)))
-    with watching(hooks):
+    with watching([norm.register_forward_hook(partial(keep, layer)) for layer, norm in enumerate(norms)]):
         _forward(model, images_BCHW)
     for layer, entry in enumerate(layers):
         check_finite(entry["attended"], f"the tokens of layer {layer}")
     return [_Seen(**{name: value.float() for name, value in entry.items()}) for entry in layers]
 
 
-@torch.no_grad()
 def _forward(model: nn.Module, images_BCHW: Tensor) -> None:
-    conversion = conversion_of(model)
-    check_size(conversion, images_BCHW)
-    like = next(model.parameters())
-    with evaluating(model):
-        model(images_BCHW.to(like.device, like.dtype))
+    check_size(conversion_of(model), images_BCHW)
+    forward(model, images_BCHW)
 
 
 def _std(x: Tensor) -> Tensor:

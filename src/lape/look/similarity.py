@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,16 +86,17 @@ class Maps:
     def of(cls, model: nn.Module, size: Size | None = None, view: View = "seen", *, frames: bool = False) -> Maps:
         """Arguments and errors are those of `lape.positions`; a grid of frames is an error without `frames`."""
         positions_LND = positions(model, size, view).detach()
-        if len(grid_at(model, size)) != 2 and not (frames and len(grid_at(model, size)) == 3):
-            grid = " x ".join(map(str, grid_at(model, size)))
+        grid = grid_at(model, size)
+        if len(grid) != 2 and not (frames and len(grid) == 3):
+            sides = " x ".join(map(str, grid))
             raise LapeError(
-                f"this is drawn of rows and columns, the grid is {grid}: lape visualize draws frames, "
+                f"this is drawn of rows and columns, the grid is {sides}: lape visualize draws frames, "
                 "lape.correlation(model) has the numbers"
             )
         patches, table_ND = conversion_of(model).layout.patches, raw_table(model, size)
         table_nn = None if table_ND is None else cosine(table_ND[patches])
         maps_Lnn = cosine(positions_LND[:, patches])
-        return cls(grid_at(model, size), patches, positions_LND, maps_Lnn, table_ND, table_nn)
+        return cls(grid, patches, positions_LND, maps_Lnn, table_ND, table_nn)
 
     @property
     def patches_LnD(self) -> Tensor:
@@ -120,19 +122,12 @@ AXES = ("frame", "row", "column")
 
 def token_at(grid: Grid, place: Sequence[int]) -> int:
     """The patch at (row, column), or (frame, row, column)."""
-    token = 0
-    for side, at in zip(grid, place, strict=True):
-        token = token * side + at
-    return token
+    return int(np.ravel_multi_index(tuple(place), grid))
 
 
 def place_of_token(grid: Grid, token: int) -> tuple[int, ...]:
     """(row, column), or (frame, row, column)."""
-    place: list[int] = []
-    for side in reversed(grid):
-        token, at = divmod(token, side)
-        place.insert(0, at)
-    return tuple(place)
+    return tuple(map(int, np.unravel_index(token, grid)))
 
 
 def center_token(grid: Grid) -> int:
@@ -163,10 +158,14 @@ def token_map(correlation_Lnn: Tensor, grid: Grid, token: int | None = None) -> 
 # --- measures ---------------------------------------------------------------------------------------------------------
 
 
+def coordinates(grid: Grid) -> Tensor:
+    """(n, 2) row and column of each patch, (n, 3) frame, row and column on a grid of frames."""
+    return torch.cartesian_prod(*map(torch.arange, grid))
+
+
 def squared_distances(grid: Grid) -> Tensor:
     """(n, n) squared Euclidean distance between patches, in patches: whole numbers, so equal ones compare equal."""
-    axes = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
-    place = torch.stack([axis.flatten() for axis in axes], dim=-1)
+    place = coordinates(grid)
     return (place[:, None] - place[None, :]).square().sum(-1)
 
 
@@ -175,11 +174,8 @@ def similarity_by_distance(correlation_Lnn: Tensor, grid: Grid) -> tuple[Tensor,
 
     Returns the distances that occur on the grid, in patches, ascending from 0, (K,), and the means (L, K).
     """
-    return _mean_by_radius(correlation_Lnn.double().flatten(-2), squared_distances(grid).flatten())
-
-
-def _mean_by_radius(values_Lm: Tensor, squared_m: Tensor) -> tuple[Tensor, Tensor]:
-    squared, group = torch.unique(squared_m, return_inverse=True)
+    values_Lm = correlation_Lnn.double().flatten(-2)
+    squared, group = torch.unique(squared_distances(grid).flatten(), return_inverse=True)
     sums = values_Lm.new_zeros(*values_Lm.shape[:-1], len(squared)).index_add_(-1, group, values_Lm)
     return squared.double().sqrt(), sums / group.bincount()
 

@@ -8,8 +8,7 @@ Shape suffixes: B images, N tokens, n patches, D width, E depths (layers + 1), H
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from lape.core.anatomy import Anatomy
 from lape.core.position import Grid
 from lape.errors import LapeError, UnsupportedModelError, check_finite
 from lape.host import check_module, find_host
+from lape.host.base import evaluating, watching
 
 BATCH = 16  # images at a time: what is watched is used at once, not kept
 MOST_PREFIX = 16  # class token and registers
@@ -65,7 +65,6 @@ class Watch:
     def __call__(self, images_BCHW: Tensor) -> list[Tensor]:
         return [x[:, self.patches] for x in self.tokens(images_BCHW)]
 
-    @torch.no_grad()
     def tokens(self, images_BCHW: Tensor) -> list[Tensor]:
         """All tokens of every depth, (B, N, D) each, prefix tokens first. float32, CPU."""
         tokens: list[Tensor] = []
@@ -78,16 +77,14 @@ class Watch:
                 )
             tokens.append(x.float().cpu().flatten(1, -2))
 
-        hooks: list[Any] = [(block, lambda _m, _args, output: keep(output)) for block in self.blocks]
-        before = self.blocks[0].register_forward_pre_hook(
-            lambda _m, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        hooks = [block.register_forward_hook(lambda _m, _args, output: keep(output)) for block in self.blocks]
+        hooks.append(
+            self.blocks[0].register_forward_pre_hook(
+                lambda _m, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
         )
-        like = next(self.model.parameters())
-        try:
-            with watching(hooks), evaluating(self.model):
-                self.model(images_BCHW.to(like.device, like.dtype))
-        finally:
-            before.remove()
+        with watching(hooks):
+            forward(self.model, images_BCHW)
         if len(tokens) != len(self.blocks) + 1:
             raise UnsupportedModelError(
                 f"{len(tokens) - 1} of {len(self.blocks)} blocks ran once: the model is not a plain stack"
@@ -98,10 +95,8 @@ class Watch:
 def _parts(model: nn.Module) -> tuple[Anatomy | None, list[nn.Module], int | None]:
     """Anatomy, blocks, number of prefix tokens; None where no host knows the model, or it does not say its number."""
     check_module(model)
-    joined = [c.anatomy for c in conversions(model) if c.anatomy.blocks]
     try:
-        host, root = (None, joined[0].root) if joined else find_host(model)
-        anatomy = joined[0] if host is None else host.examine(root)
+        anatomy = anatomy_of(model)
     except UnsupportedModelError:
         lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
         stacks = [stack for stack in lists if len({type(block) for block in stack}) == 1]
@@ -115,7 +110,16 @@ def _parts(model: nn.Module) -> tuple[Anatomy | None, list[nn.Module], int | Non
         raise UnsupportedModelError(
             "the model shuffles the patches of every image: its tokens are in no order to be probed"
         )
-    return anatomy, [root.get_submodule(path) for path in anatomy.blocks], anatomy.layout.num_prefix
+    return anatomy, [anatomy.root.get_submodule(path) for path in anatomy.blocks], anatomy.layout.num_prefix
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """Of a converted model, or as its host says. Raises UnsupportedModelError where no host knows it."""
+    joined = [c.anatomy for c in conversions(model) if c.anatomy.blocks]
+    if joined:
+        return joined[0]
+    host, root = find_host(model)
+    return host.examine(root)
 
 
 def _grid_like(height: int, width: int, count: int) -> Grid:
@@ -155,7 +159,6 @@ class Attention:
                 f"{over[0]} attends over channels: there is no attention between tokens to read"
             )
 
-    @torch.no_grad()
     def run(self, images_BCHW: Tensor, use: Callable[[int, Tensor], None]) -> None:
         """A forward in which `use` gets (layer, weights (B, H, N, N)): the first between all tokens in each block."""
         inside: list[int] = []
@@ -168,18 +171,13 @@ class Attention:
             done.add(inside[-1])
             use(inside[-1], weights if weights.ndim == 4 else weights.unflatten(0, (len(images_BCHW), -1)))  # SAM
 
-        entering = [
+        hooks = [
             block.register_forward_pre_hook(lambda *_, layer=layer: inside.append(layer))
             for layer, block in enumerate(self.blocks)
         ]
-        leaving: list[Hook] = [(block, lambda *_: inside.clear()) for block in self.blocks]
-        like = next(self.model.parameters())
-        try:
-            with watching(leaving), evaluating(self.model), _Weights(numbered):
-                self.model(images_BCHW.to(like.device, like.dtype))
-        finally:
-            for handle in entering:
-                handle.remove()
+        hooks += [block.register_forward_hook(lambda *_: inside.clear()) for block in self.blocks]
+        with watching(hooks), _Weights(numbered):
+            forward(self.model, images_BCHW)
         if len(done) != len(self.blocks):
             raise UnsupportedModelError(
                 f"attention was seen in {len(done)} of {len(self.blocks)} layers: this model computes it in a way that "
@@ -252,26 +250,10 @@ def check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
-Hook = tuple[nn.Module, Callable[..., None]]
 
-
-@contextmanager
-def watching(hooks: Sequence[Hook]) -> Iterator[None]:
-    """Calls each hook after its module's forward."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+@torch.no_grad()
+def forward(model: nn.Module, images_BCHW: Tensor) -> None:
+    """A forward in eval mode, for those who watch it."""
+    like = next(model.parameters())
+    with evaluating(model):
+        model(images_BCHW.to(like.device, like.dtype))

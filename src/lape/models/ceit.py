@@ -32,7 +32,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import HybridEmbed, LayerNorm
+from timm.layers import HybridEmbed, LayerNorm, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from lape.core.position import Grid
 from lape.errors import LapeError
-from lape.models.registry import create, imagenet_cfg
+from lape.models.registry import check_images, create, imagenet_cfg
 
 Pair = tuple[int, int]
 PATCH = 4  # of the stem's map, which has a quarter of the image's sides
@@ -63,7 +63,7 @@ class ImageToTokens(HybridEmbed):
         if patch_size not in (16, (16, 16)):
             raise LapeError(f"patch_size={patch_size}: the stem of CeiT makes patches of 16 pixels only")
         dd: dict[str, Any] = {key: kwargs.get(key) for key in ("device", "dtype")}
-        sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+        sides = to_2tuple(img_size)
         if any(side < 16 or side % 16 for side in sides):
             raise LapeError(
                 f"images of {sides[0]} x {sides[1]} pixels do not divide into the patches of CeiT: give multiples of 16"
@@ -71,11 +71,7 @@ class ImageToTokens(HybridEmbed):
         super().__init__(stem(in_chans, **dd), img_size, patch_size=PATCH, in_chans=in_chans, **kwargs)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if x_BCHW.shape[2:] != self.img_size:
-            raise LapeError(
-                f"images of {x_BCHW.shape[2]} x {x_BCHW.shape[3]} pixels were given, the model is for "
-                f"{self.img_size[0]} x {self.img_size[1]}: create it with that img_size, or call set_input_size"
-            )
+        check_images(x_BCHW, self.img_size)
         tokens_BND: Tensor = super().forward(x_BCHW)  # type: ignore[no-untyped-call]
         return tokens_BND
 
@@ -125,12 +121,8 @@ class CeiT(VisionTransformer):
     """
 
     def __init__(self, **kwargs: Any):
-        for name, only in (
-            ("class_token", True),
-            ("reg_tokens", 0),
-            ("dynamic_img_size", False),
-            ("dynamic_img_pad", False),
-        ):
+        only_forms = {"class_token": True, "reg_tokens": 0, "dynamic_img_size": False, "dynamic_img_pad": False}
+        for name, only in only_forms.items():
             if kwargs.get(name, only) != only:
                 raise LapeError(f"{name}={kwargs[name]}: CeiT has {name}={only} only, leave it out")
         norm_layer = kwargs.setdefault("norm_layer", partial(LayerNorm, eps=1e-6))
@@ -212,8 +204,8 @@ class CeiT(VisionTransformer):
         prefixes = [x_BND[:, :1] for x_BND in chosen]
         features = self.read_layers(tokens)
         if output_dict:
-            named = {"image_features": features, "image_intermediates": maps}
-            return {**named, "image_intermediates_prefix": prefixes} if return_prefix_tokens else named
+            parts = {"image_features": features, "image_intermediates": maps}
+            return {**parts, "image_intermediates_prefix": prefixes} if return_prefix_tokens else parts
         return features, list(zip(maps, prefixes, strict=True)) if return_prefix_tokens else maps
 
 

@@ -19,12 +19,13 @@ There are no weights. Shape legend: B batch, C channels, N tokens, D width, K cl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
-from timm.layers import Attention, DropPath, Mlp
+from timm.layers import Attention, DropPath, Mlp, to_2tuple
 from timm.models._builder import build_model_with_cfg
 from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model
@@ -32,16 +33,13 @@ from torch import Tensor, nn
 
 from lape.core.position import Grid, Layout, learnable, resample, sin_1d
 from lape.errors import LapeError
+from lape.models.registry import check_images, check_untrained, imagenet_cfg
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # mean and std of the training images, in [0, 1]
 HIDDEN_PLANES = 64  # channels between two layers of a convolutional tokenizer
 
 Position = Literal["learnable", "sine", "none"]
 Size = int | tuple[int, int]
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class Tokenizer(nn.Module):
@@ -69,14 +67,12 @@ class Tokenizer(nn.Module):
                 modules.append(nn.MaxPool2d(3, 2, 1))
                 self.steps += [(kernel, stride, padding), (3, 2, 1)]
         self.layers = nn.Sequential(*modules)
-        self.ratio = 1
-        for _, stride, _ in self.steps:
-            self.ratio *= stride
+        self.ratio = math.prod(stride for _, stride, _ in self.steps)
         self.set_input_size(img_size)
 
     def set_input_size(self, img_size: Size) -> None:
         """Tells the size of the images that will come. Raises LapeError when they are too small for one token."""
-        self.img_size = _pair(img_size)
+        self.img_size = to_2tuple(img_size)
         self.patch_size = (self.ratio, self.ratio)  # pixels from one token to the next
         self.grid_size = self.dynamic_feat_size(self.img_size)
         if min(self.grid_size) < 1:
@@ -100,11 +96,7 @@ class Tokenizer(nn.Module):
         return rows, columns
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if tuple(x_BCHW.shape[-2:]) != self.img_size:
-            raise LapeError(
-                f"images of {x_BCHW.shape[-2]} x {x_BCHW.shape[-1]} pixels were given, the model is for "
-                f"{self.img_size[0]} x {self.img_size[1]}: create it with that img_size, or call set_input_size"
-            )
+        check_images(x_BCHW, self.img_size)
         x_BND: Tensor = self.layers(x_BCHW).flatten(2).mT
         return x_BND
 
@@ -294,12 +286,8 @@ _PATCHES = {  # ViT-Lite and CVT differ in the class token only
     for depth in (2, 4, 6, 7)
 }
 _CONVOLUTIONS = {
-    f"cct_{depth}_{kernel}x{layers}_{side}": {
-        **SIZES[depth],
-        "kernel_size": kernel,
-        "conv_layers": layers,
-        "img_size": side,
-    }
+    f"cct_{depth}_{kernel}x{layers}_{side}": SIZES[depth]
+    | {"kernel_size": kernel, "conv_layers": layers, "img_size": side}
     for depth, kernel, layers, side in (
         *((2, 3, 2, 32), (4, 3, 2, 32), (6, 3, 1, 32), (6, 3, 2, 32), (7, 3, 1, 32), (7, 3, 2, 32)),
         *((7, 7, 2, 224), (14, 7, 2, 224), (14, 7, 2, 384)),
@@ -310,19 +298,8 @@ MODELS: dict[str, dict[str, Any]] = {**_PATCHES, **_CONVOLUTIONS}
 
 def _cfg(name: str) -> dict[str, Any]:
     side, small = MODELS[name]["img_size"], MODELS[name]["img_size"] == 32
-    cfg: dict[str, Any] = {
-        "url": "",
-        "num_classes": 10 if small else 1000,
-        "input_size": (3, side, side),
-        "pool_size": None,
-        "crop_pct": 1.0 if small else 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "first_conv": "patch_embed.layers.0",
-        "classifier": "head",
-    }
-    mean, std = CIFAR10 if small else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return {**cfg, "mean": mean, "std": std, "license": "apache-2.0"}
+    cfg = imagenet_cfg(1.0 if small else 0.9, "patch_embed.layers.0") | {"input_size": (3, side, side)}
+    return cfg | {"num_classes": 10, "mean": CIFAR10[0], "std": CIFAR10[1]} if small else cfg
 
 
 default_cfgs = generate_default_cfgs({name: _cfg(name) for name in MODELS})
@@ -330,10 +307,7 @@ default_cfgs = generate_default_cfgs({name: _cfg(name) for name in MODELS})
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if pretrained:
-            raise LapeError(
-                f"{name} has no pretrained weights: leave pretrained=True out and train it (`lape recipes`)"
-            )
+        check_untrained(name, pretrained)
         settings = {**MODELS[name], "num_classes": _cfg(name)["num_classes"], **kwargs}
         model: nn.Module = build_model_with_cfg(CompactTransformer, name, False, **settings)
         return model

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models._builder import build_model_with_cfg
-from torch import nn
+from torch import Tensor, nn
 
+from lape.core.position import Grid
 from lape.errors import LapeError
 
 
@@ -33,10 +34,25 @@ def imagenet_cfg(crop_pct: float, first_conv: str | None) -> dict[str, Any]:
     }
 
 
-def create(cls: type[nn.Module], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """The model of an entry point, features_only included. Raises LapeError when weights are asked for."""
+def check_images(x_BCHW: Tensor, img_size: Grid, otherwise: str = "call set_input_size") -> None:
+    """Raises LapeError for images of another size than the model's, with what to do beside creating another model."""
+    height, width = x_BCHW.shape[-2:]
+    if (height, width) != img_size:
+        raise LapeError(
+            f"images of {height} x {width} pixels were given, the model is for {img_size[0]} x {img_size[1]}: "
+            f"create it with that img_size, or {otherwise}"
+        )
+
+
+def check_untrained(name: str, pretrained: bool) -> None:
+    """Raises LapeError when weights are asked for: there are none of our models."""
     if pretrained:
         raise LapeError(f"{name} has no pretrained weights: leave pretrained=True out and train it (`lape recipes`)")
+
+
+def create(cls: type[nn.Module], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """The model of an entry point, features_only included. Raises LapeError when weights are asked for."""
+    check_untrained(name, pretrained)
     out_indices = kwargs.pop("out_indices", 3)
     features = {"out_indices": out_indices, "feature_cls": "getter"}
     model: nn.Module = build_model_with_cfg(cls, name, False, feature_cfg=features, **kwargs)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from lape.core.position import Grid, Layout, sin_1d
 from lape.errors import LapeError
-from lape.models.registry import create, imagenet_cfg
+from lape.models.registry import check_images, create, imagenet_cfg
 
 SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride and padding of the three soft splits
 PATCH = math.prod(stride for _, stride, _ in SPLITS)
@@ -156,13 +156,9 @@ class TokensToToken(nn.Module):
         return height // PATCH, width // PATCH
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        size = (x_BCHW.shape[2], x_BCHW.shape[3])
-        if self.strict_img_size and size != self.img_size:
-            raise LapeError(
-                f"images of {size[0]} x {size[1]} pixels were given, the model is for {self.img_size[0]} x "
-                f"{self.img_size[1]}: create it with that img_size, or with dynamic_img_size=True"
-            )
-        rows, columns = self.dynamic_feat_size(size)
+        if self.strict_img_size:
+            check_images(x_BCHW, self.img_size, "with dynamic_img_size=True")
+        rows, columns = self.dynamic_feat_size((x_BCHW.shape[2], x_BCHW.shape[3]))
         first, second, third = self.splits
         x_BND: Tensor = self.attention1(first(x_BCHW).mT)
         x_BND = self.attention2(second(x_BND.mT.unflatten(2, (4 * rows, 4 * columns))).mT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from lape.convert.apply import create_model, fold_
 from lape.convert.converted import conversion_of, conversions
 from lape.core.joins import JOINS, join_named
 from lape.errors import LapeError
+from lape.files.restore import logits_of
 from lape.names import match_name
 from lape.study.options import BenchOptions
 from lape.train.distributed import join_world
@@ -77,7 +79,12 @@ def benchmark(options: BenchOptions, say: Callable[[str], None] = print) -> dict
         models = _converted(options.model, joins, options.pe, kwargs, options.fold)
         models |= _peers(peers, options.model, kwargs, next(iter(models.values())), say)
         variants = [
-            Variant(name, model.to(world.device), _caller(model, options.compile), learns=not _is_folded(model))
+            Variant(
+                name,
+                model.to(world.device),
+                _caller(model, options.compile),
+                learns=not any(c.folded for c in conversions(model)),
+            )
             for name, model in models.items()
         ]
         input_size = _input_size(variants[0].model)
@@ -136,26 +143,13 @@ def _peers(
 
             models[library] = timm.create_model(name, **kwargs)
         else:
-            models[library] = {"torchvision": _torchvision, "transformers": _transformers}[library](
-                _dimensions(name, converted)
-            )
+            make = {"torchvision": _torchvision, "transformers": _transformers}[library]
+            models[library] = make(_sizes(name, converted), getattr(converted, "num_classes", 1000))
     return models
 
 
-@dataclass(frozen=True)
-class _Dimensions:
-    image: int
-    patch: int
-    channels: int
-    width: int
-    layers: int
-    heads: int
-    hidden: int
-    classes: int
-
-
-def _dimensions(name: str, converted: nn.Module) -> _Dimensions:
-    """Raises LapeError for a model that torchvision's and transformers' plain ViT cannot be."""
+def _sizes(name: str, converted: nn.Module) -> dict[str, Any]:
+    """By their names in transformers. Raises LapeError for a model that its and torchvision's plain ViT cannot be."""
     anatomy = conversion_of(converted).anatomy
     (rows, columns), (patch, patch_width) = anatomy.layout.grid, anatomy.patch_size
     hidden = getattr(getattr(anatomy.root.get_submodule(anatomy.blocks[0]), "mlp", None), "fc1", None)
@@ -166,39 +160,32 @@ def _dimensions(name: str, converted: nn.Module) -> _Dimensions:
             "use --peers timm"
         )
     assert isinstance(hidden, nn.Linear)
-    return _Dimensions(
-        image=rows * patch,
-        patch=patch,
-        channels=_input_size(converted)[0],
-        width=anatomy.width,
-        layers=len(anatomy.blocks),
-        heads=anatomy.num_heads,
-        hidden=hidden.out_features,
-        classes=getattr(converted, "num_classes", 1000),
-    )
+    return {
+        "image_size": rows * patch,
+        "patch_size": patch,
+        "num_channels": _input_size(converted)[0],
+        "hidden_size": anatomy.width,
+        "num_hidden_layers": len(anatomy.blocks),
+        "num_attention_heads": anatomy.num_heads,
+        "intermediate_size": hidden.out_features,
+    }
 
 
-def _torchvision(d: _Dimensions) -> nn.Module:
+def _torchvision(sizes: dict[str, Any], classes: int) -> nn.Module:
     from torchvision.models import VisionTransformer
 
-    if d.channels != 3:
-        raise LapeError(f"--peers torchvision: its ViT takes 3 channels, not {d.channels}: leave it out")
-    return VisionTransformer(d.image, d.patch, d.layers, d.heads, d.width, d.hidden, num_classes=d.classes)
+    if (channels := sizes["num_channels"]) != 3:
+        raise LapeError(f"--peers torchvision: its ViT takes 3 channels, not {channels}: leave it out")
+    order = "image_size patch_size num_hidden_layers num_attention_heads hidden_size intermediate_size".split()
+    image, patch, layers, heads, width, hidden = (sizes[name] for name in order)
+    return VisionTransformer(image, patch, layers, heads, width, hidden, num_classes=classes)
 
 
-def _transformers(d: _Dimensions) -> nn.Module:
+def _transformers(sizes: dict[str, Any], classes: int) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    config: Any = ViTConfig(
-        hidden_size=d.width,
-        num_hidden_layers=d.layers,
-        num_attention_heads=d.heads,
-        intermediate_size=d.hidden,
-        image_size=d.image,
-        patch_size=d.patch,
-        num_channels=d.channels,
-    )
-    config.num_labels = d.classes
+    config: Any = ViTConfig(**sizes)
+    config.num_labels = classes
     return ViTForImageClassification(config)
 
 
@@ -210,19 +197,9 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     return (3 if stem is None else stem.in_channels), rows * height, columns * width
 
 
-def _is_folded(model: nn.Module) -> bool:
-    return any(conversion.folded for conversion in conversions(model))
-
-
 def _caller(model: nn.Module, compiled: bool) -> Callable[[Tensor], Tensor]:
     run = torch.compile(model) if compiled else model
-
-    def call(pixels_BCHW: Tensor) -> Tensor:
-        output = run(pixels_BCHW)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits
-
-    return call
+    return lambda pixels_BCHW: logits_of(run(pixels_BCHW))
 
 
 # ------------------------------------------------------------------------------------------------ how it is measured
@@ -308,9 +285,7 @@ def training_run(
     return run, optimizer
 
 
-def time_rounds(
-    runs: dict[str, Callable[[], None]], rounds: int, device: torch.device, seed: int = 0
-) -> dict[str, list[float]]:
+def time_rounds(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each call: one value a round, the order drawn anew each round; warm-up apart."""
     for run in runs.values():
         for _ in range(WARM_UP):
@@ -318,7 +293,7 @@ def time_rounds(
     quickest = min(_seconds(run, 1, device) for run in runs.values())
     repeats = max(1, round(SHORTEST / max(quickest, 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in runs}
-    order, draw = list(runs), random.Random(seed)
+    order, draw = list(runs), random.Random(0)
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
@@ -365,20 +340,17 @@ def peak_memory(
     """
     for _ in range(2):  # the optimizer's state, and what is compiled or chosen at first use
         run()
-    gradients = {id(p): p.grad for p in model.parameters()}
-    for parameter in model.parameters():
-        parameter.grad = None
-    gradients.clear()
+    model.zero_grad()
     kept = [*model.parameters(), *model.buffers()]
     if optimizer is not None:
         kept += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     static = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        _wait(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        torch.cuda.synchronize(device)
+        _wait(device)
         return static + torch.cuda.max_memory_allocated(device) - before
     return static + _peak_on_cpu(run)
 
@@ -393,11 +365,7 @@ def _peak_on_cpu(run: Callable[[], None]) -> int:
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     if not changes:
         raise RuntimeError("torch's profiler reported no allocation")
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+    return int(max(0, *itertools.accumulate(change for _, change in changes)))
 
 
 @contextlib.contextmanager

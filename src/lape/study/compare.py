@@ -10,19 +10,20 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lape.errors import LapeError, UnsupportedModelError, check_file, needs
+from lape.errors import LapeError, UnsupportedModelError, check_file
 from lape.names import JOIN_NAMES, PE_NAMES, PE_NORM_NAMES, TABLE8_NAMES, match_name
 from lape.recipe import Recipe
 from lape.study import report
 from lape.study.numbers import Run, Variant, differences, summarise
 from lape.study.options import CompareOptions, DemoOptions
+from lape.study.pictures import check_figures
 from lape.study.probing import draw as draw_probe
 from lape.study.probing import validation_images
 from lape.study.sweep import Outcome, conditions_of, evaluate_at, summary_of
@@ -59,7 +60,7 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     """
     options = with_preset(options)
     baseline, rows = _asked_for(recipe, options, rows)
-    _check_figures()
+    check_figures()
     variants, meaningless = combinations(recipe, rows)
     recipes = dict.fromkeys(variants, recipe) | _rivals(recipe, options, variants)
     folder = _writable(Path(options.output_dir))
@@ -115,7 +116,12 @@ def _asked_for(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant])
     pes = [match_name("pe", name, PE_NAMES) for name in options.pes]
     norms = [match_name("pe_norm", name, PE_NORM_NAMES) for name in options.pe_norms]
     may_lack = {"rivals": options.rivals, "pe_norms": norms, "pe_stds": options.pe_stds}
-    _check(may_lack, joins=joins, pes=pes, seeds=options.seeds)
+    for name, values in {"joins": joins, "pes": pes, "seeds": options.seeds, **may_lack}.items():
+        if (not values and name not in may_lack) or len(set(values)) != len(values):
+            raise LapeError(f"{name}={list(values)}: give at least one, and each once")
+    for std in options.pe_stds:
+        if not 1e-6 <= std <= 1e6:
+            raise LapeError(f"pe_stds={std} is no standard deviation: give numbers from 1e-6 to 1e6, such as 0.02 1")
     if options.workers < 1:
         raise LapeError(f"workers={options.workers} is not allowed: choose 1 or more")
     if options.probe and options.probe < 4:
@@ -153,13 +159,10 @@ def _at_sizes(
     from lape.files.read import read_checkpoint
 
     outcomes: dict[str, list[list[Outcome]]] = {}
-    names = _names(runs)
-    for run in runs:
-        home = _cell_name(folder, run.variant, run.seed) / "model"
-        if home.exists():
-            recipe = run.variant.recipe(recipes[run.variant])
-            outcome = evaluate_at(read_checkpoint(home), recipe, options, say=lambda _text: None)
-            outcomes.setdefault(names[run.variant], []).append(outcome)
+    for run, name, home in _kept(folder, runs):
+        recipe = run.variant.recipe(recipes[run.variant])
+        outcome = evaluate_at(read_checkpoint(home), recipe, options, say=lambda _text: None)
+        outcomes.setdefault(name, []).append(outcome)
     return outcomes
 
 
@@ -170,33 +173,23 @@ def _probed(folder: Path, runs: Sequence[Run], recipe: Recipe, count: int) -> di
     from lape.look.features import probe
 
     images, _name = validation_images(eval_transform(recipe), recipe, count)
-    names, features = _names(runs), {}
-    for run in runs:
-        home = _cell_name(folder, run.variant, run.seed) / "model"
-        if names[run.variant] not in features and home.exists():
-            features[names[run.variant]] = probe(load(home), images)
+    features: dict[str, Features] = {}
+    for _, name, home in _kept(folder, runs):
+        if name not in features:
+            features[name] = probe(load(home), images)
     return features
 
 
-def _names(runs: Sequence[Run]) -> dict[Variant, str]:
-    """What each variant is called where those of all kinds stand together."""
+def _kept(folder: Path, runs: Sequence[Run]) -> Iterator[tuple[Run, str, Path]]:
+    """The runs whose model is still there (it may be removed, the results stay), and where it is.
+
+    Between them what their variants are called where those of all kinds stand together.
+    """
     several = len({run.model for run in runs}) > 1
-    return {run.variant: f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else "") for run in runs}
-
-
-def _check_figures() -> None:
-    """What draws them is asked for before the trainings, not after hours."""
-    with needs("plot"):
-        import matplotlib  # noqa: F401
-
-
-def _check(may_lack: Mapping[str, Sequence[Any]], **lists: Sequence[Any]) -> None:
-    for name, values in {**lists, **may_lack}.items():
-        if (not values and name not in may_lack) or len(set(values)) != len(values):
-            raise LapeError(f"{name}={list(values)}: give at least one, and each once")
-    for std in may_lack["pe_stds"]:
-        if not 1e-6 <= std <= 1e6:
-            raise LapeError(f"pe_stds={std} is no standard deviation: give numbers from 1e-6 to 1e6, such as 0.02 1")
+    for run in runs:
+        home = _cell_name(folder, run.variant, run.seed) / "model"
+        if home.exists():
+            yield run, f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else ""), home
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -315,12 +308,9 @@ def _explorable(folder: Path, runs: Sequence[Run]) -> dict[str, Path]:
     from lape.core.position import KINDS
 
     models: dict[str, Path] = {}
-    names = _names(runs)
-    for run in runs:
-        name = names[run.variant]
+    for run, name, home in _kept(folder, runs):
         kind = KINDS[run.pe]
-        home = _cell_name(folder, run.variant, run.seed) / "model"  # may be removed, the results stay
-        if run.drawable and (kind.is_table or kind.is_bias) and len(models) < 6 and home.exists():
+        if run.drawable and (kind.is_table or kind.is_bias) and len(models) < 6:
             models.setdefault(name, home)
     return models
 
@@ -357,11 +347,11 @@ def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Rec
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise LapeError(f"{path} is no result of a comparison: remove it, or choose another --output-dir") from None
-        asked = recipe.model_dump(mode="json")
-        odd = sorted(name for name in asked if used.get(name) != asked[name])
+        wish = recipe.model_dump(mode="json")
+        odd = sorted(name for name in wish if used.get(name) != wish[name])
         if odd:
             raise LapeError(
-                f"{path} was trained with {odd[0]}={used.get(odd[0])!r}, this comparison asks for {asked[odd[0]]!r}: "
+                f"{path} was trained with {odd[0]}={used.get(odd[0])!r}, this comparison asks for {wish[odd[0]]!r}: "
                 "choose another --output-dir, so that all have one recipe"
             )
         done.append(run)
@@ -378,12 +368,12 @@ def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Run:
 
     While it trains, its checkpoints are in the cell's folder, so that one that was killed goes on after its last epoch.
     """
-    from lape.files.atomic import write_atomically
+    from lape.files.atomic import write_text
 
     home = cell_folder(folder, recipe)
     run = _train(recipe.replace(output_dir=str(home / "training"), resume="auto"), home, tick)
     text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1, allow_nan=False) + "\n"
-    write_atomically(home / "result.json", report.text_writer(text))
+    write_text(home / "result.json", text)
     shutil.rmtree(home / "training")
     return run
 
@@ -434,14 +424,14 @@ def _other(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
 
         checkpoint = read_checkpoint(run)
         data = ("data_path", "data_set", "columns")
-        given = {name: getattr(recipe, name) for name in data if name in recipe.model_fields_set}
+        flags = {name: getattr(recipe, name) for name in data if name in recipe.model_fields_set}
         metrics = evaluate_checkpoint(
-            Recipe(eval=True, resume=str(run), device=recipe.device, num_workers=0, **given), say=lambda _text: None
+            Recipe(eval=True, resume=str(run), device=recipe.device, num_workers=0, **flags), say=lambda _text: None
         )
         about = {"final": metrics.acc1, "best": None, "measured": "here, on the data of this comparison"}
     args = checkpoint.args
-    named = {"model": args.get("model"), "pe": args.get("pe"), "join": args.get("join_type")}
-    return {"name": run.name, **named, "epochs": args.get("epochs"), "seed": args.get("seed"), **about}
+    facts = {name: args.get(name) for name in ("model", "pe", "epochs", "seed")}
+    return {"name": run.name, **facts, "join": args.get("join_type"), **about}
 
 
 # --- the demo: a preset -----------------------------------------------------------------------------------------------
@@ -481,7 +471,7 @@ def demo(options: DemoOptions) -> Study:
     recipe = Recipe.from_yaml("digits", threads=1, num_workers=0, device="cpu")
     if options.epochs is not None:
         recipe = fit_warm_up(recipe.replace(epochs=options.epochs), print, given=False)
-    _check_figures()
+    check_figures()
     folder = claim(Path(options.output_dir))
     stages = demo_stages(recipe, options.seeds, recipe.epochs * options.long_factor, options.long_seeds)
     agenda = Agenda(stages, options.workers, options.time_limit)

@@ -73,9 +73,7 @@ class Run:
     def of(cls, recipe: Recipe, result: TrainResult, measures: Mapping[str, Tensor], drawable: bool = True) -> Run:
         """What a training came to; `measures` are (L,) each, and what is not finite becomes None."""
         return cls(
-            model=recipe.model,
-            pe=recipe.pe,
-            join=recipe.join_type,
+            **Variant.of(recipe)._asdict(),
             epochs=recipe.epochs,
             seed=recipe.seed,
             accuracy=result.accuracy,
@@ -89,8 +87,6 @@ class Run:
                 for name, values in measures.items()
             },
             drawable=drawable,
-            pe_norm=recipe.pe_norm,
-            pe_std=recipe.pe_std,
         )
 
 

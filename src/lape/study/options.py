@@ -1,7 +1,4 @@
-"""The options of the commands that run studies: each has its name, default and meaning here alone.
-
-The command line makes its flags of the fields, and their `help` is what `--help` says.
-"""
+"""The options of the commands that run studies, as in `lape.look.options`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields

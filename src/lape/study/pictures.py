@@ -21,8 +21,13 @@ def check_writable(json_file: str | None, picture: str | None, inputs: Sequence[
     if picture is not None:
         if Path(picture).suffix not in (".png", ".pdf", ".svg"):
             raise LapeError(f"--plot {picture!r} names no kind of picture: end it in .png, .pdf or .svg")
-        with needs("plot"):
-            import matplotlib  # noqa: F401
+        check_figures()
+
+
+def check_figures() -> None:
+    """Raises LapeError where nothing can be drawn: before the work, not after hours."""
+    with needs("plot"):
+        import matplotlib  # noqa: F401
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +12,13 @@ from torch import Tensor, nn
 
 from lape.data.augment import EvalTransform
 from lape.errors import LapeError, needs
-from lape.files.atomic import write_atomically
-from lape.files.read import HUB, read_checkpoint
-from lape.files.restore import published, restore, transform_of
+from lape.files.atomic import write_text
+from lape.files.read import read_checkpoint
+from lape.files.restore import is_checkpoint, published, restore, transform_of
 from lape.look.features import LABELS, Features, probe
 from lape.recipe import Recipe
 from lape.study.options import ProbeOptions
 from lape.study.pictures import check_writable, short_names, write_figure
-from lape.study.report import text_writer
 from lape.study.sweep import MARKERS
 
 if TYPE_CHECKING:
@@ -47,7 +45,7 @@ def probe_models(models: Sequence[str], options: ProbeOptions) -> dict[str, Feat
     about = {"made_by": "lape probe", "energy": options.energy}
     if options.json is not None:
         results = {**about, "models": {name: one.to_dict() for name, one in features.items()}}
-        write_atomically(Path(options.json), text_writer(json.dumps(results, indent=1) + "\n"))
+        write_text(options.json, json.dumps(results, indent=1) + "\n")
     if options.plot is not None:
         short = dict(zip(features, short_names(list(features)), strict=True))
         write_figure(draw({short[name]: one for name, one in features.items()}), options.plot)
@@ -56,7 +54,7 @@ def probe_models(models: Sequence[str], options: ProbeOptions) -> dict[str, Feat
 
 def _model_of(name: str, options: ProbeOptions) -> tuple[nn.Module, EvalTransform]:
     """A checkpoint, or where there is no such file a model of timm with its published weights, and its transform."""
-    if Path(name).exists() or name.startswith((HUB, "https://")):
+    if is_checkpoint(name):
         checkpoint = read_checkpoint(name, unconverted=True)
         return restore(checkpoint, ema=options.ema), transform_of(checkpoint)
     import timm
@@ -87,9 +85,13 @@ def validation_images(transform: EvalTransform, recipe: Recipe, count: int) -> t
         raise LapeError(f"count={count}: a probe needs 4 images or more, half to fit and half to test")
     reader, root = reader_of(recipe)
     sources, read, _classes, name = reader(recipe, root, ("val",))
-    data = Images(*sources["val"], read, transform.build())
-    step = max(1, len(data) // count)
-    return torch.stack([data[i][0] for i in range(0, len(data), step)][:count]), name
+    return evenly(Images(*sources["val"], read, transform.build()), count), name
+
+
+def evenly(images: Any, count: int) -> Tensor:
+    """`count` images (count, C, height, width) of a data set, evenly spread, or all where it has fewer."""
+    step = max(1, len(images) // count)
+    return torch.stack([images[i][0] for i in range(0, len(images), step)][:count])
 
 
 def _table(features: Features) -> list[str]:

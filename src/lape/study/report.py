@@ -10,7 +10,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from lape.errors import needs
 from lape.look.colours import COLOURS
@@ -52,7 +52,8 @@ def sentences(differences: Sequence[dict[str, Any]]) -> list[str]:
             line += ", in one seed: how much of it is chance was not measured."
         else:
             corrected = f" after Holm's correction for {count} tests" if count > 1 else ""
-            test = f"95 % interval {_interval(entry)}, paired t-test p {_p_value(entry['p_holm'], '= ')}{corrected}"
+            between, p = spell_interval(entry["interval"], "+"), _p_value(entry["p_holm"], "= ")
+            test = f"95 % interval {between}, paired t-test p {p}{corrected}"
             line += f", ahead in {entry['ahead']} of {entry['n']} seeds ({test})."
             line += "" if entry["p_holm"] < 0.05 else " This may be chance."
         lines.append(f"{line} Due to: {entry['cause']}.")
@@ -84,8 +85,9 @@ def trends(differences: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _interval(entry: dict[str, Any]) -> str:
-    return "" if entry["interval"] is None else "{:+.1f} to {:+.1f}".format(*entry["interval"])
+def spell_interval(interval: Sequence[float] | None, sign: str = "") -> str:
+    """'93.0 to 95.2', or nothing."""
+    return "" if interval is None else f"{interval[0]:{sign}.1f} to {interval[1]:{sign}.1f}"
 
 
 def _p_value(p: float | None, equals: str = "") -> str:
@@ -109,8 +111,8 @@ def rows_of_differences(results: dict[str, Any]) -> Rows:
     rows = [["model", "pe", "join", "against", "due to", "epochs", "seeds", "points", "95 % interval", "p"]]
     for d in results["differences"]:
         about = [d[key] for key in ("model", "pe", "of", "against", "cause")]
-        numbers = [str(d["epochs"]), str(d["n"]), spell(d, "+"), _interval(d), _p_value(d["p_holm"])]
-        rows.append([*about, *numbers])
+        numbers = [str(d["epochs"]), str(d["n"]), spell(d, "+"), spell_interval(d["interval"], "+")]
+        rows.append([*about, *numbers, _p_value(d["p_holm"])])
     return without_constants(rows)
 
 
@@ -124,27 +126,34 @@ def tables_of_conditions(results: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
         for name, entries in results["conditions"].items():
             chosen = [e for e in entries if (e["kind"] in ("clean", "size")) == at_size]
             if len(chosen) > at_size:  # beside the clean images
-                head = [f"{e['name']} px" if e["kind"] == "size" else e["name"] for e in chosen]
-                cells = map(_accuracy if at_size else _share, chosen)
-                rows += [*([] if rows else [["", "seeds", *head]]), [name, str(entries[0]["n"]), *cells]]
+                cells = map(_accuracy if at_size else spell_share, chosen)
+                head = ["", "seeds", *map(name_of_images, chosen)]
+                rows += [*([] if rows else [head]), [name, str(entries[0]["n"]), *cells]]
         if rows:
             yield heading, rows
 
 
 def _accuracy(entry: dict[str, Any]) -> str:
     """'94.1 (93.0 to 95.2)', or '94.1' for one training."""
-    between = "" if entry["interval"] is None else " ({:.1f} to {:.1f})".format(*entry["interval"])
-    return f"{entry['acc1']:.1f}{between}"
+    between = spell_interval(entry["interval"])
+    return f"{entry['acc1']:.1f}" + (f" ({between})" if between else "")
 
 
-def _share(entry: dict[str, Any]) -> str:
+def spell_share(entry: dict[str, Any]) -> str:
+    """'87.3 %' of the accuracy on clean images, or nothing where that is 0."""
     return "" if entry["relative"] is None else f"{100 * entry['relative']:.1f} %"
 
 
-def without_constants(rows: Rows, names: Sequence[str] = ("model", "pe", "epochs")) -> Rows:
-    """A table without those of the named columns that hold one value throughout."""
-    drop = {i for i, name in enumerate(rows[0]) if name in names and len({row[i] for row in rows[1:]}) < 2}
-    return [[cell for i, cell in enumerate(row) if i not in drop] for row in rows]
+def name_of_images(entry: dict[str, Any]) -> str:
+    """Of a size or a change, in a table."""
+    return f"{entry['name']} px" if entry["kind"] == "size" else str(entry["name"])
+
+
+def without_constants(rows: Rows) -> Rows:
+    """A table without those of the columns model, pe and epochs that hold one value throughout."""
+    constant = ("model", "pe", "epochs")
+    kept = [one for one in zip(*rows, strict=True) if one[0] not in constant or len(set(one[1:])) > 1]
+    return [list(row) for row in zip(*kept, strict=True)]
 
 
 def rows_of_others(others: Sequence[dict[str, Any]]) -> Rows:
@@ -176,10 +185,10 @@ def markdown_table(rows: Rows) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def plain_table(rows: Rows, justify: Callable[[str, int], str] = str.ljust, gap: str = "  ") -> list[str]:
+def plain_table(rows: Rows) -> list[str]:
     """Lines for a terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [gap.join(map(justify, row, widths)).rstrip() for row in rows]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _html_table(rows: Rows) -> str:
@@ -194,7 +203,6 @@ def _html_table(rows: Rows) -> str:
 def accuracy_curves(runs: Sequence[Run], title_of: Callable[[Run], str]) -> Figure:
     """Test accuracy by epoch, a panel a title and a line a join: mean of the seeds, band from lowest to highest."""
     with needs("plot"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, list[list[dict[str, float]]]]] = {}
@@ -203,7 +211,6 @@ def accuracy_curves(runs: Sequence[Run], title_of: Callable[[Run], str]) -> Figu
     wide = min(len(panels), 3)
     high = -(-len(panels) // wide)
     figure = Figure(figsize=(1.5 + 4.2 * wide, 0.4 + 3.4 * high), layout="constrained")
-    FigureCanvasAgg(figure)
     places = figure.subplots(high, wide, sharey=True, squeeze=False).flatten()
     for axes in places[len(panels) :]:
         axes.set_visible(False)
@@ -393,18 +400,13 @@ def _address(figure: Figure) -> str:
     return f"data:image/png;base64,{b64encode(picture.getvalue()).decode()}"
 
 
-def text_writer(text: str) -> Callable[[BinaryIO], Any]:
-    """What puts a text into an open file."""
-    return lambda file: file.write(text.encode())
-
-
 def write(folder: Path, results: dict[str, Any], page: Iterator[str], figures: Mapping[str, Figure]) -> list[Path]:
     """Writes results.json (first: it says whose the folder is), report.md and the figures, each whole; their paths."""
-    from lape.files.atomic import write_atomically
+    from lape.files.atomic import write_atomically, write_text
 
     texts = {"results.json": json.dumps(results, indent=1, allow_nan=False), "report.md": "\n".join(page)}
     for name, text in texts.items():
-        write_atomically(folder / name, text_writer(text + "\n"))
+        write_text(folder / name, text + "\n")
     for name, figure in figures.items():
         write_atomically(folder / name, partial(figure.savefig, format="png", dpi=150))
     return [folder / name for name in (*texts, *figures)]

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +26,7 @@ from lape.data.loaders import eval_loader
 from lape.data.open import Data
 from lape.data.sets import Images, reader_of
 from lape.errors import CheckpointError, LapeError, needs
-from lape.files.atomic import write_atomically
+from lape.files.atomic import write_text
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classifier, labels_of, restore_with, settings_of, size_of
 from lape.look.watch import Watch
@@ -35,7 +34,7 @@ from lape.recipe import Recipe
 from lape.study.numbers import Variant, interval
 from lape.study.options import Conditions, SweepOptions
 from lape.study.pictures import check_writable, short_names, write_figure
-from lape.study.report import plain_table, text_writer
+from lape.study.report import name_of_images, plain_table, spell_interval, spell_share
 from lape.train.distributed import join_world
 from lape.train.evaluate import evaluate, number_as
 
@@ -225,7 +224,7 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
         print("\n".join(["", *filter(None, [heading]), *plain_table(rows_of(model["summary"]))]))
     results = {"made_by": "lape eval", "training_size": max(sizes), "models": tables}
     if options.json is not None:
-        write_atomically(Path(options.json), text_writer(json.dumps(results, indent=1) + "\n"))
+        write_text(options.json, json.dumps(results, indent=1) + "\n")
     if options.plot is not None:
         write_figure(draw(models, max(sizes)), options.plot)
     return results
@@ -252,8 +251,7 @@ def summary_of(trainings: Sequence[Sequence[Outcome]]) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for same in zip(*each, strict=True):
         accuracies, shares = [entry["acc1"] for entry in same], [entry["relative"] for entry in same]
-        share = None if None in shares else statistics.fmean(shares)
-        about = {"interval": interval(accuracies), "n": len(same), "relative": share}
+        about = {"interval": interval(accuracies), "n": len(same), "relative": _mean_share(shares)}
         entries.append({**same[0], "acc1": statistics.fmean(accuracies), **about})
     return entries
 
@@ -265,27 +263,29 @@ def _means(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         groups.setdefault((outcome.kind, outcome.name), []).append(outcome)
     entries: list[dict[str, Any]] = []
     for (kind, name), group in groups.items():
-        relative = [o.relative for o in group if o.relative is not None]
+        share = _mean_share([o.relative for o in group])
         levels = [o.level for o in group if o.level is not None]
         mean = statistics.fmean(o.acc1 for o in group)
-        share = statistics.fmean(relative) if relative else None
         entries.append({"kind": kind, "name": name, "levels": levels, "acc1": mean, "relative": share})
-    changes = [entry for entry in entries if entry["kind"] not in (CLEAN, "size") and entry["relative"] is not None]
+    changes = [entry for entry in entries if entry["kind"] not in (CLEAN, "size")]
     if len(changes) > 1:
-        means = {key: statistics.fmean(entry[key] for entry in changes) for key in ("acc1", "relative")}
+        accuracies, shares = [entry["acc1"] for entry in changes], [entry["relative"] for entry in changes]
+        means = {"acc1": statistics.fmean(accuracies), "relative": _mean_share(shares)}
         entries.append({"kind": "mean", "name": "mean of changes", "levels": [], **means})
     return entries
+
+
+def _mean_share(shares: Sequence[float | None]) -> float | None:
+    """None where one is missing: shares of a clean accuracy of 0."""
+    return None if None in shares else statistics.fmean(share for share in shares if share is not None)
 
 
 def rows_of(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The summary as a table."""
     rows = [["images", "levels", "acc@1", "95 % interval", "of clean"]]
     for entry in summary:
-        share = "" if entry["relative"] is None else f"{100 * entry['relative']:.1f} %"
-        levels = " ".join(f"{level:g}" for level in entry["levels"])
-        between = "" if entry["interval"] is None else "{:.1f} to {:.1f}".format(*entry["interval"])
-        name = f"{entry['name']} px" if entry["kind"] == "size" else entry["name"]
-        rows.append([name, levels, f"{entry['acc1']:.2f}", between, share])
+        levels, accuracy = " ".join(f"{level:g}" for level in entry["levels"]), f"{entry['acc1']:.2f}"
+        rows.append([name_of_images(entry), levels, accuracy, spell_interval(entry["interval"]), spell_share(entry)])
     return [row[:3] + row[4:] for row in rows] if summary[0]["n"] == 1 else rows
 
 

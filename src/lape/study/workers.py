@@ -229,22 +229,15 @@ def _work(job: Job, recipe: Recipe) -> Run:
 @contextmanager
 def _progress(agenda: Agenda) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
     """Yields (call after every epoch, print a line)."""
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console(highlight=False)
     if not console.is_terminal:
         yield (lambda: None), (lambda text: print(text, flush=True))
         return
-    columns = (TextColumn("epochs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    count = (bars.TextColumn("epochs"), bars.BarColumn(), bars.MofNCompleteColumn())
+    with bars.Progress(*count, bars.TimeElapsedColumn(), bars.TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("training", total=agenda.epochs)
         yield (
             lambda: progress.update(task, advance=1, total=agenda.epochs),

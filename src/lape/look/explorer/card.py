@@ -19,7 +19,7 @@ from lape.convert.converted import Conversion, conversion_of, conversions, known
 from lape.convert.positions import Size, View, describe
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError, UnsupportedModelError, check_finite
-from lape.host import class_name, find_host
+from lape.host import class_name
 from lape.look.explorer.pack import by_frame, finite, rows, triangle
 from lape.look.measures import MEASURES, measure_all
 from lape.look.similarity import (
@@ -31,13 +31,10 @@ from lape.look.similarity import (
     mean_of_pairs,
     within_frames,
 )
-from lape.look.watch import Attention, Watch
+from lape.look.watch import Attention, Watch, anatomy_of
 
 PHOTO_SIDE = 448  # pixels of the longer side of a photograph in the page
-VIEWS: tuple[tuple[View, str], ...] = (
-    ("seen", "as attention sees it"),
-    ("unbiased", "without the bias of its norm"),
-)
+VIEWS: dict[View, str] = {"seen": "as attention sees it", "unbiased": "without the bias of its norm"}
 
 
 @dataclass(frozen=True)
@@ -58,13 +55,8 @@ class Card:
         self.name, self.model, self.size = name, model, size
         self.conversion = _known_conversion(name, model, bool(images))
         self.photos = [photo(model, path, transform) for path in images]
-        self.data: dict[str, Any] = {
-            "name": name,
-            "prefix": [],
-            "heads": 0,
-            **{part: [] for part in ("maps", "tokens", "attention", "measures")},
-            "notes": {},
-        }
+        self.data: dict[str, Any] = {part: [] for part in ("prefix", "maps", "tokens", "attention", "measures")}
+        self.data |= {"name": name, "heads": 0, "notes": {}}
         if self.conversion is None:
             watch = Watch(model, self.photos[0].pixels)
             self.grid, layers = watch.grid, len(watch.blocks)
@@ -79,9 +71,8 @@ class Card:
             if KINDS[description.pe].untouched:
                 what = f"{type(model).__name__}, left as it is"
         grid = " × ".join(map(str, self.grid))
-        self.data |= {"join": join, "about": about, "grid": list(self.grid[-2:]), "layers": layers}
-        self.data["frames"] = math.prod(self.grid[:-2])
-        self.data["facts"] = f"{what}, {layers} layers, {grid} patches"
+        self.data |= {"join": join, "about": about, "facts": f"{what}, {layers} layers, {grid} patches"}
+        self.data |= {"layers": layers, "grid": list(self.grid[-2:]), "frames": math.prod(self.grid[:-2])}
         if self.kind is not None and self.kind.is_table:
             self._add_positions()
         else:
@@ -106,7 +97,7 @@ class Card:
 
     def _add_positions(self) -> None:
         assert self.conversion is not None
-        for view, label in VIEWS:
+        for view, label in VIEWS.items():
             if view == "unbiased" and self.conversion.folded:
                 continue
             maps = Maps.of(self.model, self.size, view, frames=True)
@@ -275,13 +266,9 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
 
     Raises LapeError for a model of videos.
     """
-    joined = [c.anatomy for c in conversions(model) if c.anatomy.blocks]
+    joined = any(c.anatomy.blocks for c in conversions(model))
     try:
-        if joined:
-            anatomy = joined[0]
-        else:
-            host, root = find_host(model)
-            anatomy = host.examine(root)
+        anatomy = anatomy_of(model)
         if len(grid := anatomy.layout.grid) == 3:
             convert = "" if joined else " and call lape.apply_(model) for its positions"
             raise LapeError(
@@ -289,10 +276,8 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
                 f"photographs cannot be shown to it: leave images (--image) out{convert}"
             )
         if len(anatomy.patch_size) == 2:
-            pixels = anatomy.pixels if not joined else None
-            height, width = pixels or (
-                side * step for side, step in zip(anatomy.layout.grid, anatomy.patch_size, strict=True)
-            )
+            sides = zip(anatomy.layout.grid, anatomy.patch_size, strict=True)
+            height, width = (None if joined else anatomy.pixels) or (side * step for side, step in sides)
             return height, width
     except UnsupportedModelError:
         pass

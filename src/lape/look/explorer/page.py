@@ -8,6 +8,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -21,7 +22,7 @@ from torch import nn
 from lape.convert.converted import conversions
 from lape.convert.positions import Size, describe
 from lape.errors import LapeError, needs
-from lape.files.atomic import check_outputs, write_atomically
+from lape.files.atomic import check_outputs, write_text
 from lape.files.read import read_checkpoint
 from lape.look.explorer.card import Card
 from lape.look.explorer.pack import halve_frames
@@ -66,29 +67,29 @@ def explore(
     if images and size is not None:
         raise LapeError("size shows positions of another grid and images need the model's own: leave one of them out")
     target = Path(path)
-    named = _named(models)
-    check_outputs([target], [*images, *(source for source in named.values() if isinstance(source, Path))])
+    sources = _sources(models)
+    check_outputs([target], [*images, *(source for source in sources.values() if isinstance(source, str))])
 
-    def open_model(source: nn.Module | Path) -> tuple[nn.Module, dict[str, Any] | None]:
+    def open_model(source: nn.Module | str) -> tuple[nn.Module, dict[str, Any] | None]:
         if isinstance(source, nn.Module):
             return source, None
         import timm
 
-        from lape.files.restore import published, restore_to_draw
+        from lape.files.restore import is_checkpoint, published, restore_to_draw
 
-        if not source.exists() and timm.is_model(str(source)):
-            return published(str(source)), None
+        if not is_checkpoint(source) and timm.is_model(source):
+            return published(source), None
         checkpoint = read_checkpoint(source, unconverted=True)
         model, _ = restore_to_draw(checkpoint, model_name, size=size, ema=ema, join=join, pe=pe)
         return model, checkpoint.transform
 
-    cards = [Card(name, *open_model(source), images, size) for name, source in named.items()]
+    cards = [Card(name, *open_model(source), images, size) for name, source in sources.items()]
     page = page_text(title, cards, intro, budget)
-    write_atomically(target, lambda file: file.write(page.encode()))
+    write_text(target, page)
     return target
 
 
-def _named(models: Any) -> dict[str, nn.Module | Path]:
+def _sources(models: Any) -> dict[str, nn.Module | str]:
     """name -> model or checkpoint; a model's name is its class and join, a checkpoint's its file and folder."""
     if isinstance(models, Mapping):
         pairs = [(str(name), source) for name, source in models.items()]
@@ -97,10 +98,10 @@ def _named(models: Any) -> dict[str, nn.Module | Path]:
         pairs = [(_name_of(source), source) for source in several]
     if not pairs:
         raise LapeError("no model was given: name at least one")
-    sources: dict[str, nn.Module | Path] = {}
+    sources: dict[str, nn.Module | str] = {}
     for name, source in pairs:
         unique = next(n for n in (name, *(f"{name} ({k})" for k in range(2, len(pairs) + 2))) if n not in sources)
-        sources[unique] = source if isinstance(source, nn.Module) else Path(source)
+        sources[unique] = source if isinstance(source, nn.Module) else os.fspath(source)
     return sources
 
 
