@@ -487,7 +487,8 @@ def laboratory() -> str:
     for path in paths:
         found = _read(path)
         texts += [_rivals(part) for part in found["parts"]]
-        texts.append(f"`benchmarks/results/{path.name}`, by `{found['made_by']}`.")
+        where = f", trained on {found['trained_on']}" if found.get("trained_on") else ""
+        texts.append(f"`benchmarks/results/{path.name}`, by `{found['made_by']}`{where}.")
     return "\n\n".join([*texts, _cost_of_sweep()])
 
 
@@ -556,7 +557,7 @@ def gpu_throughput() -> str:
     """Images a second on a GPU: basic and LaPE, and what LaPE costs in time and memory."""
     path = RESULTS / "on_gpu_throughput_h200.json"
     content = _read(path)
-    lines = ["| model | what | how | basic | share | LaPE | share | time | memory |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| model | what | how | basic | share | LaPE | share | time | memory |", "|---" * 9 + "|"]
     for model, table in content["results"].items():
         shown = {("inference", 1024): "eager compiled", ("training", 256): "eager compiled"}
         rows = [row for row in table["rows"] if row["way"] in shown.get((row["mode"], row["batch"]), "")]
@@ -587,11 +588,11 @@ def gpu_steps() -> str:
     )
 
 
-def _spread(found: dict[str, Any]) -> str:
+def _spread(found: dict) -> str:
     return f"{found['median']:.3f} [{found['min']:.3f}, {found['max']:.3f}]"
 
 
-def _of_gpu(content: dict[str, Any]) -> str:
+def _of_gpu(content: dict) -> str:
     hardware, versions = content["hardware"], content["versions"]
     gpu = hardware["gpu"].split(",")[0]
     return f"{gpu} beside {hardware['cores']} cores, torch {versions['torch']}, lape {versions['lape']}"

@@ -19,7 +19,8 @@ def finite(text: str) -> float:
 @pytest.mark.slow
 def test_every_part_writes_its_numbers(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "on_gpu.py"), "--out", str(tmp_path), "--commit", "abc"]
-    command += ["--scale-down", "--device", "cpu", "--minutes", "4", "--only", "inference, batch 4, bf16|training, batch 1, fp32"]
+    tables = "inference, batch 4, bf16|training, batch 1, fp32"
+    command += ["--scale-down", "--device", "cpu", "--minutes", "4", "--only", tables]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     found = {path.stem: json.loads(path.read_text(), parse_constant=finite) for path in tmp_path.glob("*.json")}
