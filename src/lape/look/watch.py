@@ -217,7 +217,12 @@ def _softmax(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """The weights of `F.scaled_dot_product_attention`, whose arguments these are."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     logits = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        logits = logits.masked_fill(~torch.ones_like(logits, dtype=torch.bool).tril(), -torch.inf)
     if attn_mask is not None:
         mask = attn_mask
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
