@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from lape.data.folders import SPLITS, Survey, check_root, few, survey
+from lape.data.folders import SPLITS, Survey, check_root, survey
 from lape.data.images import Packed, Source, check_shape, decode, opened, reason_of
 from lape.data.processes import processors, spread
 from lape.data.stored import look, stored_files
 from lape.errors import DataError, LapeError, check_file
+from lape.names import few
 
 MACOS = ("._", ".DS_Store")
 WNID = re.compile(r"n\d{8}")

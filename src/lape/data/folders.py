@@ -15,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lape.data.images import is_hidden, is_image
 from lape.errors import DataError
+from lape.names import few
 
 SPLITS = ("train", "val")
 LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*, or train and validation files of " + (
@@ -86,12 +87,6 @@ def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
 
 def one_class(root: Path, classes: Sequence[str]) -> str:
     return f"{root} has one class, {classes[0]!r}: nothing can be learned; is it the right folder level?"
-
-
-def few(items: Sequence[object], most: int = 5) -> str:
-    """The first ones, and how many more there are."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(str(item) for item in items[:most]) + more
 
 
 def image_files(paths: Iterable[str | Path]) -> list[str | Path]:

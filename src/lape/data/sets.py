@@ -25,10 +25,11 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from lape.data.augment import Transform, is_augmented
 from lape.data.device import OnDevice
-from lape.data.folders import check_root, few, survey
+from lape.data.folders import check_root, survey
 from lape.data.images import assumption, load_image, to_mode
 from lape.data.stored import look, stored_files
 from lape.errors import DataError, LapeError, check_file
+from lape.names import few
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe

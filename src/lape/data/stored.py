@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lape.data.folders import LAYOUT, SPLITS, few, names_in
+from lape.data.folders import LAYOUT, SPLITS, names_in
 from lape.data.images import is_hidden
 from lape.errors import DataError, LapeError
+from lape.names import few
 
 KINDS = (".parquet", ".arrow", ".tar")
 WORDS = {"train": ("train", "training"), "val": ("validation", "valid", "val", "dev", "test", "testing")}

@@ -18,6 +18,7 @@ from lape.convert.converted import Conversion, conversion_of
 from lape.core.bias import offset_index
 from lape.core.position import KINDS, Grid, resample
 from lape.errors import CheckpointError
+from lape.names import few
 
 _INDEX = "relative_position_index"  # a buffer in the reference's files; derived from the grid here
 
@@ -105,11 +106,8 @@ def load_reference_state_dict(
         if tensor.shape != own[key].shape:
             wrong.append(f"{name} is {_shape(tensor)}, the model's {_shape(own[key])}")
         new[key] = tensor
-    problems = [
-        text
-        for title, items in (("missing", missing), ("unexpected", unexpected), ("shapes differ:", wrong))
-        if (text := _listed(title, items))
-    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "shapes differ:": wrong}
+    problems = [f"{title} {few(items, 4)}" for title, items in kinds.items() if items]
     if problems:
         raise CheckpointError(
             f"the checkpoint does not fit the model (join={conversion.join}, pe={conversion.pe}): "
@@ -142,13 +140,6 @@ def _resampled(pos_embed_1RD: Tensor, conversion: Conversion, source_grid: Grid)
 
 def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "a scalar"
-
-
-def _listed(title: str, items: list[str], most: int = 4) -> str:
-    if not items:
-        return ""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return f"{title} {', '.join(items[:most])}{more}"
 
 
 _BEFORE_0_2 = re.compile(r"\b(?:token_norm|host_block|host_attention|host_patch_embed|position_bias)\.")

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.device import DeviceLoader
-from lape.data.folders import few
 from lape.errors import CheckpointError, DataError, LapeError, NotFiniteError, check_finite
 from lape.files.exported import Classifier, all_names, is_exported, read_exported
 from lape.files.read import Checkpoint, read_checkpoint
@@ -32,7 +31,7 @@ from lape.files.restore import (
     settings_of,
     transform_of,
 )
-from lape.names import tell
+from lape.names import few, tell
 from lape.options import PredictOptions
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others

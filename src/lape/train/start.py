@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from lape.files.names import load_reference_state_dict, reference_names, to_refe
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import source_grid
 from lape.files.vet import of_file
-from lape.names import nearest
+from lape.names import few, nearest
 from lape.recipe import Recipe
 from lape.train.progress import Say
 
@@ -168,8 +168,8 @@ def load_weights(
         raise CheckpointError(f"{error}{_advice(ours, theirs)}") from None
     by_reason = {reason: [name for name in fresh if reasons[name] == reason] for reason in reasons.values() if reason}
     notes = [
-        *(f"{reason} (start anew): {short(names)}" for reason, names in by_reason.items()),
-        f"left out: {short(foreign)}" if foreign else "",
+        *(f"{reason} (start anew): {few(names, 4)}" for reason, names in by_reason.items()),
+        f"left out: {few(foreign, 4)}" if foreign else "",
         resized,
         moved,
         f"position table resampled from a grid of {grid[0]} x {grid[1]}"
@@ -198,7 +198,7 @@ def _order_head(theirs: dict[str, Tensor], stored: Sequence[str] | None, classes
         return ""
     if set(stored) != set(classes):
         odd = [name for name in classes if name not in stored]
-        return f"the head is that of other classes ({short(odd)} were not among them), as many, and is kept"
+        return f"the head is that of other classes ({few(odd, 4)} were not among them), as many, and is kept"
     order = torch.tensor([list(stored).index(name) for name in classes])
     for name, tensor in theirs.items():
         if name.startswith(("head.", "head_dist.")) and len(tensor) == len(order):
@@ -267,12 +267,6 @@ def _resize_patches(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
         return ""
     theirs[PATCHES] = resample_patch_embed(theirs[PATCHES], list(new))
     return f"patch embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} pixels"
-
-
-def short(names: Collection[str], most: int = 4) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(list(names)[:most]) + more
 
 
 def trainable(model: nn.Module) -> int:
@@ -383,7 +377,7 @@ def _outputs_of(checkpoint: Checkpoint, classes: Sequence[str] | None) -> list[i
     lacking = [name for name in classes if name not in stored]
     if lacking:
         raise CheckpointError(
-            f"the teacher {checkpoint.path} was trained on other classes, it lacks {short(lacking)}: give one that "
+            f"the teacher {checkpoint.path} was trained on other classes, it lacks {few(lacking, 4)}: give one that "
             "knows the classes of the data"
         )
     return [stored.index(name) for name in classes]

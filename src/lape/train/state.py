@@ -37,12 +37,11 @@ from lape.files.atomic import remove_left, write_atomically
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.host.timm import NOT_THE_MODEL
-from lape.names import nearest, shown
+from lape.names import few, nearest, shown
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of
 from lape.train.logs import LOG, RUN, TABLE, write_log
 from lape.train.progress import Say
-from lape.train.start import short
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "previous_checkpoint.pth", "best_checkpoint.pth"
 LOCK = ".lock"
@@ -481,7 +480,7 @@ def _resume_optimizer(state: State, checkpoint: Checkpoint) -> None:
         odd = sorted(set(their_names) ^ set(our_names))
         raise CheckpointError(
             f"the optimizer of {checkpoint.path} has {len(their_numbers)} parameters, this run trains {len(our_names)}"
-            f"{f' (differing: {short(odd)})' if odd else ''}: use its flags, or start from it with --finetune"
+            f"{f' (differing: {few(odd, 4)})' if odd else ''}: use its flags, or start from it with --finetune"
         )
     number_of = dict(zip(their_names, their_numbers, strict=True))
     states = {
