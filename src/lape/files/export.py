@@ -10,7 +10,6 @@ import copy
 import io
 import json
 import logging
-import os
 import tempfile
 import warnings
 from collections import Counter
@@ -28,8 +27,8 @@ from lape.convert.converted import conversion_of
 from lape.convert.positions import describe
 from lape.convert.tended import CONFIG
 from lape.errors import LapeError, check_finite, needs
-from lape.files.atomic import keep_inputs, put_in_place, unfinished, write_atomically
-from lape.files.exported import DESCRIPTION
+from lape.files.atomic import keep_inputs, put_in_place, unfinished, write_content
+from lape.files.exported import DESCRIPTION, silent_onnxruntime
 from lape.files.folder import load, put_folder_in_place, save
 from lape.files.read import WEIGHTS, Checkpoint, read_checkpoint
 from lape.files.restore import restore
@@ -115,8 +114,8 @@ def export(
         expected_BC = _Outputs(eager)(images_BCHW)
     check_finite(expected_BC, f"the outputs of {'the model' if checkpoint is None else checkpoint.path}")
     shipped = copy.deepcopy(eager)
-    named = {"classes": classes, "transform": transform}
-    about = {name: value or getattr(checkpoint, name, None) for name, value in named.items()}
+    about = {"classes": classes, "transform": transform}
+    about = {name: value or getattr(checkpoint, name, None) for name, value in about.items()}
     if fold and not conversion_of(shipped).folded:
         fold_(shipped)
     target = Path(output_dir).expanduser()
@@ -137,11 +136,14 @@ def export(
 
 def _put_in_place(done: list[Exported], report: dict[str, Any], place: Path, target: Path) -> None:
     """The report says that all is in place, so it goes first and comes last."""
-    text = json.dumps(report, indent=2, default=asdict, allow_nan=False) + "\n"
-    write_atomically(place / REPORT, lambda file: file.write(text.encode()))
+    write_content(place / REPORT, json.dumps(report, indent=2, default=asdict, allow_nan=False) + "\n")
     (target / REPORT).unlink(missing_ok=True)
     for result in done:
-        _move(place / result.path, target / result.path)
+        new, old = place / result.path, target / result.path
+        if new.is_dir():  # as `save` does
+            put_folder_in_place({name: (new / name).read_bytes() for name in (WEIGHTS, CONFIG)}, old)
+        else:
+            put_in_place({new: old})
     put_in_place({place / REPORT: target / REPORT})
 
 
@@ -160,8 +162,7 @@ def _judge(result: Exported, tolerance: float, say: Callable[[str], None]) -> No
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise LapeError(f"cannot write into {folder}: {error.strerror}; give another folder") from error
 
@@ -177,14 +178,6 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _move(new: Path, place: Path) -> None:
-    """Puts a finished file in its place; a folder as `save` does."""
-    if new.is_dir():
-        put_folder_in_place({name: (new / name).read_bytes() for name in (WEIGHTS, CONFIG)}, place)
-    else:
-        put_in_place({new: place})
-
-
 def _compare(
     name: str,
     path: Path,
@@ -196,15 +189,15 @@ def _compare(
 ) -> Exported:
     """Runs what was written on one image, and on all of them."""
     with torch.no_grad():
-        got_BC = torch.cat([run(images_BCHW[:1]), run(images_BCHW[1:])])
+        outputs_BC = torch.cat([run(images_BCHW[:1]), run(images_BCHW[1:])])
     scale = expected_BC.abs().max().clamp(min=1e-12)
     files = [path] if path.is_file() else list(path.iterdir())
     return Exported(
         format=name,
         path=str(path.relative_to(base)),
         megabytes=round(sum(file.stat().st_size for file in files) / 1e6, 3),
-        max_difference=((got_BC - expected_BC).abs().max() / scale).item(),
-        top1_agreement=(got_BC.flatten(1).argmax(1) == expected_BC.flatten(1).argmax(1)).float().mean().item(),
+        max_difference=((outputs_BC - expected_BC).abs().max() / scale).item(),
+        top1_agreement=(outputs_BC.flatten(1).argmax(1) == expected_BC.flatten(1).argmax(1)).float().mean().item(),
         images=len(images_BCHW),
         operations=operations,
     )
@@ -231,12 +224,11 @@ def _write_torch(model: nn.Module, about: About, images_BCHW: Tensor, folder: Pa
 
 
 def _write_onnx(model: nn.Module, about: About, images_BCHW: Tensor, folder: Path) -> Written:
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime would look up an address, and write into the home folder
     with needs("export", ", or leave onnx out of `formats`"):
         import onnx
-        import onnxruntime
         import onnxscript  # noqa: F401  (the exporter needs it)
-    onnxruntime.disable_telemetry_events()
+
+        onnxruntime = silent_onnxruntime()
     path = folder / _FILES["onnx"]
     with _quiet():
         torch.onnx.export(
