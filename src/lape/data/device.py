@@ -265,9 +265,8 @@ class Erase:
             box = _boxes(stream, (0, 0, 0, 0), self.area, self.log_aspect, height, width, spare=1, parts=count)
             places = (erased & (count > number)).nonzero()[:, 0]
             top, left, h, w = (part.view(-1, 1) for part in box[places].to(device, non_blocking=True).unbind(1))
-            inside = ((rows >= top) & (rows < top + h))[:, None, :, None] & ((columns >= left) & (columns < left + w))[
-                :, None, None, :
-            ]
+            tall, wide = (rows >= top) & (rows < top + h), (columns >= left) & (columns < left + w)
+            inside = tall[:, None, :, None] & wide[:, None, None, :]
             if self.mode == "pixel" and device.type == "cpu":  # where to look for the pixels does not make it wait
                 image, row, column = inside[:, 0].nonzero().unbind(1)
                 layers = height * width * torch.arange(channels)

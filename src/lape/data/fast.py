@@ -271,16 +271,16 @@ def slide(levels: Tensor, shift: Tensor, dim: int, fill: Fill) -> Tensor:
     n, lines = levels.shape[dim], levels.shape[1 - dim]
     shift = shift.expand(lines)
     whole = shift.floor()
-    weights = _weights(shift - whole)
+    weights_4L = _weights(shift - whole)
     along = (torch.arange(-1, n + 2)[:, None] + whole.long()).clamp_(0, n - 1)
     across = torch.arange(lines)
-    index, shape = along * width + across, (n + 3, width * channels)
-    weights = weights.repeat_interleave(channels, 1)[:, None, :]
-    if dim == 1:
+    if dim == 0:
+        index, shape = along * width + across, (n + 3, width * channels)
+        weights, step = weights_4L.repeat_interleave(channels, 1)[:, None, :], 1
+    else:
         index, shape = along.T + across[:, None] * width, (height, (n + 3) * channels)
-        weights = _weights(shift - whole)[:, :, None]
-    near = levels.reshape(-1, channels).index_select(0, index.reshape(-1)).reshape(shape).float()
-    step, size = (1, n) if dim == 0 else (channels, n * channels)  # a pixel's channels are neighbours
+        weights, step = weights_4L[:, :, None], channels  # a pixel's channels are neighbours
+    near, size = levels.reshape(-1, channels).index_select(0, index.reshape(-1)).reshape(shape).float(), n * step
     moved = near.narrow(dim, 0, size) * weights[0]
     for k in (1, 2, 3):
         moved.addcmul_(near.narrow(dim, k * step, size), weights[k])
@@ -313,12 +313,11 @@ def _translate_part(levels: Tensor, part: float, dim: int, fill: Fill) -> Tensor
 
 
 SLIDES: dict[str, tuple[Slide, int]] = {
-    f"{name}{axis}{suffix}": (function, dim)
-    for name, suffix, function in (
-        ("Shear", "", _shear),
-        ("Translate", "", _translate),
-        ("Translate", "Rel", _translate_part),
-    )
-    for axis, dim in (("X", 1), ("Y", 0))
+    "ShearX": (_shear, 1),
+    "ShearY": (_shear, 0),
+    "TranslateX": (_translate, 1),
+    "TranslateY": (_translate, 0),
+    "TranslateXRel": (_translate_part, 1),
+    "TranslateYRel": (_translate_part, 0),
 }
 """timm's names of these operations -> the function of (levels, the operation's number, dim, fill), and its dim."""

@@ -180,13 +180,10 @@ def assumption(path: Source) -> str:
     """What `decode` takes for granted of a file, "" for nothing or where it cannot be read."""
     try:
         with reading(path), opened(path) as file:
-            return decode(file, 3)[1] if _may_be_deep(Image.open(file)) else ""
+            image = Image.open(file)
+            return decode(file, 3)[1] if _is_deep_grey(image) or _low_bytes(image) else ""
     except DataError:
         return ""
-
-
-def _may_be_deep(image: Image.Image) -> bool:
-    return _is_deep_grey(image) or bool(_low_bytes(image))
 
 
 def is_hidden(name: str) -> bool:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
 from lape.data.device import DeviceLoader, OnDevice
 from lape.data.processes import begin_loader, end_loaders, loader_context, processors
@@ -65,14 +65,15 @@ def check_batch(recipe: Recipe) -> None:
     Raises:
         LapeError: names the batch size and the fix.
     """
-    if not recipe.global_batch and _mixes(recipe) and recipe.batch_size % 2:
+    if not recipe.global_batch and mixes_images(recipe) and recipe.batch_size % 2:
         raise LapeError(
             f"batch_size={recipe.batch_size} is odd and mixup/cutmix pair the images of a batch: "
             f"use --batch-size {recipe.batch_size + 1}, or --mixup 0 --cutmix 0"
         )
 
 
-def _mixes(recipe: Recipe) -> bool:
+def mixes_images(recipe: Recipe) -> bool:
+    """Whether mixup or cutmix pair the images of a batch."""
     return recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None
 
 
@@ -82,7 +83,7 @@ def batch_plan(recipe: Recipe, world_size: int = 1) -> BatchPlan:
     Raises:
         LapeError: the processes cannot share the `global_batch` (under mixup or cutmix: in even batches).
     """
-    mixes = _mixes(recipe)
+    mixes = mixes_images(recipe)
     if not recipe.global_batch:
         return BatchPlan(recipe.batch_size, 1, recipe.batch_size * world_size)
     each, rest = divmod(recipe.global_batch, world_size)
@@ -153,7 +154,7 @@ def eval_loader(
 
     `device` is as in `train_loader`.
     """
-    batches = EvalBatches(range(rank, len(dataset), world_size), int(recipe.batch_size * EVAL_BATCH))
+    batches = eval_batches(range(rank, len(dataset), world_size), int(recipe.batch_size * EVAL_BATCH))
     if isinstance(dataset, OnDevice):
         return DeviceLoader(dataset, batches, 0)
     return Loader(Samples(dataset, None), batches, recipe, device)
@@ -186,18 +187,10 @@ class TrainBatches(Sampler[list[Key]]):
             yield [(order[place // self.copies], place % self.copies) for place in places]
 
 
-class EvalBatches(Sampler[list[Key]]):
-    """The keys of each batch of one process in evaluation, the last one shorter where they do not divide."""
-
-    def __init__(self, indices: range, batch_size: int) -> None:
-        self.indices, self.batch_size = indices, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for first in range(0, len(self.indices), self.batch_size):
-            yield [(index, 0) for index in self.indices[first : first + self.batch_size]]
+def eval_batches(indices: range, batch_size: int) -> Sampler[list[Key]]:
+    """The keys of each batch in evaluation, the last one shorter where they do not divide."""
+    keys: Any = [(index, 0) for index in indices]
+    return BatchSampler(keys, batch_size, drop_last=False)  # type: ignore[return-value]
 
 
 class Batch(NamedTuple):

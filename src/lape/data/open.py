@@ -13,7 +13,7 @@ import torch
 from lape.data.augment import Transform, eval_transform, train_transform
 from lape.data.device import Normalise, OnDevice, Step, Stream, ToBytes, room_for, split_transform
 from lape.data.folders import one_class
-from lape.data.loaders import CPU, EvalBatches, Items, Loader, Samples, check_batch, steps_per_epoch
+from lape.data.loaders import CPU, Items, Loader, Samples, check_batch, eval_batches, steps_per_epoch
 from lape.data.sets import CACHE_BYTES, Images, kept_if_still, list_cifar, list_digits, reader_of
 from lape.errors import DataError, LapeError
 
@@ -61,7 +61,7 @@ def load_data(
         "train": partial(train_transform, recipe, whole=reader is list_digits),
         "val": eval_transform(recipe).build,
     }
-    splits = [split for split, asked in (("train", train), ("val", val)) if asked]
+    splits = [split for split, opens in (("train", train), ("val", val)) if opens]
     fast = recipe.decode == "fast"
     if fast and reader in (list_digits, list_cifar):
         raise LapeError("decode='fast' reads image files, these images are in memory already: use --decode exact")
@@ -109,7 +109,7 @@ def _put_on_device(dataset: Any, steps: list[Step], recipe: Recipe, device: torc
     n = len(dataset)
     images, targets = room_for(n, dataset[0][0].shape, device), torch.empty(n, dtype=torch.long, device=device)
     first = 0
-    with closing(iter(Loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe, CPU))) as batches:
+    with closing(iter(Loader(Samples(dataset, None), eval_batches(range(n), READ_AT_ONCE), recipe, CPU))) as batches:
         for some, numbers in batches:
             images[first : first + len(some)], targets[first : first + len(some)] = some, numbers
             first += len(some)

@@ -27,7 +27,7 @@ from lape.data.augment import Transform, is_augmented
 from lape.data.device import OnDevice
 from lape.data.folders import check_root, survey
 from lape.data.images import assumption, load_image, to_mode
-from lape.data.stored import look, stored_files
+from lape.data.stored import look, refuse_columns, stored_files
 from lape.errors import DataError, LapeError, check_file
 from lape.names import few
 
@@ -75,17 +75,12 @@ def reader_of(recipe: Recipe) -> tuple[Reader, Path]:
         reader = READERS[recipe.data_set]
         if reader is _folders and (files := stored_files(root)):
             return partial(_stored, files), root
-        _refuse_columns(recipe, root)
+        refuse_columns(recipe.columns, root)
         return reader, root
     if recipe.data_set != "IMNET":
         raise DataError(f"--data-set {recipe.data_set} needs --data-path: nothing is downloaded, name its folder")
-    _refuse_columns(recipe, "the digits")
+    refuse_columns(recipe.columns, "the digits")
     return list_digits, root
-
-
-def _refuse_columns(recipe: Recipe, what: object) -> None:
-    if recipe.columns:
-        raise LapeError(f"columns={list(recipe.columns)} are of parquet and arrow files, not of {what}: leave it out")
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:

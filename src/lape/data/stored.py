@@ -100,10 +100,15 @@ def _read(
         return read_tables(paths, columns)
     from lape.data.shards import read_shards
 
-    if columns:
-        raise LapeError(f"columns={list(columns)} are of parquet and arrow files, not of {root}: leave it out")
+    refuse_columns(columns, root)
     images, labels = read_shards(paths, [word for of in WORDS.values() for word in of])
     return images, labels, None, ""
+
+
+def refuse_columns(columns: Sequence[str], what: object) -> None:
+    """Raises LapeError where columns are named of what has none."""
+    if columns:
+        raise LapeError(f"columns={list(columns)} are of parquet and arrow files, not of {what}: leave it out")
 
 
 def _names_of(root: Path, files: Iterable[list[str] | None]) -> list[str] | None:

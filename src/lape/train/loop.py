@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lape.convert.positions import describe
 from lape.data.augment import eval_transform
-from lape.data.loaders import BatchPlan, batch_plan, steps_per_epoch, train_loader
+from lape.data.loaders import BatchPlan, batch_plan, mixes_images, steps_per_epoch, train_loader
 from lape.data.open import Data, load_data
 from lape.errors import DataError, LapeError, NotFiniteError
 from lape.files.names import load_reference_state_dict
@@ -326,7 +326,7 @@ def training_loss(
 
 
 def _mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    if recipe.mixup == 0 and recipe.cutmix == 0 and recipe.cutmix_minmax is None:
+    if not mixes_images(recipe):
         return None
     return Mixup(
         mixup_alpha=recipe.mixup,
