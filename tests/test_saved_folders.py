@@ -228,11 +228,11 @@ def test_many_images_are_decoded_in_batches(tmp_path, monkeypatch, capsys):
 
 
 def test_a_missing_image_costs_no_work_and_neither_does_a_missing_folder(tmp_path, monkeypatch, capsys):
-    import lape.data.images
+    import lape.train.evaluate
 
     folder = lape.save(of_timm(), tmp_path / "saved")
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    monkeypatch.setattr(lape.data.images, "load_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(lape.train.evaluate, "load_image", lambda *_: pytest.fail("decoded"))
     for tokens in ([str(tmp_path / "missing.png")], ["--json", str(tmp_path / "none" / "p.json")]):
         command = ["predict", str(tmp_path / "a.png"), *tokens, "--checkpoint", str(folder)]
         assert cli.run(cli.app, command) == cli.USER_ERROR

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from lape.data.folders import SPLITS, Survey, check_root, survey
-from lape.data.images import Packed, Source, check_shape, decode, opened, reason_of
+from lape.data.images import Packed, Source, check_shape, decode, opened
 from lape.data.processes import processors, spread
 from lape.data.stored import look, stored_files
-from lape.errors import DataError, LapeError, check_file
+from lape.errors import DataError, LapeError, check_file, reason_of
 from lape.names import few
 
 MACOS = ("._", ".DS_Store")

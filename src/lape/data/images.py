@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from lape.errors import DataError, check_file
+from lape.errors import DataError, check_file, reason_of
 
 MODES = {1: "L", 3: "RGB"}
 BITS = (8, 12, 16)  # that values in 16 or 32 bits are taken for
@@ -136,11 +136,6 @@ class ToMode:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return to_mode(image, self.in_chans)
-
-
-def reason_of(error: Exception) -> str:
-    """What a decoder says of a file, in one line; they raise what they like."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

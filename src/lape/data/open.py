@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from lape.data.augment import Transform, eval_transform, train_transform
+from lape.data.augment import eval_transform, train_transform
 from lape.data.device import Normalise, OnDevice, Step, Stream, ToBytes, room_for, split_transform
 from lape.data.folders import one_class
 from lape.data.loaders import CPU, Items, Loader, Samples, check_batch, eval_batches, steps_per_epoch
@@ -57,17 +55,16 @@ def load_data(
     if train:
         check_batch(recipe)
     reader, root = reader_of(recipe)
-    build: dict[str, Callable[[], Transform]] = {
-        "train": partial(train_transform, recipe, whole=reader is list_digits),
-        "val": eval_transform(recipe).build,
-    }
-    splits = [split for split, opens in (("train", train), ("val", val)) if opens]
     fast = recipe.decode == "fast"
     if fast and reader in (list_digits, list_cifar):
         raise LapeError("decode='fast' reads image files, these images are in memory already: use --decode exact")
     if fast and recipe.data_on_device:
         raise LapeError("decode='fast' with data_on_device=True: images are read once and kept; use --decode exact")
-    transforms = {split: build[split]() for split in splits}
+    transforms: dict[str, Any] = {}
+    if train:
+        transforms["train"] = train_transform(recipe, whole=reader is list_digits)
+    if val:
+        transforms["val"] = eval_transform(recipe).build()
     steps: dict[str, list[Step]] = {}
     if recipe.data_on_device:
         transforms, steps = _for_device(recipe, transforms, torch.device(device))

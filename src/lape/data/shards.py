@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lape.data.images import Packed, is_hidden, is_image, reason_of
+from lape.data.images import Packed, is_hidden, is_image
 from lape.data.processes import processors, spread
-from lape.errors import DataError, check_file
+from lape.errors import DataError, check_file, reason_of
 
 LABELS = ("cls", "json")  # endings of the file that says a sample's class
 TEXT = 2**16  # bytes of such a file, the most

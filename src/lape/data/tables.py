@@ -16,8 +16,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from lape.data.images import Packed, reason_of
-from lape.errors import DataError, check_file, needs
+from lape.data.images import Packed
+from lape.errors import DataError, check_file, needs, reason_of
 
 with needs("data"):
     import pyarrow as pa
@@ -280,12 +280,12 @@ def _columns(
     for place, (what, feature, fits, usual) in enumerate(kinds):
         able = [field.name for field in schema if fits(field.type)]
         labelled = [name for name in able if features.get(name, {}).get("_type") == feature] or able
-        asked = [chosen[place]] if chosen else [usual] if usual in labelled else labelled
-        if len(asked) != 1 or asked[0] not in able:
-            lacks = f"no {what} column" if len(asked) < 2 else f"{len(asked)} {what} columns"
+        candidates = [chosen[place]] if chosen else [usual] if usual in labelled else labelled
+        if len(candidates) != 1 or candidates[0] not in able:
+            lacks = f"no {what} column" if len(candidates) < 2 else f"{len(candidates)} {what} columns"
             asks = f"{lacks} {chosen[place]!r}" if chosen else lacks
             raise DataError(f"{path} has {asks}: name both with --columns IMAGE CLASS, of {', '.join(schema.names)}")
-        columns += asked
+        columns += candidates
     return columns[0], columns[1]
 
 

@@ -88,19 +88,19 @@ def load_reference_state_dict(
     own, names, prefix = model.state_dict(), reference_names(model), conversion.path
     tables = {prefix + name for name in _table_names(conversion)}
     idle = {prefix + key for key in conversion.link.idle()}
-    given = {_name_since_0_2(key, conversion): tensor for key, tensor in state_dict.items() if key not in idle}
-    given = {names.get(key, key): tensor for key, tensor in given.items()}
+    state = {_name_since_0_2(key, conversion): tensor for key, tensor in state_dict.items() if key not in idle}
+    state = {names.get(key, key): tensor for key, tensor in state.items()}
     for key, index_nn in _indices(conversion, prefix).items():
-        other = given.pop(key, None)
+        other = state.pop(key, None)
         if other is not None and not torch.equal(other, index_nn):
             raise CheckpointError(f"{key} is not that of a {conversion.layout.grid} grid: the file is for another grid")
-    missing = [name for name in names.values() if name not in given]
-    unexpected = sorted(given.keys() - set(names.values()))
+    missing = [name for name in names.values() if name not in state]
+    unexpected = sorted(state.keys() - set(names.values()))
     new, wrong = {}, []
     for key, name in names.items():
-        if name not in given:
+        if name not in state:
             continue
-        tensor = given[name]
+        tensor = state[name]
         if name in tables:
             tensor = _table_like(own[key], tensor, conversion, source_grid)
         if tensor.shape != own[key].shape:
@@ -118,11 +118,11 @@ def load_reference_state_dict(
     return model
 
 
-def _table_like(own: Tensor, given: Tensor, conversion: Conversion, source_grid: Grid | None) -> Tensor:
+def _table_like(own: Tensor, table: Tensor, conversion: Conversion, source_grid: Grid | None) -> Tensor:
     """A table of a file, (R, D), (1, R, D) or a map (1, rows, columns, D), in the model's shape if its rows agree."""
-    if given.ndim == 4 and source_grid is None:
-        return given  # a map tells its own grid: it must be the model's
-    rows_1RD = given.reshape(1, -1, given.shape[-1])
+    if table.ndim == 4 and source_grid is None:
+        return table  # a map tells its own grid: it must be the model's
+    rows_1RD = table.reshape(1, -1, table.shape[-1])
     if source_grid is not None:
         rows_1RD = _resampled(rows_1RD, conversion, source_grid)
     return rows_1RD.reshape(own.shape) if rows_1RD.shape[1:] == own.flatten(0, -2).shape else rows_1RD

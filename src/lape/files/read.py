@@ -307,9 +307,9 @@ def _read_pretrained(path: Path, config: dict[str, Any], unconverted: bool) -> C
         if not isinstance(names, dict) or not all(str(shard).endswith(".safetensors") for shard in names.values()):
             raise CheckpointError(f"{index} is no list of files of weights: save the model again")
         shards = sorted({Path(str(shard)).name for shard in names.values()})
-    named = config.get("architectures")
-    args = {"model": named[0] if isinstance(named, list) and named else None, "model_kwargs": _without_origin(config)}
-    args |= {"join_type": record.get("join"), "pe": record.get("pe"), **_chosen(record)}
+    classes = config.get("architectures")
+    args = {"model": classes[0] if isinstance(classes, list) and classes else None, **_chosen(record)}
+    args |= {"model_kwargs": _without_origin(config), "join_type": record.get("join"), "pe": record.get("pe")}
     raw = {"library": "transformers", "transform": _processor(path), **{k: record.get(k) for k in _OF_THE_MODEL}}
     raw["unconverted"] = record is LEFT_AS_IT_IS
     return _folder(path, args, raw, shards, {**config, "lape": record})

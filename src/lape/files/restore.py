@@ -20,7 +20,7 @@ from lape.convert.positions import Size, describe
 from lape.core.joins import join_named
 from lape.core.position import Grid, kind_named
 from lape.data.augment import EvalTransform, eval_transform
-from lape.errors import CheckpointError, DataError, LapeError, arguments_as
+from lape.errors import CheckpointError, DataError, LapeError, arguments_as, reason_of
 from lape.files.names import load_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.vet import bounded, of_file
@@ -182,7 +182,7 @@ def published(name: str, pretrained: bool = True) -> nn.Module:
         return host_of_library("timm").build(name, {"pretrained": pretrained})  # type: ignore[misc]
     except (OSError, RuntimeError) as error:  # no network, no weights
         raise LapeError(
-            f"the weights of {name} are not here ({' '.join(str(error).split())[:120]}): give a checkpoint, or "
+            f"the weights of {name} are not here ({reason_of(error)[:120]}): give a checkpoint, or "
             "--no-pretrained for random ones"
         ) from None
 
@@ -198,21 +198,21 @@ def of_this_file(read: Callable[Concatenate[Checkpoint, P], T]) -> Callable[Conc
     return guarded
 
 
-def _agreed(checkpoint: Checkpoint, name: str, given: str | None) -> str:
+def _agreed(checkpoint: Checkpoint, name: str, value: str | None) -> str:
     """The value of an argument: the given one, else what the file says. Raises CheckpointError where both differ, or
     neither is there."""
     stored = checkpoint.args.get("join_type" if name == "join" else name)
-    if given is None and stored is None:
+    if value is None and stored is None:
         raise CheckpointError(f"{checkpoint.path} does not say its {name}: give `{name}`")
-    if given is not None and stored is not None and given != stored:
-        raise CheckpointError(f"`{name}` {given} was given, but {checkpoint.path} holds a model with {name} {stored}")
-    return str(stored if given is None else given)
+    if value is not None and stored is not None and value != stored:
+        raise CheckpointError(f"`{name}` {value} was given, but {checkpoint.path} holds a model with {name} {stored}")
+    return str(stored if value is None else value)
 
 
-def _arguments(checkpoint: Checkpoint, size: Size | None, given: dict[str, Any]) -> dict[str, Any]:
+def _arguments(checkpoint: Checkpoint, size: Size | None, own_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the model: those of the file, the given ones, the image size. Raises CheckpointError."""
     args, own = checkpoint.args, size_of(checkpoint)
-    kwargs = {**(args.get("model_kwargs") or {}), **given}
+    kwargs = {**(args.get("model_kwargs") or {}), **own_kwargs}
     if checkpoint.package == "timm" and checkpoint.num_classes is not None:
         kwargs.setdefault("num_classes", checkpoint.num_classes)
     if args.get("in_chans") is not None:

@@ -260,8 +260,8 @@ def _short(value: Any) -> str:
 
 def check_state(path: Path, state: Any) -> None:
     """Raises CheckpointError unless this is a state dict of plain tensors with values of their own."""
-    named = isinstance(state, Mapping) and all(isinstance(part, Tensor) for part in state.values())
-    if not named or not all(isinstance(key, str) for key in state):
+    holds_tensors = isinstance(state, Mapping) and all(isinstance(part, Tensor) for part in state.values())
+    if not holds_tensors or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f"{path}: 'model' is not a state dict of named tensors")
     for key, tensor in state.items():
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ from torch.utils.data import DataLoader
 from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.device import DeviceLoader
+from lape.data.folders import image_files
+from lape.data.images import check_header, load_image
+from lape.data.loaders import eval_loader
+from lape.data.open import Data, load_data
 from lape.errors import CheckpointError, DataError, LapeError, NotFiniteError, check_finite
 from lape.files.exported import Classifier, all_names, is_exported, read_exported
 from lape.files.read import Checkpoint, read_checkpoint
@@ -38,9 +42,6 @@ from lape.train.distributed import World, all_of, join_world, rank_and_size, sum
 from lape.train.faults import Stopped, explained
 from lape.train.progress import Say, silence
 from lape.train.speed import attention_for
-
-if TYPE_CHECKING:
-    from lape.data.open import Data
 
 STOPPED = "stopped"  # in place of what a process could not read
 T = TypeVar("T")
@@ -190,8 +191,6 @@ def evaluate_data(
     model: nn.Module, data: Data, recipe: Recipe, world: World, stop: threading.Event | None = None
 ) -> Metrics:
     """Evaluate on the validation images; with `dist_eval` the processes share them. `stop`: as in `evaluate`."""
-    from lape.data.loaders import eval_loader
-
     rank, size = (world.rank, world.size) if recipe.dist_eval else (0, 1)
     loader = eval_loader(data.val, recipe, rank=rank, world_size=size, device=world.device)
     if next(model.parameters()).device != world.device:  # an EMA in host memory
@@ -210,8 +209,6 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = tell) -> Metrics:
         DataError: the data has classes that the model has not; one that lacks some is evaluated, and they are said.
         NotFiniteError: the model's outputs are NaN or infinite.
     """
-    from lape.data.open import load_data
-
     if not recipe.resume:
         raise CheckpointError("evaluation needs a checkpoint: give --resume CHECKPOINT")
     with join_world(recipe.device) as world, explained(recipe):
@@ -314,8 +311,6 @@ def predictions(
     no image costs no work. A file that is cut off shows in its batch only. With a list for `problems`, files that are
     there and cannot be read, links to nothing and those that went meanwhile are named in it and left out.
     """
-    from lape.data.folders import image_files
-    from lape.data.images import check_header, load_image
 
     def readable(paths: Sequence[str | Path], read: Callable[[str | Path], T]) -> Iterator[tuple[str | Path, T]]:
         for path in paths:

@@ -26,7 +26,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -262,7 +262,8 @@ def _add_gradients(run: Training, images: Any, targets: Tensor, last: bool) -> T
     images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
     if run.mixup is not None:
         images, targets = run.mixup(images, targets)
-    with _exchanging(run.net, last):
+    # processes exchange gradients in the last batch of a step only
+    with nullcontext() if last or not isinstance(run.net, DistributedDataParallel) else run.net.no_sync():
         with autocast(run.recipe.amp, device):
             loss = training_loss(run.net(images), images, targets, run.recipe, run.teacher) / run.plan.parts
         run.state.scaler.scale(loss).backward()
@@ -338,11 +339,6 @@ def _mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
         label_smoothing=recipe.smoothing,
         num_classes=num_classes,
     )
-
-
-def _exchanging(net: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Processes exchange gradients in the last batch of a step only."""
-    return net.no_sync() if isinstance(net, DistributedDataParallel) and not last else nullcontext()
 
 
 def _gradient_norm(state: State, parameters: list[nn.Parameter], limit: float | None) -> Tensor:

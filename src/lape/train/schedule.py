@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from lape.errors import LapeError
 from lape.recipe import Recipe
 from lape.train.progress import Say
-
-if TYPE_CHECKING:
-    from lape.train.state import State
+from lape.train.state import State, set_rate
 
 NEAR = 0.9  # of the peak: as good as reached
 DECAYING = ("cosine", "tanh", "poly")  # those that end at --min-lr
@@ -60,8 +57,6 @@ def remarks(recipe: Recipe, peak: float, state: State) -> list[str]:
 
 def _rates(recipe: Recipe, state: State) -> list[float]:
     """The learning rate of each epoch, from the first on, which is next; the state is left as it was."""
-    from lape.train.state import set_rate
-
     groups = state.optimizer.param_groups
     before, rates = [group["lr"] for group in groups], [groups[0]["lr"]]
     if state.scheduler is not None:

@@ -16,7 +16,7 @@ from lape.convert.apply import create_model
 from lape.convert.converted import conversion_of
 from lape.core.position import Grid, Layout, resample, rows_of
 from lape.data.augment import eval_transform
-from lape.errors import CheckpointError, LapeError, check_finite
+from lape.errors import CheckpointError, LapeError, check_finite, reason_of
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import source_grid
@@ -97,14 +97,13 @@ def build_model(recipe: Recipe, num_classes: int, say: Say = print, classes: Seq
         _train_attention_only(model)
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-    if recipe.distillation_type != "none":
-        if not hasattr(model, "set_distilled_training"):
-            raise LapeError(
-                f"model {recipe.model!r} has no distillation head: use a distilled one, such as "
-                "deit_tiny_distilled_patch16_224, or --distillation-type none"
-            )
-        model.set_distilled_training(True)  # type: ignore[operator]
-    elif "heads" in recipe.as_original and hasattr(model, "set_distilled_training"):
+    distills, has_head = recipe.distillation_type != "none", hasattr(model, "set_distilled_training")
+    if distills and not has_head:
+        raise LapeError(
+            f"model {recipe.model!r} has no distillation head: use a distilled one, such as "
+            "deit_tiny_distilled_patch16_224, or --distillation-type none"
+        )
+    if has_head and (distills or "heads" in recipe.as_original):
         model.set_distilled_training(True)  # type: ignore[operator]
     return model
 
@@ -212,13 +211,12 @@ def _why_anew(name: str, ours: Tensor, theirs: Tensor | None) -> str:
         if theirs is None:
             return "a head that the file lacks"
         return "" if theirs.shape == ours.shape else "a head for another number of classes"
-    if theirs is None and ".pe_norm." in name:
-        return "the norms of position, which the file's join lacks"
-    if theirs is None and name.endswith(".pe_gate"):
-        return "the gates of the warm start, at zero"
-    if theirs is None and ".peg." in name:
-        return "the generator of position, which the file's model lacks"
-    return ""
+    reasons = {
+        ".pe_norm.": "the norms of position, which the file's join lacks",
+        ".pe_gate": "the gates of the warm start, at zero",
+        ".peg.": "the generator of position, which the file's model lacks",
+    }
+    return next((reason for mark, reason in reasons.items() if theirs is None and mark in name), "")
 
 
 def _check_kept_function(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -343,7 +341,7 @@ def load_teacher(
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{recipe.teacher_path} is not a {name} with {num_classes} classes ({' '.join(str(error).split())[:300]}): "
+            f"{recipe.teacher_path} is not a {name} with {num_classes} classes ({reason_of(error)[:300]}): "
             "give the teacher's --teacher-model, trained on the same classes"
         ) from None
     transform = eval_transform(recipe)

@@ -32,7 +32,7 @@ from lape.convert.positions import tables_of
 from lape.data.augment import eval_transform
 from lape.data.loaders import BatchPlan, batch_plan
 from lape.data.open import Data
-from lape.errors import CheckpointError, LapeError
+from lape.errors import CheckpointError, LapeError, reason_of
 from lape.files.atomic import remove_left, write_atomically
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
@@ -127,8 +127,10 @@ def check_optimizer(recipe: Recipe, device: torch.device) -> None:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
     except Exception as error:  # they raise what they like, from what they are made of
-        text = " ".join(str(error).split())[:160] or type(error).__name__
-        raise LapeError(f"opt={recipe.opt!r} cannot run here ({text}): choose another, such as --opt adamw") from error
+        reason = reason_of(error)[:160]
+        raise LapeError(
+            f"opt={recipe.opt!r} cannot run here ({reason}): choose another, such as --opt adamw"
+        ) from error
 
 
 def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
@@ -375,10 +377,7 @@ def agree(checkpoint: Checkpoint | None, world: World) -> None:
     place = "nothing" if checkpoint is None else "epoch {}, step {}".format(*_place(checkpoint))
     places = all_of(place)
     if len(set(places)) > 1:
-        first = {text: rank for rank, text in reversed(list(enumerate(places)))}
-        differing = ", ".join(
-            f"process {rank} from {text}" for text, rank in sorted(first.items(), key=lambda one: one[1])
-        )
+        differing = ", ".join(f"process {places.index(text)} from {text}" for text in dict.fromkeys(places))
         raise LapeError(
             f"the processes would go on from different places ({differing}; this one, {world.rank}: "
             f"{checkpoint.path if checkpoint else 'no checkpoint'}): --output-dir and --resume must name a folder that "
@@ -386,18 +385,17 @@ def agree(checkpoint: Checkpoint | None, world: World) -> None:
         )
 
 
-def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan, say: Say = print) -> None:
-    """Put a run back to where a checkpoint of this project was written.
+def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan, say: Say) -> None:
+    """Put a run back to where a checkpoint of this project (`checkpoint_to_resume`) was written.
 
     State comes from the file. Settings (learning rate, schedule, weight decay, ...) are those of `recipe`; when they
     differ from the file's, one line says so.
 
     Raises:
-        CheckpointError: the file holds weights only, or does not fit the model.
-        LapeError: its run has finished, was stopped within an epoch of steps of another size, or had another optimizer.
+        CheckpointError: the file does not fit the model.
+        LapeError: its run has finished, or was stopped within an epoch of steps of another size.
     """
     raw = checkpoint.raw
-    _check_resumable(checkpoint, recipe)
     if raw["epoch"] + 1 >= recipe.epochs and recipe.resume != "auto":
         raise LapeError(
             f"{checkpoint.path} has finished epoch {raw['epoch'] + 1} of {recipe.epochs}: raise --epochs, or use --eval"
@@ -521,10 +519,8 @@ def _examples(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     try:
         with torch.random.fork_rng():
             vars(twin).update(copy.deepcopy({k: v for k, v in own.items() if not isinstance(v, torch.optim.Optimizer)}))
-            twin.state, twin.param_groups = (
-                defaultdict(dict),
-                copy.deepcopy([{**group, "params": []} for group in optimizer.param_groups]),
-            )
+            twin.state = defaultdict(dict)
+            twin.param_groups = copy.deepcopy([{**group, "params": []} for group in optimizer.param_groups])
             for group, parameters in zip(twin.param_groups, tried, strict=True):
                 group["params"] = list(parameters.values())
                 for parameter in group["params"]:
