@@ -101,11 +101,7 @@ class EvalTransform:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> EvalTransform:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            LapeError: keys are missing or unknown, or a value is not allowed.
-        """
+        """Read what `to_dict` wrote. Raises LapeError: keys are missing or unknown, or a value is not allowed."""
         names = {field.name for field in fields(cls)}
         if set(stored) != names:
             odd = ", ".join(sorted(set(stored) ^ names))

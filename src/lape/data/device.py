@@ -107,8 +107,7 @@ Twin = Callable[[Any], Step]
 def split_transform(transform: transforms.Compose) -> tuple[transforms.Compose, list[Step]]:
     """Return the steps that run once, PIL image to PIL image, and the batched twins of the others.
 
-    Raises:
-        LapeError: a step, or a setting of it, that has no twin here.
+    Raises LapeError for a step, or a setting of it, that has no twin here.
     """
     steps = list(transform.transforms)
     count = next((number for number, step in enumerate(steps) if type(step) in TWINS), len(steps))
@@ -483,11 +482,7 @@ class ToBytes:
 
 
 def room_for(count: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """An empty (count, *shape) uint8 tensor on the device.
-
-    Raises:
-        DataError: it would take more than half of the memory that is free there.
-    """
+    """An empty (count, *shape) uint8 tensor. Raises DataError where it would take more than half of the free memory."""
     needed, free = count * math.prod(shape), _free_bytes(device)
     if needed > FREE_PART * free:
         raise DataError(

@@ -185,11 +185,8 @@ def _by_pixel(levels: Tensor, in_chans: int) -> Tensor:
 
 
 def fast_train(recipe: Recipe, plain: Transform) -> FastTrain:
-    """Return the fast form of a training transform.
-
-    Raises:
-        LapeError: it does not begin with a random resized crop, or another filter is asked for.
-    """
+    """The fast form of a training transform. Raises LapeError for one without random resized crop, or of a filter that
+    is not in `FILTERS`."""
     if recipe.src or (recipe.input_size <= SMALL and not recipe.three_augment):
         what = "src=True" if recipe.src else f"input_size={recipe.input_size}"
         raise LapeError(f"decode='fast' makes random resized crops, which {what} has none of: use --decode exact")

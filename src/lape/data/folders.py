@@ -48,10 +48,8 @@ def check_root(root: Path) -> None:
 def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
     """Look through some splits of a folder; of another one that exists, only the names of its classes are compared.
 
-    Where val/ alone is looked through, for an evaluation, it may lack classes and images of classes.
-
-    Raises:
-        DataError: a folder that cannot be read.
+    Where val/ alone is looked through, for an evaluation, it may lack classes and images of classes. Raises DataError
+    for a folder that cannot be read.
     """
     result, classes = Survey(), dict[str, list[str]]()
     for split in splits:
@@ -92,8 +90,7 @@ def one_class(root: Path, classes: Sequence[str]) -> str:
 def image_files(paths: Iterable[str | Path]) -> list[str | Path]:
     """The files that are named, and in the place of a folder all images in it and below, sorted, without hidden ones.
 
-    Raises:
-        DataError: a folder without an image, or one that cannot be read.
+    Raises DataError for a folder without an image, or one that cannot be read.
     """
     files: list[str | Path] = []
     for path in paths:

@@ -47,8 +47,7 @@ def opened(source: Source) -> BinaryIO:
 def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
     """Return the image as 8-bit grey (`in_chans` 1) or RGB (3); deeper grey is scaled, where PIL would clip it.
 
-    Raises:
-        DataError: pixels whose range is unknown (32-bit integers above 65535, floating point).
+    Raises DataError for pixels whose range is unknown (32-bit integers above 65535, floating point).
     """
     if image.mode == "F":
         raise DataError("floating-point pixels have no known range: save the image with 8 or 16 bits")
@@ -158,8 +157,7 @@ def reading(path: Source) -> Iterator[None]:
 def load_image(path: Source, in_chans: int = 3) -> Image.Image:
     """Decode a whole image to 8-bit grey (`in_chans` 1) or RGB (3).
 
-    Raises:
-        DataError: not an image, corrupt, truncated, a strip, or pixels of unknown range; names the file.
+    Raises DataError, which names the file: not an image, corrupt, truncated, a strip, or pixels of unknown range.
     """
     with reading(path), opened(path) as file:
         return decode(file, in_chans)[0]

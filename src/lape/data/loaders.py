@@ -60,11 +60,7 @@ class BatchPlan:
 
 
 def check_batch(recipe: Recipe) -> None:
-    """Refuse an odd batch under mixup or cutmix, which pair the images of a batch.
-
-    Raises:
-        LapeError: names the batch size and the fix.
-    """
+    """Raises LapeError for an odd batch under mixup or cutmix, which pair the images of a batch."""
     if not recipe.global_batch and mixes_images(recipe) and recipe.batch_size % 2:
         raise LapeError(
             f"batch_size={recipe.batch_size} is odd and mixup/cutmix pair the images of a batch: "
@@ -80,8 +76,7 @@ def mixes_images(recipe: Recipe) -> bool:
 def batch_plan(recipe: Recipe, world_size: int = 1) -> BatchPlan:
     """Return the batches of a step. With `global_batch` their total is that on every number of processes.
 
-    Raises:
-        LapeError: the processes cannot share the `global_batch` (under mixup or cutmix: in even batches).
+    Raises LapeError where the processes cannot share the `global_batch` (under mixup or cutmix: in even batches).
     """
     mixes = mixes_images(recipe)
     if not recipe.global_batch:
@@ -103,8 +98,7 @@ def batch_plan(recipe: Recipe, world_size: int = 1) -> BatchPlan:
 def steps_per_epoch(n_samples: int, recipe: Recipe, world_size: int = 1) -> int:
     """Return the number of optimizer steps of an epoch: whole batches of all processes that fit into the samples.
 
-    Raises:
-        DataError: not even one fits.
+    Raises DataError where not even one fits.
     """
     plan = batch_plan(recipe, world_size)
     if n_samples < plan.total:
@@ -150,10 +144,7 @@ def train_loader(
 def eval_loader(
     dataset: Items, recipe: Recipe, *, rank: int = 0, world_size: int = 1, device: torch.device = CPU
 ) -> Loader | DeviceLoader:
-    """Return the batches of one process in evaluation: images rank, rank + world_size, ...; none twice, none padded.
-
-    `device` is as in `train_loader`.
-    """
+    """Return the batches of one process in evaluation: images rank, rank + world_size, ...; none twice, none padded."""
     batches = eval_batches(range(rank, len(dataset), world_size), int(recipe.batch_size * EVAL_BATCH))
     if isinstance(dataset, OnDevice):
         return DeviceLoader(dataset, batches, 0)

@@ -55,8 +55,7 @@ def stored_files(root: Path) -> dict[str, list[Path]]:
 def look(root: Path, files: dict[str, list[Path]], splits: Sequence[str], columns: Sequence[str]) -> Stored:
     """Open the files of some splits; every label is read, no image.
 
-    Raises:
-        DataError: a split without files or images, a file that is missing or cannot be read, labels that are none.
+    Raises DataError: a split without files or images, a file that is missing or cannot be read, labels that are none.
     """
     sources: dict[str, Any] = {}
     labels: dict[str, Labels] = {}

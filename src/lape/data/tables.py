@@ -209,8 +209,7 @@ class Rows:
 def read_tables(paths: Sequence[Path], columns: Sequence[str]) -> tuple[Rows, list[Any], list[str] | None, str]:
     """The rows of a split, their labels, the names of the classes where the files hold them, and a note.
 
-    Raises:
-        DataError: a file that is damaged, that lacks a column, or is unlike the others; a row without a class.
+    Raises DataError: a file that is damaged, that lacks a column, or is unlike the others; a row without a class.
     """
     tables = [(Arrow if path.suffix == ".arrow" else Parquet)(path, columns) for path in paths]
     for one, other in pairwise(tables):

@@ -10,7 +10,6 @@ import copy
 import io
 import json
 import logging
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -120,13 +119,12 @@ def export(
         fold_(shipped)
     target = Path(output_dir).expanduser()
     keep_inputs((target / name for name in _FILES.values()), [checkpoint.path] if checkpoint else [])
-    _make(target)
     with _writing(target), unfinished(target, ".export.") as place:
         done = []
         for name in chosen:
             with torch.no_grad():  # torch writes another graph where a mask could get a gradient
-                path, run, operations = _WRITERS[name](shipped, about, images_BCHW, place)
-            result = _compare(name, path, run, operations, images_BCHW, expected_BC, place)
+                written = _WRITERS[name](shipped, about, images_BCHW, place)
+            result = _compare(name, written, images_BCHW, expected_BC)
             _judge(result, tolerance, say)
             done.append(result)
         report = {"model": str(describe(shipped)), "tolerance": tolerance, "torch": torch.__version__, "files": done}
@@ -159,52 +157,39 @@ def _judge(result: Exported, tolerance: float, say: Callable[[str], None]) -> No
     )
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise LapeError(f"cannot write into {folder}: {error.strerror}; give another folder") from error
-
-
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """A full disk, a quota or a limit is one line; others are no LapeError."""
+    """Makes a folder. One that cannot be written, a full disk, a quota or a limit is one line."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise LapeError(
-            f"cannot write into {folder}: {error.strerror or error}; what was there before is untouched"
+            f"cannot write into {folder}: {error.strerror or error}; what was there before is untouched, give another "
+            "folder"
         ) from error
 
 
-def _compare(
-    name: str,
-    path: Path,
-    run: Callable[[Tensor], Tensor],
-    operations: dict[str, int],
-    images_BCHW: Tensor,
-    expected_BC: Tensor,
-    base: Path,
-) -> Exported:
-    """Runs what was written on one image, and on all of them."""
+Written = tuple[Path, Callable[[Tensor], Tensor], dict[str, int]]
+About = dict[str, Any]  # class names and transform, as `save` takes them
+
+
+def _compare(name: str, written: Written, images_BCHW: Tensor, expected_BC: Tensor) -> Exported:
+    """Runs what was written on one image, and on the others."""
+    path, run, operations = written
     with torch.no_grad():
         outputs_BC = torch.cat([run(images_BCHW[:1]), run(images_BCHW[1:])])
     scale = expected_BC.abs().max().clamp(min=1e-12)
     files = [path] if path.is_file() else list(path.iterdir())
     return Exported(
         format=name,
-        path=str(path.relative_to(base)),
+        path=path.name,
         megabytes=round(sum(file.stat().st_size for file in files) / 1e6, 3),
         max_difference=((outputs_BC - expected_BC).abs().max() / scale).item(),
         top1_agreement=(outputs_BC.flatten(1).argmax(1) == expected_BC.flatten(1).argmax(1)).float().mean().item(),
         images=len(images_BCHW),
         operations=operations,
     )
-
-
-Written = tuple[Path, Callable[[Tensor], Tensor], dict[str, int]]
-About = dict[str, Any]  # class names and transform, as `save` takes them
 
 
 def _write_folder(model: nn.Module, about: About, _images: Tensor, folder: Path) -> Written:

@@ -46,19 +46,11 @@ def restore(
     pe: str | None = None,
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """The converted model of a file, in eval mode. What is None is taken from the file.
+    """The converted model of a file, in eval mode: `lape.load`, whose other arguments and errors it has.
 
     Args:
         file: a path as for `read_checkpoint`, or what that returned.
-        size: image side in pixels, or (height, width). Another than the file's: its position table is resampled.
-        ema: the averaged weights.
-        model, join, pe: where the file does not say them; else they must agree with it.
-        timm_kwargs: arguments of the model on top of what the file says.
-
-    Raises:
-        CheckpointError: the file does not say something that is needed, contradicts what was given, holds a model of
-            one size only, or does not fit the model.
-        LapeError: an unknown name.
+        size: `lape.load`'s `input_size`.
     """
     checkpoint = file if isinstance(file, Checkpoint) else read_checkpoint(file)
     state = checkpoint.model_ema if ema else checkpoint.model
@@ -314,8 +306,7 @@ def logits_of(output: Any) -> Tensor:
 def check_classifier(checkpoint: Checkpoint, model: nn.Module, input_size: Size, in_chans: int) -> int:
     """The number of classes that a model tells apart, found by classifying an empty image.
 
-    Raises:
-        CheckpointError: it has no classifier, or gives no (1, K) logits for an image of this size.
+    Raises CheckpointError where it has no classifier, or gives no (1, K) logits for an image of this size.
     """
     height, width = _sides(input_size)
     parameter = next(model.parameters())
@@ -340,8 +331,7 @@ def labels_of(model: nn.Module) -> list[str] | None:
 def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """The recipe, with what the checkpoint says of itself wherever the user gave no flag.
 
-    Raises:
-        CheckpointError: a flag that was given names another model, join, position embedding or channel count.
+    Raises CheckpointError where a flag names another model, join, position embedding or channel count.
     """
     from lape.recipe import Recipe
 

@@ -82,13 +82,9 @@ class Prediction:
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context that computes in mixed precision.
+    """The context that computes in mixed precision: `off`, `bf16`, `fp16`, or `auto` (on CUDA fp16, as in DeiT).
 
-    Args:
-        amp: `off`, `bf16`, `fp16`, or `auto`: fp16 on CUDA as in DeiT, else off.
-
-    Raises:
-        LapeError: fp16 without CUDA, where its small range has no gradient scaler to help.
+    Raises LapeError for fp16 without CUDA, where its small range has no gradient scaler to help.
     """
     if amp == "fp16" and device.type != "cuda":
         raise LapeError(f"amp='fp16' needs CUDA, the device is {device.type!r}: use --amp bf16 or --amp off")

@@ -30,11 +30,8 @@ def fit_warm_up(recipe: Recipe, say: Say, *, given: bool | None = None) -> Recip
 
 
 def remarks(recipe: Recipe, peak: float, state: State) -> list[str]:
-    """What the schedule does that its flags do not lead one to expect; a line each.
-
-    Raises:
-        LapeError: the peak is not finite.
-    """
+    """What the schedule does that its flags do not lead one to expect, a line each. Raises LapeError for a peak that is
+    not finite."""
     if not math.isfinite(peak):
         raise LapeError(f"lr={recipe.lr} scaled by the total batch is {peak}: lower --lr, or use --unscale-lr")
     lines = []

@@ -1,8 +1,5 @@
 """What a run carries from step to step, how it is written, and how a run goes on from a file.
 
-**Exact resume.** All of `State` is in `checkpoint.pth`, and nothing random is: each step's randomness is a function of
-(seed, epoch, step, process). So a run that goes on from a file ends with the same bits as one that was never stopped.
-
 **Never without a whole file.** A checkpoint is written beside the old one, synced and renamed; the one before it stays
 as `previous_checkpoint.pth`. `--resume auto` takes the newest whole one of them and names those that are torn.
 """
@@ -112,9 +109,8 @@ def peak_lr(recipe: Recipe, world_size: int) -> float:
 def check_optimizer(recipe: Recipe, device: torch.device) -> None:
     """Take a step of the optimizer on a few numbers, before any data is read.
 
-    Raises:
-        LapeError: timm has none of this name, or it cannot run here: a package or CUDA is missing, it takes no such
-            arguments, or needs second derivatives (which attention does not give).
+    Raises LapeError where timm has none of this name, or it cannot run here: a package or CUDA is missing, it takes no
+    such arguments, or needs second derivatives (which attention does not give).
     """
     names = [str(name) for name in list_optimizers()]
     if recipe.opt.lower().split("_")[-1] not in names:
@@ -237,8 +233,7 @@ def _scale_lr_of_position(optimizer: torch.optim.Optimizer, model: nn.Module, sc
 def check_output(recipe: Recipe, checkpoint: Checkpoint | None, at_end: ExitStack) -> None:
     """Make the output folder and hold it until `at_end`.
 
-    Raises:
-        LapeError: it cannot be written, holds another run, or another process is training there.
+    Raises LapeError where it cannot be written, holds another run, or another process is training there.
     """
     if not recipe.output_dir:
         return
@@ -318,8 +313,7 @@ def save(state: State, data: Data, recipe: Recipe, plan: BatchPlan, *, better: b
 def checkpoint_to_resume(recipe: Recipe, say: Say = print) -> Checkpoint | None:
     """The checkpoint to go on from; `auto` is the newest whole one in `output_dir`, or none in a new folder.
 
-    Raises:
-        CheckpointError: the file is not whole; with `auto`, none of those that are there is.
+    Raises CheckpointError where the file is not whole; with `auto`, where none of those that are there is.
     """
     if recipe.resume != "auto":
         if not recipe.resume:
