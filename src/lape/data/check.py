@@ -99,16 +99,13 @@ Images = dict[str, tuple[str, str, Source]]  # name -> split, class, what is rea
 def check_data(
     root: str | Path, *, columns: Sequence[str] = (), workers: int | None = None, progress: bool | None = None
 ) -> Report:
-    """Check the images in a folder; nothing in it is changed.
+    """Check the images in a folder; nothing in it is changed. Raises DataError where `root` is none.
 
     Args:
         root: the folder with train/ and val/, or with parquet, arrow or tar files.
         columns: of parquet and arrow files, those of the image and of the class, where the files leave it open.
         workers: processes, default: one a processor.
         progress: draw a bar; default: where stderr is a terminal.
-
-    Raises:
-        DataError: `root` is no folder.
     """
     began, root = time.perf_counter(), Path(root).expanduser()
     check_root(root)

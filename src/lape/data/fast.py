@@ -57,8 +57,7 @@ Levels = tuple[Tensor, "list[Patch]"]
 def read_levels(path: Source, in_chans: int, plain: Callable[[Any], Image.Image]) -> Tensor:
     """Return the pixels of an image file as uint8 (1 or `in_chans`, H, W); one channel stands for equal ones.
 
-    Args:
-        plain: reads a file that is not a JPEG with these channels, or says what is wrong with it.
+    `plain` reads a file that is not a JPEG with these channels, or says what is wrong with it.
     """
     if decode_jpeg is not None:
         with reading(path), opened(path) as file:
@@ -102,9 +101,7 @@ class FastEval:
 class FastTrain:
     """DeiT's training transform: crop and flip on 8-bit tensors, then the policy, erasing as a patch.
 
-    Args:
-        plain: what `lape.data.augment.train_transform` built; its own steps draw every random number.
-        in_chans: 1 or 3.
+    `plain` is what `lape.data.augment.train_transform` built; its own steps draw every random number.
     """
 
     def __init__(self, plain: Any, in_chans: int) -> None:
@@ -207,7 +204,6 @@ class FastImages(Images):
 
     Args:
         plain: the same files, read by Pillow.
-        in_chans: 1 or 3.
         transform: what comes between reading and normalising.
         mean, std: of each channel, for values in [0, 1].
     """

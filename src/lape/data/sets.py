@@ -70,17 +70,17 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
 def reader_of(recipe: Recipe) -> tuple[Reader, Path]:
     """Who lists the data of a recipe, and its folder. Raises DataError where there is none."""
     root = Path(recipe.data_path).expanduser()
-    if recipe.data_path:
-        check_root(root)
-        reader = READERS[recipe.data_set]
-        if reader is _folders and (files := stored_files(root)):
-            return partial(_stored, files), root
-        refuse_columns(recipe.columns, root)
-        return reader, root
-    if recipe.data_set != "IMNET":
-        raise DataError(f"--data-set {recipe.data_set} needs --data-path: nothing is downloaded, name its folder")
-    refuse_columns(recipe.columns, "the digits")
-    return list_digits, root
+    if not recipe.data_path:
+        if recipe.data_set != "IMNET":
+            raise DataError(f"--data-set {recipe.data_set} needs --data-path: nothing is downloaded, name its folder")
+        refuse_columns(recipe.columns, "the digits")
+        return list_digits, root
+    check_root(root)
+    reader = READERS[recipe.data_set]
+    if reader is _folders and (files := stored_files(root)):
+        return partial(_stored, files), root
+    refuse_columns(recipe.columns, root)
+    return reader, root
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:

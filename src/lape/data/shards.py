@@ -90,11 +90,8 @@ class Members:
 def read_shards(paths: Sequence[Path], words: Sequence[str]) -> tuple[Members, list[Any]]:
     """The images of a split and their labels: numbers or names.
 
-    Args:
-        words: that a folder of a split may be called; what comes before it in a name is left out.
-
-    Raises:
-        DataError: a file that is damaged, or compressed; links; an image without a class.
+    `words`: that a folder of a split may be called; what comes before it in a name is left out. Raises DataError for a
+    file that is damaged, or compressed, links, an image without a class.
     """
     large = sum(path.stat().st_size for path in paths) >= LARGE
     workers = min(processors(), len(paths)) if large else 1

@@ -32,11 +32,8 @@ END = b"\xff\xff\xff\xff\0\0\0\0"  # of an arrow stream; one that was cut betwee
 class Table:
     """A parquet or arrow file, in blocks of rows. A copy in another process opens the file anew.
 
-    Args:
-        columns: of the image and of the class; () for those that the file tells.
-
-    Raises:
-        DataError: a damaged file, or one without these columns.
+    `columns`: of the image and of the class; () for those that the file tells. Raises DataError for a damaged file, or
+    one without these columns.
     """
 
     keeps = True  # blocks once read

@@ -235,11 +235,8 @@ def all_of(text: str) -> list[str]:
 def on_main(action: Callable[[], T]) -> T | None:
     """Run `action` on rank 0; all processes go on together, or all raise what went wrong there.
 
-    Returns:
-        What `action` returned; None in the other processes.
-
-    Raises:
-        LapeError: `action` raised one, or could not read or write a file.
+    Returns what `action` returned, None in the other processes. Raises LapeError where it raised one, or could not read
+    or write a file.
     """
     result = None
     problems: list[str | None] = [None]

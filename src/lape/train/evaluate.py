@@ -139,11 +139,10 @@ def evaluate(
     shared: bool = True,
     stop: threading.Event | None = None,
 ) -> Metrics:
-    """Top-1, top-5 and cross entropy of a model, which is left in eval mode.
+    """Top-1, top-5 (over all classes where there are fewer) and cross entropy of a model, which is left in eval mode.
 
     Nothing is padded: each image's outcome is put into its place, and the places are added up over the processes. So
     any number of processes gives the same result, and every image is seen to count once.
-    With fewer than five classes, top-5 is over all of them.
 
     Args:
         loader: batches of (images (B, C, H, W), class numbers (B,)), from `lape.data.loaders.eval_loader`.
@@ -248,14 +247,9 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = tell) -> Metrics:
 def number_as(data: Data, checkpoint: Checkpoint, labels: list[str] | None, outputs: int) -> str:
     """Give the validation images the class numbers of a checkpoint, by the names it stores; without names, their own.
 
-    Args:
-        labels: of a transformers model; used where every class of the data is among them.
-        outputs: of the head.
-
-    Returns a line on what could not be matched, "" if all was.
-
-    Raises:
-        DataError: images of a class that the checkpoint does not know, or more classes than it has outputs.
+    `labels`, of a transformers model, are used where every class of the data is among them. Returns a line on what
+    could not be matched, "" if all was. Raises DataError for images of a class that the checkpoint does not know, or
+    more classes than its head has `outputs`.
     """
     names = checkpoint.classes or (labels if labels and set(data.classes) <= set(labels) else None)
     if not names:

@@ -37,12 +37,7 @@ def check_services(recipe: Recipe) -> None:
 
 
 class Curves:
-    """The curves of a run in `recipe.output_dir`.
-
-    Args:
-        history: the lines of log.txt so far.
-        run_id: the same for every start of the run.
-    """
+    """The curves of a run in `recipe.output_dir`; `history` are the lines of log.txt so far."""
 
     def __init__(self, recipe: Recipe, history: list[dict[str, Any]], run_id: str) -> None:
         with needs("train"):
@@ -124,13 +119,9 @@ def open_curves(recipe: Recipe, history: list[dict[str, Any]], world: World, pla
 
 
 def record_run(recipe: Recipe, world: World, place: tuple[int, int]) -> str:
-    """Write `run.json`: the configuration, and for each start the command, commit, versions and hardware.
+    """Write `run.json`: the configuration, and for each start (epoch, step), command, commit, versions and hardware.
 
-    Args:
-        place: (epoch, step) that this start begins with.
-
-    Returns:
-        The identity of the run, the same for all its starts.
+    Returns the identity of the run, the same for all its starts.
     """
     path = Path(recipe.output_dir) / RUN
     try:

@@ -287,10 +287,8 @@ def _account(
 ) -> tuple[bool, bool]:
     """Read the reports of steps and count them: all but the last, so that the device is never waited for.
 
-    All of them `at_once`, or when a step stops the run or saves it: the state is that of the last one then.
-
-    Returns:
-        Whether the run stops; whether a checkpoint is due.
+    All of them `at_once`, or when a step stops the run or saves it: the state is that of the last one then. Returns
+    whether the run stops, and whether a checkpoint is due.
     """
     state, stop, save = run.state, False, False
     while len(launched) > (0 if at_once or stop or save else 1):

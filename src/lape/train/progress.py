@@ -32,10 +32,7 @@ class Progress:
 
     Args:
         title: what a line starts with.
-        first: the step it begins with; not 0 where a run goes on within an epoch.
-        steps: how many the epoch has.
-        plan: the images of a step.
-        world: whose device's memory is watched.
+        first: the step it begins with, of all `steps`; not 0 where a run goes on within an epoch.
         every: steps between two lines.
         say: where lines go. A bar is drawn only where it is print or tell, and stdout a terminal.
     """

@@ -65,11 +65,9 @@ class State:
     on_device: bool = False  # whether the device decides if a step counts; else this process, which waits for it
 
     def update(self, good: Tensor, number: int | None) -> None:
-        """One step of the optimizer and of the average where `good` is true, and nothing where it is not.
+        """One step of the optimizer and of the average where `good` (bool, on the device that decides) is true.
 
-        Args:
-            good: a boolean, on the device that decides.
-            number: of the step, for an average that warms up.
+        `number`: of the step, for an average that warms up.
         """
         if self.on_device:
             optimizer: Any = self.optimizer
