@@ -128,12 +128,9 @@ def train_loader(
     that were trained before an interruption) as many as `batch_plan` has parts. A `DataError` of a sample is raised
     here, also when a worker met it; with `skip_corrupt` the loader's `skipped` names it.
 
-    Args:
-        device: where `decode` "fast" normalises the batch, and leaves the images; others come in host memory.
+    `device` is where `decode` "fast" normalises the batch, and leaves the images; others come in host memory.
 
-    Raises:
-        DataError: no batch fits.
-        LapeError: `skip_batches` is not a number of batches of this epoch.
+    Raises DataError where no batch fits, LapeError where `skip_batches` is not a number of batches of this epoch.
     """
     batches = TrainBatches(len(dataset), recipe, epoch, rank, world_size, skip_batches)
     if isinstance(dataset, OnDevice):

@@ -41,10 +41,8 @@ def load_data(
     """Open and check the data of a recipe; nothing is written.
 
     Args:
-        recipe: `data_path` (empty: the packaged digits), `data_set`, and what the transforms need.
         train: open the training set, and check that `world_size` batches fit into it. Without it train/ need not exist.
         val: open the validation set. With `decode` "fast" it is read that way where no training set is opened beside.
-        world_size: number of training processes.
         device: where the images are put with `data_on_device`.
 
     Raises:

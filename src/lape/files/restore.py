@@ -125,13 +125,7 @@ def restore_with(checkpoint: Checkpoint, recipe: Recipe, size: Size) -> nn.Modul
         kwargs["in_chans"] = recipe.in_chans
     with arguments_as(model="--model", join="--join-type", pe="--pe", size="--input-size", ema="--ema"):
         return restore(
-            checkpoint,
-            size=size,
-            ema=recipe.ema,
-            model=recipe.model,
-            join=recipe.join_type,
-            pe=recipe.pe,
-            **kwargs,
+            checkpoint, size=size, ema=recipe.ema, model=recipe.model, join=recipe.join_type, pe=recipe.pe, **kwargs
         )
 
 

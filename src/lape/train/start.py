@@ -310,20 +310,13 @@ class Teacher(nn.Module):
 
 
 def load_teacher(
-    recipe: Recipe,
-    num_classes: int,
-    device: torch.device,
-    say: Say = print,
-    classes: Sequence[str] | None = None,
+    recipe: Recipe, num_classes: int, device: torch.device, say: Say = print, classes: Sequence[str] | None = None
 ) -> Teacher | None:
     """The teacher of a recipe. Its normalisation is that of its checkpoint, else that of timm's configuration.
 
-    Its outputs are those of the data's `classes`, by the names that its file stores; it may know more classes.
-
-    Raises:
-        LapeError: unknown name, or a model that cannot see images of this size.
-        CheckpointError: the file is not of that model and these classes.
-        NotFiniteError: its outputs are NaN or infinite.
+    Its outputs are those of the data's `classes`, by the names that its file stores; it may know more classes. Raises
+    LapeError for an unknown name, a file that is not of that model and these classes, images that it cannot see, and
+    outputs that are not finite.
     """
     if recipe.distillation_type == "none":
         return None
