@@ -275,7 +275,9 @@ def _launch_update(run: Training, loss: Tensor, skipped: list[str], epoch: int, 
     state, recipe = run.state, run.recipe
     grad_norm = _gradient_norm(state, run.parameters, recipe.clip_grad)
     numbers = [run.stop.is_set(), len(skipped), run.world.is_main and _save_is_due(run, step)]
-    _name_skipped(skipped)
+    for text in skipped:  # every process names its own
+        print(f"left out: {text}", file=sys.stderr, flush=True)
+    skipped.clear()
     report = mean_over_ranks(torch.stack([loss, grad_norm]), numbers)
     reading = Reading(report)
     state.update(report[:2].isfinite().all(), epoch * run.steps + step + 1 if recipe.model_ema_warmup else None)
@@ -361,13 +363,6 @@ def _count_bad_step(run: Training, report: StepReport, where: str) -> None:
     run.say(f"Step skipped, it is not finite: {what} ({state.bad_in_row} in a row)")
 
 
-def _name_skipped(skipped: list[str]) -> None:
-    """Every process names its own, on stderr."""
-    for text in skipped:
-        print(f"left out: {text}", file=sys.stderr, flush=True)
-    skipped.clear()
-
-
 def _saves_behind(recipe: Recipe, step: int) -> bool:
     """Whether a checkpoint is due behind a step by its number."""
     return bool(recipe.save_steps and (step + 1) % recipe.save_steps == 0)
@@ -408,7 +403,9 @@ def _prepare(recipe: Recipe, world: World, say: Say) -> Training:
     checkpoint = checkpoint_to_resume(recipe, say)
     agree(checkpoint, world)
     if checkpoint is not None:
-        recipe = _as_it_began(checkpoint, settings_of(checkpoint, recipe))
+        recipe = settings_of(checkpoint, recipe)
+        if "as_original" not in recipe.model_fields_set:  # it goes on with the habits it began with; 0.1.0 had none
+            recipe = recipe.replace(as_original=checkpoint.args.get("as_original", ()))
     recipe = fit_warm_up(recipe, say)
     check_warm_start(recipe, checkpoint)
     data = load_data(recipe, world_size=world.size, device=world.device)
@@ -431,13 +428,6 @@ def _prepare(recipe: Recipe, world: World, say: Say) -> Training:
     net = _parallel(state.model, recipe, world, plan)
     mixup = _mixup(recipe, num_classes)
     return Training(recipe, world, Stop(), say, data, plan, steps, state, net, mixup, teacher, checkpoint)
-
-
-def _as_it_began(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
-    """A run goes on with the habits it began with, unless told otherwise; one of version 0.1.0 had none."""
-    if "as_original" in recipe.model_fields_set:
-        return recipe
-    return recipe.replace(as_original=checkpoint.args.get("as_original", ()))
 
 
 def _check(recipe: Recipe, device: torch.device) -> None:
