@@ -18,8 +18,9 @@ from lape.errors import DataError
 from lape.names import few
 
 SPLITS = ("train", "val")
-LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*, or train and validation files of " + (
-    "parquet, arrow or tar"
+LAYOUT = (
+    "--data-path must name a folder with train/<class>/* and val/<class>/*, or train and validation files of parquet, "
+    "arrow or tar"
 )
 
 

@@ -33,9 +33,9 @@ from lape.files.read import WEIGHTS, Checkpoint, read_checkpoint
 from lape.files.restore import restore
 from lape.names import match_name
 
-FORMATS = ("folder", "torch", "onnx")
 REPORT = "export.json"
 _FILES = {"folder": "folder", "torch": "model.pt2", "onnx": "model.onnx"}
+FORMATS = tuple(_FILES)
 BATCH = torch.export.Dim("batch", min=1, max=2**20)  # any number of images; torch 2.6 wants an upper end
 TOLERANCE = 1e-4  # on logits, relative to the largest of them
 

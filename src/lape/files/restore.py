@@ -208,9 +208,7 @@ def _arguments(checkpoint: Checkpoint, size: Size | None, own_kwargs: dict[str, 
         return kwargs
     if sides is None:
         raise CheckpointError(f"{checkpoint.path} does not say its image size: give `size`")
-    argument = "img_size"
-    if checkpoint.kind == "folder":
-        argument = _size_argument(checkpoint, sides, own)
+    argument = _size_argument(checkpoint, sides, own) if checkpoint.kind == "folder" else "img_size"
     return {**kwargs, argument: sides[0] if sides[0] == sides[1] else sides}
 
 

@@ -156,19 +156,19 @@ def _open_group(backend: str, rank: int, size: int) -> None:
 
 def expect_answers(seconds: float) -> None:
     """From now on, a process that lets others wait for longer than this counts as dead."""
-    if not dist.is_initialized():
-        return
-    dist.barrier()
+    if dist.is_initialized():
+        dist.barrier()
     _wait_at_most(seconds)
 
 
 def wait_for_others() -> None:
     """This process has nothing left to do but to wait for the others, however long their work may take."""
-    if dist.is_initialized():
-        _wait_at_most(SETUP_SECONDS)
+    _wait_at_most(SETUP_SECONDS)
 
 
 def _wait_at_most(seconds: float) -> None:
+    if not dist.is_initialized():
+        return
     wait = datetime.timedelta(seconds=seconds)
     if hasattr(dist, "set_timeout"):
         dist.set_timeout(wait)

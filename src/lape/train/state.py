@@ -42,6 +42,7 @@ from lape.train.progress import Say
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "previous_checkpoint.pth", "best_checkpoint.pth"
 LOCK = ".lock"
+_COUNTS = ("loss_sum", "skipped_steps", "skipped_images", "bad_in_row")  # of the epoch under way
 
 
 @dataclass
@@ -284,10 +285,7 @@ def save(state: State, data: Data, recipe: Recipe, plan: BatchPlan, *, better: b
         "lr_scheduler": state.scheduler.state_dict() if state.scheduler is not None else {},
         "epoch": state.next_epoch - 1,  # the last whole one
         "step": state.next_step,
-        "loss_sum": state.loss_sum,
-        "skipped_steps": state.skipped_steps,
-        "skipped_images": state.skipped_images,
-        "bad_in_row": state.bad_in_row,
+        **{name: getattr(state, name) for name in _COUNTS},
         "images_per_step": plan.total,
         "model_ema": to_reference_state_dict(state.ema.module) if state.ema is not None else None,
         "scaler": state.scaler.state_dict(),
@@ -322,9 +320,8 @@ def checkpoint_to_resume(recipe: Recipe, say: Say = print) -> Checkpoint | None:
     if not recipe.output_dir:
         raise LapeError("--resume auto looks into the output folder: add --output-dir")
     newest, problems = None, []
-    for path in (Path(recipe.output_dir) / name for name in (CHECKPOINT, PREVIOUS, BEST)):
-        if not path.exists():
-            continue
+    paths = [Path(recipe.output_dir) / name for name in (CHECKPOINT, PREVIOUS, BEST)]
+    for path in filter(Path.exists, paths):
         try:
             candidate = read_checkpoint(path)
             _check_resumable(candidate, recipe)
@@ -405,8 +402,8 @@ def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan
     if state.scaler.is_enabled() and raw.get("scaler"):
         state.scaler.load_state_dict(raw["scaler"])
     state.begin_epoch(raw["epoch"] + 1)
-    state.next_step, state.loss_sum = step, raw.get("loss_sum", 0.0)
-    for name in ("skipped_steps", "skipped_images", "bad_in_row"):
+    state.next_step = step
+    for name in _COUNTS:
         setattr(state, name, raw.get(name, 0))
     set_rate(state, recipe, state.next_epoch)
     state.best_accuracy = raw.get("max_accuracy", state.best_accuracy)
