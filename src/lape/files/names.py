@@ -124,18 +124,14 @@ def _table_like(own: Tensor, table: Tensor, conversion: Conversion, source_grid:
         return table  # a map tells its own grid: it must be the model's
     rows_1RD = table.reshape(1, -1, table.shape[-1])
     if source_grid is not None:
-        rows_1RD = _resampled(rows_1RD, conversion, source_grid)
+        source = replace(conversion.layout, grid=source_grid)
+        if rows_1RD.shape[1] != source.num_rows:
+            raise CheckpointError(
+                f"pos_embed has {rows_1RD.shape[1]} rows, a grid of {source_grid[0]} x {source_grid[1]} with "
+                f"{source.prefix_rows} prefix rows needs {source.num_rows}: give the grid that the file was trained at"
+            )
+        rows_1RD = resample(rows_1RD, source, conversion.layout.grid)
     return rows_1RD.reshape(own.shape) if rows_1RD.shape[1:] == own.flatten(0, -2).shape else rows_1RD
-
-
-def _resampled(pos_embed_1RD: Tensor, conversion: Conversion, source_grid: Grid) -> Tensor:
-    source = replace(conversion.layout, grid=source_grid)
-    if pos_embed_1RD.shape[1] != source.num_rows:
-        raise CheckpointError(
-            f"pos_embed has {pos_embed_1RD.shape[1]} rows, a grid of {source_grid[0]} x {source_grid[1]} with "
-            f"{source.prefix_rows} prefix rows needs {source.num_rows}: give the grid that the file was trained at"
-        )
-    return resample(pos_embed_1RD, source, conversion.layout.grid)
 
 
 def _shape(tensor: Tensor) -> str:
