@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,6 @@ from lape.host.base import without_values
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 SIZE_NAMES = ("img_size", "image_size")  # of timm; of torchvision and transformers
 
@@ -173,17 +170,6 @@ def published(name: str, pretrained: bool = True) -> nn.Module:
         ) from None
 
 
-def of_this_file(read: Callable[Concatenate[Checkpoint, P], T]) -> Callable[Concatenate[Checkpoint, P], T]:
-    """What goes wrong in reading an entry of a checkpoint is a CheckpointError."""
-
-    @wraps(read)
-    def guarded(checkpoint: Checkpoint, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with of_file(checkpoint.path):
-            return read(checkpoint, *args, **kwargs)
-
-    return guarded
-
-
 def _agreed(checkpoint: Checkpoint, name: str, value: str | None) -> str:
     """The value of an argument: the given one, else what the file says. Raises CheckpointError where both differ, or
     neither is there."""
@@ -247,28 +233,28 @@ def _table_side(checkpoint: Checkpoint) -> int | None:
     return next((math.isqrt(n) for n in counts if n > 0 and math.isqrt(n) ** 2 == n), None)
 
 
-@of_this_file
 def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
     """The (rows, columns) that a file's position table is for, None when it has no table or `model` is not known.
 
     Its patch size is that of its patch embedding, the model's where that has another name.
     """
-    anatomy = conversion_of(model).anatomy
-    if not anatomy.blocks:  # left as it is, nothing is known of its grid
-        return None
-    if checkpoint.raw.get("grid"):
-        rows, columns = checkpoint.raw["grid"]
-        return rows, columns
-    size = size_of(checkpoint)
-    if size is None:
-        side = _table_side(checkpoint)
-        return None if side is None else (side, side)
-    patch, patches = anatomy.patch_size, checkpoint.model.get("patch_embed.proj.weight")
-    if patches is not None:  # a stem may stand before them: compare kernels, not kernel and pixels
-        own = getattr(getattr(anatomy.root, "patch_embed", None), "proj", None)
-        kernel = patch if own is None else own.weight.shape[-2:]
-        patch = (patch[0] * patches.shape[-2] // kernel[0], patch[1] * patches.shape[-1] // kernel[1])
-    return size[0] // patch[0], size[1] // patch[1]
+    with of_file(checkpoint.path):
+        anatomy = conversion_of(model).anatomy
+        if not anatomy.blocks:  # left as it is, nothing is known of its grid
+            return None
+        if checkpoint.raw.get("grid"):
+            rows, columns = checkpoint.raw["grid"]
+            return rows, columns
+        size = size_of(checkpoint)
+        if size is None:
+            side = _table_side(checkpoint)
+            return None if side is None else (side, side)
+        patch, patches = anatomy.patch_size, checkpoint.model.get("patch_embed.proj.weight")
+        if patches is not None:  # a stem may stand before them: compare kernels, not kernel and pixels
+            own = getattr(getattr(anatomy.root, "patch_embed", None), "proj", None)
+            kernel = patch if own is None else own.weight.shape[-2:]
+            patch = (patch[0] * patches.shape[-2] // kernel[0], patch[1] * patches.shape[-1] // kernel[1])
+        return size[0] // patch[0], size[1] // patch[1]
 
 
 # What a checkpoint knows about itself. The first must not be contradicted by a flag.
@@ -276,17 +262,17 @@ IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOSEN.values())
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
 
-@of_this_file
 def transform_of(checkpoint: Checkpoint) -> EvalTransform:
     """The stored evaluation transform; else a recipe's, at the model's own size, (height, width) where not square."""
-    if checkpoint.transform:
-        return EvalTransform.from_dict(checkpoint.transform)
-    from lape.recipe import Recipe
+    with of_file(checkpoint.path):
+        if checkpoint.transform:
+            return EvalTransform.from_dict(checkpoint.transform)
+        from lape.recipe import Recipe
 
-    transform = eval_transform(settings_of(checkpoint, Recipe()))
-    size = size_of(checkpoint)
-    square = size is None or len(set(size)) == 1
-    return transform if size is None or square else replace(transform, input_size=(size[-2], size[-1]))
+        transform = eval_transform(settings_of(checkpoint, Recipe()))
+        size = size_of(checkpoint)
+        square = size is None or len(set(size)) == 1
+        return transform if size is None or square else replace(transform, input_size=(size[-2], size[-1]))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -319,7 +305,6 @@ def labels_of(model: nn.Module) -> list[str] | None:
     return None if not labels else [labels[number] for number in sorted(labels)]
 
 
-@of_this_file
 def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """The recipe, with what the checkpoint says of itself wherever the user gave no flag.
 
@@ -327,26 +312,28 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """
     from lape.recipe import Recipe
 
-    contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
-    contents |= checkpoint.args
-    stored = {name: contents[name] for name in STORED if contents.get(name) is not None}
-    chosen = {name: contents.get(name) for name in CHOSEN.values()}  # no flags of an evaluation: the file alone knows
-    stored |= {**chosen, "warm_start": bool(chosen["warm_start"])}
-    size = stored.pop("input_size", None) or size_of(checkpoint)
-    if size is not None and _sides(size)[0] == _sides(size)[1]:  # not square: only the transform can say it
-        stored["input_size"] = _sides(size)[0]
-    if checkpoint.kind == "folder":
-        stored.setdefault("in_chans", 3)
-    flags = recipe.model_fields_set
-    settings = recipe.replace(**{name: value for name, value in stored.items() if name not in flags})
-    own = Recipe(**{name: stored[name] for name in IDENTITY if name in stored})  # the same spelling as the flags
-    for name in IDENTITY:
-        if name in stored and getattr(settings, name) != getattr(own, name):
-            raise CheckpointError(
-                f"{name}={getattr(settings, name)!r} contradicts {checkpoint.path}, which was trained with "
-                f"{name}={getattr(own, name)!r}: leave the flag out"
-            )
-    return settings
+    with of_file(checkpoint.path):
+        contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
+        contents |= checkpoint.args
+        stored = {name: contents[name] for name in STORED if contents.get(name) is not None}
+        # no flags of an evaluation: the file alone knows
+        chosen = {name: contents.get(name) for name in CHOSEN.values()}
+        stored |= {**chosen, "warm_start": bool(chosen["warm_start"])}
+        size = stored.pop("input_size", None) or size_of(checkpoint)
+        if size is not None and _sides(size)[0] == _sides(size)[1]:  # not square: only the transform can say it
+            stored["input_size"] = _sides(size)[0]
+        if checkpoint.kind == "folder":
+            stored.setdefault("in_chans", 3)
+        flags = recipe.model_fields_set
+        settings = recipe.replace(**{name: value for name, value in stored.items() if name not in flags})
+        own = Recipe(**{name: stored[name] for name in IDENTITY if name in stored})  # the same spelling as the flags
+        for name in IDENTITY:
+            if name in stored and getattr(settings, name) != getattr(own, name):
+                raise CheckpointError(
+                    f"{name}={getattr(settings, name)!r} contradicts {checkpoint.path}, which was trained with "
+                    f"{name}={getattr(own, name)!r}: leave the flag out"
+                )
+        return settings
 
 
 def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ DeiT's meaning, and ours), the same as `log.csv`, `run.json` (what ran, with wha
 from __future__ import annotations
 
 import copy
-import datetime
 import math
 import sys
 import time
@@ -62,7 +61,7 @@ from lape.train.evaluate import Metrics, autocast, evaluate_data
 from lape.train.faults import Stop, Stopped, explained, make_deterministic
 from lape.train.logs import check_services, open_curves, write_log
 from lape.train.losses import classification_loss, distillation_loss
-from lape.train.progress import Progress, Say, silence
+from lape.train.progress import Progress, Say, duration, silence
 from lape.train.schedule import fit_warm_up, remarks
 from lape.train.speed import advice_on_precision, attention_for
 from lape.train.start import build_model, check_warm_start, load_teacher, trainable
@@ -195,10 +194,10 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
                 on_epoch(line)
             if epoch + 1 < recipe.epochs:
                 each = (time.perf_counter() - clock) / (epoch + 1 - first)
-                say(f"About {_duration(each * (recipe.epochs - epoch - 1))} to go")
+                say(f"About {duration(each * (recipe.epochs - epoch - 1))} to go")
 
         seconds = time.perf_counter() - clock
-        say(f"Training time {_duration(seconds)}")
+        say(f"Training time {duration(seconds)}")
         return _result(run, seconds)
 
 
@@ -583,10 +582,6 @@ def _accuracy_of_best(state: State, data: Data, recipe: Recipe, world: World) ->
         model = copy.deepcopy(model)
         load_reference_state_dict(model, read_checkpoint(path).model)
     return evaluate_data(model, data, recipe, world).acc1
-
-
-def _duration(seconds: float) -> datetime.timedelta:
-    return datetime.timedelta(seconds=int(seconds))
 
 
 def _result(run: Training, seconds: float) -> TrainResult:

@@ -27,6 +27,11 @@ def silence(_text: str) -> None:
     """Where the lines of all processes but the first go."""
 
 
+def duration(seconds: float) -> datetime.timedelta:
+    """In whole seconds: hours, minutes and seconds as a text."""
+    return datetime.timedelta(seconds=int(seconds))
+
+
 class Progress:
     """The steps of one epoch.
 
@@ -97,7 +102,7 @@ class Progress:
             return
         step = self.first + self.reports - 1
         if step % self.every == 0 or step == self.steps - 1:
-            eta = datetime.timedelta(seconds=int(each * (self.steps - 1 - step)))
+            eta = duration(each * (self.steps - 1 - step))
             place = f"[{step:{len(str(self.steps))}d}/{self.steps}]"
             self.say(
                 f"{self.title}  {place}  eta: {eta}  {rate}  {losses}  {gradient}  "
