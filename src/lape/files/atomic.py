@@ -105,8 +105,9 @@ def check_outputs(
     for path in files:
         if not streams:
             check_place(path)
-        stream, place, folder = is_stream(path), os.path.realpath(path), os.path.dirname(path) or "."
+        stream, folder = is_stream(path), os.path.dirname(path) or "."
         try:
+            place = os.path.realpath(path)
             if os.path.isdir(path):
                 raise IsADirectoryError(errno.EISDIR, "a folder")
             if not stream:
