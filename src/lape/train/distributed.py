@@ -79,8 +79,7 @@ def join_world(device: str = "auto", timeout: float | None = None) -> Iterator[W
         within = f" within {timeout:.0f} s (--dist-timeout)" if timeout else ""
         raise LostError(
             f"another process of this run has ended or did not answer{within}, its own message says why "
-            f"({reason_of(error)[:160]}): this one ends, too; the last checkpoint stands, go on with "
-            "--resume auto"
+            f"({reason_of(error)[:160]}): this one ends, too; the last checkpoint stands, go on with --resume auto"
         ) from error
     finally:
         if ours:
