@@ -109,6 +109,7 @@ def test_evaluation_needs_nothing_but_the_folder(saved, monkeypatch):
     height = lape.grid(model)[0] * lape.convert.converted.conversion_of(model).anatomy.patch_size[0]
     few = lape.data.sets.digits
     monkeypatch.setattr(lape.data.sets, "digits", lambda split: tuple(part[:24] for part in few(split)))
+    monkeypatch.setattr(lape.data.sets, "_STILL", {})  # or later tests would find 24 images there
     recipe = Recipe(resume=str(folder), device="cpu", num_workers=0)
     found = evaluate_checkpoint(recipe, say=str)
     own = recipe.replace(input_size=height, in_chans=channels(model), resume="")
@@ -201,7 +202,7 @@ def test_images_that_are_not_square_are_for_predict(tmp_path):
 
 def test_many_images_are_decoded_in_batches(tmp_path, monkeypatch, capsys):
     """The first result is there before the last image is decoded, and equal to that of the image alone."""
-    import lape.data.images
+    import lape.train.evaluate
     from lape.train.evaluate import predictions
 
     folder = lape.save(of_timm(), tmp_path / "saved")
@@ -209,9 +210,9 @@ def test_many_images_are_decoded_in_batches(tmp_path, monkeypatch, capsys):
     for i, path in enumerate(paths):
         Image.new("RGB", (16, 16), (7 * i % 255, 50, 200)).save(path)
     alone = [predict(folder, [path], device="cpu", top_k=2)[0] for path in (paths[1], paths[-1])]
-    decoded, load_image = [], lape.data.images.load_image
+    decoded, load_image = [], lape.train.evaluate.load_image
     monkeypatch.setattr(
-        lape.data.images, "load_image", lambda path, chans: decoded.append(path) or load_image(path, chans)
+        lape.train.evaluate, "load_image", lambda path, chans: decoded.append(path) or load_image(path, chans)
     )
     found = predictions(paths, PredictOptions(checkpoint=str(folder), device="cpu", top_k=2))
     first = next(found)
@@ -228,11 +229,11 @@ def test_many_images_are_decoded_in_batches(tmp_path, monkeypatch, capsys):
 
 
 def test_a_missing_image_costs_no_work_and_neither_does_a_missing_folder(tmp_path, monkeypatch, capsys):
-    import lape.data.images
+    import lape.train.evaluate
 
     folder = lape.save(of_timm(), tmp_path / "saved")
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    monkeypatch.setattr(lape.data.images, "load_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(lape.train.evaluate, "load_image", lambda *_: pytest.fail("decoded"))
     for tokens in ([str(tmp_path / "missing.png")], ["--json", str(tmp_path / "none" / "p.json")]):
         command = ["predict", str(tmp_path / "a.png"), *tokens, "--checkpoint", str(folder)]
         assert cli.run(cli.app, command) == cli.USER_ERROR

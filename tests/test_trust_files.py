@@ -476,20 +476,20 @@ def test_a_pipe_that_is_read_and_an_open_file_are_written(folder, images):
 
 def test_images_that_cannot_be_opened_are_named_and_the_others_done(folder, images, capsys, monkeypatch):
     """A link to nothing, links in a circle, a pipe, and one that goes while the others are read."""
-    import lape.data.images
+    import lape.train.evaluate
 
     (images / "dangling.png").symlink_to(images / "gone.png")
     (images / "circle.png").symlink_to(images / "circle.png")
     os.mkfifo(images / "pipe.png")
     shutil.copy(images / "a.png", images / "goes.png")
-    load = lape.data.images.load_image
+    load = lape.train.evaluate.load_image
 
     def goes(path, *args):
         if path.endswith("goes.png"):
             os.unlink(path)
         return load(path, *args)
 
-    monkeypatch.setattr(lape.data.images, "load_image", goes)
+    monkeypatch.setattr(lape.train.evaluate, "load_image", goes)
     bad = [images / f"{name}.png" for name in ("dangling", "circle", "pipe", "goes")]
     paths = [images / "a.png", *bad, images / "b.png"]
     assert run("predict", *paths, "--checkpoint", folder, "--json", images / "p.json", "--top-k", 1) == 2

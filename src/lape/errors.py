@@ -59,6 +59,11 @@ def check_file(path: str | os.PathLike[str], kind: type[LapeError] = LapeError) 
         raise kind(f"{path} is a pipe or a device, no file that can be read as a whole: copy it into a file")
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error of a library says, in one line; they raise what they like."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextmanager
 def needs(extra: str, otherwise: str = "") -> Iterator[None]:
     """Imports in here may need one of the package's extras: what is missing is one line with the command.

@@ -1,6 +1,6 @@
 """The names of joins and position embeddings, and how a name that a user typed is matched. Loads nothing heavy."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from lape.errors import LapeError
@@ -29,6 +29,12 @@ def shown(text: object) -> str:
     What steers a terminal, breaks a line, turns the direction of reading or is no character is written as an escape.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def few(items: Sequence[object], most: int = 5) -> str:
+    """The first ones, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(str(item) for item in items[:most]) + more
 
 
 def tell(text: str) -> None:

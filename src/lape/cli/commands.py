@@ -16,7 +16,7 @@ from lape.cli.rows import destination, escaped, written
 from lape.errors import DataError, LapeError, arguments_as
 from lape.files.atomic import check_outputs
 from lape.look.options import DrawOptions
-from lape.names import shown, tell
+from lape.names import few, shown, tell
 from lape.options import ExportOptions, PredictOptions
 from lape.recipe import Recipe
 from lape.study.options import BenchOptions, CompareOptions, DemoOptions, ProbeOptions, SweepOptions
@@ -226,7 +226,6 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
     from lape.files.read import read_checkpoint
     from lape.files.restore import restore_to_draw
     from lape.look import figures
-    from lape.train.start import short
 
     for checkpoint in checkpoints:
         files = figures.visualize(checkpoint, save_dir, options)
@@ -234,7 +233,7 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
         print(f"{len(files)} files in {shown(files[0].parent)}, first look at {shown(first)}")
         if old := figures.left_over(files):
             print(
-                f"{len(old)} of an earlier drawing are still in that folder ({short(old)}): they do not belong to "
+                f"{len(old)} of an earlier drawing are still in that folder ({few(old, 4)}): they do not belong to "
                 "this one; remove them, or choose another --model-name"
             )
     if len(checkpoints) == 1:

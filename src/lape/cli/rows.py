@@ -16,7 +16,7 @@ from textwrap import indent
 from typing import Any
 
 from lape.errors import LapeError
-from lape.files.atomic import hold, is_stream, remove_left, write_text
+from lape.files.atomic import hold, is_stream, remove_left, write_content
 from lape.names import shown
 
 Row = dict[str, Any]
@@ -91,7 +91,7 @@ def destination(path: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: print(text, end="")
         return
     if not is_stream(path):
-        yield partial(write_text, path)
+        yield partial(write_content, path)
         return
     try:
         descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))

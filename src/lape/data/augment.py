@@ -41,26 +41,15 @@ class EvalTransform:
     The short side is resized to `int(input_size / crop_ratio)`, the centre `input_size` is cropped, the result is
     scaled to [0, 1] and normalised by channel. As in DeiT, `crop_ratio` does not apply to an input size of 32 or
     less: there the whole image is used (an image that already has the size is not resampled). Orientation in EXIF is
-    ignored and transparency dropped, as by torchvision.
-
-    Attributes:
-        input_size: pixels, one side or (height, width).
-        crop_ratio: side of the crop over side of the resized image, in (0, 1].
-        interpolation: name of a PIL filter, antialiased.
-        mean: of each channel, for values in [0, 1].
-        std: of each channel, likewise.
-        in_chans: 1 (grey) or 3 (RGB).
-
-    Raises:
-        LapeError: a value that is not allowed, named.
+    ignored and transparency dropped, as by torchvision. Raises LapeError for a value that is not allowed.
     """
 
-    input_size: int | tuple[int, int]
-    crop_ratio: float = 1.0
-    interpolation: str = "bicubic"
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    input_size: int | tuple[int, int]  # pixels, one side or (height, width)
+    crop_ratio: float = 1.0  # side of the crop over side of the resized image, in (0, 1]
+    interpolation: str = "bicubic"  # name of a PIL filter, antialiased
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # of each channel, for values in [0, 1]
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    in_chans: int = 3
+    in_chans: int = 3  # 1 (grey) or 3 (RGB)
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
@@ -101,11 +90,7 @@ class EvalTransform:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> EvalTransform:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            LapeError: keys are missing or unknown, or a value is not allowed.
-        """
+        """Read what `to_dict` wrote. Raises LapeError: keys are missing or unknown, or a value is not allowed."""
         names = {field.name for field in fields(cls)}
         if set(stored) != names:
             odd = ", ".join(sorted(set(stored) ^ names))
@@ -127,7 +112,7 @@ def eval_transform(recipe: Recipe) -> EvalTransform:
 
 
 def train_transform(recipe: Recipe, *, whole: bool = False) -> Transform:
-    """Return DeiT's training transform: 8-bit PIL image of the recipe's mode -> float32 (in_chans, size, size).
+    """DeiT's training transform of a recipe: 8-bit PIL image of the recipe's mode -> float32 (in_chans, size, size).
 
     Random resized crop (a random crop with 4 pixels of padding for an input size of 32 or less, after resizing images
     of another size, unless the recipe names the `scale` of a resized one), flip, then `aa`, or colour jitter where that
@@ -135,12 +120,8 @@ def train_transform(recipe: Recipe, *, whole: bool = False) -> Transform:
     instead of `aa` and erasing, and with `src` a random crop with 4 reflected pixels in place of the random resized
     one.
 
-    Args:
-        recipe: its augmentation fields, input size, channels, mean and std.
-        whole: no crop and no flip, the image is resized whole; for data whose label a mirror or a cut would change.
-
-    Raises:
-        LapeError: a policy, an interpolation, mean or std that cannot be used.
+    `whole`: no crop and no flip, the image is resized whole; for data whose label a mirror or a cut would change.
+    Raises LapeError for a policy, an interpolation, mean or std that cannot be used.
     """
     mean, std = _normalisation(recipe)
     if recipe.aa and not recipe.three_augment and recipe.train_interpolation not in WARPABLE:

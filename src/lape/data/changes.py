@@ -84,8 +84,8 @@ def jpeg(image_CHW: Tensor, _generator: Generator, severity: int) -> Tensor:
 
 
 CORRUPTIONS: dict[str, Callable[..., Tensor]] = {
-    made.__name__: made
-    for made in (gaussian_noise, shot_noise, impulse_noise, gaussian_blur, brightness, contrast, pixelate, jpeg)
+    corruption.__name__: corruption
+    for corruption in (gaussian_noise, shot_noise, impulse_noise, gaussian_blur, brightness, contrast, pixelate, jpeg)
 }
 
 

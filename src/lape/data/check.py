@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from lape.data.folders import SPLITS, Survey, check_root, few, survey
-from lape.data.images import Packed, Source, check_shape, decode, opened, reason_of
+from lape.data.folders import SPLITS, Survey, check_root, survey
+from lape.data.images import Packed, Source, check_shape, decode, opened
 from lape.data.processes import processors, spread
 from lape.data.stored import look, stored_files
-from lape.errors import DataError, LapeError, check_file
+from lape.errors import DataError, LapeError, check_file, reason_of
+from lape.names import few
 
 MACOS = ("._", ".DS_Store")
 WNID = re.compile(r"n\d{8}")
@@ -98,16 +99,13 @@ Images = dict[str, tuple[str, str, Source]]  # name -> split, class, what is rea
 def check_data(
     root: str | Path, *, columns: Sequence[str] = (), workers: int | None = None, progress: bool | None = None
 ) -> Report:
-    """Check the images in a folder; nothing in it is changed.
+    """Check the images in a folder; nothing in it is changed. Raises DataError where `root` is none.
 
     Args:
         root: the folder with train/ and val/, or with parquet, arrow or tar files.
         columns: of parquet and arrow files, those of the image and of the class, where the files leave it open.
         workers: processes, default: one a processor.
         progress: draw a bar; default: where stderr is a terminal.
-
-    Raises:
-        DataError: `root` is no folder.
     """
     began, root = time.perf_counter(), Path(root).expanduser()
     check_root(root)
@@ -117,7 +115,8 @@ def check_data(
     hashes: dict[str, dict[bytes, list[str]]] = {split: {} for split in SPLITS}
     sides: set[int] = set()
     sources = [source for *_, source in images.values()]
-    findings = _shown(_inspect_all(sources, workers or processors()), len(images), progress)
+    workers = 1 if len(sources) <= TOGETHER else workers or processors()
+    findings = _shown(spread(_inspect, sources, workers, TOGETHER, "use --workers 1"), len(images), progress)
     for path, finding in sorted(zip(images, findings, strict=True)):
         if finding.reason:
             report.corrupt[path] = finding.reason
@@ -173,18 +172,15 @@ def _judge_others(folder: Survey, root: Path, report: Report) -> None:
     others, hidden, circles = (
         [os.path.relpath(path, root) for path in paths] for paths in (folder.others, folder.hidden, folder.circles)
     )
-    if hidden:
-        report.warnings.append(f"{len(hidden)} folder(s) of the system or of a program, not read: {few(hidden)}")
-    if circles:
-        report.warnings.append(
-            f"{len(circles)} folder(s) not read, links to one that holds them or is read already: {few(circles)}"
-        )
-    mac = [path for path in others if os.path.basename(path).startswith(MACOS)]
-    rest = [path for path in others if not os.path.basename(path).startswith(MACOS)]
-    if mac:
-        report.warnings.append(f"{len(mac)} file(s) of macOS, which are not read: {few(mac)}")
-    if rest:
-        report.warnings.append(f"{len(rest)} file(s) that are no images by their names, not read: {few(rest)}")
+    kinds = {
+        "folder(s) of the system or of a program, not read": hidden,
+        "folder(s) not read, links to one that holds them or is read already": circles,
+        "file(s) of macOS, which are not read": [p for p in others if os.path.basename(p).startswith(MACOS)],
+        "file(s) that are no images by their names, not read": [
+            p for p in others if not os.path.basename(p).startswith(MACOS)
+        ],
+    }
+    report.warnings += [f"{len(paths)} {what}: {few(paths)}" for what, paths in kinds.items() if paths]
 
 
 def _judge_classes(report: Report) -> None:
@@ -220,11 +216,6 @@ class Finding(NamedTuple):
     width: int = 0
     height: int = 0
     digest: bytes = b""
-
-
-def _inspect_all(sources: list[Source], workers: int) -> Iterator[Finding]:
-    workers = 1 if len(sources) <= TOGETHER else workers
-    yield from spread(_inspect, sources, workers, TOGETHER, "use --workers 1")
 
 
 def _inspect(source: Source) -> Finding:

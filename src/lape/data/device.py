@@ -107,8 +107,7 @@ Twin = Callable[[Any], Step]
 def split_transform(transform: transforms.Compose) -> tuple[transforms.Compose, list[Step]]:
     """Return the steps that run once, PIL image to PIL image, and the batched twins of the others.
 
-    Raises:
-        LapeError: a step, or a setting of it, that has no twin here.
+    Raises LapeError for a step, or a setting of it, that has no twin here.
     """
     steps = list(transform.transforms)
     count = next((number for number, step in enumerate(steps) if type(step) in TWINS), len(steps))
@@ -265,9 +264,8 @@ class Erase:
             box = _boxes(stream, (0, 0, 0, 0), self.area, self.log_aspect, height, width, spare=1, parts=count)
             places = (erased & (count > number)).nonzero()[:, 0]
             top, left, h, w = (part.view(-1, 1) for part in box[places].to(device, non_blocking=True).unbind(1))
-            inside = ((rows >= top) & (rows < top + h))[:, None, :, None] & ((columns >= left) & (columns < left + w))[
-                :, None, None, :
-            ]
+            tall, wide = (rows >= top) & (rows < top + h), (columns >= left) & (columns < left + w)
+            inside = tall[:, None, :, None] & wide[:, None, None, :]
             if self.mode == "pixel" and device.type == "cpu":  # where to look for the pixels does not make it wait
                 image, row, column = inside[:, 0].nonzero().unbind(1)
                 layers = height * width * torch.arange(channels)
@@ -484,11 +482,7 @@ class ToBytes:
 
 
 def room_for(count: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """An empty (count, *shape) uint8 tensor on the device.
-
-    Raises:
-        DataError: it would take more than half of the memory that is free there.
-    """
+    """An empty (count, *shape) uint8 tensor. Raises DataError where it would take more than half of the free memory."""
     needed, free = count * math.prod(shape), _free_bytes(device)
     if needed > FREE_PART * free:
         raise DataError(

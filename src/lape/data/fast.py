@@ -57,8 +57,7 @@ Levels = tuple[Tensor, "list[Patch]"]
 def read_levels(path: Source, in_chans: int, plain: Callable[[Any], Image.Image]) -> Tensor:
     """Return the pixels of an image file as uint8 (1 or `in_chans`, H, W); one channel stands for equal ones.
 
-    Args:
-        plain: reads a file that is not a JPEG with these channels, or says what is wrong with it.
+    `plain` reads a file that is not a JPEG with these channels, or says what is wrong with it.
     """
     if decode_jpeg is not None:
         with reading(path), opened(path) as file:
@@ -102,9 +101,7 @@ class FastEval:
 class FastTrain:
     """DeiT's training transform: crop and flip on 8-bit tensors, then the policy, erasing as a patch.
 
-    Args:
-        plain: what `lape.data.augment.train_transform` built; its own steps draw every random number.
-        in_chans: 1 or 3.
+    `plain` is what `lape.data.augment.train_transform` built; its own steps draw every random number.
     """
 
     def __init__(self, plain: Any, in_chans: int) -> None:
@@ -185,11 +182,8 @@ def _by_pixel(levels: Tensor, in_chans: int) -> Tensor:
 
 
 def fast_train(recipe: Recipe, plain: Transform) -> FastTrain:
-    """Return the fast form of a training transform.
-
-    Raises:
-        LapeError: it does not begin with a random resized crop, or another filter is asked for.
-    """
+    """The fast form of a training transform. Raises LapeError for one without random resized crop, or of a filter that
+    is not in `FILTERS`."""
     if recipe.src or (recipe.input_size <= SMALL and not recipe.three_augment):
         what = "src=True" if recipe.src else f"input_size={recipe.input_size}"
         raise LapeError(f"decode='fast' makes random resized crops, which {what} has none of: use --decode exact")
@@ -210,7 +204,6 @@ class FastImages(Images):
 
     Args:
         plain: the same files, read by Pillow.
-        in_chans: 1 or 3.
         transform: what comes between reading and normalising.
         mean, std: of each channel, for values in [0, 1].
     """
@@ -271,16 +264,16 @@ def slide(levels: Tensor, shift: Tensor, dim: int, fill: Fill) -> Tensor:
     n, lines = levels.shape[dim], levels.shape[1 - dim]
     shift = shift.expand(lines)
     whole = shift.floor()
-    weights = _weights(shift - whole)
+    weights_4L = _weights(shift - whole)
     along = (torch.arange(-1, n + 2)[:, None] + whole.long()).clamp_(0, n - 1)
     across = torch.arange(lines)
-    index, shape = along * width + across, (n + 3, width * channels)
-    weights = weights.repeat_interleave(channels, 1)[:, None, :]
-    if dim == 1:
+    if dim == 0:
+        index, shape = along * width + across, (n + 3, width * channels)
+        weights, step = weights_4L.repeat_interleave(channels, 1)[:, None, :], 1
+    else:
         index, shape = along.T + across[:, None] * width, (height, (n + 3) * channels)
-        weights = _weights(shift - whole)[:, :, None]
-    near = levels.reshape(-1, channels).index_select(0, index.reshape(-1)).reshape(shape).float()
-    step, size = (1, n) if dim == 0 else (channels, n * channels)  # a pixel's channels are neighbours
+        weights, step = weights_4L[:, :, None], channels  # a pixel's channels are neighbours
+    near, size = levels.reshape(-1, channels).index_select(0, index.reshape(-1)).reshape(shape).float(), n * step
     moved = near.narrow(dim, 0, size) * weights[0]
     for k in (1, 2, 3):
         moved.addcmul_(near.narrow(dim, k * step, size), weights[k])
@@ -313,12 +306,11 @@ def _translate_part(levels: Tensor, part: float, dim: int, fill: Fill) -> Tensor
 
 
 SLIDES: dict[str, tuple[Slide, int]] = {
-    f"{name}{axis}{suffix}": (function, dim)
-    for name, suffix, function in (
-        ("Shear", "", _shear),
-        ("Translate", "", _translate),
-        ("Translate", "Rel", _translate_part),
-    )
-    for axis, dim in (("X", 1), ("Y", 0))
+    "ShearX": (_shear, 1),
+    "ShearY": (_shear, 0),
+    "TranslateX": (_translate, 1),
+    "TranslateY": (_translate, 0),
+    "TranslateXRel": (_translate_part, 1),
+    "TranslateYRel": (_translate_part, 0),
 }
 """timm's names of these operations -> the function of (levels, the operation's number, dim, fill), and its dim."""

@@ -15,10 +15,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lape.data.images import is_hidden, is_image
 from lape.errors import DataError
+from lape.names import few
 
 SPLITS = ("train", "val")
-LAYOUT = "--data-path must name a folder with train/<class>/* and val/<class>/*, or train and validation files of " + (
-    "parquet, arrow or tar"
+LAYOUT = (
+    "--data-path must name a folder with train/<class>/* and val/<class>/*, or train and validation files of parquet, "
+    "arrow or tar"
 )
 
 
@@ -47,10 +49,8 @@ def check_root(root: Path) -> None:
 def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
     """Look through some splits of a folder; of another one that exists, only the names of its classes are compared.
 
-    Where val/ alone is looked through, for an evaluation, it may lack classes and images of classes.
-
-    Raises:
-        DataError: a folder that cannot be read.
+    Where val/ alone is looked through, for an evaluation, it may lack classes and images of classes. Raises DataError
+    for a folder that cannot be read.
     """
     result, classes = Survey(), dict[str, list[str]]()
     for split in splits:
@@ -88,17 +88,10 @@ def one_class(root: Path, classes: Sequence[str]) -> str:
     return f"{root} has one class, {classes[0]!r}: nothing can be learned; is it the right folder level?"
 
 
-def few(items: Sequence[object], most: int = 5) -> str:
-    """The first ones, and how many more there are."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(str(item) for item in items[:most]) + more
-
-
 def image_files(paths: Iterable[str | Path]) -> list[str | Path]:
     """The files that are named, and in the place of a folder all images in it and below, sorted, without hidden ones.
 
-    Raises:
-        DataError: a folder without an image, or one that cannot be read.
+    Raises DataError for a folder without an image, or one that cannot be read.
     """
     files: list[str | Path] = []
     for path in paths:

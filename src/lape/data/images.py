@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from lape.errors import DataError, check_file
+from lape.errors import DataError, check_file, reason_of
 
 MODES = {1: "L", 3: "RGB"}
 BITS = (8, 12, 16)  # that values in 16 or 32 bits are taken for
@@ -47,8 +47,7 @@ def opened(source: Source) -> BinaryIO:
 def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
     """Return the image as 8-bit grey (`in_chans` 1) or RGB (3); deeper grey is scaled, where PIL would clip it.
 
-    Raises:
-        DataError: pixels whose range is unknown (32-bit integers above 65535, floating point).
+    Raises DataError for pixels whose range is unknown (32-bit integers above 65535, floating point).
     """
     if image.mode == "F":
         raise DataError("floating-point pixels have no known range: save the image with 8 or 16 bits")
@@ -138,11 +137,6 @@ class ToMode:
         return to_mode(image, self.in_chans)
 
 
-def reason_of(error: Exception) -> str:
-    """What a decoder says of a file, in one line; they raise what they like."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 @contextmanager
 def reading(path: Source) -> Iterator[None]:
     """What goes wrong is a `DataError` that names the file, a pipe and a device, too."""
@@ -163,8 +157,7 @@ def reading(path: Source) -> Iterator[None]:
 def load_image(path: Source, in_chans: int = 3) -> Image.Image:
     """Decode a whole image to 8-bit grey (`in_chans` 1) or RGB (3).
 
-    Raises:
-        DataError: not an image, corrupt, truncated, a strip, or pixels of unknown range; names the file.
+    Raises DataError, which names the file: not an image, corrupt, truncated, a strip, or pixels of unknown range.
     """
     with reading(path), opened(path) as file:
         return decode(file, in_chans)[0]
@@ -180,13 +173,10 @@ def assumption(path: Source) -> str:
     """What `decode` takes for granted of a file, "" for nothing or where it cannot be read."""
     try:
         with reading(path), opened(path) as file:
-            return decode(file, 3)[1] if _may_be_deep(Image.open(file)) else ""
+            image = Image.open(file)
+            return decode(file, 3)[1] if _is_deep_grey(image) or _low_bytes(image) else ""
     except DataError:
         return ""
-
-
-def _may_be_deep(image: Image.Image) -> bool:
-    return _is_deep_grey(image) or bool(_low_bytes(image))
 
 
 def is_hidden(name: str) -> bool:

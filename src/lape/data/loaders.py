@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
 from lape.data.device import DeviceLoader, OnDevice
 from lape.data.processes import begin_loader, end_loaders, loader_context, processors
@@ -60,29 +60,25 @@ class BatchPlan:
 
 
 def check_batch(recipe: Recipe) -> None:
-    """Refuse an odd batch under mixup or cutmix, which pair the images of a batch.
-
-    Raises:
-        LapeError: names the batch size and the fix.
-    """
-    if not recipe.global_batch and _mixes(recipe) and recipe.batch_size % 2:
+    """Raises LapeError for an odd batch under mixup or cutmix, which pair the images of a batch."""
+    if not recipe.global_batch and mixes_images(recipe) and recipe.batch_size % 2:
         raise LapeError(
             f"batch_size={recipe.batch_size} is odd and mixup/cutmix pair the images of a batch: "
             f"use --batch-size {recipe.batch_size + 1}, or --mixup 0 --cutmix 0"
         )
 
 
-def _mixes(recipe: Recipe) -> bool:
+def mixes_images(recipe: Recipe) -> bool:
+    """Whether mixup or cutmix pair the images of a batch."""
     return recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None
 
 
 def batch_plan(recipe: Recipe, world_size: int = 1) -> BatchPlan:
     """Return the batches of a step. With `global_batch` their total is that on every number of processes.
 
-    Raises:
-        LapeError: the processes cannot share the `global_batch` (under mixup or cutmix: in even batches).
+    Raises LapeError where the processes cannot share the `global_batch` (under mixup or cutmix: in even batches).
     """
-    mixes = _mixes(recipe)
+    mixes = mixes_images(recipe)
     if not recipe.global_batch:
         return BatchPlan(recipe.batch_size, 1, recipe.batch_size * world_size)
     each, rest = divmod(recipe.global_batch, world_size)
@@ -102,8 +98,7 @@ def batch_plan(recipe: Recipe, world_size: int = 1) -> BatchPlan:
 def steps_per_epoch(n_samples: int, recipe: Recipe, world_size: int = 1) -> int:
     """Return the number of optimizer steps of an epoch: whole batches of all processes that fit into the samples.
 
-    Raises:
-        DataError: not even one fits.
+    Raises DataError where not even one fits.
     """
     plan = batch_plan(recipe, world_size)
     if n_samples < plan.total:
@@ -133,12 +128,9 @@ def train_loader(
     that were trained before an interruption) as many as `batch_plan` has parts. A `DataError` of a sample is raised
     here, also when a worker met it; with `skip_corrupt` the loader's `skipped` names it.
 
-    Args:
-        device: where `decode` "fast" normalises the batch, and leaves the images; others come in host memory.
+    `device` is where `decode` "fast" normalises the batch, and leaves the images; others come in host memory.
 
-    Raises:
-        DataError: no batch fits.
-        LapeError: `skip_batches` is not a number of batches of this epoch.
+    Raises DataError where no batch fits, LapeError where `skip_batches` is not a number of batches of this epoch.
     """
     batches = TrainBatches(len(dataset), recipe, epoch, rank, world_size, skip_batches)
     if isinstance(dataset, OnDevice):
@@ -149,11 +141,8 @@ def train_loader(
 def eval_loader(
     dataset: Items, recipe: Recipe, *, rank: int = 0, world_size: int = 1, device: torch.device = CPU
 ) -> Loader | DeviceLoader:
-    """Return the batches of one process in evaluation: images rank, rank + world_size, ...; none twice, none padded.
-
-    `device` is as in `train_loader`.
-    """
-    batches = EvalBatches(range(rank, len(dataset), world_size), int(recipe.batch_size * EVAL_BATCH))
+    """Return the batches of one process in evaluation: images rank, rank + world_size, ...; none twice, none padded."""
+    batches = eval_batches(range(rank, len(dataset), world_size), int(recipe.batch_size * EVAL_BATCH))
     if isinstance(dataset, OnDevice):
         return DeviceLoader(dataset, batches, 0)
     return Loader(Samples(dataset, None), batches, recipe, device)
@@ -186,18 +175,10 @@ class TrainBatches(Sampler[list[Key]]):
             yield [(order[place // self.copies], place % self.copies) for place in places]
 
 
-class EvalBatches(Sampler[list[Key]]):
-    """The keys of each batch of one process in evaluation, the last one shorter where they do not divide."""
-
-    def __init__(self, indices: range, batch_size: int) -> None:
-        self.indices, self.batch_size = indices, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for first in range(0, len(self.indices), self.batch_size):
-            yield [(index, 0) for index in self.indices[first : first + self.batch_size]]
+def eval_batches(indices: range, batch_size: int) -> Sampler[list[Key]]:
+    """The keys of each batch in evaluation, the last one shorter where they do not divide."""
+    keys: Any = [(index, 0) for index in indices]
+    return BatchSampler(keys, batch_size, drop_last=False)  # type: ignore[return-value]
 
 
 class Batch(NamedTuple):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from lape.data.augment import Transform, eval_transform, train_transform
+from lape.data.augment import eval_transform, train_transform
 from lape.data.device import Normalise, OnDevice, Step, Stream, ToBytes, room_for, split_transform
 from lape.data.folders import one_class
-from lape.data.loaders import CPU, EvalBatches, Items, Loader, Samples, check_batch, steps_per_epoch
+from lape.data.loaders import CPU, Items, Loader, Samples, check_batch, eval_batches, steps_per_epoch
 from lape.data.sets import CACHE_BYTES, Images, kept_if_still, list_cifar, list_digits, reader_of
 from lape.errors import DataError, LapeError
 
@@ -43,10 +41,8 @@ def load_data(
     """Open and check the data of a recipe; nothing is written.
 
     Args:
-        recipe: `data_path` (empty: the packaged digits), `data_set`, and what the transforms need.
         train: open the training set, and check that `world_size` batches fit into it. Without it train/ need not exist.
         val: open the validation set. With `decode` "fast" it is read that way where no training set is opened beside.
-        world_size: number of training processes.
         device: where the images are put with `data_on_device`.
 
     Raises:
@@ -57,17 +53,16 @@ def load_data(
     if train:
         check_batch(recipe)
     reader, root = reader_of(recipe)
-    build: dict[str, Callable[[], Transform]] = {
-        "train": partial(train_transform, recipe, whole=reader is list_digits),
-        "val": eval_transform(recipe).build,
-    }
-    splits = [split for split, asked in (("train", train), ("val", val)) if asked]
     fast = recipe.decode == "fast"
     if fast and reader in (list_digits, list_cifar):
         raise LapeError("decode='fast' reads image files, these images are in memory already: use --decode exact")
     if fast and recipe.data_on_device:
         raise LapeError("decode='fast' with data_on_device=True: images are read once and kept; use --decode exact")
-    transforms = {split: build[split]() for split in splits}
+    transforms: dict[str, Any] = {}
+    if train:
+        transforms["train"] = train_transform(recipe, whole=reader is list_digits)
+    if val:
+        transforms["val"] = eval_transform(recipe).build()
     steps: dict[str, list[Step]] = {}
     if recipe.data_on_device:
         transforms, steps = _for_device(recipe, transforms, torch.device(device))
@@ -109,7 +104,7 @@ def _put_on_device(dataset: Any, steps: list[Step], recipe: Recipe, device: torc
     n = len(dataset)
     images, targets = room_for(n, dataset[0][0].shape, device), torch.empty(n, dtype=torch.long, device=device)
     first = 0
-    with closing(iter(Loader(Samples(dataset, None), EvalBatches(range(n), READ_AT_ONCE), recipe, CPU))) as batches:
+    with closing(iter(Loader(Samples(dataset, None), eval_batches(range(n), READ_AT_ONCE), recipe, CPU))) as batches:
         for some, numbers in batches:
             images[first : first + len(some)], targets[first : first + len(some)] = some, numbers
             first += len(some)

@@ -25,10 +25,11 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from lape.data.augment import Transform, is_augmented
 from lape.data.device import OnDevice
-from lape.data.folders import check_root, few, survey
+from lape.data.folders import check_root, survey
 from lape.data.images import assumption, load_image, to_mode
-from lape.data.stored import look, stored_files
+from lape.data.stored import look, refuse_columns, stored_files
 from lape.errors import DataError, LapeError, check_file
+from lape.names import few
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe
@@ -69,22 +70,17 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
 def reader_of(recipe: Recipe) -> tuple[Reader, Path]:
     """Who lists the data of a recipe, and its folder. Raises DataError where there is none."""
     root = Path(recipe.data_path).expanduser()
-    if recipe.data_path:
-        check_root(root)
-        reader = READERS[recipe.data_set]
-        if reader is _folders and (files := stored_files(root)):
-            return partial(_stored, files), root
-        _refuse_columns(recipe, root)
-        return reader, root
-    if recipe.data_set != "IMNET":
-        raise DataError(f"--data-set {recipe.data_set} needs --data-path: nothing is downloaded, name its folder")
-    _refuse_columns(recipe, "the digits")
-    return list_digits, root
-
-
-def _refuse_columns(recipe: Recipe, what: object) -> None:
-    if recipe.columns:
-        raise LapeError(f"columns={list(recipe.columns)} are of parquet and arrow files, not of {what}: leave it out")
+    if not recipe.data_path:
+        if recipe.data_set != "IMNET":
+            raise DataError(f"--data-set {recipe.data_set} needs --data-path: nothing is downloaded, name its folder")
+        refuse_columns(recipe.columns, "the digits")
+        return list_digits, root
+    check_root(root)
+    reader = READERS[recipe.data_set]
+    if reader is _folders and (files := stored_files(root)):
+        return partial(_stored, files), root
+    refuse_columns(recipe.columns, root)
+    return reader, root
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:

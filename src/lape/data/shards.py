@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lape.data.images import Packed, is_hidden, is_image, reason_of
+from lape.data.images import Packed, is_hidden, is_image
 from lape.data.processes import processors, spread
-from lape.errors import DataError, check_file
+from lape.errors import DataError, check_file, reason_of
 
 LABELS = ("cls", "json")  # endings of the file that says a sample's class
 TEXT = 2**16  # bytes of such a file, the most
@@ -90,11 +90,8 @@ class Members:
 def read_shards(paths: Sequence[Path], words: Sequence[str]) -> tuple[Members, list[Any]]:
     """The images of a split and their labels: numbers or names.
 
-    Args:
-        words: that a folder of a split may be called; what comes before it in a name is left out.
-
-    Raises:
-        DataError: a file that is damaged, or compressed; links; an image without a class.
+    `words`: that a folder of a split may be called; what comes before it in a name is left out. Raises DataError for a
+    file that is damaged, or compressed, links, an image without a class.
     """
     large = sum(path.stat().st_size for path in paths) >= LARGE
     workers = min(processors(), len(paths)) if large else 1

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lape.data.folders import LAYOUT, SPLITS, few, names_in
+from lape.data.folders import LAYOUT, SPLITS, names_in
 from lape.data.images import is_hidden
 from lape.errors import DataError, LapeError
+from lape.names import few
 
 KINDS = (".parquet", ".arrow", ".tar")
 WORDS = {"train": ("train", "training"), "val": ("validation", "valid", "val", "dev", "test", "testing")}
@@ -54,8 +55,7 @@ def stored_files(root: Path) -> dict[str, list[Path]]:
 def look(root: Path, files: dict[str, list[Path]], splits: Sequence[str], columns: Sequence[str]) -> Stored:
     """Open the files of some splits; every label is read, no image.
 
-    Raises:
-        DataError: a split without files or images, a file that is missing or cannot be read, labels that are none.
+    Raises DataError: a split without files or images, a file that is missing or cannot be read, labels that are none.
     """
     sources: dict[str, Any] = {}
     labels: dict[str, Labels] = {}
@@ -99,10 +99,15 @@ def _read(
         return read_tables(paths, columns)
     from lape.data.shards import read_shards
 
-    if columns:
-        raise LapeError(f"columns={list(columns)} are of parquet and arrow files, not of {root}: leave it out")
+    refuse_columns(columns, root)
     images, labels = read_shards(paths, [word for of in WORDS.values() for word in of])
     return images, labels, None, ""
+
+
+def refuse_columns(columns: Sequence[str], what: object) -> None:
+    """Raises LapeError where columns are named of what has none."""
+    if columns:
+        raise LapeError(f"columns={list(columns)} are of parquet and arrow files, not of {what}: leave it out")
 
 
 def _names_of(root: Path, files: Iterable[list[str] | None]) -> list[str] | None:

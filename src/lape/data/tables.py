@@ -16,8 +16,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from lape.data.images import Packed, reason_of
-from lape.errors import DataError, check_file, needs
+from lape.data.images import Packed
+from lape.errors import DataError, check_file, needs, reason_of
 
 with needs("data"):
     import pyarrow as pa
@@ -32,11 +32,8 @@ END = b"\xff\xff\xff\xff\0\0\0\0"  # of an arrow stream; one that was cut betwee
 class Table:
     """A parquet or arrow file, in blocks of rows. A copy in another process opens the file anew.
 
-    Args:
-        columns: of the image and of the class; () for those that the file tells.
-
-    Raises:
-        DataError: a damaged file, or one without these columns.
+    `columns`: of the image and of the class; () for those that the file tells. Raises DataError for a damaged file, or
+    one without these columns.
     """
 
     keeps = True  # blocks once read
@@ -209,8 +206,7 @@ class Rows:
 def read_tables(paths: Sequence[Path], columns: Sequence[str]) -> tuple[Rows, list[Any], list[str] | None, str]:
     """The rows of a split, their labels, the names of the classes where the files hold them, and a note.
 
-    Raises:
-        DataError: a file that is damaged, that lacks a column, or is unlike the others; a row without a class.
+    Raises DataError: a file that is damaged, that lacks a column, or is unlike the others; a row without a class.
     """
     tables = [(Arrow if path.suffix == ".arrow" else Parquet)(path, columns) for path in paths]
     for one, other in pairwise(tables):
@@ -280,12 +276,12 @@ def _columns(
     for place, (what, feature, fits, usual) in enumerate(kinds):
         able = [field.name for field in schema if fits(field.type)]
         labelled = [name for name in able if features.get(name, {}).get("_type") == feature] or able
-        asked = [chosen[place]] if chosen else [usual] if usual in labelled else labelled
-        if len(asked) != 1 or asked[0] not in able:
-            lacks = f"no {what} column" if len(asked) < 2 else f"{len(asked)} {what} columns"
+        candidates = [chosen[place]] if chosen else [usual] if usual in labelled else labelled
+        if len(candidates) != 1 or candidates[0] not in able:
+            lacks = f"no {what} column" if len(candidates) < 2 else f"{len(candidates)} {what} columns"
             asks = f"{lacks} {chosen[place]!r}" if chosen else lacks
             raise DataError(f"{path} has {asks}: name both with --columns IMAGE CLASS, of {', '.join(schema.names)}")
-        columns += asked
+        columns += candidates
     return columns[0], columns[1]
 
 

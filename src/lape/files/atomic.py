@@ -59,9 +59,10 @@ def write_atomically(
         raise
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """The same of a text, in UTF-8."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+def write_content(path: str | Path, content: str | bytes) -> None:
+    """`write_atomically` of what is known as a whole; a text in UTF-8."""
+    encoded = content.encode() if isinstance(content, str) else content
+    write_atomically(path, lambda file: file.write(encoded))
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
@@ -102,39 +103,37 @@ def check_outputs(
     seen: dict[str, str] = {}
     files = [os.fspath(path) for path in outputs if path is not None and path != "-"]
     for path in files:
-        place, folder = os.path.realpath(path), os.path.dirname(path) or "."
+        if not streams:
+            check_place(path)
+        stream, folder = is_stream(path), os.path.dirname(path) or "."
         try:
+            place = os.path.realpath(path)
             if os.path.isdir(path):
                 raise IsADirectoryError(errno.EISDIR, "a folder")
-            if not is_stream(path):
-                with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp"):
-                    pass
+            if not stream:
+                tempfile.NamedTemporaryFile(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp").close()
         except (OSError, ValueError) as error:
             reason = (
                 f"no folder {folder}" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", error)
             )
             raise LapeError(f"{path!r} cannot be written ({reason}): name a file in a folder that is there") from None
-        if is_stream(path):
-            check_place(path) if not streams else None
-        elif place in seen:
+        if place in seen and not stream:
             raise LapeError(f"{seen[place]!r} and {path!r} are one file: give two")
         seen[place] = path
     keep_inputs(files, inputs)
 
 
-def keep_inputs(outputs: Iterable[str | os.PathLike[str] | None], inputs: Iterable[str | os.PathLike[str]]) -> None:
+def keep_inputs(outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str | os.PathLike[str]]) -> None:
     """Raises LapeError where writing an output would replace what is read; links count as what they point to.
 
-    What is in a folder that is read is read. None and "-" are no files.
+    What is in a folder that is read is read.
     """
-    there = [Path(path).resolve() for path in inputs if os.path.exists(path)]
-    for output in outputs:
-        if output in (None, "-") or not os.path.exists(str(output)):
-            continue
-        place = Path(str(output)).resolve()
-        for path in there:
-            if os.path.samefile(place, path) or place in path.parents or path in place.parents:
-                raise LapeError(f"{output} would replace what is read ({path}): give another file, nothing was done")
+    sources = [Path(path).resolve() for path in inputs if os.path.exists(path)]
+    for output in filter(os.path.exists, outputs):
+        place = Path(output).resolve()
+        for source in sources:
+            if os.path.samefile(place, source) or place in source.parents or source in place.parents:
+                raise LapeError(f"{output} would replace what is read ({source}): give another file, nothing was done")
 
 
 def put_in_place(places: Mapping[Path, Path]) -> None:

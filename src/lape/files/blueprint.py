@@ -70,7 +70,8 @@ def blueprint_of(model: nn.Module, name: str | None, arguments: dict[str, Any]) 
 
 def _factory(model: nn.Module, conversion: Conversion, name: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     if name:
-        return {"library": "timm", "name": name, "kwargs": _of_the_model(arguments)}
+        kwargs = {key: value for key, value in arguments.items() if key not in NOT_THE_MODEL}
+        return {"library": "timm", "name": name, "kwargs": kwargs}
     if conversion.path and class_name(type(model)).startswith("torch."):
         inner = conversion.path.rstrip(".")
         raise LapeError(
@@ -86,10 +87,6 @@ def _factory(model: nn.Module, conversion: Conversion, name: str | None, argumen
             "lape.save(model, path, name=..., ...), or save the state_dict yourself"
         )
     return {"library": host.package, "name": blueprint[0], "kwargs": blueprint[1]}
-
-
-def _of_the_model(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name not in NOT_THE_MODEL}
 
 
 def _twin(conversion: Conversion, factory: dict[str, Any]) -> nn.Module:

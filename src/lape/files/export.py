@@ -10,8 +10,6 @@ import copy
 import io
 import json
 import logging
-import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,16 +26,16 @@ from lape.convert.converted import conversion_of
 from lape.convert.positions import describe
 from lape.convert.tended import CONFIG
 from lape.errors import LapeError, check_finite, needs
-from lape.files.atomic import keep_inputs, put_in_place, unfinished, write_atomically
-from lape.files.exported import DESCRIPTION
+from lape.files.atomic import keep_inputs, put_in_place, unfinished, write_content
+from lape.files.exported import DESCRIPTION, silent_onnxruntime
 from lape.files.folder import load, put_folder_in_place, save
 from lape.files.read import WEIGHTS, Checkpoint, read_checkpoint
 from lape.files.restore import restore
 from lape.names import match_name
 
-FORMATS = ("folder", "torch", "onnx")
 REPORT = "export.json"
 _FILES = {"folder": "folder", "torch": "model.pt2", "onnx": "model.onnx"}
+FORMATS = tuple(_FILES)
 BATCH = torch.export.Dim("batch", min=1, max=2**20)  # any number of images; torch 2.6 wants an upper end
 TOLERANCE = 1e-4  # on logits, relative to the largest of them
 
@@ -115,19 +113,18 @@ def export(
         expected_BC = _Outputs(eager)(images_BCHW)
     check_finite(expected_BC, f"the outputs of {'the model' if checkpoint is None else checkpoint.path}")
     shipped = copy.deepcopy(eager)
-    named = {"classes": classes, "transform": transform}
-    about = {name: value or getattr(checkpoint, name, None) for name, value in named.items()}
+    about = {"classes": classes, "transform": transform}
+    about = {name: value or getattr(checkpoint, name, None) for name, value in about.items()}
     if fold and not conversion_of(shipped).folded:
         fold_(shipped)
     target = Path(output_dir).expanduser()
     keep_inputs((target / name for name in _FILES.values()), [checkpoint.path] if checkpoint else [])
-    _make(target)
     with _writing(target), unfinished(target, ".export.") as place:
         done = []
         for name in chosen:
             with torch.no_grad():  # torch writes another graph where a mask could get a gradient
-                path, run, operations = _WRITERS[name](shipped, about, images_BCHW, place)
-            result = _compare(name, path, run, operations, images_BCHW, expected_BC, place)
+                written = _WRITERS[name](shipped, about, images_BCHW, place)
+            result = _compare(name, written, images_BCHW, expected_BC)
             _judge(result, tolerance, say)
             done.append(result)
         report = {"model": str(describe(shipped)), "tolerance": tolerance, "torch": torch.__version__, "files": done}
@@ -137,11 +134,14 @@ def export(
 
 def _put_in_place(done: list[Exported], report: dict[str, Any], place: Path, target: Path) -> None:
     """The report says that all is in place, so it goes first and comes last."""
-    text = json.dumps(report, indent=2, default=asdict, allow_nan=False) + "\n"
-    write_atomically(place / REPORT, lambda file: file.write(text.encode()))
+    write_content(place / REPORT, json.dumps(report, indent=2, default=asdict, allow_nan=False) + "\n")
     (target / REPORT).unlink(missing_ok=True)
     for result in done:
-        _move(place / result.path, target / result.path)
+        new, old = place / result.path, target / result.path
+        if new.is_dir():  # as `save` does
+            put_folder_in_place({name: (new / name).read_bytes() for name in (WEIGHTS, CONFIG)}, old)
+        else:
+            put_in_place({new: old})
     put_in_place({place / REPORT: target / REPORT})
 
 
@@ -157,61 +157,39 @@ def _judge(result: Exported, tolerance: float, say: Callable[[str], None]) -> No
     )
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise LapeError(f"cannot write into {folder}: {error.strerror}; give another folder") from error
-
-
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """A full disk, a quota or a limit is one line; others are no LapeError."""
+    """Makes a folder. One that cannot be written, a full disk, a quota or a limit is one line."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise LapeError(
-            f"cannot write into {folder}: {error.strerror or error}; what was there before is untouched"
+            f"cannot write into {folder}: {error.strerror or error}; what was there before is untouched, give another "
+            "folder"
         ) from error
-
-
-def _move(new: Path, place: Path) -> None:
-    """Puts a finished file in its place; a folder as `save` does."""
-    if new.is_dir():
-        put_folder_in_place({name: (new / name).read_bytes() for name in (WEIGHTS, CONFIG)}, place)
-    else:
-        put_in_place({new: place})
-
-
-def _compare(
-    name: str,
-    path: Path,
-    run: Callable[[Tensor], Tensor],
-    operations: dict[str, int],
-    images_BCHW: Tensor,
-    expected_BC: Tensor,
-    base: Path,
-) -> Exported:
-    """Runs what was written on one image, and on all of them."""
-    with torch.no_grad():
-        got_BC = torch.cat([run(images_BCHW[:1]), run(images_BCHW[1:])])
-    scale = expected_BC.abs().max().clamp(min=1e-12)
-    files = [path] if path.is_file() else list(path.iterdir())
-    return Exported(
-        format=name,
-        path=str(path.relative_to(base)),
-        megabytes=round(sum(file.stat().st_size for file in files) / 1e6, 3),
-        max_difference=((got_BC - expected_BC).abs().max() / scale).item(),
-        top1_agreement=(got_BC.flatten(1).argmax(1) == expected_BC.flatten(1).argmax(1)).float().mean().item(),
-        images=len(images_BCHW),
-        operations=operations,
-    )
 
 
 Written = tuple[Path, Callable[[Tensor], Tensor], dict[str, int]]
 About = dict[str, Any]  # class names and transform, as `save` takes them
+
+
+def _compare(name: str, written: Written, images_BCHW: Tensor, expected_BC: Tensor) -> Exported:
+    """Runs what was written on one image, and on the others."""
+    path, run, operations = written
+    with torch.no_grad():
+        outputs_BC = torch.cat([run(images_BCHW[:1]), run(images_BCHW[1:])])
+    scale = expected_BC.abs().max().clamp(min=1e-12)
+    files = [path] if path.is_file() else list(path.iterdir())
+    return Exported(
+        format=name,
+        path=path.name,
+        megabytes=round(sum(file.stat().st_size for file in files) / 1e6, 3),
+        max_difference=((outputs_BC - expected_BC).abs().max() / scale).item(),
+        top1_agreement=(outputs_BC.flatten(1).argmax(1) == expected_BC.flatten(1).argmax(1)).float().mean().item(),
+        images=len(images_BCHW),
+        operations=operations,
+    )
 
 
 def _write_folder(model: nn.Module, about: About, _images: Tensor, folder: Path) -> Written:
@@ -231,12 +209,11 @@ def _write_torch(model: nn.Module, about: About, images_BCHW: Tensor, folder: Pa
 
 
 def _write_onnx(model: nn.Module, about: About, images_BCHW: Tensor, folder: Path) -> Written:
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime would look up an address, and write into the home folder
     with needs("export", ", or leave onnx out of `formats`"):
         import onnx
-        import onnxruntime
         import onnxscript  # noqa: F401  (the exporter needs it)
-    onnxruntime.disable_telemetry_events()
+
+        onnxruntime = silent_onnxruntime()
     path = folder / _FILES["onnx"]
     with _quiet():
         torch.onnx.export(

@@ -92,16 +92,23 @@ def _session(path: Path) -> Any:
     if not path.is_file():
         check_file(path, CheckpointError)
         raise CheckpointError(f"no such file: {path}; give the model.onnx that lape export wrote")
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime would look up an address, and write into the home folder
     with needs("export"):
-        import onnxruntime
-    onnxruntime.disable_telemetry_events()
+        onnxruntime = silent_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what is wrong is raised
     try:  # bytes, which can name no other file as their weights
         return onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise CheckpointError(f"{path} is not an ONNX file that can be run: {first_line(error)}") from None
+
+
+def silent_onnxruntime() -> Any:
+    """The package, which would look up an address and write into the home folder otherwise."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
 
 
 def _description(path: Path, text: str | None) -> dict[str, Any]:

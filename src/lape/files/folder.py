@@ -7,17 +7,16 @@ import json
 import operator
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import nn
 
-from lape.convert.converted import Conversion, conversion_of
+from lape.convert.converted import conversion_of
 from lape.convert.positions import Size
 from lape.convert.tended import CONFIG, sealed
 from lape.errors import LapeError, arguments_as
-from lape.files.atomic import put_in_place, remove_left, write_atomically
+from lape.files.atomic import put_in_place, remove_left, write_content
 from lape.files.blueprint import COMPILED, blueprint_of, unwrapped
 from lape.files.names import to_reference_state_dict
 from lape.files.read import FORMAT, HUB, WEIGHTS, _hub, waiting_name
@@ -50,7 +49,7 @@ def save(
 
     model = unwrapped(model)
     conversion, factory = conversion_of(model), blueprint_of(model, name, timm_kwargs)
-    names = to_reference_state_dict(model)
+    names, anatomy = to_reference_state_dict(model), conversion.anatomy
     state = {key.replace(f"{COMPILED}.", ""): tensor.contiguous() for key, tensor in names.items()}
     weights = to_bytes(state)
     config = {
@@ -59,7 +58,8 @@ def save(
         "model": factory["name"],
         "model_kwargs": factory["kwargs"],
         **conversion.record(),
-        "input_size": _pixels(conversion),
+        # (height, width), behind the frames of a video
+        "input_size": anatomy.pixels or tuple(map(operator.mul, anatomy.layout.grid, anatomy.patch_size)),
         "classes": classes,
         "transform": transform,
     }
@@ -85,20 +85,10 @@ def put_folder_in_place(contents: Mapping[str, bytes], path: Path) -> None:
         raise LapeError(f"cannot create the folder {path}: {error.strerror}") from error
     waiting = waiting_name(path / WEIGHTS, hashlib.sha256(contents[WEIGHTS]).hexdigest())
     for place, content in ((waiting, contents[WEIGHTS]), (path / CONFIG, contents[CONFIG])):
-        write_atomically(place, partial(_write, content))
+        write_content(place, content)
     put_in_place({waiting: path / WEIGHTS})
     remove_left(path, f".{'[0-9a-f]' * 16}.{WEIGHTS}")  # by saves that were killed
     remove_left(path, f"..{'[0-9a-f]' * 16}.{WEIGHTS}.*.tmp")
-
-
-def _write(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
-
-
-def _pixels(conversion: Conversion) -> tuple[int, ...]:
-    """(height, width) of the images that a model is made for, behind the frames of a video."""
-    anatomy = conversion.anatomy
-    return anatomy.pixels or tuple(map(operator.mul, anatomy.layout.grid, anatomy.patch_size))
 
 
 def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, **save_kwargs: Any) -> str:

@@ -18,6 +18,7 @@ from lape.convert.converted import Conversion, conversion_of
 from lape.core.bias import offset_index
 from lape.core.position import KINDS, Grid, resample
 from lape.errors import CheckpointError
+from lape.names import few
 
 _INDEX = "relative_position_index"  # a buffer in the reference's files; derived from the grid here
 
@@ -87,29 +88,26 @@ def load_reference_state_dict(
     own, names, prefix = model.state_dict(), reference_names(model), conversion.path
     tables = {prefix + name for name in _table_names(conversion)}
     idle = {prefix + key for key in conversion.link.idle()}
-    given = {_name_since_0_2(key, conversion): tensor for key, tensor in state_dict.items() if key not in idle}
-    given = {names.get(key, key): tensor for key, tensor in given.items()}
+    state = {_name_since_0_2(key, conversion): tensor for key, tensor in state_dict.items() if key not in idle}
+    state = {names.get(key, key): tensor for key, tensor in state.items()}
     for key, index_nn in _indices(conversion, prefix).items():
-        other = given.pop(key, None)
+        other = state.pop(key, None)
         if other is not None and not torch.equal(other, index_nn):
             raise CheckpointError(f"{key} is not that of a {conversion.layout.grid} grid: the file is for another grid")
-    missing = [name for name in names.values() if name not in given]
-    unexpected = sorted(given.keys() - set(names.values()))
+    missing = [name for name in names.values() if name not in state]
+    unexpected = sorted(state.keys() - set(names.values()))
     new, wrong = {}, []
     for key, name in names.items():
-        if name not in given:
+        if name not in state:
             continue
-        tensor = given[name]
+        tensor = state[name]
         if name in tables:
             tensor = _table_like(own[key], tensor, conversion, source_grid)
         if tensor.shape != own[key].shape:
             wrong.append(f"{name} is {_shape(tensor)}, the model's {_shape(own[key])}")
         new[key] = tensor
-    problems = [
-        text
-        for title, items in (("missing", missing), ("unexpected", unexpected), ("shapes differ:", wrong))
-        if (text := _listed(title, items))
-    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "shapes differ:": wrong}
+    problems = [f"{title} {few(items, 4)}" for title, items in kinds.items() if items]
     if problems:
         raise CheckpointError(
             f"the checkpoint does not fit the model (join={conversion.join}, pe={conversion.pe}): "
@@ -120,35 +118,24 @@ def load_reference_state_dict(
     return model
 
 
-def _table_like(own: Tensor, given: Tensor, conversion: Conversion, source_grid: Grid | None) -> Tensor:
+def _table_like(own: Tensor, table: Tensor, conversion: Conversion, source_grid: Grid | None) -> Tensor:
     """A table of a file, (R, D), (1, R, D) or a map (1, rows, columns, D), in the model's shape if its rows agree."""
-    if given.ndim == 4 and source_grid is None:
-        return given  # a map tells its own grid: it must be the model's
-    rows_1RD = given.reshape(1, -1, given.shape[-1])
+    if table.ndim == 4 and source_grid is None:
+        return table  # a map tells its own grid: it must be the model's
+    rows_1RD = table.reshape(1, -1, table.shape[-1])
     if source_grid is not None:
-        rows_1RD = _resampled(rows_1RD, conversion, source_grid)
+        source = replace(conversion.layout, grid=source_grid)
+        if rows_1RD.shape[1] != source.num_rows:
+            raise CheckpointError(
+                f"pos_embed has {rows_1RD.shape[1]} rows, a grid of {source_grid[0]} x {source_grid[1]} with "
+                f"{source.prefix_rows} prefix rows needs {source.num_rows}: give the grid that the file was trained at"
+            )
+        rows_1RD = resample(rows_1RD, source, conversion.layout.grid)
     return rows_1RD.reshape(own.shape) if rows_1RD.shape[1:] == own.flatten(0, -2).shape else rows_1RD
-
-
-def _resampled(pos_embed_1RD: Tensor, conversion: Conversion, source_grid: Grid) -> Tensor:
-    source = replace(conversion.layout, grid=source_grid)
-    if pos_embed_1RD.shape[1] != source.num_rows:
-        raise CheckpointError(
-            f"pos_embed has {pos_embed_1RD.shape[1]} rows, a grid of {source_grid[0]} x {source_grid[1]} with "
-            f"{source.prefix_rows} prefix rows needs {source.num_rows}: give the grid that the file was trained at"
-        )
-    return resample(pos_embed_1RD, source, conversion.layout.grid)
 
 
 def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "a scalar"
-
-
-def _listed(title: str, items: list[str], most: int = 4) -> str:
-    if not items:
-        return ""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return f"{title} {', '.join(items[:most])}{more}"
 
 
 _BEFORE_0_2 = re.compile(r"\b(?:token_norm|host_block|host_attention|host_patch_embed|position_bias)\.")

@@ -263,10 +263,8 @@ def _read_folder(path: Path, unconverted: bool) -> Checkpoint:
         return _read_pretrained(path, config, unconverted)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path / CONFIG} is not of format {FORMAT!r}")
-    args = {"model": config.get("model"), "join_type": config.get("join"), "pe": config.get("pe")}
-    args |= {"model_kwargs": config.get("model_kwargs"), **_chosen(config)}
-    names = ("library", "folded", "own_table", "at", "classes", "transform", "grid", "input_size")
-    raw = {key: config.get(key) for key in names}
+    args = {"model": config.get("model"), "model_kwargs": config.get("model_kwargs"), **_chosen(config)}
+    raw = {key: config.get(key) for key in ("library", "classes", "transform", "input_size", *_OF_THE_MODEL)}
     return _folder(path, args, raw, [WEIGHTS], config)
 
 
@@ -307,9 +305,9 @@ def _read_pretrained(path: Path, config: dict[str, Any], unconverted: bool) -> C
         if not isinstance(names, dict) or not all(str(shard).endswith(".safetensors") for shard in names.values()):
             raise CheckpointError(f"{index} is no list of files of weights: save the model again")
         shards = sorted({Path(str(shard)).name for shard in names.values()})
-    named = config.get("architectures")
-    args = {"model": named[0] if isinstance(named, list) and named else None, "model_kwargs": _without_origin(config)}
-    args |= {"join_type": record.get("join"), "pe": record.get("pe"), **_chosen(record)}
+    classes = config.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes else None
+    args = {"model": name, "model_kwargs": _without_origin(config), **_chosen(record)}
     raw = {"library": "transformers", "transform": _processor(path), **{k: record.get(k) for k in _OF_THE_MODEL}}
     raw["unconverted"] = record is LEFT_AS_IT_IS
     return _folder(path, args, raw, shards, {**config, "lape": record})
@@ -326,8 +324,9 @@ _OF_THE_MODEL = ("folded", "grid", "own_table", "at")
 
 
 def _chosen(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What was chosen beside join and kind, by the names of flags."""
-    return {name: record.get(name) for name in CHOSEN.values()}
+    """Join, kind and what was chosen beside them, by the names of flags."""
+    names = {"join_type": "join", "pe": "pe", **{name: name for name in CHOSEN.values()}}
+    return {flag: record.get(name) for flag, name in names.items()}
 
 
 def _processor(path: Path) -> dict[str, Any] | None:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lape.convert.positions import Size, describe
 from lape.core.joins import join_named
 from lape.core.position import Grid, kind_named
 from lape.data.augment import EvalTransform, eval_transform
-from lape.errors import CheckpointError, DataError, LapeError, arguments_as
+from lape.errors import CheckpointError, DataError, LapeError, arguments_as, reason_of
 from lape.files.names import load_reference_state_dict
 from lape.files.read import HUB, Checkpoint, read_checkpoint
 from lape.files.vet import bounded, of_file
@@ -30,9 +30,6 @@ from lape.host.base import without_values
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 SIZE_NAMES = ("img_size", "image_size")  # of timm; of torchvision and transformers
 
@@ -47,19 +44,11 @@ def restore(
     pe: str | None = None,
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """The converted model of a file, in eval mode. What is None is taken from the file.
+    """The converted model of a file, in eval mode: `lape.load`, whose other arguments and errors it has.
 
     Args:
         file: a path as for `read_checkpoint`, or what that returned.
-        size: image side in pixels, or (height, width). Another than the file's: its position table is resampled.
-        ema: the averaged weights.
-        model, join, pe: where the file does not say them; else they must agree with it.
-        timm_kwargs: arguments of the model on top of what the file says.
-
-    Raises:
-        CheckpointError: the file does not say something that is needed, contradicts what was given, holds a model of
-            one size only, or does not fit the model.
-        LapeError: an unknown name.
+        size: `lape.load`'s `input_size`.
     """
     checkpoint = file if isinstance(file, Checkpoint) else read_checkpoint(file)
     state = checkpoint.model_ema if ema else checkpoint.model
@@ -134,13 +123,7 @@ def restore_with(checkpoint: Checkpoint, recipe: Recipe, size: Size) -> nn.Modul
         kwargs["in_chans"] = recipe.in_chans
     with arguments_as(model="--model", join="--join-type", pe="--pe", size="--input-size", ema="--ema"):
         return restore(
-            checkpoint,
-            size=size,
-            ema=recipe.ema,
-            model=recipe.model,
-            join=recipe.join_type,
-            pe=recipe.pe,
-            **kwargs,
+            checkpoint, size=size, ema=recipe.ema, model=recipe.model, join=recipe.join_type, pe=recipe.pe, **kwargs
         )
 
 
@@ -188,37 +171,26 @@ def published(name: str, pretrained: bool = True) -> nn.Module:
         return host_of_library("timm").build(name, {"pretrained": pretrained})  # type: ignore[misc]
     except (OSError, RuntimeError) as error:  # no network, no weights
         raise LapeError(
-            f"the weights of {name} are not here ({' '.join(str(error).split())[:120]}): give a checkpoint, or "
+            f"the weights of {name} are not here ({reason_of(error)[:120]}): give a checkpoint, or "
             "--no-pretrained for random ones"
         ) from None
 
 
-def of_this_file(read: Callable[Concatenate[Checkpoint, P], T]) -> Callable[Concatenate[Checkpoint, P], T]:
-    """What goes wrong in reading an entry of a checkpoint is a CheckpointError."""
-
-    @wraps(read)
-    def guarded(checkpoint: Checkpoint, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with of_file(checkpoint.path):
-            return read(checkpoint, *args, **kwargs)
-
-    return guarded
-
-
-def _agreed(checkpoint: Checkpoint, name: str, given: str | None) -> str:
+def _agreed(checkpoint: Checkpoint, name: str, value: str | None) -> str:
     """The value of an argument: the given one, else what the file says. Raises CheckpointError where both differ, or
     neither is there."""
     stored = checkpoint.args.get("join_type" if name == "join" else name)
-    if given is None and stored is None:
+    if value is None and stored is None:
         raise CheckpointError(f"{checkpoint.path} does not say its {name}: give `{name}`")
-    if given is not None and stored is not None and given != stored:
-        raise CheckpointError(f"`{name}` {given} was given, but {checkpoint.path} holds a model with {name} {stored}")
-    return str(stored if given is None else given)
+    if value is not None and stored is not None and value != stored:
+        raise CheckpointError(f"`{name}` {value} was given, but {checkpoint.path} holds a model with {name} {stored}")
+    return str(stored if value is None else value)
 
 
-def _arguments(checkpoint: Checkpoint, size: Size | None, given: dict[str, Any]) -> dict[str, Any]:
+def _arguments(checkpoint: Checkpoint, size: Size | None, own_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the model: those of the file, the given ones, the image size. Raises CheckpointError."""
     args, own = checkpoint.args, size_of(checkpoint)
-    kwargs = {**(args.get("model_kwargs") or {}), **given}
+    kwargs = {**(args.get("model_kwargs") or {}), **own_kwargs}
     if checkpoint.package == "timm" and checkpoint.num_classes is not None:
         kwargs.setdefault("num_classes", checkpoint.num_classes)
     if args.get("in_chans") is not None:
@@ -228,9 +200,7 @@ def _arguments(checkpoint: Checkpoint, size: Size | None, given: dict[str, Any])
         return kwargs
     if sides is None:
         raise CheckpointError(f"{checkpoint.path} does not say its image size: give `size`")
-    argument = "img_size"
-    if checkpoint.kind == "folder":
-        argument = _size_argument(checkpoint, sides, own)
+    argument = _size_argument(checkpoint, sides, own) if checkpoint.kind == "folder" else "img_size"
     return {**kwargs, argument: sides[0] if sides[0] == sides[1] else sides}
 
 
@@ -269,28 +239,28 @@ def _table_side(checkpoint: Checkpoint) -> int | None:
     return next((math.isqrt(n) for n in counts if n > 0 and math.isqrt(n) ** 2 == n), None)
 
 
-@of_this_file
 def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
     """The (rows, columns) that a file's position table is for, None when it has no table or `model` is not known.
 
     Its patch size is that of its patch embedding, the model's where that has another name.
     """
-    anatomy = conversion_of(model).anatomy
-    if not anatomy.blocks:  # left as it is, nothing is known of its grid
-        return None
-    if checkpoint.raw.get("grid"):
-        rows, columns = checkpoint.raw["grid"]
-        return rows, columns
-    size = size_of(checkpoint)
-    if size is None:
-        side = _table_side(checkpoint)
-        return None if side is None else (side, side)
-    patch, patches = anatomy.patch_size, checkpoint.model.get("patch_embed.proj.weight")
-    if patches is not None:  # a stem may stand before them: compare kernels, not kernel and pixels
-        own = getattr(getattr(anatomy.root, "patch_embed", None), "proj", None)
-        kernel = patch if own is None else own.weight.shape[-2:]
-        patch = (patch[0] * patches.shape[-2] // kernel[0], patch[1] * patches.shape[-1] // kernel[1])
-    return size[0] // patch[0], size[1] // patch[1]
+    with of_file(checkpoint.path):
+        anatomy = conversion_of(model).anatomy
+        if not anatomy.blocks:  # left as it is, nothing is known of its grid
+            return None
+        if checkpoint.raw.get("grid"):
+            rows, columns = checkpoint.raw["grid"]
+            return rows, columns
+        size = size_of(checkpoint)
+        if size is None:
+            side = _table_side(checkpoint)
+            return None if side is None else (side, side)
+        patch, patches = anatomy.patch_size, checkpoint.model.get("patch_embed.proj.weight")
+        if patches is not None:  # a stem may stand before them: compare kernels, not kernel and pixels
+            own = getattr(getattr(anatomy.root, "patch_embed", None), "proj", None)
+            kernel = patch if own is None else own.weight.shape[-2:]
+            patch = (patch[0] * patches.shape[-2] // kernel[0], patch[1] * patches.shape[-1] // kernel[1])
+        return size[0] // patch[0], size[1] // patch[1]
 
 
 # What a checkpoint knows about itself. The first must not be contradicted by a flag.
@@ -298,17 +268,17 @@ IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOSEN.values())
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
 
-@of_this_file
 def transform_of(checkpoint: Checkpoint) -> EvalTransform:
     """The stored evaluation transform; else a recipe's, at the model's own size, (height, width) where not square."""
-    if checkpoint.transform:
-        return EvalTransform.from_dict(checkpoint.transform)
-    from lape.recipe import Recipe
+    with of_file(checkpoint.path):
+        if checkpoint.transform:
+            return EvalTransform.from_dict(checkpoint.transform)
+        from lape.recipe import Recipe
 
-    transform = eval_transform(settings_of(checkpoint, Recipe()))
-    size = size_of(checkpoint)
-    square = size is None or len(set(size)) == 1
-    return transform if size is None or square else replace(transform, input_size=(size[-2], size[-1]))
+        transform = eval_transform(settings_of(checkpoint, Recipe()))
+        size = size_of(checkpoint)
+        square = size is None or len(set(size)) == 1
+        return transform if size is None or square else replace(transform, input_size=(size[-2], size[-1]))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -320,8 +290,7 @@ def logits_of(output: Any) -> Tensor:
 def check_classifier(checkpoint: Checkpoint, model: nn.Module, input_size: Size, in_chans: int) -> int:
     """The number of classes that a model tells apart, found by classifying an empty image.
 
-    Raises:
-        CheckpointError: it has no classifier, or gives no (1, K) logits for an image of this size.
+    Raises CheckpointError where it has no classifier, or gives no (1, K) logits for an image of this size.
     """
     height, width = _sides(input_size)
     parameter = next(model.parameters())
@@ -342,35 +311,35 @@ def labels_of(model: nn.Module) -> list[str] | None:
     return None if not labels else [labels[number] for number in sorted(labels)]
 
 
-@of_this_file
 def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """The recipe, with what the checkpoint says of itself wherever the user gave no flag.
 
-    Raises:
-        CheckpointError: a flag that was given names another model, join, position embedding or channel count.
+    Raises CheckpointError where a flag names another model, join, position embedding or channel count.
     """
     from lape.recipe import Recipe
 
-    contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
-    contents |= checkpoint.args
-    stored = {name: contents[name] for name in STORED if contents.get(name) is not None}
-    chosen = {name: contents.get(name) for name in CHOSEN.values()}  # no flags of an evaluation: the file alone knows
-    stored |= {**chosen, "warm_start": bool(chosen["warm_start"])}
-    size = stored.pop("input_size", None) or size_of(checkpoint)
-    if size is not None and _sides(size)[0] == _sides(size)[1]:  # not square: only the transform can say it
-        stored["input_size"] = _sides(size)[0]
-    if checkpoint.kind == "folder":
-        stored.setdefault("in_chans", 3)
-    flags = recipe.model_fields_set
-    settings = recipe.replace(**{name: value for name, value in stored.items() if name not in flags})
-    own = Recipe(**{name: stored[name] for name in IDENTITY if name in stored})  # the same spelling as the flags
-    for name in IDENTITY:
-        if name in stored and getattr(settings, name) != getattr(own, name):
-            raise CheckpointError(
-                f"{name}={getattr(settings, name)!r} contradicts {checkpoint.path}, which was trained with "
-                f"{name}={getattr(own, name)!r}: leave the flag out"
-            )
-    return settings
+    with of_file(checkpoint.path):
+        contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
+        contents |= checkpoint.args
+        stored = {name: contents[name] for name in STORED if contents.get(name) is not None}
+        # no flags of an evaluation: the file alone knows
+        chosen = {name: contents.get(name) for name in CHOSEN.values()}
+        stored |= {**chosen, "warm_start": bool(chosen["warm_start"])}
+        size = stored.pop("input_size", None) or size_of(checkpoint)
+        if size is not None and _sides(size)[0] == _sides(size)[1]:  # not square: only the transform can say it
+            stored["input_size"] = _sides(size)[0]
+        if checkpoint.kind == "folder":
+            stored.setdefault("in_chans", 3)
+        flags = recipe.model_fields_set
+        settings = recipe.replace(**{name: value for name, value in stored.items() if name not in flags})
+        own = Recipe(**{name: stored[name] for name in IDENTITY if name in stored})  # the same spelling as the flags
+        for name in IDENTITY:
+            if name in stored and getattr(settings, name) != getattr(own, name):
+                raise CheckpointError(
+                    f"{name}={getattr(settings, name)!r} contradicts {checkpoint.path}, which was trained with "
+                    f"{name}={getattr(own, name)!r}: leave the flag out"
+                )
+        return settings
 
 
 def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:

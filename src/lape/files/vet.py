@@ -27,7 +27,6 @@ from lape.names import shown
 
 LARGEST, SIDE, DEPTH = 2**24, 2**14, 8  # of an integer; of an image, in pixels; of values in values
 _JSON_BYTES, _NESTING, _VALUES = 2**26, 64, 10**5
-_NAME = re.compile(r"[\w.+-]{1,128}")
 _WORDS = re.compile(r"[\w .,;+=()<>|\[\]-]{0,256}")  # nothing that a path, an address or a terminal is made of
 _SIZES = ("img_size", "image_size", "input_size")
 _LABELS = ("id2label", "label2id")
@@ -92,12 +91,12 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 4096
 
 
-def _name(value: Any) -> bool:
-    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+def _spelled(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def _path(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\w.]{0,256}", value) is not None
+def _between(least: float, most: float) -> Callable[[Any], bool]:
+    return lambda value: _number(value) and least <= value <= most
 
 
 def _yes_no(value: Any) -> bool:
@@ -108,15 +107,9 @@ def _size(value: Any) -> bool:
     return _whole(0, SIDE)(value) or _list_of(_whole(0, SIDE), 2, 3)(value)  # of a video frames first
 
 
-def _ratio(value: Any) -> bool:
-    return _number(value) and 0.01 <= value <= 1
-
-
-def _deviation(value: Any) -> bool:
-    return _number(value) and 1e-6 <= value <= 1e6
-
-
-_MEAN, _STD = _list_of(lambda value: _number(value) and abs(value) <= 1e6, 1, 4096), _list_of(_deviation, 1, 4096)
+_name, _path = _spelled(r"[\w.+-]{1,128}"), _spelled(r"[\w.]{0,256}")
+_ratio, _deviation = _between(0.01, 1), _between(1e-6, 1e6)
+_MEAN, _STD = _list_of(_between(-1e6, 1e6), 1, 4096), _list_of(_deviation, 1, 4096)
 _TRANSFORM = {
     "input_size": lambda value: _size(value) and value not in (0, [0, 0], (0, 0)),
     "crop_ratio": _ratio,
@@ -260,8 +253,8 @@ def _short(value: Any) -> str:
 
 def check_state(path: Path, state: Any) -> None:
     """Raises CheckpointError unless this is a state dict of plain tensors with values of their own."""
-    named = isinstance(state, Mapping) and all(isinstance(part, Tensor) for part in state.values())
-    if not named or not all(isinstance(key, str) for key in state):
+    holds_tensors = isinstance(state, Mapping) and all(isinstance(part, Tensor) for part in state.values())
+    if not holds_tensors or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f"{path}: 'model' is not a state dict of named tensors")
     for key, tensor in state.items():
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized

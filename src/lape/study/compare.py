@@ -368,12 +368,12 @@ def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Run:
 
     While it trains, its checkpoints are in the cell's folder, so that one that was killed goes on after its last epoch.
     """
-    from lape.files.atomic import write_text
+    from lape.files.atomic import write_content
 
     home = cell_folder(folder, recipe)
     run = _train(recipe.replace(output_dir=str(home / "training"), resume="auto"), home, tick)
     text = json.dumps({"recipe": recipe.model_dump(mode="json"), "run": asdict(run)}, indent=1, allow_nan=False) + "\n"
-    write_text(home / "result.json", text)
+    write_content(home / "result.json", text)
     shutil.rmtree(home / "training")
     return run
 

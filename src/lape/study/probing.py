@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lape.data.augment import EvalTransform
 from lape.errors import LapeError, needs
-from lape.files.atomic import write_text
+from lape.files.atomic import write_content
 from lape.files.read import read_checkpoint
 from lape.files.restore import is_checkpoint, published, restore, transform_of
 from lape.look.features import LABELS, Features, probe
@@ -45,7 +45,7 @@ def probe_models(models: Sequence[str], options: ProbeOptions) -> dict[str, Feat
     about = {"made_by": "lape probe", "energy": options.energy}
     if options.json is not None:
         results = {**about, "models": {name: one.to_dict() for name, one in features.items()}}
-        write_text(options.json, json.dumps(results, indent=1) + "\n")
+        write_content(options.json, json.dumps(results, indent=1) + "\n")
     if options.plot is not None:
         short = dict(zip(features, short_names(list(features)), strict=True))
         write_figure(draw({short[name]: one for name, one in features.items()}), options.plot)

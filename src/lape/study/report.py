@@ -402,11 +402,11 @@ def _address(figure: Figure) -> str:
 
 def write(folder: Path, results: dict[str, Any], page: Iterator[str], figures: Mapping[str, Figure]) -> list[Path]:
     """Writes results.json (first: it says whose the folder is), report.md and the figures, each whole; their paths."""
-    from lape.files.atomic import write_atomically, write_text
+    from lape.files.atomic import write_atomically, write_content
 
     texts = {"results.json": json.dumps(results, indent=1, allow_nan=False), "report.md": "\n".join(page)}
     for name, text in texts.items():
-        write_text(folder / name, text + "\n")
+        write_content(folder / name, text + "\n")
     for name, figure in figures.items():
         write_atomically(folder / name, partial(figure.savefig, format="png", dpi=150))
     return [folder / name for name in (*texts, *figures)]

@@ -26,7 +26,7 @@ from lape.data.loaders import eval_loader
 from lape.data.open import Data
 from lape.data.sets import Images, reader_of
 from lape.errors import CheckpointError, LapeError, needs
-from lape.files.atomic import write_text
+from lape.files.atomic import write_content
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import check_classifier, labels_of, restore_with, settings_of, size_of
 from lape.look.watch import Watch
@@ -224,7 +224,7 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
         print("\n".join(["", *filter(None, [heading]), *plain_table(rows_of(model["summary"]))]))
     results = {"made_by": "lape eval", "training_size": max(sizes), "models": tables}
     if options.json is not None:
-        write_text(options.json, json.dumps(results, indent=1) + "\n")
+        write_content(options.json, json.dumps(results, indent=1) + "\n")
     if options.plot is not None:
         write_figure(draw(models, max(sizes)), options.plot)
     return results

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lape.data.processes import GRACE, end_with_parent
-from lape.errors import LapeError, LostError
+from lape.errors import LapeError, LostError, reason_of
 
 T = TypeVar("T")
 # Joining, reading a folder and the like may take one machine longer than another; a step may not.
@@ -73,13 +73,13 @@ def join_world(device: str = "auto", timeout: float | None = None) -> Iterator[W
     try:
         yield World(rank, size, place)
     except RuntimeError as error:
-        if not (ours and _is_loss(error)):
+        lost = isinstance(error, dist.DistError) or _LOST.search(str(error))
+        if not (ours and lost):
             raise
         within = f" within {timeout:.0f} s (--dist-timeout)" if timeout else ""
         raise LostError(
             f"another process of this run has ended or did not answer{within}, its own message says why "
-            f"({' '.join(str(error).split())[:160]}): this one ends, too; the last checkpoint stands, go on with "
-            "--resume auto"
+            f"({reason_of(error)[:160]}): this one ends, too; the last checkpoint stands, go on with --resume auto"
         ) from error
     finally:
         if ours:
@@ -144,7 +144,7 @@ def _open_group(backend: str, rank: int, size: int) -> None:
         wait = datetime.timedelta(seconds=SETUP_SECONDS)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split())
+        text = reason_of(error)
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         what = f"port {os.environ['MASTER_PORT']} is in use" if "EADDRINUSE" in text else "the processes do not meet"
         raise LapeError(f"{what} at {place} (MASTER_ADDR, MASTER_PORT; {text[:120]}): {LAUNCH}") from error
@@ -155,28 +155,24 @@ def _open_group(backend: str, rank: int, size: int) -> None:
 
 def expect_answers(seconds: float) -> None:
     """From now on, a process that lets others wait for longer than this counts as dead."""
-    if not dist.is_initialized():
-        return
-    dist.barrier()
+    if dist.is_initialized():
+        dist.barrier()
     _wait_at_most(seconds)
 
 
 def wait_for_others() -> None:
     """This process has nothing left to do but to wait for the others, however long their work may take."""
-    if dist.is_initialized():
-        _wait_at_most(SETUP_SECONDS)
+    _wait_at_most(SETUP_SECONDS)
 
 
 def _wait_at_most(seconds: float) -> None:
+    if not dist.is_initialized():
+        return
     wait = datetime.timedelta(seconds=seconds)
     if hasattr(dist, "set_timeout"):
         dist.set_timeout(wait)
     else:  # torch before 2.12
         dist.distributed_c10d._set_pg_timeout(wait)
-
-
-def _is_loss(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or bool(_LOST.search(str(error)))
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -238,11 +234,8 @@ def all_of(text: str) -> list[str]:
 def on_main(action: Callable[[], T]) -> T | None:
     """Run `action` on rank 0; all processes go on together, or all raise what went wrong there.
 
-    Returns:
-        What `action` returned; None in the other processes.
-
-    Raises:
-        LapeError: `action` raised one, or could not read or write a file.
+    Returns what `action` returned, None in the other processes. Raises LapeError where it raised one, or could not read
+    or write a file.
     """
     result = None
     problems: list[str | None] = [None]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,10 @@ from torch.utils.data import DataLoader
 from lape.convert.positions import describe
 from lape.data.augment import eval_transform
 from lape.data.device import DeviceLoader
-from lape.data.folders import few
+from lape.data.folders import image_files
+from lape.data.images import check_header, load_image
+from lape.data.loaders import eval_loader
+from lape.data.open import Data, load_data
 from lape.errors import CheckpointError, DataError, LapeError, NotFiniteError, check_finite
 from lape.files.exported import Classifier, all_names, is_exported, read_exported
 from lape.files.read import Checkpoint, read_checkpoint
@@ -32,16 +35,13 @@ from lape.files.restore import (
     settings_of,
     transform_of,
 )
-from lape.names import tell
+from lape.names import few, tell
 from lape.options import PredictOptions
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
 from lape.train.faults import Stopped, explained
 from lape.train.progress import Say, silence
 from lape.train.speed import attention_for
-
-if TYPE_CHECKING:
-    from lape.data.open import Data
 
 STOPPED = "stopped"  # in place of what a process could not read
 T = TypeVar("T")
@@ -82,13 +82,9 @@ class Prediction:
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context that computes in mixed precision.
+    """The context that computes in mixed precision: `off`, `bf16`, `fp16`, or `auto` (on CUDA fp16, as in DeiT).
 
-    Args:
-        amp: `off`, `bf16`, `fp16`, or `auto`: fp16 on CUDA as in DeiT, else off.
-
-    Raises:
-        LapeError: fp16 without CUDA, where its small range has no gradient scaler to help.
+    Raises LapeError for fp16 without CUDA, where its small range has no gradient scaler to help.
     """
     if amp == "fp16" and device.type != "cuda":
         raise LapeError(f"amp='fp16' needs CUDA, the device is {device.type!r}: use --amp bf16 or --amp off")
@@ -143,11 +139,10 @@ def evaluate(
     shared: bool = True,
     stop: threading.Event | None = None,
 ) -> Metrics:
-    """Top-1, top-5 and cross entropy of a model, which is left in eval mode.
+    """Top-1, top-5 (over all classes where there are fewer) and cross entropy of a model, which is left in eval mode.
 
     Nothing is padded: each image's outcome is put into its place, and the places are added up over the processes. So
     any number of processes gives the same result, and every image is seen to count once.
-    With fewer than five classes, top-5 is over all of them.
 
     Args:
         loader: batches of (images (B, C, H, W), class numbers (B,)), from `lape.data.loaders.eval_loader`.
@@ -191,8 +186,6 @@ def evaluate_data(
     model: nn.Module, data: Data, recipe: Recipe, world: World, stop: threading.Event | None = None
 ) -> Metrics:
     """Evaluate on the validation images; with `dist_eval` the processes share them. `stop`: as in `evaluate`."""
-    from lape.data.loaders import eval_loader
-
     rank, size = (world.rank, world.size) if recipe.dist_eval else (0, 1)
     loader = eval_loader(data.val, recipe, rank=rank, world_size=size, device=world.device)
     if next(model.parameters()).device != world.device:  # an EMA in host memory
@@ -211,8 +204,6 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = tell) -> Metrics:
         DataError: the data has classes that the model has not; one that lacks some is evaluated, and they are said.
         NotFiniteError: the model's outputs are NaN or infinite.
     """
-    from lape.data.open import load_data
-
     if not recipe.resume:
         raise CheckpointError("evaluation needs a checkpoint: give --resume CHECKPOINT")
     with join_world(recipe.device) as world, explained(recipe):
@@ -256,14 +247,9 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = tell) -> Metrics:
 def number_as(data: Data, checkpoint: Checkpoint, labels: list[str] | None, outputs: int) -> str:
     """Give the validation images the class numbers of a checkpoint, by the names it stores; without names, their own.
 
-    Args:
-        labels: of a transformers model; used where every class of the data is among them.
-        outputs: of the head.
-
-    Returns a line on what could not be matched, "" if all was.
-
-    Raises:
-        DataError: images of a class that the checkpoint does not know, or more classes than it has outputs.
+    `labels`, of a transformers model, are used where every class of the data is among them. Returns a line on what
+    could not be matched, "" if all was. Raises DataError for images of a class that the checkpoint does not know, or
+    more classes than its head has `outputs`.
     """
     names = checkpoint.classes or (labels if labels and set(data.classes) <= set(labels) else None)
     if not names:
@@ -315,8 +301,6 @@ def predictions(
     no image costs no work. A file that is cut off shows in its batch only. With a list for `problems`, files that are
     there and cannot be read, links to nothing and those that went meanwhile are named in it and left out.
     """
-    from lape.data.folders import image_files
-    from lape.data.images import check_header, load_image
 
     def readable(paths: Sequence[str | Path], read: Callable[[str | Path], T]) -> Iterator[tuple[str | Path, T]]:
         for path in paths:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lape.errors import LapeError, needs
-from lape.files.atomic import write_atomically
+from lape.files.atomic import write_content
 from lape.recipe import Recipe
 from lape.train.distributed import World
 from lape.train.machine import describe_start
@@ -37,12 +37,7 @@ def check_services(recipe: Recipe) -> None:
 
 
 class Curves:
-    """The curves of a run in `recipe.output_dir`.
-
-    Args:
-        history: the lines of log.txt so far.
-        run_id: the same for every start of the run.
-    """
+    """The curves of a run in `recipe.output_dir`; `history` are the lines of log.txt so far."""
 
     def __init__(self, recipe: Recipe, history: list[dict[str, Any]], run_id: str) -> None:
         with needs("train"):
@@ -111,14 +106,11 @@ def _points(line: dict[str, Any]) -> dict[str, float]:
 def write_log(history: list[dict[str, Any]], folder: Path) -> None:
     """log.txt (one JSON line an epoch) and log.csv (one row an epoch), whole."""
     names = list(dict.fromkeys(name for line in history for name in line))
-    rows = [names, *([_cell(line.get(name)) for name in names] for line in history)]
+    # names and numbers: nothing to quote
+    rows = [names, *(["" if line.get(name) is None else str(line[name]) for name in names] for line in history)]
     log, table = "".join(json.dumps(line) + "\n" for line in history), "".join(",".join(row) + "\n" for row in rows)
-    write_atomically(folder / LOG, lambda file: file.write(log.encode()))
-    write_atomically(folder / TABLE, lambda file: file.write(table.encode()))
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else str(value)  # names and numbers: nothing to quote
+    write_content(folder / LOG, log)
+    write_content(folder / TABLE, table)
 
 
 def open_curves(recipe: Recipe, history: list[dict[str, Any]], world: World, place: tuple[int, int]) -> Curves | None:
@@ -127,13 +119,9 @@ def open_curves(recipe: Recipe, history: list[dict[str, Any]], world: World, pla
 
 
 def record_run(recipe: Recipe, world: World, place: tuple[int, int]) -> str:
-    """Write `run.json`: the configuration, and for each start the command, commit, versions and hardware.
+    """Write `run.json`: the configuration, and for each start (epoch, step), command, commit, versions and hardware.
 
-    Args:
-        place: (epoch, step) that this start begins with.
-
-    Returns:
-        The identity of the run, the same for all its starts.
+    Returns the identity of the run, the same for all its starts.
     """
     path = Path(recipe.output_dir) / RUN
     try:
@@ -146,6 +134,5 @@ def record_run(recipe: Recipe, world: World, place: tuple[int, int]) -> str:
         "recipe": recipe.model_dump(mode="json"),
         "starts": [*starts, {"epoch": place[0], "step": place[1], **describe_start(world), "seed": recipe.seed}],
     }
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_content(path, json.dumps(content, indent=1) + "\n")
     return run_id

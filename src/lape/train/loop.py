@@ -20,13 +20,12 @@ DeiT's meaning, and ours), the same as `log.csv`, `run.json` (what ran, with wha
 from __future__ import annotations
 
 import copy
-import datetime
 import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -39,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lape.convert.positions import describe
 from lape.data.augment import eval_transform
-from lape.data.loaders import BatchPlan, batch_plan, steps_per_epoch, train_loader
+from lape.data.loaders import BatchPlan, batch_plan, mixes_images, steps_per_epoch, train_loader
 from lape.data.open import Data, load_data
 from lape.errors import DataError, LapeError, NotFiniteError
 from lape.files.names import load_reference_state_dict
@@ -62,7 +61,7 @@ from lape.train.evaluate import Metrics, autocast, evaluate_data
 from lape.train.faults import Stop, Stopped, explained, make_deterministic
 from lape.train.logs import check_services, open_curves, write_log
 from lape.train.losses import classification_loss, distillation_loss
-from lape.train.progress import Progress, Say, silence
+from lape.train.progress import Progress, Say, duration, silence
 from lape.train.schedule import fit_warm_up, remarks
 from lape.train.speed import advice_on_precision, attention_for
 from lape.train.start import build_model, check_warm_start, load_teacher, trainable
@@ -195,10 +194,10 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
                 on_epoch(line)
             if epoch + 1 < recipe.epochs:
                 each = (time.perf_counter() - clock) / (epoch + 1 - first)
-                say(f"About {_duration(each * (recipe.epochs - epoch - 1))} to go")
+                say(f"About {duration(each * (recipe.epochs - epoch - 1))} to go")
 
         seconds = time.perf_counter() - clock
-        say(f"Training time {_duration(seconds)}")
+        say(f"Training time {duration(seconds)}")
         return _result(run, seconds)
 
 
@@ -262,7 +261,8 @@ def _add_gradients(run: Training, images: Any, targets: Tensor, last: bool) -> T
     images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
     if run.mixup is not None:
         images, targets = run.mixup(images, targets)
-    with _exchanging(run.net, last):
+    # processes exchange gradients in the last batch of a step only
+    with nullcontext() if last or not isinstance(run.net, DistributedDataParallel) else run.net.no_sync():
         with autocast(run.recipe.amp, device):
             loss = training_loss(run.net(images), images, targets, run.recipe, run.teacher) / run.plan.parts
         run.state.scaler.scale(loss).backward()
@@ -274,7 +274,9 @@ def _launch_update(run: Training, loss: Tensor, skipped: list[str], epoch: int, 
     state, recipe = run.state, run.recipe
     grad_norm = _gradient_norm(state, run.parameters, recipe.clip_grad)
     numbers = [run.stop.is_set(), len(skipped), run.world.is_main and _save_is_due(run, step)]
-    _name_skipped(skipped)
+    for text in skipped:  # every process names its own
+        print(f"left out: {text}", file=sys.stderr, flush=True)
+    skipped.clear()
     report = mean_over_ranks(torch.stack([loss, grad_norm]), numbers)
     reading = Reading(report)
     state.update(report[:2].isfinite().all(), epoch * run.steps + step + 1 if recipe.model_ema_warmup else None)
@@ -286,10 +288,8 @@ def _account(
 ) -> tuple[bool, bool]:
     """Read the reports of steps and count them: all but the last, so that the device is never waited for.
 
-    All of them `at_once`, or when a step stops the run or saves it: the state is that of the last one then.
-
-    Returns:
-        Whether the run stops; whether a checkpoint is due.
+    All of them `at_once`, or when a step stops the run or saves it: the state is that of the last one then. Returns
+    whether the run stops, and whether a checkpoint is due.
     """
     state, stop, save = run.state, False, False
     while len(launched) > (0 if at_once or stop or save else 1):
@@ -326,7 +326,7 @@ def training_loss(
 
 
 def _mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    if recipe.mixup == 0 and recipe.cutmix == 0 and recipe.cutmix_minmax is None:
+    if not mixes_images(recipe):
         return None
     return Mixup(
         mixup_alpha=recipe.mixup,
@@ -338,11 +338,6 @@ def _mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
         label_smoothing=recipe.smoothing,
         num_classes=num_classes,
     )
-
-
-def _exchanging(net: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Processes exchange gradients in the last batch of a step only."""
-    return net.no_sync() if isinstance(net, DistributedDataParallel) and not last else nullcontext()
 
 
 def _gradient_norm(state: State, parameters: list[nn.Parameter], limit: float | None) -> Tensor:
@@ -365,13 +360,6 @@ def _count_bad_step(run: Training, report: StepReport, where: str) -> None:
             "training stops, the last checkpoint stands; lower --lr, add --clip-grad 1, or use --amp off or bf16"
         )
     run.say(f"Step skipped, it is not finite: {what} ({state.bad_in_row} in a row)")
-
-
-def _name_skipped(skipped: list[str]) -> None:
-    """Every process names its own, on stderr."""
-    for text in skipped:
-        print(f"left out: {text}", file=sys.stderr, flush=True)
-    skipped.clear()
 
 
 def _saves_behind(recipe: Recipe, step: int) -> bool:
@@ -414,7 +402,9 @@ def _prepare(recipe: Recipe, world: World, say: Say) -> Training:
     checkpoint = checkpoint_to_resume(recipe, say)
     agree(checkpoint, world)
     if checkpoint is not None:
-        recipe = _as_it_began(checkpoint, settings_of(checkpoint, recipe))
+        recipe = settings_of(checkpoint, recipe)
+        if "as_original" not in recipe.model_fields_set:  # it goes on with the habits it began with; 0.1.0 had none
+            recipe = recipe.replace(as_original=checkpoint.args.get("as_original", ()))
     recipe = fit_warm_up(recipe, say)
     check_warm_start(recipe, checkpoint)
     data = load_data(recipe, world_size=world.size, device=world.device)
@@ -437,13 +427,6 @@ def _prepare(recipe: Recipe, world: World, say: Say) -> Training:
     net = _parallel(state.model, recipe, world, plan)
     mixup = _mixup(recipe, num_classes)
     return Training(recipe, world, Stop(), say, data, plan, steps, state, net, mixup, teacher, checkpoint)
-
-
-def _as_it_began(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
-    """A run goes on with the habits it began with, unless told otherwise; one of version 0.1.0 had none."""
-    if "as_original" in recipe.model_fields_set:
-        return recipe
-    return recipe.replace(as_original=checkpoint.args.get("as_original", ()))
 
 
 def _check(recipe: Recipe, device: torch.device) -> None:
@@ -599,10 +582,6 @@ def _accuracy_of_best(state: State, data: Data, recipe: Recipe, world: World) ->
         model = copy.deepcopy(model)
         load_reference_state_dict(model, read_checkpoint(path).model)
     return evaluate_data(model, data, recipe, world).acc1
-
-
-def _duration(seconds: float) -> datetime.timedelta:
-    return datetime.timedelta(seconds=int(seconds))
 
 
 def _result(run: Training, seconds: float) -> TrainResult:

@@ -28,10 +28,6 @@ def distillation_loss(student_BC: Tensor, teacher_BC: Tensor, *, kind: str, tau:
 
     hard: cross entropy with the teacher's class. soft: tau^2 / (B C) KL(teacher || student) at temperature tau;
     the mean over B *and* C is that of DeiT's code, C times smaller than the usual batch mean.
-
-    Args:
-        kind: `hard` or `soft`.
-        tau: temperature of the soft loss; the hard one has none.
     """
     if kind == "hard":
         return F.cross_entropy(student_BC, teacher_BC.argmax(dim=1))

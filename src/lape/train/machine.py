@@ -9,22 +9,19 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from lape.data.processes import processors
 from lape.names import VERSION
-
-if TYPE_CHECKING:
-    import torch
-
-    from lape.train.distributed import World
+from lape.train.distributed import World
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def describe_start(world: World) -> dict[str, Any]:
     """Time, command line, commit, versions and hardware of this start."""
-    import torch
-
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -37,11 +34,9 @@ def describe_start(world: World) -> dict[str, Any]:
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Versions, hardware (`device` and its GPU as well, where it is given) and, in a checkout, the commit."""
-    import torch
-
     hardware = {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        "cores": processors(),
         "system": f"{platform.system()} {platform.machine()}",
     }
     if device is not None:
@@ -58,8 +53,6 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numbers."""
-    import torch
-
     installed = {"python": platform.python_version(), "lape": VERSION}  # of the code that runs, whatever is installed
     for name in PACKAGES:
         try:

@@ -27,15 +27,17 @@ def silence(_text: str) -> None:
     """Where the lines of all processes but the first go."""
 
 
+def duration(seconds: float) -> datetime.timedelta:
+    """In whole seconds: hours, minutes and seconds as a text."""
+    return datetime.timedelta(seconds=int(seconds))
+
+
 class Progress:
     """The steps of one epoch.
 
     Args:
         title: what a line starts with.
-        first: the step it begins with; not 0 where a run goes on within an epoch.
-        steps: how many the epoch has.
-        plan: the images of a step.
-        world: whose device's memory is watched.
+        first: the step it begins with, of all `steps`; not 0 where a run goes on within an epoch.
         every: steps between two lines.
         say: where lines go. A bar is drawn only where it is print or tell, and stdout a terminal.
     """
@@ -100,7 +102,7 @@ class Progress:
             return
         step = self.first + self.reports - 1
         if step % self.every == 0 or step == self.steps - 1:
-            eta = datetime.timedelta(seconds=int(each * (self.steps - 1 - step)))
+            eta = duration(each * (self.steps - 1 - step))
             place = f"[{step:{len(str(self.steps))}d}/{self.steps}]"
             self.say(
                 f"{self.title}  {place}  eta: {eta}  {rate}  {losses}  {gradient}  "

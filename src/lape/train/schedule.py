@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from lape.errors import LapeError
 from lape.recipe import Recipe
 from lape.train.progress import Say
-
-if TYPE_CHECKING:
-    from lape.train.state import State
+from lape.train.state import State, set_rate
 
 NEAR = 0.9  # of the peak: as good as reached
 DECAYING = ("cosine", "tanh", "poly")  # those that end at --min-lr
@@ -33,11 +30,8 @@ def fit_warm_up(recipe: Recipe, say: Say, *, given: bool | None = None) -> Recip
 
 
 def remarks(recipe: Recipe, peak: float, state: State) -> list[str]:
-    """What the schedule does that its flags do not lead one to expect; a line each.
-
-    Raises:
-        LapeError: the peak is not finite.
-    """
+    """What the schedule does that its flags do not lead one to expect, a line each. Raises LapeError for a peak that is
+    not finite."""
     if not math.isfinite(peak):
         raise LapeError(f"lr={recipe.lr} scaled by the total batch is {peak}: lower --lr, or use --unscale-lr")
     lines = []
@@ -60,8 +54,6 @@ def remarks(recipe: Recipe, peak: float, state: State) -> list[str]:
 
 def _rates(recipe: Recipe, state: State) -> list[float]:
     """The learning rate of each epoch, from the first on, which is next; the state is left as it was."""
-    from lape.train.state import set_rate
-
     groups = state.optimizer.param_groups
     before, rates = [group["lr"] for group in groups], [groups[0]["lr"]]
     if state.scheduler is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,12 @@ from lape.convert.apply import create_model
 from lape.convert.converted import conversion_of
 from lape.core.position import Grid, Layout, resample, rows_of
 from lape.data.augment import eval_transform
-from lape.errors import CheckpointError, LapeError, check_finite
+from lape.errors import CheckpointError, LapeError, check_finite, reason_of
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import source_grid
 from lape.files.vet import of_file
-from lape.names import nearest
+from lape.names import few, nearest
 from lape.recipe import Recipe
 from lape.train.progress import Say
 
@@ -97,14 +97,13 @@ def build_model(recipe: Recipe, num_classes: int, say: Say = print, classes: Seq
         _train_attention_only(model)
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-    if recipe.distillation_type != "none":
-        if not hasattr(model, "set_distilled_training"):
-            raise LapeError(
-                f"model {recipe.model!r} has no distillation head: use a distilled one, such as "
-                "deit_tiny_distilled_patch16_224, or --distillation-type none"
-            )
-        model.set_distilled_training(True)  # type: ignore[operator]
-    elif "heads" in recipe.as_original and hasattr(model, "set_distilled_training"):
+    distills, has_head = recipe.distillation_type != "none", hasattr(model, "set_distilled_training")
+    if distills and not has_head:
+        raise LapeError(
+            f"model {recipe.model!r} has no distillation head: use a distilled one, such as "
+            "deit_tiny_distilled_patch16_224, or --distillation-type none"
+        )
+    if has_head and (distills or "heads" in recipe.as_original):
         model.set_distilled_training(True)  # type: ignore[operator]
     return model
 
@@ -168,8 +167,8 @@ def load_weights(
         raise CheckpointError(f"{error}{_advice(ours, theirs)}") from None
     by_reason = {reason: [name for name in fresh if reasons[name] == reason] for reason in reasons.values() if reason}
     notes = [
-        *(f"{reason} (start anew): {short(names)}" for reason, names in by_reason.items()),
-        f"left out: {short(foreign)}" if foreign else "",
+        *(f"{reason} (start anew): {few(names, 4)}" for reason, names in by_reason.items()),
+        f"left out: {few(foreign, 4)}" if foreign else "",
         resized,
         moved,
         f"position table resampled from a grid of {grid[0]} x {grid[1]}"
@@ -198,7 +197,7 @@ def _order_head(theirs: dict[str, Tensor], stored: Sequence[str] | None, classes
         return ""
     if set(stored) != set(classes):
         odd = [name for name in classes if name not in stored]
-        return f"the head is that of other classes ({short(odd)} were not among them), as many, and is kept"
+        return f"the head is that of other classes ({few(odd, 4)} were not among them), as many, and is kept"
     order = torch.tensor([list(stored).index(name) for name in classes])
     for name, tensor in theirs.items():
         if name.startswith(("head.", "head_dist.")) and len(tensor) == len(order):
@@ -212,13 +211,12 @@ def _why_anew(name: str, ours: Tensor, theirs: Tensor | None) -> str:
         if theirs is None:
             return "a head that the file lacks"
         return "" if theirs.shape == ours.shape else "a head for another number of classes"
-    if theirs is None and ".pe_norm." in name:
-        return "the norms of position, which the file's join lacks"
-    if theirs is None and name.endswith(".pe_gate"):
-        return "the gates of the warm start, at zero"
-    if theirs is None and ".peg." in name:
-        return "the generator of position, which the file's model lacks"
-    return ""
+    reasons = {
+        ".pe_norm.": "the norms of position, which the file's join lacks",
+        ".pe_gate": "the gates of the warm start, at zero",
+        ".peg.": "the generator of position, which the file's model lacks",
+    }
+    return next((reason for mark, reason in reasons.items() if theirs is None and mark in name), "")
 
 
 def _check_kept_function(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -269,12 +267,6 @@ def _resize_patches(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
     return f"patch embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} pixels"
 
 
-def short(names: Collection[str], most: int = 4) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(list(names)[:most]) + more
-
-
 def trainable(model: nn.Module) -> int:
     """How many parameters learn."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -318,20 +310,13 @@ class Teacher(nn.Module):
 
 
 def load_teacher(
-    recipe: Recipe,
-    num_classes: int,
-    device: torch.device,
-    say: Say = print,
-    classes: Sequence[str] | None = None,
+    recipe: Recipe, num_classes: int, device: torch.device, say: Say = print, classes: Sequence[str] | None = None
 ) -> Teacher | None:
     """The teacher of a recipe. Its normalisation is that of its checkpoint, else that of timm's configuration.
 
-    Its outputs are those of the data's `classes`, by the names that its file stores; it may know more classes.
-
-    Raises:
-        LapeError: unknown name, or a model that cannot see images of this size.
-        CheckpointError: the file is not of that model and these classes.
-        NotFiniteError: its outputs are NaN or infinite.
+    Its outputs are those of the data's `classes`, by the names that its file stores; it may know more classes. Raises
+    LapeError for an unknown name, a file that is not of that model and these classes, images that it cannot see, and
+    outputs that are not finite.
     """
     if recipe.distillation_type == "none":
         return None
@@ -349,7 +334,7 @@ def load_teacher(
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{recipe.teacher_path} is not a {name} with {num_classes} classes ({' '.join(str(error).split())[:300]}): "
+            f"{recipe.teacher_path} is not a {name} with {num_classes} classes ({reason_of(error)[:300]}): "
             "give the teacher's --teacher-model, trained on the same classes"
         ) from None
     transform = eval_transform(recipe)
@@ -383,7 +368,7 @@ def _outputs_of(checkpoint: Checkpoint, classes: Sequence[str] | None) -> list[i
     lacking = [name for name in classes if name not in stored]
     if lacking:
         raise CheckpointError(
-            f"the teacher {checkpoint.path} was trained on other classes, it lacks {short(lacking)}: give one that "
+            f"the teacher {checkpoint.path} was trained on other classes, it lacks {few(lacking, 4)}: give one that "
             "knows the classes of the data"
         )
     return [stored.index(name) for name in classes]

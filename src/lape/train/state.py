@@ -1,8 +1,5 @@
 """What a run carries from step to step, how it is written, and how a run goes on from a file.
 
-**Exact resume.** All of `State` is in `checkpoint.pth`, and nothing random is: each step's randomness is a function of
-(seed, epoch, step, process). So a run that goes on from a file ends with the same bits as one that was never stopped.
-
 **Never without a whole file.** A checkpoint is written beside the old one, synced and renamed; the one before it stays
 as `previous_checkpoint.pth`. `--resume auto` takes the newest whole one of them and names those that are torn.
 """
@@ -32,20 +29,20 @@ from lape.convert.positions import tables_of
 from lape.data.augment import eval_transform
 from lape.data.loaders import BatchPlan, batch_plan
 from lape.data.open import Data
-from lape.errors import CheckpointError, LapeError
+from lape.errors import CheckpointError, LapeError, reason_of
 from lape.files.atomic import remove_left, write_atomically
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.host.timm import NOT_THE_MODEL
-from lape.names import nearest, shown
+from lape.names import few, nearest, shown
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of
 from lape.train.logs import LOG, RUN, TABLE, write_log
 from lape.train.progress import Say
-from lape.train.start import short
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "previous_checkpoint.pth", "best_checkpoint.pth"
 LOCK = ".lock"
+_COUNTS = ("loss_sum", "skipped_steps", "skipped_images", "bad_in_row")  # of the epoch under way
 
 
 @dataclass
@@ -69,11 +66,9 @@ class State:
     on_device: bool = False  # whether the device decides if a step counts; else this process, which waits for it
 
     def update(self, good: Tensor, number: int | None) -> None:
-        """One step of the optimizer and of the average where `good` is true, and nothing where it is not.
+        """One step of the optimizer and of the average where `good` (bool, on the device that decides) is true.
 
-        Args:
-            good: a boolean, on the device that decides.
-            number: of the step, for an average that warms up.
+        `number`: of the step, for an average that warms up.
         """
         if self.on_device:
             optimizer: Any = self.optimizer
@@ -113,9 +108,8 @@ def peak_lr(recipe: Recipe, world_size: int) -> float:
 def check_optimizer(recipe: Recipe, device: torch.device) -> None:
     """Take a step of the optimizer on a few numbers, before any data is read.
 
-    Raises:
-        LapeError: timm has none of this name, or it cannot run here: a package or CUDA is missing, it takes no such
-            arguments, or needs second derivatives (which attention does not give).
+    Raises LapeError where timm has none of this name, or it cannot run here: a package or CUDA is missing, it takes no
+    such arguments, or needs second derivatives (which attention does not give).
     """
     names = [str(name) for name in list_optimizers()]
     if recipe.opt.lower().split("_")[-1] not in names:
@@ -128,8 +122,10 @@ def check_optimizer(recipe: Recipe, device: torch.device) -> None:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
     except Exception as error:  # they raise what they like, from what they are made of
-        text = " ".join(str(error).split())[:160] or type(error).__name__
-        raise LapeError(f"opt={recipe.opt!r} cannot run here ({text}): choose another, such as --opt adamw") from error
+        reason = reason_of(error)[:160]
+        raise LapeError(
+            f"opt={recipe.opt!r} cannot run here ({reason}): choose another, such as --opt adamw"
+        ) from error
 
 
 def initial_state(recipe: Recipe, model: nn.Module, world: World) -> State:
@@ -236,8 +232,7 @@ def _scale_lr_of_position(optimizer: torch.optim.Optimizer, model: nn.Module, sc
 def check_output(recipe: Recipe, checkpoint: Checkpoint | None, at_end: ExitStack) -> None:
     """Make the output folder and hold it until `at_end`.
 
-    Raises:
-        LapeError: it cannot be written, holds another run, or another process is training there.
+    Raises LapeError where it cannot be written, holds another run, or another process is training there.
     """
     if not recipe.output_dir:
         return
@@ -290,10 +285,7 @@ def save(state: State, data: Data, recipe: Recipe, plan: BatchPlan, *, better: b
         "lr_scheduler": state.scheduler.state_dict() if state.scheduler is not None else {},
         "epoch": state.next_epoch - 1,  # the last whole one
         "step": state.next_step,
-        "loss_sum": state.loss_sum,
-        "skipped_steps": state.skipped_steps,
-        "skipped_images": state.skipped_images,
-        "bad_in_row": state.bad_in_row,
+        **{name: getattr(state, name) for name in _COUNTS},
         "images_per_step": plan.total,
         "model_ema": to_reference_state_dict(state.ema.module) if state.ema is not None else None,
         "scaler": state.scaler.state_dict(),
@@ -317,8 +309,7 @@ def save(state: State, data: Data, recipe: Recipe, plan: BatchPlan, *, better: b
 def checkpoint_to_resume(recipe: Recipe, say: Say = print) -> Checkpoint | None:
     """The checkpoint to go on from; `auto` is the newest whole one in `output_dir`, or none in a new folder.
 
-    Raises:
-        CheckpointError: the file is not whole; with `auto`, none of those that are there is.
+    Raises CheckpointError where the file is not whole; with `auto`, where none of those that are there is.
     """
     if recipe.resume != "auto":
         if not recipe.resume:
@@ -329,9 +320,8 @@ def checkpoint_to_resume(recipe: Recipe, say: Say = print) -> Checkpoint | None:
     if not recipe.output_dir:
         raise LapeError("--resume auto looks into the output folder: add --output-dir")
     newest, problems = None, []
-    for path in (Path(recipe.output_dir) / name for name in (CHECKPOINT, PREVIOUS, BEST)):
-        if not path.exists():
-            continue
+    paths = [Path(recipe.output_dir) / name for name in (CHECKPOINT, PREVIOUS, BEST)]
+    for path in filter(Path.exists, paths):
         try:
             candidate = read_checkpoint(path)
             _check_resumable(candidate, recipe)
@@ -376,10 +366,7 @@ def agree(checkpoint: Checkpoint | None, world: World) -> None:
     place = "nothing" if checkpoint is None else "epoch {}, step {}".format(*_place(checkpoint))
     places = all_of(place)
     if len(set(places)) > 1:
-        first = {text: rank for rank, text in reversed(list(enumerate(places)))}
-        differing = ", ".join(
-            f"process {rank} from {text}" for text, rank in sorted(first.items(), key=lambda one: one[1])
-        )
+        differing = ", ".join(f"process {places.index(text)} from {text}" for text in dict.fromkeys(places))
         raise LapeError(
             f"the processes would go on from different places ({differing}; this one, {world.rank}: "
             f"{checkpoint.path if checkpoint else 'no checkpoint'}): --output-dir and --resume must name a folder that "
@@ -387,18 +374,17 @@ def agree(checkpoint: Checkpoint | None, world: World) -> None:
         )
 
 
-def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan, say: Say = print) -> None:
-    """Put a run back to where a checkpoint of this project was written.
+def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan, say: Say) -> None:
+    """Put a run back to where a checkpoint of this project (`checkpoint_to_resume`) was written.
 
     State comes from the file. Settings (learning rate, schedule, weight decay, ...) are those of `recipe`; when they
     differ from the file's, one line says so.
 
     Raises:
-        CheckpointError: the file holds weights only, or does not fit the model.
-        LapeError: its run has finished, was stopped within an epoch of steps of another size, or had another optimizer.
+        CheckpointError: the file does not fit the model.
+        LapeError: its run has finished, or was stopped within an epoch of steps of another size.
     """
     raw = checkpoint.raw
-    _check_resumable(checkpoint, recipe)
     if raw["epoch"] + 1 >= recipe.epochs and recipe.resume != "auto":
         raise LapeError(
             f"{checkpoint.path} has finished epoch {raw['epoch'] + 1} of {recipe.epochs}: raise --epochs, or use --eval"
@@ -416,8 +402,8 @@ def resume(state: State, checkpoint: Checkpoint, recipe: Recipe, plan: BatchPlan
     if state.scaler.is_enabled() and raw.get("scaler"):
         state.scaler.load_state_dict(raw["scaler"])
     state.begin_epoch(raw["epoch"] + 1)
-    state.next_step, state.loss_sum = step, raw.get("loss_sum", 0.0)
-    for name in ("skipped_steps", "skipped_images", "bad_in_row"):
+    state.next_step = step
+    for name in _COUNTS:
         setattr(state, name, raw.get(name, 0))
     set_rate(state, recipe, state.next_epoch)
     state.best_accuracy = raw.get("max_accuracy", state.best_accuracy)
@@ -481,7 +467,7 @@ def _resume_optimizer(state: State, checkpoint: Checkpoint) -> None:
         odd = sorted(set(their_names) ^ set(our_names))
         raise CheckpointError(
             f"the optimizer of {checkpoint.path} has {len(their_numbers)} parameters, this run trains {len(our_names)}"
-            f"{f' (differing: {short(odd)})' if odd else ''}: use its flags, or start from it with --finetune"
+            f"{f' (differing: {few(odd, 4)})' if odd else ''}: use its flags, or start from it with --finetune"
         )
     number_of = dict(zip(their_names, their_numbers, strict=True))
     states = {
@@ -522,10 +508,8 @@ def _examples(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     try:
         with torch.random.fork_rng():
             vars(twin).update(copy.deepcopy({k: v for k, v in own.items() if not isinstance(v, torch.optim.Optimizer)}))
-            twin.state, twin.param_groups = (
-                defaultdict(dict),
-                copy.deepcopy([{**group, "params": []} for group in optimizer.param_groups]),
-            )
+            twin.state = defaultdict(dict)
+            twin.param_groups = copy.deepcopy([{**group, "params": []} for group in optimizer.param_groups])
             for group, parameters in zip(twin.param_groups, tried, strict=True):
                 group["params"] = list(parameters.values())
                 for parameter in group["params"]:

@@ -22,7 +22,7 @@ from torch import nn
 from lape.convert.converted import conversions
 from lape.convert.positions import Size, describe
 from lape.errors import LapeError, needs
-from lape.files.atomic import check_outputs, write_text
+from lape.files.atomic import check_outputs, write_content
 from lape.files.read import read_checkpoint
 from lape.look.explorer.card import Card
 from lape.look.explorer.pack import halve_frames
@@ -85,7 +85,7 @@ def explore(
 
     cards = [Card(name, *open_model(source), images, size) for name, source in sources.items()]
     page = page_text(title, cards, intro, budget)
-    write_text(target, page)
+    write_content(target, page)
     return target
 
 
