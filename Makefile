@@ -1,7 +1,7 @@
 # What CI does, by hand. Needs nothing but Python and make; `make venv` installs the rest into .venv.
 PYTHON ?= python3
 BIN ?= .venv/bin
-SIDE_BY_SIDE := -n 3 --dist loadfile
+SIDE_BY_SIDE := -n 2 --dist loadfile
 OLDEST := 'torch==2.6.*' 'torchvision==0.21.*' 'timm==1.0.31' 'transformers==4.49.*' 'numpy==1.26.*'
 CORE := tests/test_convert.py tests/test_hosts.py tests/test_checkpoint.py tests/test_reference.py tests/test_correlation.py
 
@@ -15,7 +15,7 @@ fast:  ## a test of everything
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow"
 
 full:  ## every test
-	$(BIN)/pytest $(SIDE_BY_SIDE)
+	$(BIN)/pytest -n 3 --dist loadfile  # some wait for other processes
 
 lint:
 	$(BIN)/ruff check .

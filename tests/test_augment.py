@@ -256,8 +256,7 @@ def test_any_interpolation_works_without_a_policy():
 
 
 # -- posterize ---------------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 def test_default_policy_survives_20000_images():
     """Pillow 13 raises on the 0 bits that timm asks for about once in 800 images; earlier ones return black."""
     random.seed(0)

@@ -95,6 +95,7 @@ def test_the_stem_quarters_the_image():
     assert torch.allclose(embed(x), F.conv2d(y, embed.proj.weight, embed.proj.bias, stride=4).flatten(2).mT, atol=1e-5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
 def test_every_join_and_kind(join, pe, tmp_path):
     model, original = make(), make()

@@ -255,6 +255,7 @@ def test_every_field_of_the_original_is_tried() -> None:
     assert tried == (set(Recipe.model_fields) - ours - {"eval"}) | (set(OF_THE_ORIGINAL) - {"resplit"})
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("flags", "wanted"), LINES, ids=[flags for flags, _ in LINES])
 def test_flags_of_the_original(flags: str, wanted: str, trained: list[Recipe]) -> None:
     expected = eval(f"dict({wanted})")

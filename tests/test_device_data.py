@@ -245,6 +245,7 @@ def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("fields", "size"),
     [
@@ -324,6 +325,7 @@ def test_plain_digits_train_to_the_same_bits_on_both_paths():
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_to_the_same_bits(tmp_path):
     settings = {**ROUNDS, "mixup": 0.8, "cutmix": 1.0, "epochs": 2, "batch_size": 128, "data_on_device": True}
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -70,6 +70,7 @@ def checkpoint(tmp_path_factory) -> str:
     return str(out / CHECKPOINT)
 
 
+@pytest.mark.matrix
 @LINUX
 @pytest.mark.parametrize("what", ["training", "its evaluation", "an evaluation", "reading once"])
 @pytest.mark.parametrize("fault", FAULTS)

@@ -86,6 +86,7 @@ def written_out(model: torch.nn.Module, original: torch.nn.Module, host: str) ->
     return twin
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("host", HOSTS)
 def test_five_equalities(host, tmp_path):
     model, original = make(host), make(host)

@@ -44,6 +44,7 @@ def make(name: str) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", FAMILIES)
 def test_converted_is_the_formula_folded_loaded_and_removed_is_the_original(name, tmp_path):
     rows, bare = FAMILIES[name][3:]

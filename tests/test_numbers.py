@@ -241,6 +241,7 @@ def test_what_is_assumed_of_deep_images_is_said(tmp_path, capsys):
     assert capsys.readouterr().err == f"{files[0]}: {assumption(files[0])}; said of the first such image\n"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 @pytest.mark.parametrize("size", [(1, 60000), (60000, 1), (3, 3001)])
 def test_a_strip_that_would_fill_the_memory_is_named_everywhere(tmp_path, capsys, size, suffix):
@@ -341,6 +342,7 @@ LOW, FALLS = "is below --min-lr", "the warm-up falls"
 NEVER = "the learning rate does not decay"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("changes", "highest", "lines"),
     [

@@ -284,6 +284,7 @@ def test_other_kinds_of_files_are_read_by_pillow(tmp_path):
             np.testing.assert_array_equal(levels.squeeze(0).numpy() if chans == 1 else levels.permute(1, 2, 0), wanted)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_training_ends_with_the_same_bits(folder, tmp_path):
     fields = {"data_path": str(folder), "decode": "fast", "input_size": 36, "batch_size": 4, "epochs": 2}
     fields |= {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.5, "resume": "auto", "mixup": 0.0, "cutmix": 0.0}

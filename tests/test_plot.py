@@ -374,6 +374,7 @@ def test_names_of_the_original() -> None:
     assert deit_named(None) is None
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize("pe", ["learnable", "2D_sin", "2D_RPE"])
 def test_the_original_command_draws_bare_weights(tmp_path: Path, pe: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,7 @@ def make(**kwargs) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("join", "pe", "extra"), CASES, ids=str)
 def test_five_equalities(join, pe, extra, tmp_path):
     """written out = converted = folded = saved and loaded; removed = original, bit for bit."""

@@ -256,6 +256,7 @@ def test_a_model_that_no_host_knows_is_left_as_it_is(tmp_path):
         lape.create_model("resnet10t", "basic", "learnable", img_size=32)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("model", "pe"), [(ROPE, "own"), ("vit_tiny_patch16_224", "PEG"), ("vit_tiny_patch16_224", "own")]
 )

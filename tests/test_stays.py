@@ -64,6 +64,7 @@ every_join = pytest.mark.parametrize(("join", "pe"), JOINS)
 # ------------------------------------------------------------------------------------------- keys, classes, attributes
 
 
+@pytest.mark.matrix
 @every_library
 @every_join
 def test_classes_names_and_order_are_the_hosts(library, join, pe):
@@ -334,6 +335,7 @@ def test_a_forward_that_was_replaced_before_is_refused():
 # ------------------------------------------------------------------------------------------------- graphs
 
 
+@pytest.mark.matrix
 @every_join
 def test_graphs_of_torch(join, pe, x):
     from torchvision.models.feature_extraction import create_feature_extractor

@@ -166,6 +166,7 @@ def test_the_images_are_those_of_the_folder(folder, tmp_path, form):
     assert found.name == f"{tmp_path}, {files} {counts}"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("form", ["parquet", "arrow", "samples"])
 @pytest.mark.parametrize("decode", ["exact", "fast"])
 def test_batches_of_processes_and_within_an_epoch_are_those_of_the_folder(folder, tmp_path, form, decode, monkeypatch):

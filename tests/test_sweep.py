@@ -208,6 +208,7 @@ def test_a_summary_of_a_model_that_is_never_right_has_no_shares() -> None:
     assert [e["relative"] for e in summary_of([often])] == [1.0] * 4
 
 
+@pytest.mark.slow
 def test_checkpoints_that_differ_in_their_seed_are_one_model_with_an_interval(trained, capsys) -> None:
     from scipy.stats import t
 

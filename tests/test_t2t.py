@@ -145,6 +145,7 @@ def test_its_own_position_is_the_frozen_sinusoid():
         lape.apply_(model, "unshare")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
 def test_every_join_and_kind(join, pe, tmp_path):
     model, original = make(), make()

@@ -92,6 +92,7 @@ def test_arguments_that_fetch_write_or_grow_are_refused_by_name(folder, asked, t
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "entries",
     [

@@ -26,6 +26,7 @@ SMALL = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("join", ["LaPE", "LaPE-sharing"])
 @pytest.mark.parametrize("pe_norm", PE_NORMS)
 def test_each_row_of_table_8_is_its_equation(join, pe_norm, tmp_path):
