@@ -208,7 +208,7 @@ def test_tables_are_written_from_the_files_that_the_scripts_write(tmp_path, monk
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     for name, arguments in {
-        "original_style": [*tiny, "--product", "32"],
+        "original_style": [*tiny, "--product", "32", "--eager"],
         "joins": [*tiny, "--only", "eager"],
         "chain_cost": ["--tiny", "--rounds", "3", "--device", "cpu"],
     }.items():
