@@ -58,7 +58,9 @@ class Process:
     def communicate(self) -> tuple[str, str]:
         """Wait for its end; what it wrote to stdout and stderr."""
         self._process.join(LIMIT)
-        assert self.returncode is not None, f"{self.pid} hangs: {self.output} {self.errors}"
+        if self.returncode is None:
+            all_end(self.pid, 0.0)
+            raise AssertionError(f"{self.pid} hangs: {self.output} {self.errors}")
         return self.output, self.errors
 
 
@@ -66,6 +68,9 @@ def _call(
     out: Path, err: Path, variables: dict[str, str], target: Callable[..., object], args: Sequence[object]
 ) -> None:
     os.setsid()
+    for number in (signal.SIGHUP, signal.SIGTERM):  # a shell in the background, and nohup, have some ignored
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(variables)
     for stream, path in ((sys.stdout, out), (sys.stderr, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
