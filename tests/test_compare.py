@@ -318,6 +318,20 @@ def test_presets_are_the_papers_tables(preset: Any, rows: int, left_out: int) ->
     assert with_preset(CompareOptions(output_dir="x", preset=preset, joins=("share",))).joins == ("share",)
 
 
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"sizes": ("12", "13")}, "input size 13 x 13 is not divisible"),
+        ({"sizes": ("12x10",)}, "input size 10 x 10 is not divisible"),
+        ({"preset": "rivals", "pes": ("PEG",)}, "rows of its own: leave pes=.'PEG'. out"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_the_trainings(tmp_path: Path, asked: dict, text: str) -> None:
+    with pytest.raises(LapeError, match=text):
+        compare(TINY, options(tmp_path / "o", seeds=(0,), workers=1, **asked))
+    assert not (tmp_path / "o").exists()
+
+
 def test_cells_of_starts_and_norms_are_kept_apart(tmp_path: Path) -> None:
     found = compare(
         TINY, options(tmp_path, joins=("basic", "LaPE"), pe_stds=(1.0,), pe_norms=("norm",), seeds=(0,), workers=1)

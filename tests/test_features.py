@@ -177,7 +177,9 @@ def test_a_probe_leaves_the_model_as_it_was() -> None:
 
 
 def test_wrong_use_is_one_line() -> None:
-    model = lape.create_model("vit_tiny_patch16_224", "LaPE", **SMALL)
+    model, lost = (lape.create_model("vit_tiny_patch16_224", "LaPE", **SMALL) for _ in range(2))
+    with torch.no_grad():
+        lost.blocks[1].mlp.fc1.bias[0] = math.nan
     for call, text in (
         (lambda: probe(model, photos(3)), "4 or more"),
         (lambda: probe(model, photos()[0]), "4 or more"),
@@ -185,6 +187,10 @@ def test_wrong_use_is_one_line() -> None:
         (lambda: probe(nn.Linear(3, 3), photos()), "cannot be probed"),
         (lambda: debias_(model, photos(), depth=3), "choose 0 to 2"),
         (lambda: debias_(model, photos(1)), "2 or more"),
+        (lambda: debias_(model, photos(), energy=2.0), "energy=2.0"),
+        (lambda: probe(model, photos() * math.nan), "the images are not finite"),
+        (lambda: probe(lost, photos()), "the patch tokens at depth 2 are not finite"),
+        (lambda: debias_(lost, photos()), "the patch tokens at depth 2 are not finite"),
     ):
         with pytest.raises(lape.LapeError, match=text) as caught:
             call()

@@ -15,7 +15,7 @@ from lape.convert.positions import positions
 from lape.data.changes import CORRUPTIONS, occluded, shifted, shuffled
 from lape.errors import LapeError
 from lape.study.options import SweepOptions
-from lape.study.sweep import conditions_of, size_named, summary_of
+from lape.study.sweep import Outcome, conditions_of, draw, size_named, summary_of
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.loop import train
 
@@ -188,6 +188,7 @@ def test_the_table_of_changes(trained, capsys) -> None:
         (["--corruptions", "snow"], "snow"),
         (["--plot", "x.gif", "--sizes", "12"], ".png"),
         (["--decode", "fast", "--shift", "1"], "fast"),
+        (["--plot", "x.png"], "nothing to draw"),
     ],
 )
 def test_wrong_use_is_one_line(trained, capsys, words, text) -> None:
@@ -197,9 +198,41 @@ def test_wrong_use_is_one_line(trained, capsys, words, text) -> None:
     assert text in error
 
 
-def test_a_summary_of_a_model_that_is_never_right_has_no_shares() -> None:
-    from lape.study.sweep import Outcome
+def test_a_checkpoint_has_one_name_and_what_is_done_is_kept(trained, tmp_path, capsys) -> None:
+    (tmp_path / "link.pth").symlink_to(trained / "lape" / "checkpoint.pth")
+    twice = ["eval", str(trained / "lape" / "checkpoint.pth"), str(tmp_path / "link.pth"), "--sizes", "12"]
+    assert run(app, [*twice, "--device", "cpu"]) == 2
+    assert "given twice" in capsys.readouterr().err
+    model = lape.load(trained / "lape" / "checkpoint.pth")
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    lape.save(model, tmp_path / "lost")
+    paths = [twice[1], str(tmp_path / "lost")]
+    words = ["--sizes", "12", "--json", str(tmp_path / "o.json"), "--device", "cpu", "--num-workers", "0"]
+    assert run(app, ["eval", *paths, *words]) == 2
+    assert "NaN or infinite" in capsys.readouterr().err
+    assert [m["checkpoints"] for m in json.loads((tmp_path / "o.json").read_text())["models"]] == [paths[:1]]
 
+
+@pytest.mark.parametrize("letters", [8, 24, 48])
+@pytest.mark.parametrize("count", [2, 9])
+def test_the_legend_is_within_the_figure_and_sizes_of_as_many_pixels_are_named(letters: int, count: int) -> None:
+    outcome = partial(Outcome, level=None, transform="", acc5=90.0, loss=1.0, count=3)
+    trainings = [
+        [
+            outcome("clean", "clean", size=(8, 8), acc1=50.0 + n),
+            *(outcome("size", "x", size=size, acc1=40.0 + n) for size in ((12, 12), (8, 12), (12, 8))),
+        ]
+        for n in range(count)
+    ]
+    figure = draw({f"{n}" * letters: [training] for n, training in enumerate(trainings)}, 8)
+    figure.canvas.draw()
+    box, width = figure.legends[0].get_window_extent(), figure.bbox.width
+    assert (box.x0, box.x1) == (max(box.x0, 0), min(box.x1, width))
+    assert "8x12, 12x8" in [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_a_summary_of_a_model_that_is_never_right_has_no_shares() -> None:
     blank = partial(Outcome, level=None, size=(8, 8), transform="", acc1=0.0, acc5=0.0, loss=1.0, count=3)
     assert [e["relative"] for e in summary_of([[blank("clean", "clean"), blank("shift", "shifted")]])] == [None, None]
     never = [blank("clean", "clean"), blank("shift", "shifted"), blank("occlusion", "occluded")]

@@ -183,7 +183,7 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
         if kwargs.get("pretrained"):
             raise LapeError(
                 f"the pretrained weights of {name!r} cannot be had ({' '.join(str(error).split())[:160]}): look at the "
-                "network, or give a file with --finetune"
+                "network, or give a file that is here"
             ) from error
         if "pretrained tag" not in str(error):
             raise

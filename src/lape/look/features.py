@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lape.core.position import Grid
-from lape.errors import LapeError
+from lape.errors import LapeError, check_finite
 from lape.look.measures import effective_rank
 from lape.look.probe import fit_places, places
 from lape.look.similarity import squared_distances
@@ -98,10 +98,7 @@ def probe(model: nn.Module, images_BCHW: Tensor, *, ridge: float = 1e-3, energy:
 
     Raises LapeError: too few images, a model whose blocks are not found or whose tokens are no one grid.
     """
-    if images_BCHW.ndim != 4 or len(images_BCHW) < 4:
-        raise LapeError(f"{tuple(images_BCHW.shape)} images: a probe needs 4 or more, half to fit and half to test")
-    if not 0 < energy <= 1:
-        raise LapeError(f"energy={energy} is no share of a variance: give a number above 0, at most 1")
+    _check(images_BCHW, 4, "a probe fits on half of them and tests on half", energy)
     watch, half = Watch(model, images_BCHW), len(images_BCHW) // 2
     fit, test = images_BCHW[:half], images_BCHW[half:]
     grams, means, within = _sums(watch, fit)
@@ -120,14 +117,23 @@ def probe(model: nn.Module, images_BCHW: Tensor, *, ridge: float = 1e-3, energy:
     return Features(watch.grid, len(images_BCHW), plain, without, subspaces)
 
 
+def _check(images_BCHW: Tensor, least: int, why: str, energy: float) -> None:
+    """Raises LapeError for what is no batch of images, and for a share that is none."""
+    shape = tuple(images_BCHW.shape)
+    if len(shape) != 4 or shape[0] < least:
+        raise LapeError(f"images of shape {shape}: give (B, C, height, width) with B {least} or more, {why}")
+    check_finite(images_BCHW, "the images")
+    if not 0 < energy <= 1:
+        raise LapeError(f"energy={energy} is no share of a variance: give a number above 0, at most 1")
+
+
 def debias_(model: nn.Module, images_BCHW: Tensor, *, depth: int = -1, energy: float = ENERGY) -> RemovableHandle:
     """Takes the position subspace out of the patch tokens of a depth (-1: the last), in every forward from now on.
 
     The directions are those of `probe`, fitted on all of these images. Nothing in the model changes but a hook:
     `.remove()` on what is returned undoes it. `lape.save` does not store it. Raises what `probe` does.
     """
-    if len(images_BCHW) < 2:
-        raise LapeError(f"{len(images_BCHW)} image(s): what stays in a mean needs 2 or more")
+    _check(images_BCHW, 2, "a mean is of several", energy)
     watch = Watch(model, images_BCHW)
     depths = len(watch.blocks) + 1
     if not -depths <= depth < depths:
@@ -170,6 +176,8 @@ def _sums(watch: Watch, images_BCHW: Tensor) -> tuple[list[tuple[Tensor, Tensor]
                 sums.append(new)
             else:
                 sums[depth] = [a + b for a, b in zip(sums[depth], new, strict=True)]
+    for depth, (*_, tokens_nD) in enumerate(sums):
+        check_finite(tokens_nD, f"the patch tokens at depth {depth}")
     count = len(images_BCHW)
     means = [s[2] / count for s in sums]
     squares = [s[0].diagonal()[:-1].sum() - count * m.square().sum() for s, m in zip(sums, means, strict=True)]

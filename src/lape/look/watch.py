@@ -57,7 +57,8 @@ class Watch:
         self.patches = slice(self.num_prefix, self.num_prefix + self.grid[0] * self.grid[1])
         if self.num_prefix != prefix and (prefix is not None or not 0 <= self.num_prefix <= MOST_PREFIX):
             raise UnsupportedModelError(
-                f"{count} tokens are no grid of an image of {height} x {width} pixels: give another size"
+                f"{count} tokens are no grid of an image of {height} x {width} pixels: give another size, or a "
+                "Vision Transformer"
             )
         sides = ((height // self.grid[0], -2), (width // self.grid[1], -1))
         self.steps = [step for step, side in zip(sides, self.grid, strict=True) if side > 1]

@@ -63,6 +63,7 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     check_figures()
     variants, meaningless = combinations(recipe, rows)
     recipes = dict.fromkeys(variants, recipe) | _rivals(recipe, options, variants)
+    _check_sizes(recipes, options)
     folder = _writable(Path(options.output_dir))
     plan = [
         variant.recipe(one).replace(seed=seed, **ALONE)
@@ -129,6 +130,10 @@ def _asked_for(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant])
     conditions_of(options, (recipe.input_size,) * 2, (1, 1))
     models = options.models or (recipe.model,)
     if options.preset == "rivals" and not rows:
+        usual = CompareOptions(output_dir=options.output_dir)
+        for name in ("joins", "pes", "pe_norms", "pe_stds"):
+            if getattr(options, name) != getattr(usual, name):
+                raise LapeError(f"preset='rivals' has rows of its own: leave {name}={list(getattr(options, name))} out")
         rows = [Variant(model, *row) for model in models for row in RIVALS]
     rows = rows or rows_of(models, pes, joins, norms or (None,), options.pe_stds or (None,))
     for name, place in (("pe_norms", "pe_norm"), ("pe_stds", "pe_std")):
@@ -282,6 +287,19 @@ def _rivals(recipe: Recipe, options: CompareOptions, variants: Sequence[Variant]
         if row in variants:
             raise LapeError(f"{row.model} is a model and a rival with pe='own': leave it out of one")
     return dict.fromkeys(rows, recipe)
+
+
+def _check_sizes(recipes: Mapping[Variant, Recipe], options: CompareOptions) -> None:
+    """Raises LapeError, before anything is trained, for a size that a model of the comparison does not take."""
+    from lape.host.base import without_values
+    from lape.train.start import build_model
+
+    for variant, recipe in recipes.items():
+        sizes = {condition.size for condition in conditions_of(options, (recipe.input_size,) * 2, (1, 1))}
+        for side in sorted({side for size in sizes for side in size} - {recipe.input_size}):
+            at = variant.recipe(recipe).replace(finetune="", input_size=side)
+            with without_values():
+                build_model(at, num_classes=1, say=lambda _text: None)
 
 
 def _gpus(recipe: Recipe) -> list[str]:

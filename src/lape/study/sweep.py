@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -194,7 +195,9 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
     Checkpoints that differ in their seed alone are one model, of which means and intervals are told.
     """
     check_writable(options.json, options.plot, [*paths, recipe.data_path])
-    if len(set(paths)) != len(paths):
+    if options.plot is not None and not options.asked:
+        raise LapeError(NO_FIGURE)
+    if len({Path(path).resolve() for path in paths}) != len(paths):
         raise LapeError(f"a checkpoint was given twice among {', '.join(paths)}: give each once")
     opened = {path: _opened(recipe.replace(resume=path)) for path in paths}
     sizes = {trained for _, _, trained in opened.values()}
@@ -209,7 +212,25 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
         print(f"{path}:")
         models.setdefault(name, []).append(evaluate_at(checkpoint, settings, options))
         members.setdefault(name, []).append(path)
-    tables: list[dict[str, Any]] = [
+        results: dict[str, Any] = {
+            "made_by": "lape eval",
+            "training_size": max(sizes),
+            "models": _tables(models, members),
+        }
+        if options.json is not None:  # after each: the next one may fail, or be interrupted
+            write_content(options.json, json.dumps(results, indent=1) + "\n")
+    for model in results["models"]:
+        several = len(model["checkpoints"])
+        heading = "" if len(paths) == 1 else f"{model['name']}, {several} checkpoint{'s' * (several > 1)}"
+        print("\n".join(["", *filter(None, [heading]), *plain_table(rows_of(model["summary"]))]))
+    if options.plot is not None:
+        write_figure(draw(models, max(sizes)), options.plot)
+    return results
+
+
+def _tables(models: Mapping[str, list[list[Outcome]]], members: Mapping[str, list[str]]) -> list[dict[str, Any]]:
+    """What the JSON file holds of each model."""
+    return [
         {
             "name": name,
             "checkpoints": members[name],
@@ -218,16 +239,6 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
         }
         for name, trainings in models.items()
     ]
-    for model in tables:
-        several = len(model["checkpoints"])
-        heading = "" if len(paths) == 1 else f"{model['name']}, {several} checkpoint{'s' * (several > 1)}"
-        print("\n".join(["", *filter(None, [heading]), *plain_table(rows_of(model["summary"]))]))
-    results = {"made_by": "lape eval", "training_size": max(sizes), "models": tables}
-    if options.json is not None:
-        write_content(options.json, json.dumps(results, indent=1) + "\n")
-    if options.plot is not None:
-        write_figure(draw(models, max(sizes)), options.plot)
-    return results
 
 
 def _opened(recipe: Recipe) -> tuple[Checkpoint, Recipe, int]:
@@ -289,6 +300,9 @@ def rows_of(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [row[:3] + row[4:] for row in rows] if summary[0]["n"] == 1 else rows
 
 
+NO_FIGURE = "nothing to draw but one number: give --sizes or a change, or leave --plot out"
+
+
 def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) -> Figure:
     """Accuracy over size with the training size marked, and what changes leave of the clean accuracy.
 
@@ -303,7 +317,7 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
     sizes = [o for o in first if o.kind in (CLEAN, "size")]
     shown = [len(sizes) > 1, bool(names)]
     if not any(shown):
-        raise LapeError("nothing to draw but one number: give --sizes or a change, or leave --plot out")
+        raise LapeError(NO_FIGURE)
     figure = Figure(figsize=(1.0 + 4.6 * sum(shown), 4.2), layout="constrained")
     panels = iter(figure.subplots(1, sum(shown), squeeze=False)[0])
     colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(models)}
@@ -314,8 +328,11 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
             bands = len(models) <= len(SERIES)  # of more, they would hide each other
             _draw_sizes(axes, name, trainings, colours[name], MARKERS[place % len(MARKERS)], bands)
         axes.axvline(training_size, color="0.5", linestyle=":", linewidth=1)
-        names_at = {side_of(o.size): name_of(o.size) for o in sizes if o.size[0] != o.size[1]}
-        for side, text in {**names_at, training_size: "training size"}.items():
+        names_at: dict[float, list[str]] = {training_size: ["training size"]}
+        for outcome in sizes:
+            if outcome.size[0] != outcome.size[1]:
+                names_at.setdefault(side_of(outcome.size), []).append(name_of(outcome.size))
+        for side, text in {side: ", ".join(names) for side, names in names_at.items()}.items():
             how: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right"}
             axes.annotate(text, (side, 0.02), fontsize=7.5, color="0.4", **how)
         axes.set_xlabel("image size, square root of the pixels", fontsize=9)
@@ -336,7 +353,8 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    wide = min(len(labels), 2 * sum(shown))
+    inches = 0.6 + 0.075 * max(map(len, labels))  # of an entry: its line and its letters
+    wide = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
     figure.legend(handles, labels, loc="outside lower center", ncols=wide, frameon=False, fontsize=8.5)
     return figure
 
@@ -359,7 +377,7 @@ def _draw_sizes(
         axes.fill_between([size[0] for size in square], low, high, color=colour, alpha=0.15, linewidth=0)
     for size in by_size:
         if size not in square:
-            axes.plot(side_of(size), statistics.fmean(by_size[size]), "D", ms=5, color=colour, fillstyle="none")
+            axes.plot(side_of(size), statistics.fmean(by_size[size]), marker, ms=6, color=colour, fillstyle="none")
 
 
 def side_of(size: Size) -> float:
