@@ -1,7 +1,7 @@
 """What is watched while a model looks at images: attention, token statistics, probes; for every host."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 import lape
 from lape.look.probe import attention, attention_distance, last_norm, rollout, token_and_position, where_am_i
+from lape.look.watch import _Weights
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 4}
 
@@ -44,6 +45,16 @@ def test_attention_is_what_the_blocks_compute(pe: str, fused: bool) -> None:
     for layer, (block, x) in enumerate(zip(model.blocks, given, strict=True)):
         q, k, _ = block.attn.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
         assert torch.allclose(found[layer], (q @ k.mT / 4 + bias[layer]).softmax(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.eye(5, dtype=torch.bool)}])
+def test_weights_are_those_that_torch_attends_with(how: dict[str, Any]) -> None:
+    """Also of queries that share keys: their product with the values is what torch's attention gives."""
+    seen: list[torch.Tensor] = []
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    with _Weights(seen.append):
+        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **how)
+    torch.testing.assert_close(seen[0] @ value.repeat_interleave(2, dim=1), out, rtol=1e-5, atol=1e-5)
 
 
 def test_watching_changes_nothing() -> None:
