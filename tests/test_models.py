@@ -327,7 +327,7 @@ def test_methods_of_timm():
 
 def test_stochastic_depth_grows_linearly_and_dropout_is_the_published():
     model = timm.create_model("cct_7_3x1_32")
-    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.blocks]
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
     assert rates == pytest.approx([0.1 * i / 6 for i in range(7)])
     assert {block.attn.attn_drop.p for block in model.blocks} == {0.1}
     assert set(SIZES) == {2, 4, 6, 7, 14}
@@ -357,3 +357,21 @@ def test_the_name_of_a_family_gets_a_hint():
     for family in ("cvt", "cct", "ceit", "vit_lite", "t2t_vit"):
         with pytest.raises(lape.LapeError, match=f"did you mean '{family}"):
             lape.create_model(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_timm_offers_for_its_vision_transformer(family, tmp_path):
+    """Features of every block, registers, images of any size; and a sine table is kept as one."""
+    model = make(family, pos_embed="sine", reg_tokens=2, dynamic_img_size=True)
+    x = image(model)
+    final, maps = model.forward_intermediates(x)
+    assert torch.equal(final, model.forward_features(x))
+    assert [tuple(m.shape[1:]) for m in maps] == [(32, *model.patch_embed.grid_size)] * 3
+    assert (model.own_pe, model.pos_embed.requires_grad) == ("1D_sin", False)
+    lape.apply_(model)
+    loaded = lape.load(lape.save(model, tmp_path / "model"))
+    larger = torch.randn(1, 3, *(2 * side for side in model.patch_embed.img_size))
+    assert torch.equal(loaded(larger), model(larger))
+    assert lape.describe(loaded).pe == "1D_sin"
+    features = timm.create_model(FAMILIES[family], features_only=True, out_indices=1, **TINY)
+    assert len(features(torch.randn(1, 3, 16, 16))) == 1

@@ -85,7 +85,7 @@ def pooling(root: nn.Module) -> dict[str, Any]:
 
     Where `fc_norm` does the work, `norm` is an Identity: then no norm stands between the blocks and the pooling.
     """
-    averages = getattr(root, "global_pool", "token") in ("avg", "avgmax", "max")
+    averages = getattr(root, "global_pool", "token") in ("avg", "avgmax", "max") or hasattr(root, "seq_pool")
     pooled = averages and not (getattr(root, "pool_include_prefix", False) and root.num_prefix_tokens)
     norm = root._modules.get("norm")
     return {"pooled": pooled, "last_norm": None if norm is None or isinstance(norm, nn.Identity) else "norm"}
@@ -125,6 +125,7 @@ def current(root: nn.Module) -> dict[str, Any]:
         "class_token": _at(root, "cls_token") is not None,
         "depth": len(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None,
         "fc_norm": isinstance(_at(root, "fc_norm"), nn.LayerNorm),
+        "pos_embed": _at(root, "pos_embed_argument"),
         "pre_norm": not isinstance(_at(root, "norm_pre"), nn.Identity),
     }
     arguments = {parameter.name for parameter in of_constructors(type(root).__mro__)}
@@ -226,10 +227,12 @@ Fields = dict[str, Any]
 def _host(name: str, module: str, root: str, blocks: str, read: Callable[[Any], Fields], resizes: bool = False) -> Host:
     """One family: `read(root)` gives the fields in which it is not as the plain ones are, and `blocks` elsewhere.
 
-    Modules are those of `timm.models` or, as the name begins, `lape.models`. With `resizes` it has `set_input_size`.
+    Modules are those of `timm.models`, blocks of another library have their full names. With `resizes` it has
+    `set_input_size`.
     """
-    models = f"{name.split()[0]}.models"
-    allowed = tuple(f"{models}.{block if '.' in block else f'{module}.{block}'}" for block in blocks.split())
+    models = "timm.models"
+    homes = {0: f"{models}.{module}.", 1: f"{models}."}  # by the dots in a block's name
+    allowed = tuple(homes.get(block.count("."), "") + block for block in blocks.split())
     refused = {f"{models}.{block}": reason for block, reason in _REFUSED.get(name, {}).items()}
 
     def examine(root: nn.Module) -> Anatomy:
@@ -251,7 +254,7 @@ _RELPOS = "vision_transformer_relpos"
 _NOTES = {
     "timm VisionTransformer": (
         "plain, DeiT, distilled, DeiT-III, registers, LayerScale, class token or pooled, behind a CNN (hybrid), "
-        "several attentions side by side"
+        "several attentions side by side; the models of lape.models (ViT-Lite, CVT, CCT, T2T-ViT, CeiT)"
     ),
     "timm BEiT": "its table, or its relative bias",
     "timm CaiT": "the blocks between patches; class attention comes behind them and gets no position",
@@ -266,7 +269,6 @@ _NOTES = {
         "a table in place of its Fourier encoding, pe='learnable' or '2D_sin'; class attention gets no position"
     ),
     "timm Swin": "on its relative bias, or a new table beside it, pe='learnable', merged from stage to stage; one size",
-    "lape CompactTransformer": "ViT-Lite, CVT and CCT for small images, see lape.models",
 }
 _PARALLEL = "one norm feeds attention and MLP at once, and the MLP must get no position"
 _PIXELS = "it has no position embedding, and attends between the pixels of one place in all patches"
@@ -302,6 +304,7 @@ def _plain(root: Any) -> Fields:
         "grid_from": grid_of_map,
         "adds": ("_pos_embed",),
         "own_kind": getattr(root, "own_pe", "learnable"),
+        "table_std": getattr(root, "table_std", None),
         "beside": ROTARY if getattr(root, "rope", None) is not None else None,
         **pooling(root),
     }
@@ -465,17 +468,12 @@ def _swin(root: Any) -> Fields:
     return {**_patches(root), **new, "blocks": blocks, "stages": tuple(stages)}
 
 
-def _compact(root: Any) -> Fields:
-    """A new learnable table starts as the models' own does; CVT and CCT pool a sequence, behind `norm`."""
-    return {"table_std": root.table_std, "pooled": root.num_prefix_tokens == 0, "last_norm": "norm"}
-
-
 HOSTS = (
     _host(
         "timm VisionTransformer",
         "vision_transformer",
         "VisionTransformer",
-        "Block ParallelThingsBlock",
+        "Block ParallelThingsBlock lape.models.compact.CompactBlock",
         _plain,
         resizes=True,
     ),
@@ -490,5 +488,4 @@ HOSTS = (
     _host("timm VOLO", "volo", "VOLO", "Transformer", _volo),
     _host("timm XCiT", "xcit", "Xcit", "XCABlock", _xcit),
     _host("timm Swin", "swin_transformer", "SwinTransformer", "SwinTransformerBlock", _swin),
-    _host("lape CompactTransformer", "compact", "CompactTransformer", "CompactBlock", _compact, resizes=True),
 )

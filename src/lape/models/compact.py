@@ -21,19 +21,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
-from timm.layers import Attention, DropPath, Mlp, to_2tuple
-from timm.models._builder import build_model_with_cfg
-from timm.models._manipulate import checkpoint_seq
-from timm.models._registry import generate_default_cfgs, register_model
+from timm.layers import LayerNorm
+from timm.models import generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from lape.core.position import Grid, Layout, learnable, resample, sin_1d
+from lape.core.position import Grid, Layout, learnable, sin_1d
 from lape.errors import LapeError
-from lape.models.registry import check_images, check_untrained, imagenet_cfg
+from lape.models.registry import Stem, create, imagenet_cfg
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # mean and std of the training images, in [0, 1]
 HIDDEN_PLANES = 64  # channels between two layers of a convolutional tokenizer
@@ -42,80 +42,68 @@ Position = Literal["learnable", "sine", "none"]
 Size = int | tuple[int, int]
 
 
-class Tokenizer(nn.Module):
-    """Images (B, C, height, width) -> tokens (B, N, D), row by row.
+class Tokenizer(Stem):
+    """Patches, or the convolutional tokenizer of CCT.
 
     Args:
-        img_size: pixels, a side or (height, width).
-        patch: side of non-overlapping patches; None for a convolutional tokenizer.
-        kernel: side of the kernel of each convolutional layer, which ReLU and max-pooling follow.
-        layers: how many of them.
+        patch_size: side of non-overlapping patches; None for a convolutional tokenizer.
+        kernel_size: side of the kernel of each convolutional layer, which ReLU and max-pooling follow.
+        conv_layers: how many of them.
+        bias: of the patches' convolution.
+        how: of `Stem`.
     """
 
-    def __init__(self, img_size: Size, in_chans: int, width: int, patch: int | None, kernel: int, layers: int):
-        super().__init__()
+    def __init__(
+        self,
+        img_size: Size = 32,
+        patch_size: int | None = None,
+        in_chans: int = 3,
+        embed_dim: int = 256,
+        kernel_size: int = 3,
+        conv_layers: int = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **how: Any,
+    ):
+        dd = {"device": device, "dtype": dtype}
         modules: list[nn.Module] = []
         self.steps: list[tuple[int, int, int]] = []  # kernel, stride and padding of whatever shrinks the map
-        if patch is not None:
-            modules.append(nn.Conv2d(in_chans, width, patch, patch))
-            self.steps.append((patch, patch, 0))
+        if patch_size is not None:
+            modules.append(nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=bias, **dd))
+            self.steps.append((patch_size, patch_size, 0))
         else:
-            planes = [in_chans, *[HIDDEN_PLANES] * (layers - 1), width]
-            stride, padding = max(1, kernel // 2 - 1), max(1, kernel // 2)
+            planes = [in_chans, *[HIDDEN_PLANES] * (conv_layers - 1), embed_dim]
+            stride, padding = max(1, kernel_size // 2 - 1), max(1, kernel_size // 2)
             for before, after in pairwise(planes):
-                modules += [nn.Conv2d(before, after, kernel, stride, padding, bias=False), nn.ReLU()]
+                modules += [nn.Conv2d(before, after, kernel_size, stride, padding, bias=False, **dd), nn.ReLU()]
                 modules.append(nn.MaxPool2d(3, 2, 1))
-                self.steps += [(kernel, stride, padding), (3, 2, 1)]
+                self.steps += [(kernel_size, stride, padding), (3, 2, 1)]
+        super().__init__(img_size, math.prod(stride for _, stride, _ in self.steps), **how)
         self.layers = nn.Sequential(*modules)
-        self.ratio = math.prod(stride for _, stride, _ in self.steps)
-        self.set_input_size(img_size)
 
-    def set_input_size(self, img_size: Size) -> None:
-        """Tells the size of the images that will come. Raises LapeError when they are too small for one token."""
-        self.img_size = to_2tuple(img_size)
-        self.patch_size = (self.ratio, self.ratio)  # pixels from one token to the next
-        self.grid_size = self.dynamic_feat_size(self.img_size)
-        if min(self.grid_size) < 1:
-            raise LapeError(
-                f"img_size={img_size!r} is too small: a token stands for {self.ratio} x {self.ratio} pixels"
-            )
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels from one token to the next."""
-        return self.ratio if as_scalar else self.patch_size
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> Grid:
-        """The grid of tokens of images (height, width)."""
+    def dynamic_feat_size(self, img_size: Grid) -> Grid:
         rows, columns = img_size
         for kernel, stride, padding in self.steps:
             rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (rows, columns))
+        if min(rows, columns) < 1:
+            size = img_size[0] if img_size[0] == img_size[1] else img_size
+            ratio = self.patch_size[0]
+            raise LapeError(f"img_size={size!r} is too small: a token stands for {ratio} x {ratio} pixels")
         return rows, columns
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        check_images(x_BCHW, self.img_size)
+    def tokens(self, x_BCHW: Tensor) -> Tensor:
         x_BND: Tensor = self.layers(x_BCHW).flatten(2).mT
         return x_BND
 
 
-class CompactBlock(nn.Module):
-    """y = x + MSA(norm1(x)); z = norm2(y); z + MLP(z)."""
+class CompactBlock(Block):
+    """timm's block with its second norm on the residual stream: y = x + MSA(norm1(x)); z = norm2(y); z + MLP(z)."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, drop: float, attn_drop: float, drop_path: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, num_heads, qkv_bias=False, attn_drop=attn_drop, proj_drop=drop)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio), drop=drop)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        attended_BND = x_BND + self.drop_path(self.attn(self.norm1(x_BND)))
-        normed_BND = self.norm2(attended_BND)
-        out_BND: Tensor = normed_BND + self.drop_path(self.mlp(normed_BND))
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        attention_BND = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x_BND: Tensor = self.norm2(x + self.drop_path1(self.ls1(attention_BND)))
+        out_BND: Tensor = x_BND + self.drop_path2(self.ls2(self.mlp(x_BND)))
         return out_BND
 
 
@@ -131,134 +119,93 @@ class SequencePool(nn.Module):
         return (weight_BN1.mT @ x_BND).squeeze(1)
 
 
-class CompactTransformer(nn.Module):
-    """ViT-Lite, CVT or CCT, with the methods of a timm model.
+class CompactTransformer(VisionTransformer):
+    """ViT-Lite, CVT or CCT: timm's VisionTransformer with the above in it, the pooling where there is no class token.
 
     Args:
-        img_size: pixels, a side or (height, width).
         patch_size: side of a patch (ViT-Lite, CVT); None: the convolutional tokenizer of CCT.
         kernel_size, conv_layers: of that tokenizer.
         class_token: a class token is the image's representation (ViT-Lite); else sequence pooling.
         pos_embed: "learnable", "sine" (fixed, by token number) or "none".
-        drop_rate: before the head.
-        pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: behind the position, in the projections of
-            attention and MLP, on attention weights, and of the last block (linear from 0 at the first).
+        kwargs: of timm's class; defaults are those of the published models of depth 7 for CIFAR-10.
 
-    Raises LapeError: an unknown pos_embed, or images too small for one token.
+    Raises LapeError: an unknown pos_embed, another pooling, or images too small for one token.
     """
 
     table_std = 0.2  # of the values that a learnable position table starts with
 
     def __init__(
         self,
-        img_size: Size = 32,
-        in_chans: int = 3,
-        num_classes: int = 10,
         patch_size: int | None = None,
         kernel_size: int = 3,
         conv_layers: int = 1,
-        embed_dim: int = 256,
-        depth: int = 7,
-        num_heads: int = 4,
-        mlp_ratio: float = 2.0,
         class_token: bool = False,
         pos_embed: Position = "learnable",
-        drop_rate: float = 0.0,
-        pos_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.1,
-        drop_path_rate: float = 0.1,
+        **kwargs: Any,
     ):
-        super().__init__()
         if pos_embed not in get_args(Position):
             raise LapeError(f"pos_embed={pos_embed!r} is not known: use {', '.join(map(repr, get_args(Position)))}")
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.num_prefix_tokens = int(class_token)
-        self.grad_checkpointing = False
+        if not class_token:
+            _check_pooling(kwargs.pop("global_pool", None))
+        parts: dict[str, Any] = {
+            "patch_size": patch_size,
+            "embed_layer": partial(Tokenizer, kernel_size=kernel_size, conv_layers=conv_layers),
+            "block_fn": CompactBlock,
+            "global_pool": "token" if class_token else "",
+            "pos_embed": "none" if pos_embed == "none" else "learn",
+            "weight_init": "skip",
+        }
+        super().__init__(class_token=class_token, **{**_DEFAULTS, **parts, **kwargs})
+        self.pos_embed_argument = pos_embed
+        if not class_token:
+            self.seq_pool = SequencePool(self.embed_dim)
+        self.init_weights()
 
-        self.patch_embed = Tokenizer(img_size, in_chans, embed_dim, patch_size, kernel_size, conv_layers)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
-        self.pos_embed = self._position(pos_embed)
-        self.pos_drop = nn.Dropout(pos_drop_rate)
-        rates = [drop_path_rate * layer / max(1, depth - 1) for layer in range(depth)]
-        self.blocks = nn.Sequential(
-            *(CompactBlock(embed_dim, num_heads, mlp_ratio, proj_drop_rate, attn_drop_rate, rate) for rate in rates)
-        )
-        self.norm = nn.LayerNorm(embed_dim)
-        self.seq_pool = None if class_token else SequencePool(embed_dim)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.apply(_initialise)
+    @property
+    def own_pe(self) -> str:
+        """The kind of its own table."""
+        return "1D_sin" if self.pos_embed_argument == "sine" else "learnable"
 
-    def _position(self, kind: Position) -> nn.Parameter | None:
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """The published start."""
+        for module in self.modules():
+            _initialise(module)
+        if self.cls_token is not None:
+            nn.init.zeros_(self.cls_token)
+        if self.reg_token is not None:  # none of the published has them
+            nn.init.normal_(self.reg_token, std=1e-6)
+        if self.pos_embed is None:
+            return
         layout = Layout(self.patch_embed.grid_size, self.num_prefix_tokens)
-        if kind == "none":
-            return None
-        if kind == "sine":
-            return nn.Parameter(sin_1d(layout, self.embed_dim), requires_grad=False)
-        return nn.Parameter(learnable(layout, self.embed_dim, self.table_std))
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that are not decayed."""
-        return {"pos_embed", "cls_token"}
+        frozen = self.own_pe == "1D_sin"
+        table = sin_1d(layout, self.embed_dim) if frozen else learnable(layout, self.embed_dim, self.table_std)
+        with torch.no_grad():
+            self.pos_embed.copy_(table)
+        self.pos_embed.requires_grad_(not frozen)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """For layer-wise learning rates: what belongs to the stem and to each block."""
-        return {
-            "stem": r"^cls_token|pos_embed|patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|^seq_pool", (99999,))],
-        }
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute activations twice instead of keeping them."""
-        self.grad_checkpointing = enable
-
-    def set_input_size(self, img_size: Size) -> None:
-        """Makes this a model of images of another size; its table is resampled (bicubic)."""
-        old = Layout(self.patch_embed.grid_size, self.num_prefix_tokens)
-        self.patch_embed.set_input_size(img_size)
-        if self.pos_embed is not None and old.grid != self.patch_embed.grid_size:
-            table_1RD = resample(self.pos_embed.detach(), old, self.patch_embed.grid_size)
-            self.pos_embed = nn.Parameter(table_1RD.clone(), requires_grad=self.pos_embed.requires_grad)
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
+        """timm's; what pools belongs to the last layer."""
+        groups: dict[str, Any] = super().group_matcher(coarse)
+        return {**groups, "blocks": [*groups["blocks"], (r"^seq_pool", (99999,))]}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head; 0 classes: none. Raises LapeError for another pooling than the model's."""
-        own = "token" if self.seq_pool is None else "seq"
-        if global_pool not in (None, own):
-            raise LapeError(f"global_pool={global_pool!r}: this model pools by {own!r} only; leave it out")
-        self.num_classes = num_classes
-        like = self.norm.weight
-        self.head = nn.Linear(self.embed_dim, num_classes).to(like) if num_classes else nn.Identity()
+        if hasattr(self, "seq_pool"):
+            _check_pooling(global_pool)
+            global_pool = None
+        super().reset_classifier(num_classes, global_pool)
         _initialise(self.head)
 
-    def forward_features(self, x_BCHW: Tensor) -> Tensor:
-        """Tokens (B, N, D) behind the last norm, a class token first."""
-        x_BND: Tensor = self.patch_embed(x_BCHW)
-        if self.cls_token is not None:
-            x_BND = torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
-        if self.pos_embed is not None:
-            x_BND = x_BND + self.pos_embed
-        x_BND = self.pos_drop(x_BND)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x_BND = checkpoint_seq(self.blocks, x_BND)
-        else:
-            x_BND = self.blocks(x_BND)
-        x_BND = self.norm(x_BND)
-        return x_BND
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Tokens (B, N, D) -> (B, D)."""
+        pooled_BD: Tensor = self.seq_pool(x) if hasattr(self, "seq_pool") else super().pool(x, pool_type)
+        return pooled_BD
 
-    def forward_head(self, x_BND: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, K) of tokens; `pre_logits`: the pooled (B, D)."""
-        x_BD: Tensor = x_BND[:, 0] if self.seq_pool is None else self.seq_pool(x_BND)
-        x_BD = self.head_drop(x_BD)
-        return x_BD if pre_logits else self.head(x_BD)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x_BCHW))
+def _check_pooling(global_pool: str | None) -> None:
+    """Raises LapeError for another pooling than that of a sequence, which timm has no word for."""
+    if global_pool not in (None, "", "seq"):
+        raise LapeError(f"global_pool={global_pool!r}: this model pools by 'seq' only; leave it out")
 
 
 def _initialise(module: nn.Module) -> None:
@@ -293,6 +240,14 @@ _CONVOLUTIONS = {
         *((7, 7, 2, 224), (14, 7, 2, 224), (14, 7, 2, 384)),
     )
 }
+_DEFAULTS = {
+    **SIZES[7],
+    **dict.fromkeys(("attn_drop_rate", "drop_path_rate"), 0.1),
+    "img_size": 32,
+    "num_classes": 10,
+    "qkv_bias": False,
+    "norm_layer": partial(LayerNorm, eps=1e-5),
+}
 MODELS: dict[str, dict[str, Any]] = {**_PATCHES, **_CONVOLUTIONS}
 
 
@@ -307,10 +262,8 @@ default_cfgs = generate_default_cfgs({name: _cfg(name) for name in MODELS})
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        check_untrained(name, pretrained)
         settings = {**MODELS[name], "num_classes": _cfg(name)["num_classes"], **kwargs}
-        model: nn.Module = build_model_with_cfg(CompactTransformer, name, False, **settings)
-        return model
+        return create(CompactTransformer, name, pretrained, **settings)
 
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f"{name}: a `CompactTransformer` of depth {MODELS[name]['depth']}."

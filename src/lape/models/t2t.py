@@ -30,14 +30,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, to_2tuple
+from timm.layers import LayerNorm
 from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lape.core.position import Grid, Layout, sin_1d
 from lape.errors import LapeError
-from lape.models.registry import check_images, create, imagenet_cfg
+from lape.models.registry import Stem, create, imagenet_cfg
 
 SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride and padding of the three soft splits
 PATCH = math.prod(stride for _, stride, _ in SPLITS)
@@ -97,11 +97,8 @@ class TokenPerformer(nn.Module):
         return y_BND + mixed_BND
 
 
-class TokensToToken(nn.Module):
-    """The T2T module, in the place of timm's `PatchEmbed`: images (B, C, height, width) -> tokens (B, N, D).
-
-    Takes images of whole patches of 16 pixels; with `strict_img_size`, of `img_size` only.
-    """
+class TokensToToken(Stem):
+    """The T2T module. Takes images of whole patches of 16 pixels; `how`: of `Stem`."""
 
     def __init__(
         self,
@@ -111,42 +108,20 @@ class TokensToToken(nn.Module):
         embed_dim: int = 768,
         token_dim: int = 64,
         bias: bool = True,
-        strict_img_size: bool = True,
-        output_fmt: str | None = None,
-        dynamic_img_pad: bool = False,
         device: Any = None,
         dtype: Any = None,
+        **how: Any,
     ):
-        super().__init__()
+        super().__init__(img_size, PATCH, **how)
+        self.set_input_size(patch_size=patch_size)
         dd = {"device": device, "dtype": dtype}
-        if dynamic_img_pad:
-            raise LapeError("dynamic_img_pad=True: T2T-ViT does not pad images; give multiples of 16 pixels")
-        assert output_fmt in (None, "NHWC")  # all that timm's VisionTransformer asks for
-        self.strict_img_size = strict_img_size
-        self.flatten = output_fmt is None
-        self.patch_size = (PATCH, PATCH)
-        self.set_input_size(img_size, patch_size)
         kernels = [kernel for kernel, _, _ in SPLITS]
         self.splits = nn.ModuleList(nn.Unfold(kernel, padding=pad, stride=stride) for kernel, stride, pad in SPLITS)
         self.attention1 = TokenPerformer(in_chans * kernels[0] ** 2, token_dim, **dd)
         self.attention2 = TokenPerformer(token_dim * kernels[1] ** 2, token_dim, **dd)
         self.project = nn.Linear(token_dim * kernels[2] ** 2, embed_dim, bias=bias, **dd)
 
-    def set_input_size(self, img_size: int | Grid | None = None, patch_size: int | Grid | None = None) -> None:
-        """Another image size in pixels; the patch stays 16 x 16. No parameter depends on it."""
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            raise LapeError(f"patch_size={patch_size}: the soft splits of T2T-ViT make patches of {PATCH} pixels only")
-        if img_size is not None:
-            self.img_size = to_2tuple(img_size)
-        self.grid_size = self.dynamic_feat_size(self.img_size)
-        self.num_patches = math.prod(self.grid_size)
-
-    def feat_ratio(self, as_scalar: bool = True) -> int | Grid:
-        """Pixels a token."""
-        return PATCH if as_scalar else self.patch_size
-
     def dynamic_feat_size(self, img_size: Grid) -> Grid:
-        """The grid of an image."""
         height, width = img_size
         if min(height, width) < PATCH or height % PATCH or width % PATCH:
             raise LapeError(
@@ -155,15 +130,13 @@ class TokensToToken(nn.Module):
             )
         return height // PATCH, width // PATCH
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        if self.strict_img_size:
-            check_images(x_BCHW, self.img_size, "with dynamic_img_size=True")
+    def tokens(self, x_BCHW: Tensor) -> Tensor:
         rows, columns = self.dynamic_feat_size((x_BCHW.shape[2], x_BCHW.shape[3]))
         first, second, third = self.splits
         x_BND: Tensor = self.attention1(first(x_BCHW).mT)
         x_BND = self.attention2(second(x_BND.mT.unflatten(2, (4 * rows, 4 * columns))).mT)
         x_BND = self.project(third(x_BND.mT.unflatten(2, (2 * rows, 2 * columns))).mT)
-        return x_BND if self.flatten else x_BND.unflatten(1, (rows, columns))
+        return x_BND
 
 
 class T2TViT(VisionTransformer):
