@@ -133,6 +133,18 @@ def test_no_function_is_above_sixty_lines():
     assert not long
 
 
+def test_no_function_takes_more_than_ten_arguments():
+    """Commands have more: flags, which cyclopts reads from pydantic's fields."""
+    many = [
+        (str(path.relative_to(SOURCE)), node.name)
+        for path in FILES.values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and len({one.arg for one in (*node.args.args, *node.args.kwonlyargs)} - {"self", "cls"}) > 10
+    ]
+    assert not many
+
+
 def test_variables_are_named_for_what_they_are():
     participles = {"found", "said", "told", "known", "wanted"}
     named = [

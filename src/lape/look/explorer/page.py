@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from torch import nn
@@ -31,6 +31,15 @@ BUDGET = 6_000_000  # bytes of the whole file; what would not fit is kept coarse
 SCRIPTS = ("base", "maps", "state", "paint", "picker", "cards", "charts", "save", "controls", "main")
 
 
+class OfCheckpoint(TypedDict, total=False):
+    """What is said of models in checkpoints, as in `lape.look.figures.visualize`."""
+
+    model_name: str | None
+    join: str | None
+    pe: str | None
+    ema: bool
+
+
 def explore(
     models: nn.Module | str | PathLike[str] | Sequence[Any] | Mapping[str, Any],
     path: str | PathLike[str],
@@ -39,11 +48,8 @@ def explore(
     size: Size | None = None,
     title: str = "What position became",
     intro: str = "",
-    model_name: str | None = None,
-    join: str | None = None,
-    pe: str | None = None,
-    ema: bool = False,
     budget: int = BUDGET,
+    **of_checkpoint: Unpack[OfCheckpoint],
 ) -> Path:
     """Writes the explorer of one or more models into one HTML file and returns its path.
 
@@ -53,15 +59,17 @@ def explore(
         images: image files, at most 8; each model's attention on them and the similarity of its tokens are added, as it
             would see them in evaluation.
         size: image size in pixels for the positions, as in `lape.positions`; not together with images.
-        model_name, join, pe, ema: for checkpoints, as in `lape.look.figures.visualize`.
         intro: HTML to put above the explorer, trusted: escape what is not yours.
         budget: bytes. Attention, tokens, and biases that do not repeat, are kept for every second (third, ...) query
             patch where the file would grow larger; positions are always kept whole, of a video those within a frame,
             of every second (fourth, ...) frame if need be.
+        of_checkpoint: model_name, join, pe, ema: for checkpoints, as in `lape.look.figures.visualize`.
 
     Raises LapeError: a model with nothing to show, more images than 8, a checkpoint or an image that cannot
     be read, a file that cannot be written. Nothing is written then.
     """
+    if unknown := sorted(of_checkpoint.keys() - OfCheckpoint.__annotations__):
+        raise TypeError(f"explore() got an unexpected keyword argument {unknown[0]!r}")
     if len(images) > 8:
         raise LapeError(f"{len(images)} images were given: 8 at most, or the page grows too large")
     if images and size is not None:
@@ -80,7 +88,7 @@ def explore(
         if not is_checkpoint(source) and timm.is_model(source):
             return published(source), None
         checkpoint = read_checkpoint(source, unconverted=True)
-        model, _ = restore_to_draw(checkpoint, model_name, size=size, ema=ema, join=join, pe=pe)
+        model, _ = restore_to_draw(checkpoint, size=size, **of_checkpoint)
         return model, checkpoint.transform
 
     cards = [Card(name, *open_model(source), images, size) for name, source in sources.items()]
