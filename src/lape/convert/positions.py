@@ -189,8 +189,8 @@ def tables_of(conversion: Conversion) -> list[nn.Parameter]:
 
 def _added(conversion: Conversion, grid: Grid | None) -> list[Tensor]:
     """What is added to the tokens once, as it reaches each block, (1, R, D)."""
-    entered = partial(conversion.anatomy.entered, conversion.root)
-    return list(raw_positions(conversion.anatomy, entered, table_of(conversion, grid)))
+    merge = partial(conversion.anatomy.merge, conversion.root)
+    return list(raw_positions(conversion.anatomy, merge, table_of(conversion, grid)))
 
 
 def _seen(conversion: Conversion, layer: int, place: int | None, p_1ND: Tensor | None, view: View) -> Tensor | None:

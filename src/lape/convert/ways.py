@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy, place_of
-from lape.core.bias import OwnBiasMethod, PositionBias, normalise
+from lape.core.bias import NormalisedBias, PositionBias, normalise
 from lape.core.conditional import PEG, Generating
 from lape.core.constants import constant
-from lape.core.forward import Adding, Asked, Link, Slot, Spanning, owned
+from lape.core.forward import Adding, Link, PositionRequest, Slot, Spanning, member
 from lape.core.grids import GridWatch, Shuffled, in_backward
 from lape.core.joined import Joined, join_module
 from lape.core.joins import Join
-from lape.core.norm import Entered, PositionalNorm, beside, chain, makes_new
+from lape.core.norm import Merge, PositionalNorm, chain, makes_new, sharing
 from lape.core.pe_norms import PE_NORMS
 from lape.core.position import Kind, Layout, resized
 from lape.core.rotary import Jitter, Rotating, axial, jittered, mixed, places, rotation
@@ -57,7 +57,7 @@ class Wish:
     @property
     def host_table(self) -> Tensor | None:
         table = self.anatomy.table
-        return None if table is None else owned(*place_of(self.anatomy.root, table))
+        return None if table is None else member(*place_of(self.anatomy.root, table))
 
     def new_table(self, layer: int) -> nn.Parameter:
         """A table of the kind for a block, (1, R, D)."""
@@ -84,13 +84,13 @@ class Way(nn.Module):
         self.factory: dict[str, Any] = {}  # name and arguments of the model, when made by create_model
         self.hides_table = True  # whether the host's own addition of a table is switched off
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """What each place receives, in their order."""
         raise NotImplementedError
 
-    def forward(self, asked: Any) -> Any:
+    def forward(self, request: Any) -> Any:
         """What each place receives."""
-        return tuple(self.each(asked))
+        return tuple(self.each(request))
 
     def adds_at_input(self, anatomy: Anatomy) -> bool:
         """Whether a table is added to the patch tokens."""
@@ -130,7 +130,7 @@ class Way(nn.Module):
             hide(link, path)
         idle = [] if self.uses_table else list(anatomy.tables)
         for path in encoder:
-            part = owned(*place_of(link.root, path))
+            part = member(*place_of(link.root, path))
             if isinstance(part, nn.Parameter):
                 idle.append(path)
             elif isinstance(part, nn.Module):
@@ -198,10 +198,10 @@ class WithTable(Way):
         """The new ones that lie here, by name."""
         return {name: getattr(self, name) for name in self.table_names}
 
-    def source(self, asked: Asked) -> Tensor:
+    def source(self, request: PositionRequest) -> Tensor:
         """P (1, R, D) of the grid that is asked for."""
-        p_1RD = self.get_parameter("table_0") if asked.table is None else asked.table
-        return p_1RD if asked.grid is None else asked.anatomy.resample(p_1RD, asked.anatomy.layout, asked.grid)
+        p_1RD = self.get_parameter("table_0") if request.table is None else request.table
+        return p_1RD if request.grid is None else request.anatomy.resample(p_1RD, request.anatomy.layout, request.grid)
 
     def enter(self, link: Link) -> None:
         if self._in_slot:
@@ -240,9 +240,9 @@ class BehindStem(WithTable):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return [str(anatomy.input)]
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """P, (1, N, D)."""
-        yield asked.anatomy.layout.spread(self.source(asked))
+        yield request.anatomy.layout.spread(self.source(request))
 
 
 class AtBlocks(WithTable):
@@ -259,8 +259,8 @@ class AtBlocks(WithTable):
         if own is not None and not wish.new:  # a copy for each block, as the host's table reaches it
             anatomy, root = wish.anatomy, wish.anatomy.root
             with torch.no_grad():
-                rows_1RD = anatomy.form.read(own, *(owned(*place_of(root, path)) for path in anatomy.form.inputs))
-                raw = list(raw_positions(anatomy, partial(anatomy.entered, root), rows_1RD))
+                rows_1RD = anatomy.form.read(own, *(member(*place_of(root, path)) for path in anatomy.form.inputs))
+                raw = list(raw_positions(anatomy, partial(anatomy.merge, root), rows_1RD))
         for layer in range(1, len(wish.anatomy.blocks)):
             if raw and own is not None:
                 self._add_table(layer, nn.Parameter(raw[layer].detach().clone(), own.requires_grad))
@@ -270,16 +270,16 @@ class AtBlocks(WithTable):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return list(anatomy.blocks)
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """W_l, or P as it reaches block l, (1, N, D)."""
-        anatomy, grid = asked.anatomy, asked.grid
+        anatomy, grid = request.anatomy, request.grid
         if self.per_block:
-            tables = [*([] if asked.table is None else [asked.table]), *self.tables.values()]
+            tables = [*([] if request.table is None else [request.table]), *self.tables.values()]
             to = anatomy.resample
             made = iter([p if grid is None else to(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
         else:
-            made = raw_positions(anatomy, asked.entered, self.source(asked))
-        blocks = anatomy.blocks[: asked.number]
+            made = raw_positions(anatomy, request.merge, self.source(request))
+        blocks = anatomy.blocks[: request.number]
         yield from (anatomy.at(layer)[0].spread(p) for layer, (p, _) in enumerate(zip(made, blocks, strict=False)))
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
@@ -325,15 +325,15 @@ class BesideNorms(WithTable):
             return self._norms(anatomy)
         return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). The only place where a LayerNorm meets a position."""
-        anatomy, p_1RD = asked.anatomy, self.source(asked)
-        if asked.grid is not None and anatomy.stages:
-            raise LapeError(f"a model of stages has one image size: a map of {asked.grid} is another one's")
+        anatomy, p_1RD = request.anatomy, self.source(request)
+        if request.grid is not None and anatomy.stages:
+            raise LapeError(f"a model of stages has one image size: a map of {request.grid} is another one's")
         norms = [(int(key), norm) for key, norm in self.norms.items() if key != "last"]
-        made = (chain if self.chained else beside)(p_1RD, norms[: asked.number], asked.entered)
-        if self.at_last and asked.upto in (None, len(norms)):
-            *_, raw = raw_positions(anatomy, asked.entered, p_1RD)
+        made = (chain if self.chained else sharing)(p_1RD, norms[: request.number], request.merge)
+        if self.at_last and request.upto in (None, len(norms)):
+            *_, raw = raw_positions(anatomy, request.merge, p_1RD)
             made = itertools.chain(made, map(self.norms["last"], [raw]))
         for key, p in zip(self.norms, made, strict=False):
             layout = anatomy.at(self._layer(key))[0]
@@ -371,9 +371,9 @@ class NewBias(Way):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """The bias of each block, (1, H, N, N)."""
-        yield from (bias(asked.grid) for bias in self.biases[: asked.number])
+        yield from (bias(request.grid) for bias in self.biases[: request.number])
 
     def fold(self, link: Link) -> Way:
         return Folded(self, link, link.compute(link.root, None), "folded_bias")
@@ -403,11 +403,11 @@ class GivenBias(Way):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """The bias of each block, (1, H, N, N); none where a prefix token takes part."""
-        anatomy = asked.anatomy
-        grid, prefix, layers = asked.grid or anatomy.layout.grid, anatomy.layout.num_prefix, len(anatomy.blocks)
-        for layer in range(layers)[: asked.number]:
+        anatomy = request.anatomy
+        grid, prefix, layers = request.grid or anatomy.layout.grid, anatomy.layout.num_prefix, len(anatomy.blocks)
+        for layer in range(layers)[: request.number]:
             bias_Hnn = constant(self.make, self.here.device, grid, anatomy.num_heads, layer, layers)
             yield F.pad(bias_Hnn, (prefix, 0, prefix, 0))[None]
 
@@ -446,17 +446,17 @@ class Rotary(Way):
         for place, path in enumerate(self.places(link.anatomy)):
             join_module(link.root.get_submodule(path), Rotating, link, *names, place=place)
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """Cosine and sine for each block, (2, H, N, d / 2) or alike for all heads."""
-        anatomy, device = asked.anatomy, self.here.device
-        grid = asked.grid or anatomy.layout.grid
+        anatomy, device = request.anatomy, self.here.device
+        grid = request.grid or anatomy.layout.grid
         place_2n = constant(places, device, grid)
         if self.training and self.jitter is not None:
             if self.drawn is None or not in_backward():  # activations are computed again with the same places
                 self.drawn = 2 * torch.rand(5, device=device) - 1
             place_2n = jittered(place_2n, grid, self.drawn, self.jitter)
         made: Tensor | None = None
-        for layer in range(len(anatomy.blocks))[: asked.number]:
+        for layer in range(len(anatomy.blocks))[: request.number]:
             if self.learned:
                 made = rotation(self.get_parameter(f"frequencies_{layer}"), place_2n, anatomy.layout.num_prefix)
             elif made is None:
@@ -492,7 +492,7 @@ class HostBias(Way):
     def enter(self, link: Link) -> None:
         for place, own in enumerate(self.own):
             owner, method = place_of(link.root, own.method)
-            join_module(owner, OwnBiasMethod, link, method, place=place)
+            join_module(owner, NormalisedBias, link, method, place=place)
         if self.own:
             join_module(link.root, Spanning, link, *spanned(link.root))
         super().enter(link)
@@ -535,8 +535,8 @@ class Generated(Way):
         """x, as it leaves a block, with the position of its patches."""
         layout, peg = link.anatomy.layout, cast(PEG, self._modules[self.names[place]])
         if link.anatomy.maps:
-            return peg.beside_map(x)
-        return peg.beside(x, link.grid_of(x) or layout.grid, layout.num_prefix)
+            return peg.add_to_map(x)
+        return peg.add_to_tokens(x, link.grid_of(x) or layout.grid, layout.num_prefix)
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         return {f"lape.{name}": f"{home}.peg" for name, home in zip(self.names, self.homes(anatomy), strict=True)}
@@ -564,13 +564,13 @@ class Folded(Way):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return self._homes
 
-    def forward(self, asked: Any, _host_bias: Any = None) -> Any:
+    def forward(self, request: Any, _host_bias: Any = None) -> Any:
         """All constants; or, of a host's own bias, that of one place."""
-        if isinstance(asked, int):
-            return self._buffers[f"constant_{asked}"]
-        if asked.grid is not None:
-            own = asked.anatomy.layout.grid
-            raise LapeError(f"the model is folded for the grid {own}, not {asked.grid}: give images of its size")
+        if isinstance(request, int):
+            return self._buffers[f"constant_{request}"]
+        if request.grid is not None:
+            own = request.anatomy.layout.grid
+            raise LapeError(f"the model is folded for the grid {own}, not {request.grid}: give images of its size")
         return tuple(self._buffers.values())
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
@@ -667,10 +667,10 @@ def put_back(link: Link) -> None:
             parameters[name] = parameters.pop(name)
 
 
-def raw_positions(anatomy: Anatomy, entered: Entered, p_1RD: Tensor) -> Iterator[Tensor]:
+def raw_positions(anatomy: Anatomy, merge: Merge, p_1RD: Tensor) -> Iterator[Tensor]:
     """The table as each block gets it, without norms."""
     for layer in range(len(anatomy.blocks)):
-        p_1RD = entered(layer, p_1RD)
+        p_1RD = merge(layer, p_1RD)
         yield p_1RD
 
 

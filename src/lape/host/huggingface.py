@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy, Form
-from lape.core.bias import OwnBias, masked
+from lape.core.bias import BlockBias, masked
 from lape.core.grids import grid_of_map
 from lape.core.position import Grid, Layout, resample
 from lape.core.stages import Stage, over_tokens
@@ -178,7 +178,7 @@ def _yolos(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
 # ---------------------------------------------------------------- images of several grids
 
 
-def _picked(ids_BN: Tensor, rows: Any) -> Tensor:
+def _patch_ids(ids_BN: Tensor, rows: Any) -> Tensor:
     """The host looks up the rows of each image itself, and patches are rows."""
     return ids_BN
 
@@ -194,7 +194,7 @@ def _nearest_rows(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
 
 def _picks(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     method = "embeddings.position_embedding.forward"
-    return {"shuffle": method, "kept": _picked, "resample": _nearest_rows, "add_bias": None}
+    return {"shuffle": method, "kept_patches": _patch_ids, "resample": _nearest_rows, "add_bias": None}
 
 
 def _grids_of_shapes(pixels: Tensor, spatial_shapes: Tensor) -> list[Grid]:
@@ -202,8 +202,9 @@ def _grids_of_shapes(pixels: Tensor, spatial_shapes: Tensor) -> list[Grid]:
 
 
 def _siglip2(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
-    watch = {"packed": _grids_of_shapes, "patch_embed": "embeddings", "resample": partial(resample, mode="bilinear")}
-    return {**watch, "add_bias": None, "queries_keys": "takes images of several grids"}
+    watch = {"packed_grids": _grids_of_shapes, "patch_embed": "embeddings"}
+    table = {"resample": partial(resample, mode="bilinear"), "add_bias": None}
+    return {**watch, **table, "queries_keys": "takes images of several grids"}
 
 
 def _siglip2_sizes(root: Any) -> Sizes:
@@ -412,7 +413,7 @@ def _swin(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
         "num_heads": root.config.num_heads[0],
         "add_bias": None,
         "beside": RELATIVE,
-        "own_bias": tuple(OwnBias(f"{path}.forward", modules[path].window_area) for path in paths) if own else (),
+        "own_bias": tuple(BlockBias(f"{path}.forward", modules[path].window_area) for path in paths) if own else (),
         "stages": tuple(stages),
         "reason": f"the class adds it to {layout.num_patches} patches, which fails",
     }
@@ -571,10 +572,10 @@ def examine(root: nn.Module) -> Anatomy:
     return anatomy(root, fields.pop("blocks", blocks), layout, **fields)
 
 
-def _own_bias(root: nn.Module, blocks: list[str], layout: Layout) -> tuple[OwnBias, ...]:
+def _own_bias(root: nn.Module, blocks: list[str], layout: Layout) -> tuple[BlockBias, ...]:
     """The module in each layer of BEiT and its kin that computes its relative position bias, where layers have one."""
     return tuple(
-        OwnBias(f"{path}.{name}.forward", layout.num_patches, layout.num_prefix, (layout.grid,))
+        BlockBias(f"{path}.{name}.forward", layout.num_patches, layout.num_prefix, (layout.grid,))
         for path in blocks
         for name, module in root.get_submodule(path).named_modules()
         if type(module).__name__ in ("BeitRelativePositionBias", "Data2VecVisionRelativePositionBias")

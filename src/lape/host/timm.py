@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy, Form
-from lape.core.bias import AddBias, OwnBias, add_to_attn_mask, masked
+from lape.core.bias import AddBias, BlockBias, add_to_attn_mask, masked
 from lape.core.grids import grid_beside, grid_of_map
 from lape.core.norm import NEW_OUTPUT
 from lape.core.position import Grid, Layout, resample
@@ -49,9 +49,9 @@ def anatomy(root: nn.Module, blocks: list[str], layout: Layout, **more: Any) -> 
     return parts.anatomy(root, blocks, layout, norm=norm_name, attention="attn", **sizes, **more)
 
 
-def own_biases(methods: list[str], layout: Layout) -> tuple[OwnBias, ...]:
+def own_biases(methods: list[str], layout: Layout) -> tuple[BlockBias, ...]:
     """The bias of each block between all tokens, computed by these methods."""
-    return tuple(OwnBias(method, layout.num_patches, layout.num_prefix) for method in methods)
+    return tuple(BlockBias(method, layout.num_patches, layout.num_prefix) for method in methods)
 
 
 def mask_of(attention: nn.Module) -> AddBias | None:
@@ -343,7 +343,7 @@ def _naflex(root: Any) -> Fields:
         "patch_size": root.embeds.patch_size,
         "slot": {"learned": "embeds.pos_embed", "factorized": "embeds.pos_embed_y"}.get(kind),
         "resample": _naflex_resampling(root.embeds, factorized=kind == "factorized"),
-        "packed": None if root.embeds.pos_embed_use_grid_sample else _grids_of_coordinates,
+        "packed_grids": None if root.embeds.pos_embed_use_grid_sample else _grids_of_coordinates,
         **factorized,
         "patch_embed": "embeds",
         "grid_from": grid_beside,
@@ -460,7 +460,7 @@ def _swin(root: Any) -> Fields:
         stages.append(Stage(len(inside), grid, width, f"{path}.downsample" if number else None))
         blocks += inside
     windows = [(f"{path}.attn._get_rel_pos_bias", root.get_submodule(f"{path}.attn").window_area) for path in blocks]
-    own = tuple(OwnBias(method, area) for method, area in windows)
+    own = tuple(BlockBias(method, area) for method, area in windows)
     new = {"slot": None, "input": "patch_embed", "beside": RELATIVE, "own_bias": own, "maps": True}
     return {**_patches(root), **new, "blocks": blocks, "stages": tuple(stages)}
 

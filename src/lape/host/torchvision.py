@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy
-from lape.core.bias import OwnBias, masked
+from lape.core.bias import BlockBias, masked
 from lape.core.position import Grid, Layout
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
@@ -116,7 +116,7 @@ def examine_swin(root: nn.Module, grid: Grid | None = None) -> Anatomy:
         blocks += inside
     attentions: list[Any] = [root.get_submodule(f"{path}.attn") for path in blocks]
     own = [
-        OwnBias(f"{path}.attn.get_relative_position_bias", math.prod(attention.window_size))
+        BlockBias(f"{path}.attn.get_relative_position_bias", math.prod(attention.window_size))
         for path, attention in zip(blocks, attentions, strict=True)
     ]
     conv: Any = root.get_submodule("features.0.0")
