@@ -101,7 +101,7 @@ def examined(host: Host, root: nn.Module, grid: Grid | None) -> Anatomy:
     """The anatomy of a model; `grid` is what the user says. Raises LapeError for a grid that the model knows itself."""
     if grid is None:
         return host.examine(root)
-    if "grid" not in host.given:
+    if "grid" not in host.user_arguments:
         raise LapeError(f"grid={grid!r}: {host.name} knows its own grid, leave it out")
     if len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
         raise LapeError(f"grid={grid!r} is no grid: give (rows, columns) of patches")
@@ -110,7 +110,7 @@ def examined(host: Host, root: nn.Module, grid: Grid | None) -> Anatomy:
 
 def _needs_grid(model: nn.Module, at: str | None) -> bool:
     try:
-        return "grid" in find_host(_part(model, at))[0].given
+        return "grid" in find_host(_part(model, at))[0].user_arguments
     except UnsupportedModelError:
         return False
 

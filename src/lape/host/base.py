@@ -32,7 +32,7 @@ class Host:
     """One family of models: how it is recognised and how its parts are found.
 
     `examine(root)` returns the anatomy or raises UnsupportedModelError with the true reason. What only a user knows,
-    such as the grid, is named in `given` and handed over by keyword.
+    such as the grid, is named in `user_arguments` and handed over by keyword.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Host:
     check_arguments: Callable[[str, Mapping[str, Any]], None] | None = None  # raises for what no file may ask `build`
     root_child: str | None = None  # when given, `root_classes` name the class of this child instead of the root's
     tested: tuple[str, ...] = ()  # versions that the tests ran with
-    given: tuple[str, ...] = ()
+    user_arguments: tuple[str, ...] = ()
     last: bool = False  # whether it counts only in a model in which no other host is found
     refused: dict[str, str] = field(default_factory=dict)  # "module.Class" of blocks -> the reason
 

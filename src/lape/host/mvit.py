@@ -42,14 +42,14 @@ def examine(root: nn.Module) -> Anatomy:
             pool = layer.pool_skip.pool
             steps = zip(at, pool.kernel_size, pool.stride, pool.padding, strict=True)
             at = tuple((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in steps)
-    own: dict[str, Any] = {"slot": None, "beside": RELATIVE}
+    table: dict[str, Any] = {"slot": None, "beside": RELATIVE}
     if place.spatial_pos is not None:
-        beside = ("pos_encoding.temporal_pos", "pos_encoding.class_pos")
-        own = {"slot": "pos_encoding.spatial_pos", "form": Form(_of_frames_and_places, beside)}
+        axis_tables = ("pos_encoding.temporal_pos", "pos_encoding.class_pos")
+        table = {"slot": "pos_encoding.spatial_pos", "form": Form(_of_frames_and_places, axis_tables)}
     attention = layers[0].attn
     sizes = {"patch_size": vit.conv_proj.stride, "width": attention.embed_dim, "num_heads": attention.num_heads}
     more = {"norm_feeds_more": layers[0].proj_after_attn, "input": "pos_encoding", "adds": ("pos_encoding.forward",)}
-    parts = {"norm": "norm1", "attention": "attn", "add_bias": None, "stages": tuple(stages), **own, **sizes, **more}
+    parts = {"norm": "norm1", "attention": "attn", "add_bias": None, "stages": tuple(stages), **table, **sizes, **more}
     return anatomy(root, blocks, Layout(grid, prefix_rows=1), **parts)
 
 

@@ -169,7 +169,7 @@ class TokensToToken(nn.Module):
 class T2TViT(VisionTransformer):
     """timm's VisionTransformer behind the T2T module, with a frozen sinusoid as its position."""
 
-    own_pe = "1D_sin"
+    table_kind = "1D_sin"
 
     def __init__(self, **kwargs: Any):
         kwargs.setdefault("embed_layer", TokensToToken)
