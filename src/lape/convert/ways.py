@@ -112,7 +112,7 @@ class Way(nn.Module):
             for place, path in enumerate(self.places(anatomy)):
                 module = root.get_submodule(path)
                 join_module(module, self.mixin, link, place=place, new=makes_new(module))
-            join_module(root, Spanning, link, *spanned(root))
+            join_module(root, Spanning, link, *entry_methods(root))
             for path in anatomy.blocks if anatomy.unfused else ():
                 join_module(root.get_submodule(path), Unfused, link, str(anatomy.unfused))
             if anatomy.shuffle is not None:
@@ -158,8 +158,8 @@ class Way(nn.Module):
         """Follows its model to another grid, for good."""
 
     def extra_repr(self) -> str:
-        folded, gated = (", folded" if self.folded else ""), (", warm start" if self.warm_start else "")
-        return f"join={self.join}, pe={self.pe}{folded}{gated}"
+        fold, gate = (", folded" if self.folded else ""), (", warm start" if self.warm_start else "")
+        return f"join={self.join}, pe={self.pe}{fold}{gate}"
 
 
 class Untouched(Way):
@@ -182,12 +182,12 @@ class WithTable(Way):
         self.hides_table = not (wish.join.at_input or wish.warm_start)
         self.table_names: tuple[str, ...] = ()
         self._in_slot: list[nn.Parameter] = []  # until `enter`
-        own = wish.host_table
-        if own is None:
+        host_table = wish.host_table
+        if host_table is None:
             self._add_table(0, wish.new_table(0))
         elif wish.new:
-            made = wish.new_table(0)
-            self._in_slot = [nn.Parameter(made.data.reshape(own.shape), requires_grad=made.requires_grad)]
+            table = wish.new_table(0)
+            self._in_slot = [nn.Parameter(table.data.reshape(host_table.shape), requires_grad=table.requires_grad)]
 
     def _add_table(self, layer: int, table: nn.Parameter) -> None:
         self.table_names = (*self.table_names, f"table_{layer}")  # no list of parameters: offloading loads a module's
@@ -252,18 +252,18 @@ class AtBlocks(WithTable):
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
-        self.per_block, own = wish.join.table_per_block, wish.host_table
+        self.per_block, table = wish.join.table_per_block, wish.host_table
         if not self.per_block:
             return
         raw: list[Tensor] = []
-        if own is not None and not wish.new:  # a copy for each block, as the host's table reaches it
+        if table is not None and not wish.new:  # a copy for each block, as the host's table reaches it
             anatomy, root = wish.anatomy, wish.anatomy.root
             with torch.no_grad():
-                rows_1RD = anatomy.form.read(own, *(member(*place_of(root, path)) for path in anatomy.form.inputs))
+                rows_1RD = anatomy.form.read(table, *(member(*place_of(root, path)) for path in anatomy.form.inputs))
                 raw = list(raw_positions(anatomy, partial(anatomy.merge, root), rows_1RD))
         for layer in range(1, len(wish.anatomy.blocks)):
-            if raw and own is not None:
-                self._add_table(layer, nn.Parameter(raw[layer].detach().clone(), own.requires_grad))
+            if raw and table is not None:
+                self._add_table(layer, nn.Parameter(raw[layer].detach().clone(), table.requires_grad))
             else:
                 self._add_table(layer, wish.new_table(layer))
 
@@ -276,11 +276,11 @@ class AtBlocks(WithTable):
         if self.per_block:
             tables = [*([] if request.table is None else [request.table]), *self.tables.values()]
             to = anatomy.resample
-            made = iter([p if grid is None else to(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
+            positions = iter([p if grid is None else to(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
         else:
-            made = raw_positions(anatomy, request.merge, self.source(request))
+            positions = raw_positions(anatomy, request.merge, self.source(request))
         blocks = anatomy.blocks[: request.number]
-        yield from (anatomy.at(layer)[0].spread(p) for layer, (p, _) in enumerate(zip(made, blocks, strict=False)))
+        yield from (anatomy.at(layer)[0].spread(p) for layer, (p, _) in enumerate(zip(positions, blocks, strict=False)))
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         slot = anatomy.table_slot or anatomy.table_key
@@ -331,11 +331,11 @@ class BesideNorms(WithTable):
         if request.grid is not None and anatomy.stages:
             raise LapeError(f"a model of stages has one image size: a map of {request.grid} is another one's")
         norms = [(int(key), norm) for key, norm in self.norms.items() if key != "last"]
-        made = (chain if self.chained else sharing)(p_1RD, norms[: request.number], request.merge)
+        positions = (chain if self.chained else sharing)(p_1RD, norms[: request.number], request.merge)
         if self.at_last and request.upto in (None, len(norms)):
             *_, raw = raw_positions(anatomy, request.merge, p_1RD)
-            made = itertools.chain(made, map(self.norms["last"], [raw]))
-        for key, p in zip(self.norms, made, strict=False):
+            positions = itertools.chain(positions, map(self.norms["last"], [raw]))
+        for key, p in zip(self.norms, positions, strict=False):
             layout = anatomy.at(self._layer(key))[0]
             yield layout.spread(getattr(self, f"gate_{key}") * p if self.warm_start else p)
 
@@ -386,7 +386,7 @@ class NewBias(Way):
             bias.resize_(new)  # type: ignore[operator]
 
 
-class GivenBias(Way):
+class FixedBias(Way):
     """A bias on the logits of each block that nothing learns."""
 
     here: Tensor  # empty, goes where the model goes
@@ -434,7 +434,7 @@ class Rotary(Way):
             start = mixed(self.head_width, anatomy.num_heads).to(device=like.device, dtype=like.dtype)
             self.register_parameter(f"frequencies_{layer}", nn.Parameter(start))
         self.jitter: Jitter | None = None  # of places in training, for each forward anew
-        self.drawn: Tensor | None = None
+        self.draw_5: Tensor | None = None
 
     def homes(self, anatomy: Anatomy) -> list[str]:
         query = f"{anatomy.attention}.{anatomy.queries_keys[0]}"
@@ -452,17 +452,17 @@ class Rotary(Way):
         grid = request.grid or anatomy.layout.grid
         place_2n = constant(places, device, grid)
         if self.training and self.jitter is not None:
-            if self.drawn is None or not in_backward():  # activations are computed again with the same places
-                self.drawn = 2 * torch.rand(5, device=device) - 1
-            place_2n = jittered(place_2n, grid, self.drawn, self.jitter)
-        made: Tensor | None = None
+            if self.draw_5 is None or not in_backward():  # activations are computed again with the same places
+                self.draw_5 = 2 * torch.rand(5, device=device) - 1
+            place_2n = jittered(place_2n, grid, self.draw_5, self.jitter)
+        cos_sin: Tensor | None = None
         for layer in range(len(anatomy.blocks))[: request.number]:
             if self.learned:
-                made = rotation(self.get_parameter(f"frequencies_{layer}"), place_2n, anatomy.layout.num_prefix)
-            elif made is None:
+                cos_sin = rotation(self.get_parameter(f"frequencies_{layer}"), place_2n, anatomy.layout.num_prefix)
+            elif cos_sin is None:
                 frequencies = constant(axial, device, self.head_width)
-                made = rotation(frequencies, place_2n, anatomy.layout.num_prefix)
-            yield made
+                cos_sin = rotation(frequencies, place_2n, anatomy.layout.num_prefix)
+            yield cos_sin
 
     def fold(self, link: Link) -> Way:
         self.jitter = None
@@ -480,39 +480,39 @@ class HostBias(Way):
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
-        self.own = wish.anatomy.own_bias if wish.join.normalised else ()
+        self.block_biases = wish.anatomy.own_bias if wish.join.normalised else ()
         self.norms = nn.ModuleList()  # eps as in the reference
-        for own in self.own:
-            like = next(place_of(wish.anatomy.root, own.method)[0].parameters())
-            self.norms.append(nn.LayerNorm(own.keys, device=like.device, dtype=like.dtype))
+        for bias in self.block_biases:
+            like = next(place_of(wish.anatomy.root, bias.method)[0].parameters())
+            self.norms.append(nn.LayerNorm(bias.keys, device=like.device, dtype=like.dtype))
 
     def homes(self, anatomy: Anatomy) -> list[str]:
-        return [own.method.rpartition(".")[0] for own in self.own]
+        return [bias.method.rpartition(".")[0] for bias in self.block_biases]
 
     def enter(self, link: Link) -> None:
-        for place, own in enumerate(self.own):
-            owner, method = place_of(link.root, own.method)
+        for place, bias in enumerate(self.block_biases):
+            owner, method = place_of(link.root, bias.method)
             join_module(owner, NormalisedBias, link, method, place=place)
-        if self.own:
-            join_module(link.root, Spanning, link, *spanned(link.root))
+        if self.block_biases:
+            join_module(link.root, Spanning, link, *entry_methods(link.root))
         super().enter(link)
 
     def forward(self, place: int, host_bias: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
         """The host's bias of one block, its rows normalised."""
-        own = self.own[place]
-        return normalise(host_bias(), self.norms[place], own.num_prefix, own.keys)
+        bias = self.block_biases[place]
+        return normalise(host_bias(), self.norms[place], bias.num_prefix, bias.keys)
 
     def fold(self, link: Link) -> Way:
-        if not self.own:
+        if not self.block_biases:
             return super().fold(link)
-        shown = [getattr(*place_of(link.root, own.method))(*own.args) for own in self.own]
-        return Folded(self, link, shown, "folded_bias")
+        biases = [getattr(*place_of(link.root, bias.method))(*bias.args) for bias in self.block_biases]
+        return Folded(self, link, biases, "folded_bias")
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         return {f"lape.norms.{i}": f"{path}.pe_norm" for i, path in enumerate(self.homes(anatomy))}
 
     def check_resize(self) -> None:
-        if self.own:
+        if self.block_biases:
             raise LapeError("LN' over the rows of the host's bias has one size: set the input size before lape.apply_")
 
 
@@ -555,8 +555,8 @@ class Folded(Way):
             setattr(self, attribute, getattr(way, attribute))
         self.folded, self.name = True, name
         self._places, self._homes = way.places(link.anatomy), way.homes(link.anatomy)
-        for place, made in enumerate(constants):
-            self.register_buffer(f"constant_{place}", made.detach().clone())
+        for place, tensor in enumerate(constants):
+            self.register_buffer(f"constant_{place}", tensor.detach().clone())
 
     def places(self, anatomy: Anatomy) -> list[str]:
         return self._places
@@ -569,8 +569,8 @@ class Folded(Way):
         if isinstance(request, int):
             return self._buffers[f"constant_{request}"]
         if request.grid is not None:
-            own = request.anatomy.layout.grid
-            raise LapeError(f"the model is folded for the grid {own}, not {request.grid}: give images of its size")
+            grid = request.anatomy.layout.grid
+            raise LapeError(f"the model is folded for the grid {grid}, not {request.grid}: give images of its size")
         return tuple(self._buffers.values())
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
@@ -586,7 +586,7 @@ def way_for(wish: Wish) -> Way:
     order: list[tuple[bool, type[Way]]] = [
         (kind.untouched, Untouched),
         (kind.conditional, Generated),
-        (kind.fixed_bias is not None, GivenBias),
+        (kind.fixed_bias is not None, FixedBias),
         (bool(kind.rotary), Rotary),
         (kind.is_bias and bool(anatomy.own_bias), HostBias),
         (kind.is_bias, NewBias),
@@ -596,7 +596,7 @@ def way_for(wish: Wish) -> Way:
         (anatomy.table_slot is None and anatomy.input is not None, BehindStem),
         (True, AtInput),
     ]
-    return next(way for needed, way in order if needed)(wish)
+    return next(way for applies, way in order if applies)(wish)
 
 
 def way_of(link: Link) -> Way:
@@ -604,7 +604,7 @@ def way_of(link: Link) -> Way:
     return next(module for module in link.root._modules["lape"].modules() if isinstance(module, Way))  # type: ignore
 
 
-def spanned(root: nn.Module) -> list[str]:
+def entry_methods(root: nn.Module) -> list[str]:
     """The methods by which a forward of this model may begin."""
     entries = ("forward", "forward_features", "forward_intermediates")
     return [name for name in entries if callable(getattr(type(root), name, None))]
@@ -612,10 +612,10 @@ def spanned(root: nn.Module) -> list[str]:
 
 def scopes_of(root: nn.Module, anatomy: Anatomy) -> list[str]:
     """Paths of the methods that may add the host's table: its library's, and what a user's subclass overrides."""
-    entries = spanned(root)
+    entries = entry_methods(root)
     homes = [next(cls for cls in type(root).__mro__ if name in vars(cls)).__module__ for name in entries]
-    theirs = [n for n, home in zip(entries, homes, strict=True) if home.split(".")[0] not in _LIBRARIES]
-    return list(dict.fromkeys([*anatomy.adds, *theirs])) or entries
+    overrides = [n for n, home in zip(entries, homes, strict=True) if home.split(".")[0] not in _LIBRARIES]
+    return list(dict.fromkeys([*anatomy.adds, *overrides])) or entries
 
 
 _LIBRARIES = ("timm", "transformers", "torchvision", "lape")

@@ -94,13 +94,13 @@ def _twin(conversion: Conversion, factory: dict[str, Any]) -> nn.Module:
     keeps = conversion.warm_start or not (conversion.way.new or conversion.pe == "own")
     pe = None if keeps else conversion.pe
     arguments = (factory["library"], factory["name"], factory["kwargs"], conversion.join, pe)
-    where: dict[str, Any] = {"at": conversion.path.rstrip("."), "known_grid": conversion.layout.grid}
+    where: dict[str, Any] = {"at": conversion.path.rstrip("."), "grid": conversion.layout.grid}
     make = partial(build, *arguments, **where)
     try:
         with without_values():
-            twin = make(**conversion.chosen)
+            twin = make(**conversion.choices)
     except (RuntimeError, NotImplementedError):  # constructors that compute with values
-        twin = make(**conversion.chosen)
+        twin = make(**conversion.choices)
     return fold_(twin) if conversion.folded else twin
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lape.convert.converted import CHOSEN
+from lape.convert.converted import CHOICES
 from lape.convert.tended import CONFIG, DIGESTS, digest_of, digest_of_config, record_of
 from lape.core.joins import join_named
 from lape.core.position import kind_named
@@ -325,7 +325,7 @@ _OF_THE_MODEL = ("folded", "grid", "own_table", "at")
 
 def _chosen(record: Mapping[str, Any]) -> dict[str, Any]:
     """Join, kind and what was chosen beside them, by the names of flags."""
-    names = {"join_type": "join", "pe": "pe", **{name: name for name in CHOSEN.values()}}
+    names = {"join_type": "join", "pe": "pe", **{name: name for name in CHOICES.values()}}
     return {flag: record.get(name) for flag, name in names.items()}
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.convert.apply import build, fold_
-from lape.convert.converted import CHOSEN, conversion_of
+from lape.convert.converted import CHOICES, conversion_of
 from lape.convert.positions import Size, describe
 from lape.core.joins import join_named
 from lape.core.position import Grid, kind_named
@@ -54,7 +54,7 @@ def restore(
     state = checkpoint.model_ema if ema else checkpoint.model
     if state is None:
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
-    chosen = {name: checkpoint.args.get(stored) for name, stored in CHOSEN.items()}
+    chosen = {name: checkpoint.args.get(stored) for name, stored in CHOICES.items()}
     chosen["warm_start"] = bool(chosen["warm_start"])
     keeps = chosen["warm_start"] or checkpoint.raw.get("own_table")
     with of_file(checkpoint.path):
@@ -66,7 +66,7 @@ def restore(
             _agreed(checkpoint, "join", None if join is None else join_named(join).name),
             None if keeps else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
             at=checkpoint.raw.get("at"),
-            known_grid=checkpoint.raw.get("grid"),
+            grid=checkpoint.raw.get("grid"),
             **chosen,
         )
         result = _built(checkpoint, make, size)
@@ -264,7 +264,7 @@ def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
 
 
 # What a checkpoint knows about itself. The first must not be contradicted by a flag.
-IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOSEN.values())
+IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOICES.values())
 STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
 
@@ -323,7 +323,7 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
         contents |= checkpoint.args
         stored = {name: contents[name] for name in STORED if contents.get(name) is not None}
         # no flags of an evaluation: the file alone knows
-        chosen = {name: contents.get(name) for name in CHOSEN.values()}
+        chosen = {name: contents.get(name) for name in CHOICES.values()}
         stored |= {**chosen, "warm_start": bool(chosen["warm_start"])}
         size = stored.pop("input_size", None) or size_of(checkpoint)
         if size is not None and _sides(size)[0] == _sides(size)[1]:  # not square: only the transform can say it
