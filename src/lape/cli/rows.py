@@ -16,7 +16,7 @@ from textwrap import indent
 from typing import Any
 
 from lape.errors import LapeError
-from lape.files.atomic import hold, is_stream, remove_left, write_content
+from lape.files.atomic import hold, is_stream, remove_leftovers, write_content
 from lape.names import shown
 
 Row = dict[str, Any]
@@ -51,7 +51,7 @@ def _table(path: str, text: Callable[[list[Row], bool], str], tail: str) -> Iter
         return
     place = Path(path)
     try:
-        remove_left(place.parent, f".{glob.escape(place.name)}.*.tmp")
+        remove_leftovers(place.parent, f".{glob.escape(place.name)}.*.tmp")
         descriptor, temporary = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent)
     except OSError as error:
         raise LapeError(f"{path!r} cannot be written ({error.strerror}): give another file") from None
