@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 @contextmanager
-def written(json_path: str | None, csv_path: str | None) -> Iterator[Callable[[list[Row]], None]]:
+def row_writer(json_path: str | None, csv_path: str | None) -> Iterator[Callable[[list[Row]], None]]:
     """What takes rows and writes them to these files ("-": stdout, None: nowhere). A file that was there before is
     replaced by the first rows. Raises LapeError where it cannot be written."""
     with ExitStack() as at_end:
@@ -100,10 +100,10 @@ def destination(path: str) -> Iterator[Callable[[str], None]]:
         raise LapeError(f"{path!r} cannot be written ({reason}): give another file") from None
 
     def write(text: str) -> None:
-        left = memoryview(text.encode())
+        rest = memoryview(text.encode())
         try:
-            while left:
-                left = left[os.write(descriptor, left) :]
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
         except OSError as error:
             raise LapeError(f"{path!r} cannot be written ({error.strerror}): give another file") from None
 

@@ -51,7 +51,7 @@ class Tended(Joined):
 
 
 def tended_methods(root: nn.Module) -> list[str]:
-    """Those that a host has; and every host says what is not decayed."""
+    """The names of the host's methods that are tended; `no_weight_decay` is added where the host has none."""
     return ["no_weight_decay", *(name for name in TENDED[1:] if hasattr(type(root), name))]
 
 

@@ -345,10 +345,10 @@ class BesideNorms(WithTable):
         return getattr(self, f"gate_{key}") * bias if self.warm_start and bias is not None else bias
 
     def fold(self, link: Link) -> Way:
-        folded = Folded(self, link, link.compute(link.root, None), "folded_position")
+        way = Folded(self, link, link.compute(link.root, None), "folded_position")
         for path in link.anatomy.tables if self.hides_table else ():  # all that is left of them are the constants
             set_aside(link, path)
-        return folded
+        return way
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         names = super().file_names(anatomy)
@@ -357,10 +357,20 @@ class BesideNorms(WithTable):
         return names
 
 
-class NewBias(Way):
-    """A relative position bias on the logits of each block, new; with join `LaPE`, its rows normalised."""
+class AtLogits(Way):
+    """A bias joins the attention logits of each block."""
 
     listed, mixin, site = True, PositionalAttention, "attention biases"
+
+    def homes(self, anatomy: Anatomy) -> list[str]:
+        return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
+
+    def fold(self, link: Link) -> Way:
+        return Folded(self, link, link.compute(link.root, None), "folded_bias")
+
+
+class NewBias(AtLogits):
+    """A learned relative position bias in each block; with join `LaPE`, its rows are normalised."""
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
@@ -368,15 +378,9 @@ class NewBias(Way):
         make = partial(PositionBias, layout, heads, axes, normalised=wish.join.normalised, like=wish.like)
         self.biases = nn.ModuleList(make() for _ in wish.anatomy.blocks)
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
-        return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
-
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """The bias of each block, (1, H, N, N)."""
         yield from (bias(request.grid) for bias in self.biases[: request.number])
-
-    def fold(self, link: Link) -> Way:
-        return Folded(self, link, link.compute(link.root, None), "folded_bias")
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         return {f"lape.biases.{i}": path for i, path in enumerate(self.homes(anatomy))}
@@ -386,12 +390,10 @@ class NewBias(Way):
             bias.resize_(new)  # type: ignore[operator]
 
 
-class FixedBias(Way):
-    """A bias on the logits of each block that nothing learns."""
+class FixedBias(AtLogits):
+    """A bias in each block that nothing learns."""
 
     here: Tensor  # empty, goes where the model goes
-
-    listed, mixin, site = True, PositionalAttention, "attention biases"
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
@@ -400,9 +402,6 @@ class FixedBias(Way):
         self.make(wish.anatomy.layout.grid, wish.anatomy.num_heads, 0, 1)  # refused now, not in a forward
         self.register_buffer("here", wish.like.new_empty(0), persistent=False)
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
-        return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
-
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """The bias of each block, (1, H, N, N); none where a prefix token takes part."""
         anatomy = request.anatomy
@@ -410,9 +409,6 @@ class FixedBias(Way):
         for layer in range(layers)[: request.number]:
             bias_Hnn = constant(self.make, self.here.device, grid, anatomy.num_heads, layer, layers)
             yield F.pad(bias_Hnn, (prefix, 0, prefix, 0))[None]
-
-    def fold(self, link: Link) -> Way:
-        return Folded(self, link, link.compute(link.root, None), "folded_bias")
 
 
 class Rotary(Way):

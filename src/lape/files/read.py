@@ -197,7 +197,7 @@ def _check_digest(path: Path, digest: Any) -> None:
 
 
 def staging_path(file: Path, digest: Any) -> Path:
-    """Where weights lie from when config.json speaks of them until they have replaced the earlier ones: `save`."""
+    """Where `save` writes weights, until config.json is in place and they replace the earlier ones."""
     fits = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
     return file.with_name(f".{digest[:16]}.{file.name}") if fits else file
 

@@ -265,7 +265,7 @@ def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
 
 # What a checkpoint knows about itself. The first must not be contradicted by a flag.
 IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOICES.values())
-STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
+FILE_SETTINGS = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
 
 def transform_of(checkpoint: Checkpoint) -> EvalTransform:
@@ -321,7 +321,7 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     with of_file(checkpoint.path):
         contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
         contents |= checkpoint.args
-        entries = {name: contents[name] for name in STORED if contents.get(name) is not None}
+        entries = {name: contents[name] for name in FILE_SETTINGS if contents.get(name) is not None}
         # no flags of an evaluation: the file alone knows
         choices = {name: contents.get(name) for name in CHOICES.values()}
         entries |= {**choices, "warm_start": bool(choices["warm_start"])}

@@ -1,4 +1,4 @@
-"""The table of hosts: which Vision Transformers can be converted, told by the class of their blocks.
+"""The table of hosts: which Vision Transformers can be converted, recognised by the class of their blocks.
 
 A host says where things are in a model of its library; it never runs or changes the model. Classes are named by
 strings, so that no library is imported before a model of it is at hand.

@@ -34,8 +34,8 @@ Kinds = dict[str, set[str]]
 
 
 def check_entries(cls: Any, entries: Mapping[str, Any], within: Kinds | None = None) -> None:
-    """Raises LapeError for an entry, at any depth, that its class does not declare, or of another kind than there; and
-    for what has the library fetch weights, a kernel or code. What is empty or false says nothing, a number may stand.
+    """Raises LapeError for an entry, at any depth, that its class does not declare, or of another kind than declared;
+    and for what has the library fetch weights, a kernel or code. Empty and false values pass, and so does any number.
 
     Args:
         within: what the class around this one declares in it.

@@ -1,4 +1,4 @@
-"""Models told by where their parts are: code that no library ships, models of one's own, and what to register.
+"""Models described by where their parts are: code that no library ships, models of one's own, and what to register.
 
 Nothing is imported: a class is named by a string, its parts by attribute paths, and sizes are read off what is there.
 

@@ -1,4 +1,4 @@
-"""What `lape.register_host` would be told for a model, and why it would not work."""
+"""What to pass to `lape.register_host` for a model, or why it would not work."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ class Tokenizer(nn.Module):
         else:
             planes = [in_chans, *[HIDDEN_PLANES] * (layers - 1), width]
             stride, padding = max(1, kernel // 2 - 1), max(1, kernel // 2)
-            for before, after in pairwise(planes):
-                modules += [nn.Conv2d(before, after, kernel, stride, padding, bias=False), nn.ReLU()]
+            for channels_in, channels_out in pairwise(planes):
+                modules += [nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False), nn.ReLU()]
                 modules.append(nn.MaxPool2d(3, 2, 1))
                 self.steps += [(kernel, stride, padding), (3, 2, 1)]
         self.layers = nn.Sequential(*modules)
@@ -113,9 +113,9 @@ class CompactBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        attended_BND = x_BND + self.drop_path(self.attn(self.norm1(x_BND)))
-        normed_BND = self.norm2(attended_BND)
-        out_BND: Tensor = normed_BND + self.drop_path(self.mlp(normed_BND))
+        y_BND = x_BND + self.drop_path(self.attn(self.norm1(x_BND)))
+        z_BND = self.norm2(y_BND)
+        out_BND: Tensor = z_BND + self.drop_path(self.mlp(z_BND))
         return out_BND
 
 
@@ -228,9 +228,9 @@ class CompactTransformer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head; 0 classes: none. Raises LapeError for another pooling than the model's."""
-        own = "token" if self.seq_pool is None else "seq"
-        if global_pool not in (None, own):
-            raise LapeError(f"global_pool={global_pool!r}: this model pools by {own!r} only; leave it out")
+        pooling = "token" if self.seq_pool is None else "seq"
+        if global_pool not in (None, pooling):
+            raise LapeError(f"global_pool={global_pool!r}: this model pools by {pooling!r} only; leave it out")
         self.num_classes = num_classes
         like = self.norm.weight
         self.head = nn.Linear(self.embed_dim, num_classes).to(like) if num_classes else nn.Identity()

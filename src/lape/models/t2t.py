@@ -88,13 +88,13 @@ class TokenPerformer(nn.Module):
             sums_BDm = v_BND.float().mT @ k_BNm
             weight_BN1 = q_BNm @ k_BNm.sum(1)[..., None]
             y_BND = q_BNm @ sums_BDm.mT / (weight_BN1 + 1e-8)
-        joined_BND: Tensor = v_BND + self.drop(self.proj(y_BND.to(v_BND.dtype)))
-        return joined_BND
+        output_BND: Tensor = v_BND + self.drop(self.proj(y_BND.to(v_BND.dtype)))
+        return output_BND
 
     def forward(self, x_BND: Tensor) -> Tensor:
         y_BND = self.attend(self.norm1(x_BND))
-        mixed_BND: Tensor = self.mlp(self.norm2(y_BND))
-        return y_BND + mixed_BND
+        mlp_BND: Tensor = self.mlp(self.norm2(y_BND))
+        return y_BND + mlp_BND
 
 
 class TokensToToken(nn.Module):
