@@ -275,8 +275,8 @@ class AtBlocks(WithTable):
         anatomy, grid = request.anatomy, request.grid
         if self.per_block:
             tables = [*([] if request.table is None else [request.table]), *self.tables.values()]
-            to = anatomy.resample
-            positions = iter([p if grid is None else to(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
+            resample = anatomy.resample
+            positions = iter([p if grid is None else resample(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
         else:
             positions = raw_positions(anatomy, request.merge, self.source(request))
         blocks = anatomy.blocks[: request.number]

@@ -111,7 +111,7 @@ class Anatomy:
         for number, stage in enumerate(self.stages):
             if stage.merging is not None and self.layers_of(number).start == layer:
                 grid = self.stages[number - 1].grid
-                return stage.way(root.get_submodule(stage.merging), p_1RD, grid)
+                return stage.merge(root.get_submodule(stage.merging), p_1RD, grid)
         return p_1RD
 
 

@@ -39,8 +39,8 @@ def axial(head_width: int) -> Tensor:
     theta_t = 100^(-t / (d / 4)), t = 0 ... d / 4 - 1.
     """
     theta = _frequencies(head_width, AXIAL_BASE)
-    still = torch.zeros_like(theta)
-    by_column, by_row = torch.stack([theta, still], -1).flatten(), torch.stack([still, theta], -1).flatten()
+    zero = torch.zeros_like(theta)
+    by_column, by_row = torch.stack([theta, zero], -1).flatten(), torch.stack([zero, theta], -1).flatten()
     return torch.stack([by_column, by_row])[:, None]
 
 

@@ -37,5 +37,5 @@ class Stage:
     grid: Grid
     width: int
     merging: str | None = None  # path of what makes this stage's tokens of those before; None: the first stage
-    way: Callable[[nn.Module, Tensor, Grid], Tensor] = over_map  # (that, P of the stage before, its grid) -> P
+    merge: Callable[[nn.Module, Tensor, Grid], Tensor] = over_map  # (that, P of the stage before, its grid) -> P
     lead: int = 0  # tokens without a position that stand before all others in this stage

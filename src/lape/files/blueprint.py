@@ -53,8 +53,8 @@ def blueprint_of(model: nn.Module, name: str | None, arguments: dict[str, Any]) 
         current = host_named(conversion.host).current
         if difference is None or current is None:
             break
-        now, then = current(conversion.root), current(conversion_of(twin).root)
-        changes = {key: value for key, value in now.items() if value != then.get(key)}
+        arguments_here, arguments_there = current(conversion.root), current(conversion_of(twin).root)
+        changes = {key: value for key, value in arguments_here.items() if value != arguments_there.get(key)}
         factory = {**factory, "kwargs": {**factory["kwargs"], **changes}}
         try:
             difference = _difference(model, twin := _twin(conversion, factory))
@@ -94,8 +94,8 @@ def _twin(conversion: Conversion, factory: dict[str, Any]) -> nn.Module:
     keeps = conversion.warm_start or not (conversion.way.new or conversion.pe == "own")
     pe = None if keeps else conversion.pe
     arguments = (factory["library"], factory["name"], factory["kwargs"], conversion.join, pe)
-    place: dict[str, Any] = {"at": conversion.path.rstrip("."), "grid": conversion.layout.grid}
-    make = partial(build, *arguments, **place)
+    part: dict[str, Any] = {"at": conversion.path.rstrip("."), "grid": conversion.layout.grid}
+    make = partial(build, *arguments, **part)
     try:
         with without_values():
             twin = make(**conversion.choices)

@@ -357,10 +357,10 @@ def _sides(size: int | Sequence[int]) -> tuple[int, ...]:
 
 def check_classes(checkpoint: Checkpoint, classes: list[str]) -> None:
     if checkpoint.classes is not None and checkpoint.classes != classes:
-        odd = sorted(set(checkpoint.classes) ^ set(classes))[:3] or classes[:3]
+        differences = sorted(set(checkpoint.classes) ^ set(classes))[:3] or classes[:3]
         raise DataError(
             f"the data has {len(classes)} classes, {checkpoint.path} was trained on {len(checkpoint.classes)} others "
-            f"(they differ in {', '.join(odd)}): their numbers would not match; give the data it was trained on"
+            f"(they differ in {', '.join(differences)}): their numbers would not match; give the data it was trained on"
         )
     if checkpoint.num_classes is not None:
         check_outputs(checkpoint, classes, checkpoint.num_classes)

@@ -71,8 +71,8 @@ def add_host(host: Host) -> Host:
     """Adds a host to the table. Raises LapeError when the name or a root class is taken."""
     for other in _HOSTS.values():
         if other.name == host.name or set(other.root_classes) & set(host.root_classes):
-            twice = f"host {host.name!r} is registered already, as {other.name!r}"
-            raise LapeError(f"{twice}: choose another name and classes")
+            problem = f"host {host.name!r} is registered already, as {other.name!r}"
+            raise LapeError(f"{problem}: choose another name and classes")
     _HOSTS[host.name] = host
     return host
 
@@ -167,8 +167,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def check_module(model: object) -> None:
     """Raises LapeError unless this is a model at all."""
     if not isinstance(model, nn.Module):
-        what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
-        raise LapeError(f"{what:.80} is not a model: give a torch.nn.Module, for instance timm.create_model(...)")
+        name = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        raise LapeError(f"{name:.80} is not a model: give a torch.nn.Module, for instance timm.create_model(...)")
 
 
 def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Host]]:

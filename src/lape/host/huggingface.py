@@ -119,16 +119,16 @@ def _vitpose(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     return {"form": Form(_class_row_everywhere), "add_bias": None, "input": "embeddings"}
 
 
-def _for_image(table_1RD: Tensor, skip: int, pretrain_grid: Grid, grid: Grid, way: Callable[..., Tensor]) -> Tensor:
+def _for_image(table_1RD: Tensor, skip: int, source_grid: Grid, grid: Grid, resample: Callable[..., Tensor]) -> Tensor:
     """A table of the grid of pretraining, as the model adds it."""
-    rows_1RD: Tensor = way(table_1RD[:, skip:], Layout(pretrain_grid, 0), grid)
+    rows_1RD: Tensor = resample(table_1RD[:, skip:], Layout(source_grid, 0), grid)
     return rows_1RD
 
 
-def _pretrained_grid(root: Any, layout: Layout, skip: int, way: Callable[..., Tensor]) -> dict[str, Any]:
-    pretrain_grid, _ = _divided(_pair(root.config.pretrain_image_size), _pair(root.config.patch_size))
-    form = Form(partial(_for_image, skip=skip, pretrain_grid=pretrain_grid, grid=layout.grid, way=way))
-    return {"form": form, "resample": way}
+def _pretrained_grid(root: Any, layout: Layout, skip: int, resample: Callable[..., Tensor]) -> dict[str, Any]:
+    source_grid, _ = _divided(_pair(root.config.pretrain_image_size), _pair(root.config.patch_size))
+    form = Form(partial(_for_image, skip=skip, source_grid=source_grid, grid=layout.grid, resample=resample))
+    return {"form": form, "resample": resample}
 
 
 _bicubic = partial(resample, antialias=False)
@@ -174,8 +174,8 @@ def _rf_detr(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
 
 
 def _yolos(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
-    between = "a table added to the stream between blocks" if root.config.use_mid_position_embeddings else None
-    return {"resample": _bicubic, "beside": between, "add_bias": None}
+    beside = "a table added to the stream between blocks" if root.config.use_mid_position_embeddings else None
+    return {"resample": _bicubic, "beside": beside, "add_bias": None}
 
 
 # ---------------------------------------------------------------- images of several grids
@@ -299,16 +299,16 @@ def _hiera_like(root: Any, blocks: list[str], layout: Layout, dims: tuple[str, s
     """Stages that begin behind the block whose attention pools; its norm feeds the stream, too."""
     layers: list[Any] = [root.get_submodule(path) for path in blocks]
     stages: list[Stage] = []
-    grid, merging, start, way = layout.grid, None, 0, over_tokens
+    grid, merging, start, merge = layout.grid, None, 0, over_tokens
     for i, layer in enumerate([*layers[1:], None], 1):
         width, width_out = (getattr(layers[i - 1], name) for name in dims)
         if width_out == width and layer is not None:
             continue
-        stages.append(Stage(i - start, grid, getattr(layers[start], dims[0]), merging, way))
+        stages.append(Stage(i - start, grid, getattr(layers[start], dims[0]), merging, merge))
         stride = layers[i - 1].query_stride
         pools = stride is not None and stride != 1
         strides = tuple(root.config.query_stride) if pools else (1, 1)
-        merging, start, way = blocks[i - 1], i, partial(_by_border, norm=norm, strides=strides)
+        merging, start, merge = blocks[i - 1], i, partial(_by_border, norm=norm, strides=strides)
         grid = tuple(side // step for side, step in zip(grid, strides, strict=True))
     return {"stages": tuple(stages), "norm_feeds_more": True, "patch_embed": None, "add_bias": None}
 

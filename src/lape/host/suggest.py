@@ -125,8 +125,8 @@ def _run(model: nn.Module, block: nn.Module, where: dict[str, Any], example: Ten
     if not feeding:
         problem = f"no norm's output is what {where['attention']} gets: {POST_NORM}, or it is changed in between"
         return [problem], where["norm"]
-    apart = [f"{feeding[0]} does not read what enters its block"]
-    return ([] if _same(norm_inputs[feeding[0]], block_inputs[0]) else apart), feeding[0]
+    problems = [f"{feeding[0]} does not read what enters its block"]
+    return ([] if _same(norm_inputs[feeding[0]], block_inputs[0]) else problems), feeding[0]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -390,8 +390,8 @@ def _pit(root: Any) -> Fields:
         stages.append(Stage(len(inside), grid, width, pool, _pooled))
         blocks += inside
     layout = Layout(stages[0].grid, 0, root.num_tokens)
-    place = {"layout": layout, "patch_size": embed.conv.stride, "pixels": embed.img_size}
-    return {**place, "blocks": blocks, "stages": tuple(stages), "form": Form(_of_channels_first), "add_bias": None}
+    fields = {"layout": layout, "patch_size": embed.conv.stride, "pixels": embed.img_size}
+    return {**fields, "blocks": blocks, "stages": tuple(stages), "form": Form(_of_channels_first), "add_bias": None}
 
 
 def _of_channels_first(table_1DHW: Tensor) -> Tensor:
@@ -439,9 +439,9 @@ def _volo(root: Any) -> Fields:
 def _xcit(root: Any) -> Fields:
     """Its position comes from a module, in whose place a table can be joined; attention is over channels."""
     side, (height, width) = root.patch_embed.patch_size, root.patch_embed.img_size
-    place = {"layout": Layout((height // side, width // side), prefix_rows=0), "patch_size": (side, side)}
+    fields = {"layout": Layout((height // side, width // side), prefix_rows=0), "patch_size": (side, side)}
     encoder = ("pos_embed",) if root.pos_embed is not None else ()
-    return {**place, "slot": None, "encoder": encoder, "patch_embed": "patch_embed", "grid_from": grid_beside}
+    return {**fields, "slot": None, "encoder": encoder, "patch_embed": "patch_embed", "grid_from": grid_beside}
 
 
 def _swin(root: Any) -> Fields:

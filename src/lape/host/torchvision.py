@@ -103,16 +103,16 @@ def examine_swin(root: nn.Module, grid: Grid | None = None) -> Anatomy:
             "the model does not know the size of its images, over whose grid a position is laid: name it, for instance "
             "lape.apply_(model, grid=(56, 56)) for 224 x 224 pixels and patches of 4"
         )
-    first, merging, at = grid, None, grid
+    first, merging, stage_grid = grid, None, grid
     for path in features[1:]:
         if class_name(type(root.get_submodule(path))) == f"{_SWIN}.PatchMerging":
-            merging, at = path, tuple((side + 1) // 2 for side in at)
+            merging, stage_grid = path, tuple((side + 1) // 2 for side in stage_grid)
             continue
         inside = children(root, path)
         check_blocks("torchvision", root, inside, (f"{_SWIN}.SwinTransformerBlock",))
         norm: Any = root.get_submodule(f"{inside[0]}.norm1")
         width = norm.normalized_shape[0]
-        stages.append(Stage(len(inside), at, width, merging))
+        stages.append(Stage(len(inside), stage_grid, width, merging))
         blocks += inside
     attentions: list[Any] = [root.get_submodule(f"{path}.attn") for path in blocks]
     biases = [
