@@ -367,7 +367,7 @@ def test_what_timm_offers_for_its_vision_transformer(family, tmp_path):
     final, maps = model.forward_intermediates(x)
     assert torch.equal(final, model.forward_features(x))
     assert [tuple(m.shape[1:]) for m in maps] == [(32, *model.patch_embed.grid_size)] * 3
-    assert (model.own_pe, model.pos_embed.requires_grad) == ("1D_sin", False)
+    assert (model.table_kind, model.pos_embed.requires_grad) == ("1D_sin", False)
     lape.apply_(model)
     loaded = lape.load(lape.save(model, tmp_path / "model"))
     larger = torch.randn(1, 3, *(2 * side for side in model.patch_embed.img_size))

@@ -19,7 +19,7 @@ from lape.data.fast import read_levels
 from lape.data.images import assumption, load_image
 from lape.data.open import load_data
 from lape.errors import CheckpointError, LapeError, NotFiniteError
-from lape.files.export import Exported, _judge
+from lape.files.export import ExportResult, _judge
 from lape.look.probe import attention, last_norm, token_and_position, where_am_i
 from lape.recipe import Recipe
 from lape.study.compare import _other, _sort_out, cell_folder
@@ -86,7 +86,7 @@ def test_nothing_is_said_of_positions_that_are_lost(look, pe, tmp_path, monkeypa
 @pytest.mark.parametrize(("difference", "tolerance"), [(math.nan, 1.0), (0.0, math.nan), (math.inf, 1e9)])
 def test_a_comparison_with_nan_fails(difference, tolerance):
     with pytest.raises(LapeError, match="differ"):
-        _judge(Exported("onnx", "m", 1.0, difference, 1.0, 2, {}), tolerance, quiet)
+        _judge(ExportResult("onnx", "m", 1.0, difference, 1.0, 2, {}), tolerance, quiet)
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])

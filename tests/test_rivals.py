@@ -134,8 +134,8 @@ def test_peg_reads_a_map_as_it_reads_its_tokens():
     model = lape.apply_(make("7 x 3 grid"), "basic", "PEG")
     peg = model.lape.peg
     x = torch.randn(2, 22, 32)
-    as_map = peg.beside_map(x[:, 1:].unflatten(1, (7, 3)))
-    assert torch.allclose(as_map.flatten(1, 2), peg.beside(x, (7, 3), 1)[:, 1:], atol=1e-6)
+    as_map = peg.add_to_map(x[:, 1:].unflatten(1, (7, 3)))
+    assert torch.allclose(as_map.flatten(1, 2), peg.add_to_tokens(x, (7, 3), 1)[:, 1:], atol=1e-6)
 
 
 def test_peg_behind_blocks_that_return_a_tuple():
@@ -149,7 +149,7 @@ def test_peg_behind_blocks_that_return_a_tuple():
     x = torch.randn(2, 17, 32)
     output, attention = block(x)
     assert attention == "attention"
-    assert torch.equal(output, model.lape.peg.beside(x, (4, 4), 1))
+    assert torch.equal(output, model.lape.peg.add_to_tokens(x, (4, 4), 1))
 
 
 @pytest.mark.parametrize("size", [(24, 12), (8, 32)])

@@ -164,10 +164,10 @@ def test_jitter_moves_places_in_training_alone_by_torchs_generator():
     draw = 2 * torch.rand(5) - 1
     place = jittered(places((4, 4)), (4, 4), draw, model.lape.jitter)
     with torch.no_grad():
-        made = model.lape(model._lape.asked(model, None))
+        made = model.lape(model._lape.request(model, None))
     assert not torch.equal(made[0], rotation(axial(16), place, 1))  # drawn anew
     torch.manual_seed(5)
-    made = model.lape(model._lape.asked(model, None))
+    made = model.lape(model._lape.request(model, None))
     assert all(torch.equal(one, rotation(axial(16), place, 1)) for one in made)  # one draw for all blocks
 
 

@@ -39,14 +39,15 @@ USER_ERROR = 2
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # What an evaluation reads; `lape eval` refuses the rest rather than ignore it.
-STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
+FILE_SETTINGS = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 EVALUATION = (
-    *STORED,
+    *FILE_SETTINGS,
     *("data_path", "data_set", "columns", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),
     *("ema", "dist_eval", "device", "amp", "attention", "threads"),
 )
 WITH_CHECKPOINT = ("eval", "predict", "visualize", "export", "probe")
-TOLD = (*STORED, *("pe_std", "pe_norm", "warm_start", "as_original"))  # by every checkpoint, where it matters
+# What every checkpoint says of itself, where it matters.
+IN_CHECKPOINTS = (*FILE_SETTINGS, *("pe_std", "pe_norm", "warm_start", "as_original"))
 CLOSED_PIPE = 128 + 13  # as if by SIGPIPE
 
 Command = Callable[..., None]
@@ -54,27 +55,27 @@ GROUPS = {topic: Group(topic, sort_key=place) for place, topic in enumerate(("Re
 UNLESS_GIVEN = Group("From the checkpoint, unless given", sort_key=1)
 
 
-def takes(names: Iterable[str], stored: Iterable[str] = ()) -> Callable[[Command], Command]:
+def takes(names: Iterable[str], from_checkpoint: Iterable[str] = ()) -> Callable[[Command], Command]:
     """Give a command one flag for each of these fields of `Recipe`; it receives those that the user gave.
 
-    The help lists the `stored` ones apart and without a default, which the checkpoint has for them.
+    The help lists those `from_checkpoint` apart and without a default, which the checkpoint has for them.
     """
-    chosen, stored = set(names), set(stored)
+    selection, from_checkpoint = set(names), set(from_checkpoint)
     flags = [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_flag(name, name in stored)
+            name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_flag(name, name in from_checkpoint)
         )
         for name, field in Recipe.model_fields.items()
-        if name in chosen
+        if name in selection
     ]
 
     def extend(command: Command) -> Command:
-        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
 
         def call(*args: Any, **values: Any) -> None:
             command(*args, **values)
 
-        return with_parameters(call, command, [*own, *flags])
+        return with_parameters(call, command, [*parameters, *flags])
 
     return extend
 
@@ -122,14 +123,14 @@ def with_parameters(call: Command, command: Command, parameters: Sequence[inspec
     return call
 
 
-def _flag(name: str, stored: bool) -> Any:
+def _flag(name: str, from_checkpoint: bool) -> Any:
     field = Recipe.model_fields[name]
     settings: dict[str, Any] = {
         "help": field.description,
-        "group": UNLESS_GIVEN if stored else GROUPS[topic_of(name)],
+        "group": UNLESS_GIVEN if from_checkpoint else GROUPS[topic_of(name)],
         "alias": spelling_of(name),
     }
-    if stored or field.default in (None, "", {}):
+    if from_checkpoint or field.default in (None, "", {}):
         settings["show_default"] = False
     if name == "model_kwargs":
         return Annotated[dict[str, Any], Parameter.combine(KEYWORDS, Parameter(**settings))]
@@ -191,10 +192,10 @@ def main() -> NoReturn:
 @contextlib.contextmanager
 def _streams() -> Iterator[None]:
     """stdout and stderr go nowhere where whoever started this process has closed them."""
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as sinks:
         for stream, redirect in ((sys.stdout, contextlib.redirect_stdout), (sys.stderr, contextlib.redirect_stderr)):
             if stream is None:
-                opened.enter_context(redirect(opened.enter_context(open(os.devnull, "w"))))
+                sinks.enter_context(redirect(sinks.enter_context(open(os.devnull, "w"))))
         yield
 
 
@@ -306,10 +307,10 @@ def _of_training(error: UnknownOptionError) -> str:
     """Why a command that takes a checkpoint has no such flag of a training; "" where it is another flag."""
     flag, command = (error.token.keyword or error.token.value).partition("=")[0], " ".join(error.command_chain or ())
     spellings = {name: (f"--{name.replace('_', '-')}", spelling_of(name)) for name in Recipe.model_fields}
-    name = next((name for name, own in spellings.items() if flag.replace("--no-", "--") in own), None)
-    if command not in WITH_CHECKPOINT or name is None or name in {*EVALUATION, "resume"} - set(STORED):
+    name = next((name for name, spelling in spellings.items() if flag.replace("--no-", "--") in spelling), None)
+    if command not in WITH_CHECKPOINT or name is None or name in {*EVALUATION, "resume"} - set(FILE_SETTINGS):
         return ""
-    if name in TOLD:
+    if name in IN_CHECKPOINTS:
         return f"{flag} is what a checkpoint says of itself, and lape {command} takes it from there: leave it out"
     return f"{flag} is of training, and lape {command} trains nothing: leave it out, or give it to lape train"
 

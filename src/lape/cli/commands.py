@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lape import __version__
-from lape.cli.app import EVALUATION, GROUPS, STORED, app, original, takes, takes_options
+from lape.cli.app import EVALUATION, FILE_SETTINGS, GROUPS, app, original, takes, takes_options
 from lape.cli.original import LauncherFlags, OriginalFlags
-from lape.cli.rows import destination, escaped, written
+from lape.cli.rows import destination, escaped, row_writer
 from lape.errors import DataError, LapeError, arguments_as
 from lape.files.atomic import check_outputs
 from lape.look.options import DrawOptions
@@ -108,7 +108,7 @@ def compare(
 
 @app.command(name="eval")
 @takes_options(SweepOptions)
-@takes(EVALUATION, STORED)
+@takes(EVALUATION, FILE_SETTINGS)
 def evaluate(
     sweep: SweepOptions,
     checkpoint: Annotated[tuple[str, ...], Parameter(help=".pth files or folders written by lape.save")] = (),
@@ -163,8 +163,8 @@ def predict(
     check_outputs([json, csv], [*files, options.checkpoint], streams=True)
     note = ""
     problems: list[str] = []
-    with written(json, csv) as add:
-        for p in _shown(predictions(files, options, problems), len(files)):
+    with row_writer(json, csv) as add:
+        for p in _with_bar(predictions(files, options, problems), len(files)):
             if not note and (note := assumption(p.path)):
                 print(f"{shown(p.path)}: {note}; said of the first such image", file=sys.stderr)
             best = list(zip(p.classes, p.probabilities, strict=True))
@@ -231,10 +231,10 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
         files = figures.visualize(checkpoint, save_dir, options)
         first = next(f for f in files if f.stem == "overview")
         print(f"{len(files)} files in {shown(files[0].parent)}, first look at {shown(first)}")
-        if old := figures.left_over(files):
+        if leftovers := figures.left_over(files):
             print(
-                f"{len(old)} of an earlier drawing are still in that folder ({few(old, 4)}): they do not belong to "
-                "this one; remove them, or choose another --model-name"
+                f"{len(leftovers)} of an earlier drawing are still in that folder ({few(leftovers, 4)}): they do not "
+                "belong to this one; remove them, or choose another --model-name"
             )
     if len(checkpoints) == 1:
         return
@@ -279,8 +279,8 @@ def export(
 
     pixels, data_name, transform = sample_images(read_checkpoint(checkpoint), options.data_path, options.images)
     tell(f"checked on {len(pixels)} images of {data_name}")
-    chosen = options.model_dump(exclude={"data_path", "images"})
-    write(checkpoint, images_BCHW=pixels, transform=transform, say=tell, **chosen)
+    settings = options.model_dump(exclude={"data_path", "images"})
+    write(checkpoint, images_BCHW=pixels, transform=transform, say=tell, **settings)
 
 
 @app.command
@@ -344,8 +344,8 @@ def recipes(
         print(text_of(name), end="")
         return
     width = max(map(len, packaged()))
-    for one in packaged():
-        print(f"{one:<{width}}  {text_of(one).partition(chr(10))[0].removeprefix('# ').rstrip('.')}")
+    for recipe in packaged():
+        print(f"{recipe:<{width}}  {text_of(recipe).partition(chr(10))[0].removeprefix('# ').rstrip('.')}")
 
 
 @app.command
@@ -407,13 +407,13 @@ def sample_images(checkpoint: "Checkpoint", data_path: str | None, count: int) -
     from lape.files.restore import settings_of, transform_of
     from lape.study.probing import evenly
 
-    own = {name: checkpoint.args[name] for name in OF_THE_DATA if checkpoint.args.get(name)}
-    gone = data_path is None and "data_path" in own and not Path(own["data_path"]).exists()
-    chosen = {"data_path": data_path} if data_path is not None else {} if gone else own
-    settings = settings_of(checkpoint, Recipe(**chosen, num_workers=0))
+    data_flags = {name: checkpoint.args[name] for name in OF_THE_DATA if checkpoint.args.get(name)}
+    gone = data_path is None and "data_path" in data_flags and not Path(data_flags["data_path"]).exists()
+    flags = {"data_path": data_path} if data_path is not None else {} if gone else data_flags
+    settings = settings_of(checkpoint, Recipe(**flags, num_workers=0))
     data = load_data(settings, train=False)
     pixels = evenly(data.val, count)
-    name = f"{data.name}, since {own['data_path']} is not there" if gone else data.name
+    name = f"{data.name}, since {data_flags['data_path']} is not there" if gone else data.name
     transform = transform_of(checkpoint)
     height, width = pixels.shape[-2:]
     if transform.size != (height, width):
@@ -435,7 +435,7 @@ def _print_row(title: str, text: str) -> None:
     print(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False))
 
 
-def _shown(items: Iterable[Any], total: int) -> Iterator[Any]:
+def _with_bar(items: Iterable[Any], total: int) -> Iterator[Any]:
     """The items, with a bar on stderr where both streams allow it: a terminal there, and no lines in its way."""
     if not sys.stderr.isatty() or sys.stdout.isatty() or total < 2:
         yield from items

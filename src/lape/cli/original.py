@@ -36,7 +36,7 @@ class OriginalFlags(Options):
 
 
 class LauncherFlags(Options):
-    """What the original was told of its processes. Here the launcher's environment decides."""
+    """What the original's flags say of its processes. Here the launcher's environment decides."""
 
     world_size: Annotated[PositiveInt, _flag("must be what the launcher started; use torchrun --nproc_per_node")] = 1
     dist_url: Annotated[str, _flag("must be env://; use torchrun's --rdzv-endpoint or --master-port")] = "env://"
@@ -54,10 +54,10 @@ class LauncherFlags(Options):
         if self.dist_url != "env://":
             fix = "start with torchrun --rdzv-endpoint HOST:PORT, or --master-addr and --master-port"
             raise LapeError(f"dist_url={self.dist_url!r} is refused, only 'env://' is allowed: {fix}")
-        started = int(processes) if processes and processes.isdecimal() else 1  # else refused where processes meet
-        if self.world_size not in (1, started):
+        count = int(processes) if processes and processes.isdecimal() else 1  # else refused where processes meet
+        if self.world_size not in (1, count):
             raise LapeError(
-                f"world_size={self.world_size} but {started} process(es) were started: "
+                f"world_size={self.world_size} but {count} process(es) were started: "
                 f"leave the flag out and start with torchrun --nproc_per_node={self.world_size}"
             )
         return self
@@ -71,7 +71,7 @@ def original_main() -> NoReturn:
 def visualize_main(tokens: Sequence[str] | None = None) -> int:
     """The command line of the authors' `similarity_visualize.py`; returns the exit code, 2 for wrong use.
 
-    What no flag is given for, the checkpoint decides; a flag that contradicts it is refused.
+    The checkpoint decides what no flag says; a flag that contradicts it is refused.
     """
     app = App(
         name="similarity_visualize.py",
@@ -107,7 +107,7 @@ def visualize_main(tokens: Sequence[str] | None = None) -> int:
         from lape.look.options import DrawOptions
 
         options = DrawOptions(model_name=model_name, token=token, join_type=join_type, pe=pe)
-        written = visualize(ckpt_path, save_dir, options)
-        print(f"Visualization done! {len(written)} files in {written[0].parent}")
+        files = visualize(ckpt_path, save_dir, options)
+        print(f"Visualization done! {len(files)} files in {files[0].parent}")
 
     return run(app, sys.argv[1:] if tokens is None else tokens)

@@ -16,14 +16,14 @@ from textwrap import indent
 from typing import Any
 
 from lape.errors import LapeError
-from lape.files.atomic import hold, is_stream, remove_left, write_content
+from lape.files.atomic import hold, is_stream, remove_leftovers, write_content
 from lape.names import shown
 
 Row = dict[str, Any]
 
 
 @contextmanager
-def written(json_path: str | None, csv_path: str | None) -> Iterator[Callable[[list[Row]], None]]:
+def row_writer(json_path: str | None, csv_path: str | None) -> Iterator[Callable[[list[Row]], None]]:
     """What takes rows and writes them to these files ("-": stdout, None: nowhere). A file that was there before is
     replaced by the first rows. Raises LapeError where it cannot be written."""
     with ExitStack() as at_end:
@@ -51,7 +51,7 @@ def _table(path: str, text: Callable[[list[Row], bool], str], tail: str) -> Iter
         return
     place = Path(path)
     try:
-        remove_left(place.parent, f".{glob.escape(place.name)}.*.tmp")
+        remove_leftovers(place.parent, f".{glob.escape(place.name)}.*.tmp")
         descriptor, temporary = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent)
     except OSError as error:
         raise LapeError(f"{path!r} cannot be written ({error.strerror}): give another file") from None
@@ -100,10 +100,10 @@ def destination(path: str) -> Iterator[Callable[[str], None]]:
         raise LapeError(f"{path!r} cannot be written ({reason}): give another file") from None
 
     def write(text: str) -> None:
-        left = memoryview(text.encode())
+        rest = memoryview(text.encode())
         try:
-            while left:
-                left = left[os.write(descriptor, left) :]
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
         except OSError as error:
             raise LapeError(f"{path!r} cannot be written ({error.strerror}): give another file") from None
 

@@ -14,7 +14,7 @@ from torch import nn
 from lape.convert.converted import conversion_of
 from lape.convert.plan import check_fresh, check_std, plan
 from lape.convert.positions import Size, grid_for
-from lape.convert.tended import Saved, Tended, tended
+from lape.convert.tended import Saved, Tended, tended_methods
 from lape.convert.ways import Wish, check_put_back, put_back, way_for
 from lape.core.anatomy import Anatomy, Form
 from lape.core.forward import Link
@@ -65,22 +65,22 @@ def apply_(
     The model is unchanged, bit for bit, when it raises. Source: Yu et al., ICCV 2023, Eq. 8-11 and Table 7.
     """
     chosen_join = join_named(join)
-    named = None if pe is None else kind_named(pe)
+    new_kind = None if pe is None else kind_named(pe)
     check_fresh(model)
-    if named is not None and named.untouched:
-        check_combination(chosen_join, named, pe_norm)
+    if new_kind is not None and new_kind.untouched:
+        check_combination(chosen_join, new_kind, pe_norm)
         if warm_start:
             raise LapeError(f"warm_start=True with pe={pe!r}: there is no join to open; leave warm_start out")
-        check_std(std, named)
+        check_std(std, new_kind)
         return _leave(model)
     host, root = find_host(_part(model, at))
-    anatomy = examined(host, root, grid)
-    if named is not None and named.is_table and anatomy.table is not None and anatomy.form != Form():
+    anatomy = anatomy_of(host, root, grid)
+    if new_kind is not None and new_kind.is_table and anatomy.table is not None and anatomy.form != Form():
         anatomy = anatomy.without_table()
-    way = plan(host, anatomy, chosen_join, named, warm_start=warm_start, pe_norm=pe_norm, std=std)
+    way = plan(host, anatomy, chosen_join, new_kind, warm_start=warm_start, pe_norm=pe_norm, std=std)
     link = Link(root, host.name, anatomy, listed=way.listed)
     way.enter(link)
-    join_module(root, Tended, link, *tended(root))
+    join_module(root, Tended, link, *tended_methods(root))
     if hasattr(type(model), "save_pretrained"):
         join_module(model, Saved, link, "save_pretrained")
     return model
@@ -97,11 +97,11 @@ def _part(model: nn.Module, at: str | None) -> nn.Module:
         raise LapeError(f"at={at!r}: this {type(model).__name__} has no such part; it consists of {names}") from None
 
 
-def examined(host: Host, root: nn.Module, grid: Grid | None) -> Anatomy:
+def anatomy_of(host: Host, root: nn.Module, grid: Grid | None) -> Anatomy:
     """The anatomy of a model; `grid` is what the user says. Raises LapeError for a grid that the model knows itself."""
     if grid is None:
         return host.examine(root)
-    if "grid" not in host.given:
+    if "grid" not in host.user_arguments:
         raise LapeError(f"grid={grid!r}: {host.name} knows its own grid, leave it out")
     if len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
         raise LapeError(f"grid={grid!r} is no grid: give (rows, columns) of patches")
@@ -110,7 +110,7 @@ def examined(host: Host, root: nn.Module, grid: Grid | None) -> Anatomy:
 
 def _needs_grid(model: nn.Module, at: str | None) -> bool:
     try:
-        return "grid" in find_host(_part(model, at))[0].given
+        return "grid" in find_host(_part(model, at))[0].user_arguments
     except UnsupportedModelError:
         return False
 
@@ -139,15 +139,15 @@ def remove_(model: nn.Module) -> nn.Module:
     if conversion.folded:
         raise LapeError("a folded model cannot be turned back: keep a copy.deepcopy(model) from before lape.fold_")
     link = conversion.link
-    joined: dict[str, Any] = {
+    modules: dict[str, Any] = {
         path: m for path, m in model.named_modules() if isinstance(m, Joined) and m.__dict__[LINK] is link
     }
-    for path, module in joined.items():
+    for path, module in modules.items():
         if type(module) is not subclass(module._host, *module._roles):
             raise LapeError(f"{path} became a {class_name(type(module))} after lape.apply_: undo that first")
     check_put_back(link)
     put_back(link)
-    for module in joined.values():
+    for module in modules.values():
         leave_module(module)
     link.root.__dict__.pop(LINK, None)
     del link.root._modules["lape"]
@@ -220,24 +220,23 @@ def build(
     pe: str | None,
     *,
     at: str | None = None,
-    known_grid: Grid | None = None,
-    **chosen: Any,
+    grid: Grid | None = None,
+    **choices: Any,
 ) -> nn.Module:
     """A model of a library by name and arguments, converted; it remembers them for `lape.save`.
 
-    `known_grid` is for a model that does not know its own; `chosen` are the other arguments of `apply_`.
+    `grid` is for a model that does not know its own; `choices` are the other arguments of `apply_`.
     """
     host = host_of_library(library)
     assert host.build is not None
     try:
         with needs("huggingface" if library == "transformers" else "all"):
-            made = host.build(name, kwargs)
+            model = host.build(name, kwargs)
     except UnsupportedModelError as error:  # of a model that takes other arguments: here it need not be supported
         if pe is None or not kind_named(pe).untouched:
             raise
         raise LapeError(f"model {name!r} with {kwargs}: {error.__cause__}") from error
-    grid = known_grid if known_grid and _needs_grid(made, at) else None
-    model = apply_(made, join, pe, at=at, grid=grid, **chosen)
+    apply_(model, join, pe, at=at, grid=grid if grid and _needs_grid(model, at) else None, **choices)
     plain = {key: value for key, value in kwargs.items() if key not in NOT_THE_MODEL}
     conversion_of(model).factory.update(library=library, name=name, kwargs=plain)
     return model

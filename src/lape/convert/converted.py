@@ -15,8 +15,8 @@ from lape.core.position import Layout
 from lape.errors import LapeError
 from lape.host import check_module
 
-CHOSEN = {"warm_start": "warm_start", "std": "pe_std", "pe_norm": "pe_norm"}
-"""What can be chosen beside join and kind: arguments of `lape.apply_`, and their names in files and recipes."""
+CHOICES = {"warm_start": "warm_start", "std": "pe_std", "pe_norm": "pe_norm"}
+"""What a user chooses beside join and kind: arguments of `lape.apply_`, and their names in files and recipes."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Conversion:
         return self.way.warm_start
 
     @property
-    def chosen(self) -> dict[str, Any]:
+    def choices(self) -> dict[str, Any]:
         """What was chosen beside join and kind: arguments of `lape.apply_`."""
-        return {name: getattr(self.way, name) for name in CHOSEN}
+        return {name: getattr(self.way, name) for name in CHOICES}
 
     @property
     def folded(self) -> bool:
@@ -71,10 +71,10 @@ class Conversion:
 
     def record(self) -> dict[str, Any]:
         """What files say of it, as plain values."""
-        choice = {"join": self.join, "pe": self.pe, **{CHOSEN[name]: value for name, value in self.chosen.items()}}
-        own = {"own_table": True} if self.anatomy.form != Form() else {}  # which a new one of this kind would not be
+        choices = {"join": self.join, "pe": self.pe, **{CHOICES[name]: value for name, value in self.choices.items()}}
+        form = {"own_table": True} if self.anatomy.form != Form() else {}  # which a new one of this kind would not be
         place = {"grid": list(self.layout.grid), "at": self.path.rstrip(".")}
-        return {**choice, "folded": self.folded, **own, **place}
+        return {**choices, "folded": self.folded, **form, **place}
 
     def places(self) -> list[int | None]:
         """For each block that the model has now: its place in what `root.lape` computes, None when it is not joined."""
@@ -83,32 +83,32 @@ class Conversion:
             if path not in modules:  # pruned away
                 continue
             inside = [*modules[path].modules(), modules.get(self.anatomy.norm_of(layer))]
-            joined = [m for m in inside if isinstance(m, Joined) and m.__dict__[LINK] is self.link]
-            places.append(next((m._lape_place for m in joined if hasattr(m, "_lape_place")), None))
+            members = [m for m in inside if isinstance(m, Joined) and m.__dict__[LINK] is self.link]
+            places.append(next((m._lape_place for m in members if hasattr(m, "_lape_place")), None))
         return places
 
 
 def conversions(model: nn.Module) -> list[Conversion]:
     """All converted models in a module."""
     check_module(model)
-    linked = [(path, module.__dict__[LINK]) for path, module in model.named_modules() if LINK in module.__dict__]
-    roots = [(path, link) for path, link in linked if link.root is model.get_submodule(path)]
+    links = [(path, module.__dict__[LINK]) for path, module in model.named_modules() if LINK in module.__dict__]
+    roots = [(path, link) for path, link in links if link.root is model.get_submodule(path)]
     return [Conversion(f"{path}." if path else "", link, way_of(link)) for path, link in roots]
 
 
 def conversion_of(model: nn.Module) -> Conversion:
     """The conversion of the one converted model in a module. Raises LapeError when there is none, or more than one."""
-    converted = conversions(model)
-    if not converted:
+    candidates = conversions(model)
+    if not candidates:
         raise LapeError(f"this {type(model).__name__} is not converted: call lape.apply_(model) first")
-    if len(converted) > 1:
-        names = ", ".join(conversion.path.rstrip(".") for conversion in converted)
-        raise LapeError(f"this {type(model).__name__} holds {len(converted)} converted models: pass one of {names}")
-    return converted[0]
+    if len(candidates) > 1:
+        names = ", ".join(conversion.path.rstrip(".") for conversion in candidates)
+        raise LapeError(f"this {type(model).__name__} holds {len(candidates)} converted models: pass one of {names}")
+    return candidates[0]
 
 
-def known(conversion: Conversion) -> Conversion:
-    """Raises LapeError for a model that was left as it is and has no host."""
+def require_host(conversion: Conversion) -> Conversion:
+    """The conversion itself. Raises LapeError where it has no host: a model that was left as it is."""
     if not conversion.anatomy.blocks:
         raise LapeError(f"pe={conversion.pe!r}: a {conversion.host} was left as it is, its parts are not known here")
     return conversion

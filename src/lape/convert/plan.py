@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lape.convert.converted import conversions
-from lape.convert.ways import Way, Wish, scopes_of, spanned, way_for
+from lape.convert.ways import Way, Wish, entry_methods, scopes_of, way_for
 from lape.core.anatomy import Anatomy, place_of
 from lape.core.joins import Join, check_combination
 from lape.core.pe_norms import pe_norm_for
@@ -19,29 +19,29 @@ def plan(
     host: Host,
     anatomy: Anatomy,
     join: Join,
-    named: Kind | None,
+    new_kind: Kind | None,
     *,
     warm_start: bool = False,
     pe_norm: str | None = None,
     std: float | None = None,
 ) -> Way:
     """The way of joining, with all that it adds. Raises LapeError for what has no meaning in this model."""
-    kind = named or host_kind(anatomy)
+    kind = new_kind or host_kind(anatomy)
     check_combination(join, kind, pe_norm)
-    check_std(std, named)
-    if warm_start and (kind.is_bias or not (join.normalised and named is None)):
+    check_std(std, new_kind)
+    if warm_start and (kind.is_bias or not (join.normalised and new_kind is None)):
         raise LapeError(
-            f"warm_start=True with join={join.name!r} and pe={named and named.name!r}: it keeps the model's own table "
-            "and opens a gate behind each LN'; use join='LaPE' or 'LaPE-sharing' and pe=None"
+            f"warm_start=True with join={join.name!r} and pe={new_kind and new_kind.name!r}: it keeps the model's own "
+            "table and opens a gate behind each LN'; use join='LaPE' or 'LaPE-sharing' and pe=None"
         )
-    check_host(host.name, anatomy, join, kind, new=named is not None)
+    check_host(host.name, anatomy, join, kind, new=new_kind is not None)
     check_pooling(host.name, anatomy, join)
     if kind.is_bias and anatomy.add_bias is None and not anatomy.own_bias:
         raise UnsupportedModelError(
             f"attention of {host.name} takes no mask per head: pe={kind.name!r} cannot be added"
         )
     with torch.inference_mode(False):
-        new, norm = named is not None, pe_norm_for(pe_norm, join.name, join.pe_norm)
+        new, norm = new_kind is not None, pe_norm_for(pe_norm, join.name, join.pe_norm)
         way = way_for(Wish(anatomy, join, kind, new=new, warm_start=warm_start, pe_norm=norm, std=std))
     check_forwards(anatomy, way)
     return way
@@ -51,16 +51,16 @@ STDS = (1e-6, 1e6)
 """What a table may start with: files hold it to the same."""
 
 
-def check_std(std: float | None, named: Kind | None) -> None:
+def check_std(std: float | None, new_kind: Kind | None) -> None:
     """Raises LapeError for a standard deviation that is none, or that no new table would start with."""
     if std is None:
         return
     low, high = STDS
     if isinstance(std, bool) or not isinstance(std, int | float) or not low <= std <= high:
         raise LapeError(f"std={std!r} is no standard deviation of a table: give {low:g} to {high:g}, such as 0.02 or 1")
-    if named is None or not named.is_table:
-        kept = "the model's own position stays" if named is None else f"pe={named.name!r} has no table"
-        raise LapeError(f"std={std!r} is what a new table starts with, and {kept}: name one, as pe='learnable'")
+    if new_kind is None or not new_kind.is_table:
+        reason = "the model's own position stays" if new_kind is None else f"pe={new_kind.name!r} has no table"
+        raise LapeError(f"std={std!r} is what a new table starts with, and {reason}: name one, as pe='learnable'")
 
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -88,7 +88,7 @@ def check_forwards(anatomy: Anatomy, way: Way) -> None:
     methods = [(path, "forward") for path in [*paths, *([anatomy.patch_embed] if anatomy.patch_embed else [])]]
     if (way.hides_table and anatomy.table) or (way.new and anatomy.encoder):
         methods += [scope.rpartition(".")[::2] for scope in scopes_of(root, anatomy)]
-        methods += [("", name) for name in spanned(root) if name != "forward"]
+        methods += [("", name) for name in entry_methods(root) if name != "forward"]
     for path, method in methods:
         if method in root.get_submodule(path).__dict__:
             raise UnsupportedModelError(

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lape.convert.converted import Conversion, conversion_of, known
+from lape.convert.converted import Conversion, conversion_of, require_host
 from lape.convert.tended import position_names
 from lape.convert.ways import raw_positions
 from lape.core.anatomy import Anatomy, place_of
@@ -89,7 +89,7 @@ def describe(model: nn.Module) -> Description:
         positioned_prefix_tokens=conversion.layout.prefix_rows,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         position_parameters=sum(sizes.get(name, 0) for name in position_names(conversion.link)),
-        **conversion.chosen,
+        **conversion.choices,
         folded=conversion.folded,
         beside=None if way.joins_host_bias else anatomy.beside,
     )
@@ -97,12 +97,12 @@ def describe(model: nn.Module) -> Description:
 
 def grid(model: nn.Module) -> Grid:
     """(rows, columns) of patches of a converted model. Raises LapeError where its parts are not known (pe="own")."""
-    return known(conversion_of(model)).layout.grid
+    return require_host(conversion_of(model)).layout.grid
 
 
 def num_prefix_tokens(model: nn.Module) -> int:
     """Tokens before the first patch (class, distillation, registers) of a converted model; raises as `grid`."""
-    return known(conversion_of(model)).layout.num_prefix
+    return require_host(conversion_of(model)).layout.num_prefix
 
 
 def grid_for(conversion: Conversion, size: Size | None) -> Grid | None:
@@ -111,8 +111,8 @@ def grid_for(conversion: Conversion, size: Size | None) -> Grid | None:
         return None
     patch = conversion.anatomy.patch_size
     sides = (size,) * len(patch) if isinstance(size, int) and len(patch) < 3 else size
-    what = {2: "pixels, a side or (height, width)", 3: "(frames, height, width)"}.get(len(patch), f"{len(patch)} sides")
-    rule = f"give {what}, in multiples of the patch of {' x '.join(map(str, patch))}"
+    form = {2: "pixels, a side or (height, width)", 3: "(frames, height, width)"}.get(len(patch), f"{len(patch)} sides")
+    rule = f"give {form}, in multiples of the patch of {' x '.join(map(str, patch))}"
     if not isinstance(sides, tuple | list) or len(sides) != len(patch) or not all(type(side) is int for side in sides):
         raise LapeError(f"size={size!r} is no image size: {rule}")
     if tuple(sides) == conversion.anatomy.pixels:
@@ -160,15 +160,15 @@ def positions(
         if target not in (None, conversion.layout.grid):
             raise LapeError(f"the model is folded for the grid {conversion.layout.grid}, size={size!r} is {target}")
     target = None if target == conversion.layout.grid else target
-    listed = conversion.link.compute(conversion.root, target) if conversion.link.listed else []
-    raw = _added(conversion, target) if join.at_input else []
-    added = [anatomy.at(layer)[0].spread(p) for layer, p in enumerate(raw)]
-    layers = [
-        _seen(conversion, layer, place, listed[place] if place is not None else added[layer] if added else None, view)
-        for layer, place in enumerate(conversion.places())
-    ]
+    by_place = conversion.link.compute(conversion.root, target) if conversion.link.listed else []
+    raw = _input_positions(conversion, target) if join.at_input else []
+    at_input = [anatomy.at(layer)[0].spread(p) for layer, p in enumerate(raw)]
+    layers: list[Tensor | None] = []
+    for layer, place in enumerate(conversion.places()):
+        p_1ND = by_place[place] if place is not None else at_input[layer] if at_input else None
+        layers.append(_in_view(conversion, layer, place, p_1ND, view))
     if any(p is None for p in layers):  # a block that was put in after the conversion receives nothing
-        zeros = torch.zeros_like(next(p for p in [*layers, *listed] if p is not None))
+        zeros = torch.zeros_like(next(p for p in [*layers, *by_place] if p is not None))
         layers = [zeros if p is None else p for p in layers]
     return torch.cat(layers if stage is None else layers[anatomy.layers_of(stage)])  # type: ignore[arg-type]
 
@@ -183,17 +183,17 @@ def table_of(conversion: Conversion, grid: Grid | None = None) -> Tensor:
 def tables_of(conversion: Conversion) -> list[nn.Parameter]:
     """The position tables that learn: one, or one a block (`unshare`)."""
     slot = conversion.anatomy.table_slot if conversion.way.uses_table else None
-    named = conversion.root.named_parameters()
-    return [p for name, p in named if p.requires_grad and (name == slot or name.startswith("lape.table_"))]
+    parameters = conversion.root.named_parameters()
+    return [p for name, p in parameters if p.requires_grad and (name == slot or name.startswith("lape.table_"))]
 
 
-def _added(conversion: Conversion, grid: Grid | None) -> list[Tensor]:
+def _input_positions(conversion: Conversion, grid: Grid | None) -> list[Tensor]:
     """What is added to the tokens once, as it reaches each block, (1, R, D)."""
-    entered = partial(conversion.anatomy.entered, conversion.root)
-    return list(raw_positions(conversion.anatomy, entered, table_of(conversion, grid)))
+    merge = partial(conversion.anatomy.merge, conversion.root)
+    return list(raw_positions(conversion.anatomy, merge, table_of(conversion, grid)))
 
 
-def _seen(conversion: Conversion, layer: int, place: int | None, p_1ND: Tensor | None, view: View) -> Tensor | None:
+def _in_view(conversion: Conversion, layer: int, place: int | None, p_1ND: Tensor | None, view: View) -> Tensor | None:
     """What one block receives, in a view; None when nothing."""
     if p_1ND is None or view == "received":
         return p_1ND
@@ -246,10 +246,10 @@ def position_bias(model: nn.Module) -> Tensor:
 
 def _host_biases(conversion: Conversion) -> Tensor:
     biases = []
-    for own in conversion.anatomy.own_bias:
-        owner, method = place_of(conversion.root, own.method)
-        bias: Tensor = getattr(owner, method)(*own.args)
-        biases.append(bias.reshape(1, *bias.shape[-3:])[..., own.num_prefix :, own.num_prefix :])
+    for block_bias in conversion.anatomy.own_bias:
+        owner, method = place_of(conversion.root, block_bias.method)
+        bias: Tensor = getattr(owner, method)(*block_bias.args)
+        biases.append(bias.reshape(1, *bias.shape[-3:])[..., block_bias.num_prefix :, block_bias.num_prefix :])
     if len({bias.shape for bias in biases}) > 1:
         raise LapeError("blocks have biases of different heads or windows: there is no one (L, H, n, n) to give")
     return torch.cat(biases)

@@ -42,16 +42,16 @@ class Tended(Joined):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied root is the root of all that was copied with it, also of what was copied before it."""
         super().__setstate__(state)  # type: ignore[misc]
-        link, waiting = self.__dict__[LINK], [self]
-        while waiting and vars(link).get("root") is self:  # while unpickling it may not be there yet
-            part: Any = waiting.pop()
+        link, stack = self.__dict__[LINK], [self]
+        while stack and vars(link).get("root") is self:  # while unpickling it may not be there yet
+            part: Any = stack.pop()
             if LINK in part.__dict__:
                 part.__dict__[LINK] = link
-            waiting += [child for child in part.__dict__.get("_modules", {}).values() if child is not None]
+            stack += [child for child in part.__dict__.get("_modules", {}).values() if child is not None]
 
 
-def tended(root: nn.Module) -> list[str]:
-    """Those that a host has; and every host says what is not decayed."""
+def tended_methods(root: nn.Module) -> list[str]:
+    """The names of the host's methods that are tended; `no_weight_decay` is added where the host has none."""
     return ["no_weight_decay", *(name for name in TENDED[1:] if hasattr(type(root), name))]
 
 
@@ -63,8 +63,8 @@ def position_names(link: Link) -> set[str]:
     if way.uses_table:
         names |= set(anatomy.tables)
     if way.joins_host_bias:
-        for own in anatomy.own_bias:
-            path = own.method.rpartition(".")[0]
+        for block_bias in anatomy.own_bias:
+            path = block_bias.method.rpartition(".")[0]
             parameters = root.get_submodule(path).named_parameters(recurse=False)
             names |= {f"{path}.{name}" for name, _ in parameters if "relative_position" in name}
     return names
@@ -81,12 +81,12 @@ def _group_matcher(root: Any, host_method: Callable[..., Any], coarse: bool = Fa
     if callable(groups):  # a function of the name, with the stem as group 0
         return lambda name: groups(homes.get(".".join(name.split(".")[:3]), name))
     blocks = groups["blocks"] if isinstance(groups["blocks"], list) else [(groups["blocks"], None)]
-    ours = []
+    new_patterns = []
     for key, home in homes.items():
         if (match := next((m for pattern, _ in blocks if (m := re.match(pattern, home))), None)) is not None:
             suffix = next(suffix for pattern, suffix in blocks if re.match(pattern, home))
-            ours.append((rf"^{re.escape(key)}(?:\.|$)", (*map(int, match.groups()), *(suffix or ()))))
-    return {**groups, "stem": rf"{groups['stem']}|^lape\.table_", "blocks": [*blocks, *ours]}
+            new_patterns.append((rf"^{re.escape(key)}(?:\.|$)", (*map(int, match.groups()), *(suffix or ()))))
+    return {**groups, "stem": rf"{groups['stem']}|^lape\.table_", "blocks": [*blocks, *new_patterns]}
 
 
 def _set_input_size(root: Any, host_method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -124,13 +124,13 @@ class Saved(Joined):
         model: Any = self
         if "save_original_format" in inspect.signature(host_method).parameters:  # transformers 5
             kwargs["save_original_format"] = False
-        mine = kwargs.get("is_main_process", True) and not kwargs.get("push_to_hub")
-        model.config.lape = conversion_of(model).record() | ({DIGESTS: UNFINISHED} if mine else {})
+        writes = kwargs.get("is_main_process", True) and not kwargs.get("push_to_hub")
+        model.config.lape = conversion_of(model).record() | ({DIGESTS: UNFINISHED} if writes else {})
         try:
             result = host_method(model, *args, **kwargs)
         finally:
             del model.config.lape
-        if mine:
+        if writes:
             _finish(Path(args[0] if args else kwargs["save_directory"]))
         return result
 

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy, place_of
-from lape.core.bias import OwnBiasMethod, PositionBias, normalise
+from lape.core.bias import NormalisedBias, PositionBias, normalise
 from lape.core.conditional import PEG, Generating
 from lape.core.constants import constant
-from lape.core.forward import Adding, Asked, Link, Slot, Spanning, owned
+from lape.core.forward import Adding, Link, PositionRequest, Slot, Spanning, member
 from lape.core.grids import GridWatch, Shuffled, in_backward
 from lape.core.joined import Joined, join_module
 from lape.core.joins import Join
-from lape.core.norm import Entered, PositionalNorm, beside, chain, makes_new
+from lape.core.norm import Merge, PositionalNorm, chain, makes_new, sharing
 from lape.core.pe_norms import PE_NORMS
 from lape.core.position import Kind, Layout, resized
 from lape.core.rotary import Jitter, Rotating, axial, jittered, mixed, places, rotation
@@ -57,7 +57,7 @@ class Wish:
     @property
     def host_table(self) -> Tensor | None:
         table = self.anatomy.table
-        return None if table is None else owned(*place_of(self.anatomy.root, table))
+        return None if table is None else member(*place_of(self.anatomy.root, table))
 
     def new_table(self, layer: int) -> nn.Parameter:
         """A table of the kind for a block, (1, R, D)."""
@@ -84,13 +84,13 @@ class Way(nn.Module):
         self.factory: dict[str, Any] = {}  # name and arguments of the model, when made by create_model
         self.hides_table = True  # whether the host's own addition of a table is switched off
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """What each place receives, in their order."""
         raise NotImplementedError
 
-    def forward(self, asked: Any) -> Any:
+    def forward(self, request: Any) -> Any:
         """What each place receives."""
-        return tuple(self.each(asked))
+        return tuple(self.each(request))
 
     def adds_at_input(self, anatomy: Anatomy) -> bool:
         """Whether a table is added to the patch tokens."""
@@ -112,7 +112,7 @@ class Way(nn.Module):
             for place, path in enumerate(self.places(anatomy)):
                 module = root.get_submodule(path)
                 join_module(module, self.mixin, link, place=place, new=makes_new(module))
-            join_module(root, Spanning, link, *spanned(root))
+            join_module(root, Spanning, link, *entry_methods(root))
             for path in anatomy.blocks if anatomy.unfused else ():
                 join_module(root.get_submodule(path), Unfused, link, str(anatomy.unfused))
             if anatomy.shuffle is not None:
@@ -130,7 +130,7 @@ class Way(nn.Module):
             hide(link, path)
         idle = [] if self.uses_table else list(anatomy.tables)
         for path in encoder:
-            part = owned(*place_of(link.root, path))
+            part = member(*place_of(link.root, path))
             if isinstance(part, nn.Parameter):
                 idle.append(path)
             elif isinstance(part, nn.Module):
@@ -158,8 +158,8 @@ class Way(nn.Module):
         """Follows its model to another grid, for good."""
 
     def extra_repr(self) -> str:
-        folded, gated = (", folded" if self.folded else ""), (", warm start" if self.warm_start else "")
-        return f"join={self.join}, pe={self.pe}{folded}{gated}"
+        fold, gate = (", folded" if self.folded else ""), (", warm start" if self.warm_start else "")
+        return f"join={self.join}, pe={self.pe}{fold}{gate}"
 
 
 class Untouched(Way):
@@ -182,12 +182,12 @@ class WithTable(Way):
         self.hides_table = not (wish.join.at_input or wish.warm_start)
         self.table_names: tuple[str, ...] = ()
         self._in_slot: list[nn.Parameter] = []  # until `enter`
-        own = wish.host_table
-        if own is None:
+        host_table = wish.host_table
+        if host_table is None:
             self._add_table(0, wish.new_table(0))
         elif wish.new:
-            made = wish.new_table(0)
-            self._in_slot = [nn.Parameter(made.data.reshape(own.shape), requires_grad=made.requires_grad)]
+            table = wish.new_table(0)
+            self._in_slot = [nn.Parameter(table.data.reshape(host_table.shape), requires_grad=table.requires_grad)]
 
     def _add_table(self, layer: int, table: nn.Parameter) -> None:
         self.table_names = (*self.table_names, f"table_{layer}")  # no list of parameters: offloading loads a module's
@@ -198,10 +198,10 @@ class WithTable(Way):
         """The new ones that lie here, by name."""
         return {name: getattr(self, name) for name in self.table_names}
 
-    def source(self, asked: Asked) -> Tensor:
+    def source(self, request: PositionRequest) -> Tensor:
         """P (1, R, D) of the grid that is asked for."""
-        p_1RD = self.get_parameter("table_0") if asked.table is None else asked.table
-        return p_1RD if asked.grid is None else asked.anatomy.resample(p_1RD, asked.anatomy.layout, asked.grid)
+        p_1RD = self.get_parameter("table_0") if request.table is None else request.table
+        return p_1RD if request.grid is None else request.anatomy.resample(p_1RD, request.anatomy.layout, request.grid)
 
     def enter(self, link: Link) -> None:
         if self._in_slot:
@@ -240,9 +240,9 @@ class BehindStem(WithTable):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return [str(anatomy.input)]
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """P, (1, N, D)."""
-        yield asked.anatomy.layout.spread(self.source(asked))
+        yield request.anatomy.layout.spread(self.source(request))
 
 
 class AtBlocks(WithTable):
@@ -252,35 +252,35 @@ class AtBlocks(WithTable):
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
-        self.per_block, own = wish.join.table_per_block, wish.host_table
+        self.per_block, table = wish.join.table_per_block, wish.host_table
         if not self.per_block:
             return
         raw: list[Tensor] = []
-        if own is not None and not wish.new:  # a copy for each block, as the host's table reaches it
+        if table is not None and not wish.new:  # a copy for each block, as the host's table reaches it
             anatomy, root = wish.anatomy, wish.anatomy.root
             with torch.no_grad():
-                rows_1RD = anatomy.form.read(own, *(owned(*place_of(root, path)) for path in anatomy.form.inputs))
-                raw = list(raw_positions(anatomy, partial(anatomy.entered, root), rows_1RD))
+                rows_1RD = anatomy.form.read(table, *(member(*place_of(root, path)) for path in anatomy.form.inputs))
+                raw = list(raw_positions(anatomy, partial(anatomy.merge, root), rows_1RD))
         for layer in range(1, len(wish.anatomy.blocks)):
-            if raw and own is not None:
-                self._add_table(layer, nn.Parameter(raw[layer].detach().clone(), own.requires_grad))
+            if raw and table is not None:
+                self._add_table(layer, nn.Parameter(raw[layer].detach().clone(), table.requires_grad))
             else:
                 self._add_table(layer, wish.new_table(layer))
 
     def homes(self, anatomy: Anatomy) -> list[str]:
         return list(anatomy.blocks)
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """W_l, or P as it reaches block l, (1, N, D)."""
-        anatomy, grid = asked.anatomy, asked.grid
+        anatomy, grid = request.anatomy, request.grid
         if self.per_block:
-            tables = [*([] if asked.table is None else [asked.table]), *self.tables.values()]
-            to = anatomy.resample
-            made = iter([p if grid is None else to(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
+            tables = [*([] if request.table is None else [request.table]), *self.tables.values()]
+            resample = anatomy.resample
+            positions = iter([p if grid is None else resample(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
         else:
-            made = raw_positions(anatomy, asked.entered, self.source(asked))
-        blocks = anatomy.blocks[: asked.number]
-        yield from (anatomy.at(layer)[0].spread(p) for layer, (p, _) in enumerate(zip(made, blocks, strict=False)))
+            positions = raw_positions(anatomy, request.merge, self.source(request))
+        blocks = anatomy.blocks[: request.number]
+        yield from (anatomy.at(layer)[0].spread(p) for layer, (p, _) in enumerate(zip(positions, blocks, strict=False)))
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         slot = anatomy.table_slot or anatomy.table_key
@@ -325,17 +325,17 @@ class BesideNorms(WithTable):
             return self._norms(anatomy)
         return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). The only place where a LayerNorm meets a position."""
-        anatomy, p_1RD = asked.anatomy, self.source(asked)
-        if asked.grid is not None and anatomy.stages:
-            raise LapeError(f"a model of stages has one image size: a map of {asked.grid} is another one's")
+        anatomy, p_1RD = request.anatomy, self.source(request)
+        if request.grid is not None and anatomy.stages:
+            raise LapeError(f"a model of stages has one image size: a map of {request.grid} is another one's")
         norms = [(int(key), norm) for key, norm in self.norms.items() if key != "last"]
-        made = (chain if self.chained else beside)(p_1RD, norms[: asked.number], asked.entered)
-        if self.at_last and asked.upto in (None, len(norms)):
-            *_, raw = raw_positions(anatomy, asked.entered, p_1RD)
-            made = itertools.chain(made, map(self.norms["last"], [raw]))
-        for key, p in zip(self.norms, made, strict=False):
+        positions = (chain if self.chained else sharing)(p_1RD, norms[: request.number], request.merge)
+        if self.at_last and request.upto in (None, len(norms)):
+            *_, raw = raw_positions(anatomy, request.merge, p_1RD)
+            positions = itertools.chain(positions, map(self.norms["last"], [raw]))
+        for key, p in zip(self.norms, positions, strict=False):
             layout = anatomy.at(self._layer(key))[0]
             yield layout.spread(getattr(self, f"gate_{key}") * p if self.warm_start else p)
 
@@ -345,10 +345,10 @@ class BesideNorms(WithTable):
         return getattr(self, f"gate_{key}") * bias if self.warm_start and bias is not None else bias
 
     def fold(self, link: Link) -> Way:
-        folded = Folded(self, link, link.compute(link.root, None), "folded_position")
+        way = Folded(self, link, link.compute(link.root, None), "folded_position")
         for path in link.anatomy.tables if self.hides_table else ():  # all that is left of them are the constants
             set_aside(link, path)
-        return folded
+        return way
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         names = super().file_names(anatomy)
@@ -357,10 +357,20 @@ class BesideNorms(WithTable):
         return names
 
 
-class NewBias(Way):
-    """A relative position bias on the logits of each block, new; with join `LaPE`, its rows normalised."""
+class AtLogits(Way):
+    """A bias joins the attention logits of each block."""
 
     listed, mixin, site = True, PositionalAttention, "attention biases"
+
+    def homes(self, anatomy: Anatomy) -> list[str]:
+        return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
+
+    def fold(self, link: Link) -> Way:
+        return Folded(self, link, link.compute(link.root, None), "folded_bias")
+
+
+class NewBias(AtLogits):
+    """A learned relative position bias in each block; with join `LaPE`, its rows are normalised."""
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
@@ -368,15 +378,9 @@ class NewBias(Way):
         make = partial(PositionBias, layout, heads, axes, normalised=wish.join.normalised, like=wish.like)
         self.biases = nn.ModuleList(make() for _ in wish.anatomy.blocks)
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
-        return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
-
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """The bias of each block, (1, H, N, N)."""
-        yield from (bias(asked.grid) for bias in self.biases[: asked.number])
-
-    def fold(self, link: Link) -> Way:
-        return Folded(self, link, link.compute(link.root, None), "folded_bias")
+        yield from (bias(request.grid) for bias in self.biases[: request.number])
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         return {f"lape.biases.{i}": path for i, path in enumerate(self.homes(anatomy))}
@@ -386,12 +390,10 @@ class NewBias(Way):
             bias.resize_(new)  # type: ignore[operator]
 
 
-class GivenBias(Way):
-    """A bias on the logits of each block that nothing learns."""
+class FixedBias(AtLogits):
+    """A bias in each block that nothing learns."""
 
     here: Tensor  # empty, goes where the model goes
-
-    listed, mixin, site = True, PositionalAttention, "attention biases"
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
@@ -400,19 +402,13 @@ class GivenBias(Way):
         self.make(wish.anatomy.layout.grid, wish.anatomy.num_heads, 0, 1)  # refused now, not in a forward
         self.register_buffer("here", wish.like.new_empty(0), persistent=False)
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
-        return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
-
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """The bias of each block, (1, H, N, N); none where a prefix token takes part."""
-        anatomy = asked.anatomy
-        grid, prefix, layers = asked.grid or anatomy.layout.grid, anatomy.layout.num_prefix, len(anatomy.blocks)
-        for layer in range(layers)[: asked.number]:
+        anatomy = request.anatomy
+        grid, prefix, layers = request.grid or anatomy.layout.grid, anatomy.layout.num_prefix, len(anatomy.blocks)
+        for layer in range(layers)[: request.number]:
             bias_Hnn = constant(self.make, self.here.device, grid, anatomy.num_heads, layer, layers)
             yield F.pad(bias_Hnn, (prefix, 0, prefix, 0))[None]
-
-    def fold(self, link: Link) -> Way:
-        return Folded(self, link, link.compute(link.root, None), "folded_bias")
 
 
 class Rotary(Way):
@@ -434,7 +430,7 @@ class Rotary(Way):
             start = mixed(self.head_width, anatomy.num_heads).to(device=like.device, dtype=like.dtype)
             self.register_parameter(f"frequencies_{layer}", nn.Parameter(start))
         self.jitter: Jitter | None = None  # of places in training, for each forward anew
-        self.drawn: Tensor | None = None
+        self.draw_5: Tensor | None = None
 
     def homes(self, anatomy: Anatomy) -> list[str]:
         query = f"{anatomy.attention}.{anatomy.queries_keys[0]}"
@@ -446,23 +442,23 @@ class Rotary(Way):
         for place, path in enumerate(self.places(link.anatomy)):
             join_module(link.root.get_submodule(path), Rotating, link, *names, place=place)
 
-    def each(self, asked: Asked) -> Iterator[Tensor]:
+    def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """Cosine and sine for each block, (2, H, N, d / 2) or alike for all heads."""
-        anatomy, device = asked.anatomy, self.here.device
-        grid = asked.grid or anatomy.layout.grid
+        anatomy, device = request.anatomy, self.here.device
+        grid = request.grid or anatomy.layout.grid
         place_2n = constant(places, device, grid)
         if self.training and self.jitter is not None:
-            if self.drawn is None or not in_backward():  # activations are computed again with the same places
-                self.drawn = 2 * torch.rand(5, device=device) - 1
-            place_2n = jittered(place_2n, grid, self.drawn, self.jitter)
-        made: Tensor | None = None
-        for layer in range(len(anatomy.blocks))[: asked.number]:
+            if self.draw_5 is None or not in_backward():  # activations are computed again with the same places
+                self.draw_5 = 2 * torch.rand(5, device=device) - 1
+            place_2n = jittered(place_2n, grid, self.draw_5, self.jitter)
+        cos_sin: Tensor | None = None
+        for layer in range(len(anatomy.blocks))[: request.number]:
             if self.learned:
-                made = rotation(self.get_parameter(f"frequencies_{layer}"), place_2n, anatomy.layout.num_prefix)
-            elif made is None:
+                cos_sin = rotation(self.get_parameter(f"frequencies_{layer}"), place_2n, anatomy.layout.num_prefix)
+            elif cos_sin is None:
                 frequencies = constant(axial, device, self.head_width)
-                made = rotation(frequencies, place_2n, anatomy.layout.num_prefix)
-            yield made
+                cos_sin = rotation(frequencies, place_2n, anatomy.layout.num_prefix)
+            yield cos_sin
 
     def fold(self, link: Link) -> Way:
         self.jitter = None
@@ -480,39 +476,39 @@ class HostBias(Way):
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
-        self.own = wish.anatomy.own_bias if wish.join.normalised else ()
+        self.block_biases = wish.anatomy.own_bias if wish.join.normalised else ()
         self.norms = nn.ModuleList()  # eps as in the reference
-        for own in self.own:
-            like = next(place_of(wish.anatomy.root, own.method)[0].parameters())
-            self.norms.append(nn.LayerNorm(own.keys, device=like.device, dtype=like.dtype))
+        for bias in self.block_biases:
+            like = next(place_of(wish.anatomy.root, bias.method)[0].parameters())
+            self.norms.append(nn.LayerNorm(bias.keys, device=like.device, dtype=like.dtype))
 
     def homes(self, anatomy: Anatomy) -> list[str]:
-        return [own.method.rpartition(".")[0] for own in self.own]
+        return [bias.method.rpartition(".")[0] for bias in self.block_biases]
 
     def enter(self, link: Link) -> None:
-        for place, own in enumerate(self.own):
-            owner, method = place_of(link.root, own.method)
-            join_module(owner, OwnBiasMethod, link, method, place=place)
-        if self.own:
-            join_module(link.root, Spanning, link, *spanned(link.root))
+        for place, bias in enumerate(self.block_biases):
+            owner, method = place_of(link.root, bias.method)
+            join_module(owner, NormalisedBias, link, method, place=place)
+        if self.block_biases:
+            join_module(link.root, Spanning, link, *entry_methods(link.root))
         super().enter(link)
 
     def forward(self, place: int, host_bias: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
         """The host's bias of one block, its rows normalised."""
-        own = self.own[place]
-        return normalise(host_bias(), self.norms[place], own.num_prefix, own.keys)
+        bias = self.block_biases[place]
+        return normalise(host_bias(), self.norms[place], bias.num_prefix, bias.keys)
 
     def fold(self, link: Link) -> Way:
-        if not self.own:
+        if not self.block_biases:
             return super().fold(link)
-        shown = [getattr(*place_of(link.root, own.method))(*own.args) for own in self.own]
-        return Folded(self, link, shown, "folded_bias")
+        biases = [getattr(*place_of(link.root, bias.method))(*bias.args) for bias in self.block_biases]
+        return Folded(self, link, biases, "folded_bias")
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         return {f"lape.norms.{i}": f"{path}.pe_norm" for i, path in enumerate(self.homes(anatomy))}
 
     def check_resize(self) -> None:
-        if self.own:
+        if self.block_biases:
             raise LapeError("LN' over the rows of the host's bias has one size: set the input size before lape.apply_")
 
 
@@ -535,8 +531,8 @@ class Generated(Way):
         """x, as it leaves a block, with the position of its patches."""
         layout, peg = link.anatomy.layout, cast(PEG, self._modules[self.names[place]])
         if link.anatomy.maps:
-            return peg.beside_map(x)
-        return peg.beside(x, link.grid_of(x) or layout.grid, layout.num_prefix)
+            return peg.add_to_map(x)
+        return peg.add_to_tokens(x, link.grid_of(x) or layout.grid, layout.num_prefix)
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         return {f"lape.{name}": f"{home}.peg" for name, home in zip(self.names, self.homes(anatomy), strict=True)}
@@ -555,8 +551,8 @@ class Folded(Way):
             setattr(self, attribute, getattr(way, attribute))
         self.folded, self.name = True, name
         self._places, self._homes = way.places(link.anatomy), way.homes(link.anatomy)
-        for place, made in enumerate(constants):
-            self.register_buffer(f"constant_{place}", made.detach().clone())
+        for place, tensor in enumerate(constants):
+            self.register_buffer(f"constant_{place}", tensor.detach().clone())
 
     def places(self, anatomy: Anatomy) -> list[str]:
         return self._places
@@ -564,13 +560,13 @@ class Folded(Way):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return self._homes
 
-    def forward(self, asked: Any, _host_bias: Any = None) -> Any:
+    def forward(self, request: Any, _host_bias: Any = None) -> Any:
         """All constants; or, of a host's own bias, that of one place."""
-        if isinstance(asked, int):
-            return self._buffers[f"constant_{asked}"]
-        if asked.grid is not None:
-            own = asked.anatomy.layout.grid
-            raise LapeError(f"the model is folded for the grid {own}, not {asked.grid}: give images of its size")
+        if isinstance(request, int):
+            return self._buffers[f"constant_{request}"]
+        if request.grid is not None:
+            grid = request.anatomy.layout.grid
+            raise LapeError(f"the model is folded for the grid {grid}, not {request.grid}: give images of its size")
         return tuple(self._buffers.values())
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
@@ -586,7 +582,7 @@ def way_for(wish: Wish) -> Way:
     order: list[tuple[bool, type[Way]]] = [
         (kind.untouched, Untouched),
         (kind.conditional, Generated),
-        (kind.fixed_bias is not None, GivenBias),
+        (kind.fixed_bias is not None, FixedBias),
         (bool(kind.rotary), Rotary),
         (kind.is_bias and bool(anatomy.own_bias), HostBias),
         (kind.is_bias, NewBias),
@@ -596,7 +592,7 @@ def way_for(wish: Wish) -> Way:
         (anatomy.table_slot is None and anatomy.input is not None, BehindStem),
         (True, AtInput),
     ]
-    return next(way for needed, way in order if needed)(wish)
+    return next(way for applies, way in order if applies)(wish)
 
 
 def way_of(link: Link) -> Way:
@@ -604,7 +600,7 @@ def way_of(link: Link) -> Way:
     return next(module for module in link.root._modules["lape"].modules() if isinstance(module, Way))  # type: ignore
 
 
-def spanned(root: nn.Module) -> list[str]:
+def entry_methods(root: nn.Module) -> list[str]:
     """The methods by which a forward of this model may begin."""
     entries = ("forward", "forward_features", "forward_intermediates")
     return [name for name in entries if callable(getattr(type(root), name, None))]
@@ -612,10 +608,10 @@ def spanned(root: nn.Module) -> list[str]:
 
 def scopes_of(root: nn.Module, anatomy: Anatomy) -> list[str]:
     """Paths of the methods that may add the host's table: its library's, and what a user's subclass overrides."""
-    entries = spanned(root)
+    entries = entry_methods(root)
     homes = [next(cls for cls in type(root).__mro__ if name in vars(cls)).__module__ for name in entries]
-    theirs = [n for n, home in zip(entries, homes, strict=True) if home.split(".")[0] not in _LIBRARIES]
-    return list(dict.fromkeys([*anatomy.adds, *theirs])) or entries
+    overrides = [n for n, home in zip(entries, homes, strict=True) if home.split(".")[0] not in _LIBRARIES]
+    return list(dict.fromkeys([*anatomy.adds, *overrides])) or entries
 
 
 _LIBRARIES = ("timm", "transformers", "torchvision", "lape")
@@ -667,10 +663,10 @@ def put_back(link: Link) -> None:
             parameters[name] = parameters.pop(name)
 
 
-def raw_positions(anatomy: Anatomy, entered: Entered, p_1RD: Tensor) -> Iterator[Tensor]:
+def raw_positions(anatomy: Anatomy, merge: Merge, p_1RD: Tensor) -> Iterator[Tensor]:
     """The table as each block gets it, without norms."""
     for layer in range(len(anatomy.blocks)):
-        p_1RD = entered(layer, p_1RD)
+        p_1RD = merge(layer, p_1RD)
         yield p_1RD
 
 

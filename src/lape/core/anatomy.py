@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lape.core.bias import AddBias, OwnBias, add_to_attn_mask
+from lape.core.bias import AddBias, BlockBias, add_to_attn_mask
 from lape.core.position import Grid, Layout, resample, rows_of
 from lape.core.stages import Stage
 
 
-def kept_of_shuffled(tokens_BnD: Tensor, output: tuple[Tensor, ...]) -> Tensor:
-    """(B, k) patches that a method keeps which returns (the kept ones in their new order, ..., the place of each)."""
+def patches_of_shuffle(tokens_BnD: Tensor, output: tuple[Tensor, ...]) -> Tensor:
+    """(B, k) patches that a shuffle keeps, of its output (the kept ones in their new order, ..., the place of each)."""
     return output[-1].argsort(dim=1)[:, : output[0].shape[1]]
 
 
@@ -22,14 +22,14 @@ def kept_of_shuffled(tokens_BnD: Tensor, output: tuple[Tensor, ...]) -> Tensor:
 class Form:
     """How a host's parameters are a table. A new table takes its slot only where they are its rows."""
 
-    read: Callable[..., Tensor] = rows_of  # (the table, those beside it) -> (1, R, D)
-    beside: tuple[str, ...] = ()  # paths of further parameters that it is made of
+    read: Callable[..., Tensor] = rows_of  # (the table, its other inputs) -> (1, R, D)
+    parts: tuple[str, ...] = ()  # paths of further parameters that it is made of
     shared: tuple[str, ...] = ()  # and of those that serve more than the table
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Paths of what is read beside the table."""
-        return (*self.beside, *self.shared)
+        return (*self.parts, *self.shared)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Anatomy:
     grid_from: Callable[[Any], Grid] | None = None  # the grid, read in its output; None: reckoned from the image size
     add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
     beside: str | None = None  # position that the host has inside attention: it stays as it is, unless
-    own_bias: tuple[OwnBias, ...] = ()  # it is a bias of each block's own, which pe="2D_RPE" joins
+    own_bias: tuple[BlockBias, ...] = ()  # it is a bias of each block's own, which pe="2D_RPE" joins
     encoder: tuple[str, ...] = ()  # paths of what the host's position is computed by or of; a table replaces it
     pooled: bool = False  # whether its head pools the patches and reads no class token
     last_norm: str | None = None  # path of the norm between the blocks and that pooling, over the same tokens
@@ -70,8 +70,8 @@ class Anatomy:
     # (P (1, N, D), grid, layer) -> (W, ...): as the tokens of an image stand in the batch of a block; None: just so
     windows: Callable[[Tensor, Grid, int], Tensor] | None = None
     norm_feeds_more: bool = False  # whether a norm before attention also feeds the stream: attention's input is joined
-    kept: Callable[[Any, Any], Tensor] = kept_of_shuffled  # (what the method takes, returns) -> (B, k) patches kept
-    packed: Callable[..., list[Grid] | None] | None = (
+    kept_patches: Callable[[Any, Any], Tensor] = patches_of_shuffle  # (input, output of that method) -> (B, k)
+    packed_grids: Callable[..., list[Grid] | None] | None = (
         None  # the grid of each image, in what `patch_embed` is called with
     )
     norms: tuple[str, ...] = ()  # paths of the norms, layer by layer, where they are not attributes of "blocks"
@@ -83,7 +83,7 @@ class Anatomy:
     @property
     def tables(self) -> tuple[str, ...]:
         """Paths of all parameters that are the table."""
-        return () if self.table is None else (self.table, *self.form.beside)
+        return () if self.table is None else (self.table, *self.form.parts)
 
     def without_table(self) -> Anatomy:
         """With its own table as something that a new one replaces, where that cannot take its slot."""
@@ -106,12 +106,12 @@ class Anatomy:
         start = sum(s.blocks for s in self.stages[:stage])
         return slice(start, start + self.stages[stage].blocks)
 
-    def entered(self, root: nn.Module, layer: int, p_1RD: Tensor) -> Tensor:
+    def merge(self, root: nn.Module, layer: int, p_1RD: Tensor) -> Tensor:
         """A position as a block gets it: merged by the host's own module when a stage begins there."""
         for number, stage in enumerate(self.stages):
             if stage.merging is not None and self.layers_of(number).start == layer:
-                before = self.stages[number - 1].grid
-                return stage.way(root.get_submodule(stage.merging), p_1RD, before)
+                grid = self.stages[number - 1].grid
+                return stage.merge(root.get_submodule(stage.merging), p_1RD, grid)
         return p_1RD
 
 

@@ -62,8 +62,8 @@ class PositionBias(nn.Module):
         if self.pe_norm is None:
             return bias_Hnn
         if same_grid(grid, self.layout.grid):
-            normed: Tensor = self.pe_norm(bias_Hnn)
-            return normed
+            rows_Hnn: Tensor = self.pe_norm(bias_Hnn)
+            return rows_Hnn
         weight_n, bias_n = (_resample_rows(affine_n, self.layout.grid, grid) for affine_n in self.pe_norm.parameters())
         return F.layer_norm(bias_Hnn, weight_n.shape, weight_n, bias_n, self.pe_norm.eps)
 
@@ -109,7 +109,7 @@ def _resample_rows(rows: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 @dataclass(frozen=True)
-class OwnBias:
+class BlockBias:
     """Where a block of a host computes a relative position bias of its own."""
 
     method: str  # path of the method, which returns (1, H, N, N) or (H, N, N)
@@ -128,14 +128,14 @@ def normalise(bias: Tensor, pe_norm: nn.Module, num_prefix: int, keys: int) -> T
             f"a bias between {bias.shape[-1] - num_prefix} patches arrived, its LayerNorm is for {keys}: give "
             "images of the model's size"
         )
-    normed: Tensor = pe_norm(bias[..., num_prefix:, num_prefix:])
+    patch_bias: Tensor = pe_norm(bias[..., num_prefix:, num_prefix:])
     if not num_prefix:
-        return normed
-    rows = torch.cat([bias[..., num_prefix:, :num_prefix], normed], dim=-1)
+        return patch_bias
+    rows = torch.cat([bias[..., num_prefix:, :num_prefix], patch_bias], dim=-1)
     return torch.cat([bias[..., :num_prefix, :], rows], dim=-2)
 
 
-class OwnBiasMethod(Joined):
+class NormalisedBias(Joined):
     """The owner of the host's method that computes a bias, whose rows LN' normalises."""
 
     def _around(self, host_method: Any, *args: Any, **kwargs: Any) -> Any:

@@ -26,12 +26,12 @@ class PEG(nn.Conv2d):
     def __init__(self, width: int, like: Tensor):
         super().__init__(width, width, 3, padding=1, groups=width, device=like.device, dtype=like.dtype)
 
-    def beside_map(self, x_BRCD: Tensor) -> Tensor:
+    def add_to_map(self, x_BRCD: Tensor) -> Tensor:
         """A map (B, rows, columns, D) with the position of its patches."""
         position_BDRC: Tensor = self(x_BRCD.permute(0, 3, 1, 2))
         return x_BRCD + position_BDRC.permute(0, 2, 3, 1)
 
-    def beside(self, x: Tensor, grid: Grid, num_prefix: int) -> Tensor:
+    def add_to_tokens(self, x: Tensor, grid: Grid, num_prefix: int) -> Tensor:
         """Tokens (B, N, D) with the position of their patches."""
         prefix_BpD, patches_BnD = x[:, :num_prefix], x[:, num_prefix:]
         map_BDrc = patches_BnD.transpose(1, 2).unflatten(2, grid)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_KEPT: dict[Hashable, Tensor] = {}
+_CACHE: dict[Hashable, Tensor] = {}
 _MOST = 64
 
 
@@ -17,12 +17,12 @@ def constant(make: Callable[..., Tensor], device: torch.device, *args: Any) -> T
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return make(*args).to(device)
     key = (make, device, args)
-    if key not in _KEPT:
+    if key not in _CACHE:
         with torch.inference_mode(False):
-            made = make(*args).to(device)
-        if type(made) is not Tensor or made.is_meta:  # a fake one, of a mode that ends
-            return made
-        if len(_KEPT) >= _MOST:
-            _KEPT.clear()
-        _KEPT[key] = made
-    return _KEPT[key]
+            tensor = make(*args).to(device)
+        if type(tensor) is not Tensor or tensor.is_meta:  # a fake one, of a mode that ends
+            return tensor
+        if len(_CACHE) >= _MOST:
+            _CACHE.clear()
+        _CACHE[key] = tensor
+    return _CACHE[key]

@@ -46,8 +46,8 @@ def look_here(grid: tuple[int, int], heads: int, layer: int, layers: int) -> Ten
     free = heads - 4 * groups
     slope_H = [2.0**-g for g in range(1, groups + 1) for _ in range(4)]
     slope_H += [4.0 ** -(1 + f // -(-free // 4)) for f in range(free)]
-    seen_Hnn = torch.stack([down <= 0, down >= 0, right <= 0, right >= 0]).repeat(groups, 1, 1)
-    seen_Hnn = torch.cat([seen_Hnn, seen_Hnn.new_ones(free, *down.shape)])
+    visible_Hnn = torch.stack([down <= 0, down >= 0, right <= 0, right >= 0]).repeat(groups, 1, 1)
+    visible_Hnn = torch.cat([visible_Hnn, visible_Hnn.new_ones(free, *down.shape)])
     layer_slope = 1.5 - (layer / (layers - 1) if layers > 1 else 0.0)
     bias_Hnn = -layer_slope * torch.tensor(slope_H)[:, None, None] * _distance(grid)
-    return bias_Hnn.masked_fill(~seen_Hnn, float("-inf"))
+    return bias_Hnn.masked_fill(~visible_Hnn, float("-inf"))

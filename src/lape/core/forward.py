@@ -27,19 +27,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lape.core.anatomy import Anatomy, place_of
 from lape.core.constants import constant
-from lape.core.grids import Recall, in_backward, pick, rows_of_kept, wrong_number
+from lape.core.grids import Recall, in_backward, pick, rows_of_patches, wrong_number
 from lape.core.joined import Joined
 from lape.core.position import Grid, same_grid
 from lape.errors import LapeError
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What `model.lape` is asked for: the positions of a grid."""
+class PositionRequest:
+    """The positions of a grid, as they are asked of `model.lape`."""
 
     table: Tensor | None  # P (1, R, D) of the model's own grid, where the host has one
     anatomy: Anatomy
-    entered: Callable[[int, Tensor], Tensor]  # (layer, position) -> the position as that block gets it
+    merge: Callable[[int, Tensor], Tensor]  # (layer, position) -> the position as that block gets it
     grid: Grid | None = None  # None: the model's own
     upto: int | None = None  # the last place that is needed; None: all
 
@@ -50,9 +50,9 @@ class Asked:
 
 
 class Forward:
-    """What is known of a forward while it runs."""
+    """One forward, while it runs: its grid, and the positions that its layers receive."""
 
-    __slots__ = ("entry", "grid", "grids", "late", "learns", "link", "received", "root", "rows_BK", "table")
+    __slots__ = ("entry", "grid", "grids", "late", "learns", "link", "positions", "root", "rows_BK", "table")
 
     def __init__(self, link: Link, root: nn.Module, entry: str):
         self.link = link
@@ -61,9 +61,9 @@ class Forward:
         self.grid: Grid | None = None  # None: the model's own
         self.grids: list[Grid] | None = None  # of each image, where these are packed
         self.table: Tensor | None = None  # the host's, as its own code has read it
-        self.received: tuple[Tensor, ...] | _OneByOne | None = None  # by place, where there is something to compute
+        self.positions: tuple[Tensor, ...] | _OneByOne | None = None  # by place, where there is something to compute
         self.rows_BK: Tensor | None = None  # which of them each image picks, where patches are shuffled
-        self.learns = False  # whether `received` carries gradients
+        self.learns = False  # whether `positions` carry gradients
         self.late = False  # whether it is computed when first asked for, as the table is away until it is read
 
     def begin(self, grid: Grid | None) -> None:
@@ -80,17 +80,17 @@ class Forward:
         """The grid of each image is known."""
         self.grids, self.learns = grids, torch.is_grad_enabled()
         if self.link.listed:
-            self.received = self.link.compute_each(self.root, grids, num_tokens)
+            self.positions = self.link.compute_each(self.root, grids, num_tokens)
 
     def compute(self, table: Tensor | None) -> None:
         self.learns = torch.is_grad_enabled()
-        asked = self.link.asked(self.root, self.grid, table=table)
+        request = self.link.request(self.root, self.grid, table=table)
         lape: Any = self.root.lape
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.learns or traced or not _is_bare(lape):
-            self.received = lape(asked)
+            self.positions = lape(request)
         else:
-            self.received = _OneByOne(lape.each(asked))
+            self.positions = _OneByOne(lape.each(request))
 
 
 def _is_bare(module: Any) -> bool:
@@ -105,30 +105,30 @@ class _OneByOne:
     At batch 1 on a CPU, memory that is new costs more than the norms.
     """
 
-    def __init__(self, made: Iterator[Tensor]):
-        self.made = made
+    def __init__(self, positions: Iterator[Tensor]):
+        self.positions = positions
         self.place = -1
         self.last: Tensor | None = None
 
     def __getitem__(self, place: int) -> Tensor | None:
         """None for a place that has been passed."""
         while self.place < place:
-            self.last = next(self.made)
+            self.last = next(self.positions)
             self.place += 1
         return self.last if self.place == place else None
 
 
-class _Here(threading.local):
+class _Thread(threading.local):
     """What runs in this thread. Set in `__init__`: torch.compile guards on what is there when it looks."""
 
     def __init__(self) -> None:
         self.forward: Forward | None = None
-        self.adding = 0  # how many hosts are adding their table right now
+        self.adders = 0  # how many hosts are adding their table right now
         self.traced_zeros: Tensor | None = None  # what they see in a graph that is being made
         self.turning: tuple[Any, Tensor] | None = None  # the attention that runs, cosine and sine, where rotary
 
 
-HERE = _Here()
+THREAD = _Thread()
 
 
 class Link:
@@ -160,32 +160,34 @@ class Link:
         """The table in the host's slot, (1, R, D)."""
         if self.anatomy.table_slot is None:
             return None
-        table: Tensor | None = owned(*place_of(root, self.anatomy.table_slot))
+        table: Tensor | None = member(*place_of(root, self.anatomy.table_slot))
         return None if table is None else self.read(root, table)
 
     def read(self, root: nn.Module, table: Tensor) -> Tensor:
         """The rows (1, R, D) that a host's table stands for."""
         form = self.anatomy.form
-        return form.read(table, *(owned(*place_of(root, path)) for path in form.inputs))
+        return form.read(table, *(member(*place_of(root, path)) for path in form.inputs))
 
-    def asked(
+    def request(
         self, root: nn.Module, grid: Grid | None, upto: int | None = None, *, table: Tensor | None = None
-    ) -> Asked:
+    ) -> PositionRequest:
         table = self.table(root) if table is None else table
-        return Asked(table, self.anatomy, partial(self.anatomy.entered, root), grid, upto)
+        return PositionRequest(table, self.anatomy, partial(self.anatomy.merge, root), grid, upto)
 
     def compute(self, root: nn.Module, grid: Grid | None, upto: int | None = None) -> tuple[Tensor, ...]:
         """What each joined place receives, or those up to one, (1, N, D); the one place that does."""
-        received: tuple[Tensor, ...] = root.lape(self.asked(root, grid, upto))  # type: ignore[operator]
-        return received
+        positions: tuple[Tensor, ...] = root.lape(self.request(root, grid, upto))  # type: ignore[operator]
+        return positions
 
     def compute_each(
         self, root: nn.Module, grids: list[Grid], num_tokens: int, upto: int | None = None
     ) -> tuple[Tensor, ...]:
         """As `compute`, image by image, (B, N, D). What tokens behind the last patch of an image receive is zero."""
-        own = self.anatomy.layout.grid
-        made = {grid: self.compute(root, None if grid == own else grid, upto) for grid in dict.fromkeys(grids)}
-        places = list(zip(*(made[grid] for grid in grids), strict=True))
+        model_grid = self.anatomy.layout.grid
+        positions = {
+            grid: self.compute(root, None if grid == model_grid else grid, upto) for grid in dict.fromkeys(grids)
+        }
+        places = list(zip(*(positions[grid] for grid in grids), strict=True))
         if any(p.ndim != 3 for p in places[-1]):
             raise _one_grid()
         return tuple(torch.cat([F.pad(p, (0, 0, 0, num_tokens - p.shape[1])) for p in each]) for each in places)
@@ -193,18 +195,18 @@ class Link:
     @property
     def running(self) -> nn.Module:
         """The root, or that replica of it whose forward runs in this thread."""
-        here = HERE.forward
-        return here.root if here is not None and here.link is self else self.root
+        forward = THREAD.forward
+        return forward.root if forward is not None and forward.link is self else self.root
 
     def grid_of(self, x: Tensor, layer: int = 0) -> Grid | None:
         """The grid of a block's tokens or map, in a forward or outside of one; None for the model's own."""
-        anatomy, here = self.anatomy, HERE.forward
+        anatomy, forward = self.anatomy, THREAD.forward
         if anatomy.maps:
             return None if tuple(x.shape[1:3]) == anatomy.at(layer)[0].grid else (x.shape[1], x.shape[2])
-        if here is not None and here.link is self:
-            if here.grids is not None:
+        if forward is not None and forward.link is self:
+            if forward.grids is not None:
                 raise _one_grid()
-            return here.grid
+            return forward.grid
         if anatomy.shuffle is not None or not self.many_grids:
             return None
         if anatomy.windows is not None:
@@ -214,10 +216,10 @@ class Link:
 
     def alone(self, place: int, x: Tensor) -> Tensor:
         """What one joined place receives for tokens x, outside of a forward, or for a map of another grid."""
-        anatomy, here = self.anatomy, HERE.forward
-        grids = here.grids if here is not None and here.link is self else None
-        if anatomy.packed is not None and in_backward():
-            grids = self.recall.told(x.device)
+        anatomy, forward = self.anatomy, THREAD.forward
+        grids = forward.grids if forward is not None and forward.link is self else None
+        if anatomy.packed_grids is not None and in_backward():
+            grids = self.recall.last_note(x.device)
         if grids is not None:
             with _saved_as_it_is(), _unseen_in_backward():
                 return self.compute_each(self.running, grids, x.shape[1], place)[place]
@@ -225,52 +227,53 @@ class Link:
         with _saved_as_it_is(), _unseen_in_backward():
             p = self.compute(self.running, grid, place)[place]
             if anatomy.shuffle is not None:
-                kept_Bk = self.recall.kept(anatomy.layout, x.device, x.shape[1])
-                p = pick(p, rows_of_kept(anatomy.layout, kept_Bk))
+                patches_Bk = self.recall.patches(anatomy.layout, x.device, x.shape[1])
+                p = pick(p, rows_of_patches(anatomy.layout, patches_Bk))
         return p
 
     def tell(self, grid: Grid) -> None:
         """The forward of this thread has this grid."""
         if type(grid[0]) is int and type(grid[1]) is int and not torch.compiler.is_compiling():
             self.recall.note(grid)
-        if (here := HERE.forward) is not None and here.link is self:
-            here.begin(None if same_grid(grid, self.anatomy.layout.grid) else grid)
+        if (forward := THREAD.forward) is not None and forward.link is self:
+            forward.begin(None if same_grid(grid, self.anatomy.layout.grid) else grid)
 
     def tell_each(self, grids: list[Grid], num_tokens: int) -> None:
         """The images of the forward of this thread have these grids."""
-        if (here := HERE.forward) is not None and here.link is self:
-            here.begin_each(grids, num_tokens)
+        if (forward := THREAD.forward) is not None and forward.link is self:
+            forward.begin_each(grids, num_tokens)
 
-    def tell_kept(self, kept_Bk: Tensor, tokens_BkD: Tensor) -> None:
+    def tell_patches(self, patches_Bk: Tensor, tokens_BkD: Tensor) -> None:
         """The forward of this thread goes on with these patches, numbered on the grid row by row, as these tokens."""
-        self.recall.note_forward(kept_Bk, tokens_BkD)
-        if (here := HERE.forward) is not None and here.link is self:
-            rows_BK = rows_of_kept(self.anatomy.layout, kept_Bk)
-            if isinstance(here.received, tuple):  # now, before a block can be checkpointed
-                here.received = tuple(pick(p, rows_BK) for p in here.received)
+        self.recall.note_forward(patches_Bk, tokens_BkD)
+        if (forward := THREAD.forward) is not None and forward.link is self:
+            rows_BK = rows_of_patches(self.anatomy.layout, patches_Bk)
+            if isinstance(forward.positions, tuple):  # now, before a block can be checkpointed
+                forward.positions = tuple(pick(p, rows_BK) for p in forward.positions)
             else:
-                here.rows_BK = rows_BK
+                forward.rows_BK = rows_BK
 
-    def shown(self, own: Any) -> Any:
+    def stand_in(self, value: Any) -> Any:
         """What the host's code sees in its slot while it adds: zeros, or a table that it lacks."""
-        if own is None:
+        if value is None:
             return self.running.lape()  # type: ignore[operator]
-        if isinstance(own, nn.Module):
+        if isinstance(value, nn.Module):
             return None
-        if (here := HERE.forward) is not None and here.link is self and here.late and not self.anatomy.form.inputs:
-            here.table = self.read(here.root, own)
-        if isinstance(own, nn.Parameter):
-            return _zeros(own, own.dtype)
+        forward = THREAD.forward
+        if forward is not None and forward.link is self and forward.late and not self.anatomy.form.inputs:
+            forward.table = self.read(forward.root, value)
+        if isinstance(value, nn.Parameter):
+            return _zeros(value, value.dtype)
         living = (p.dtype for module in self.running.modules() for p in module._parameters.values() if p is not None)
-        return _zeros(own, next(living, own.dtype))  # idle: follow the living
+        return _zeros(value, next(living, value.dtype))  # idle: follow the living
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         root = memo.get(id(self.root))
         if root is None:
             return self
-        memo[id(self)] = copied = Link(root, self.host, replace(self.anatomy, root=root), listed=self.listed)
-        copied.replaced, copied.orders = copy.deepcopy(self.replaced, memo), dict(self.orders)
-        return copied
+        memo[id(self)] = link = Link(root, self.host, replace(self.anatomy, root=root), listed=self.listed)
+        link.replaced, link.orders = copy.deepcopy(self.replaced, memo), dict(self.orders)
+        return link
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "recall"}
@@ -284,24 +287,24 @@ def first_of(kwargs: dict[str, Any]) -> str:
     return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
-def received(module: Any, x: Tensor, layer: int | None = None) -> Tensor:
+def position_for(module: Any, x: Tensor, layer: int | None = None) -> Tensor:
     """What a joined module's tokens x receive, (1, N, D) or for a map (1, rows, columns, D), in their dtype.
 
     `layer` says as the tokens of which layer they stand, -1 before the first; None: of its place.
     """
-    link, here = module._lape, HERE.forward
-    if here is not None and here.late and here.link is link:
-        here.late = False
+    link, forward = module._lape, THREAD.forward
+    if forward is not None and forward.late and forward.link is link:
+        forward.late = False
         with _saved_as_it_is():
-            here.compute(here.table)
+            forward.compute(forward.table)
     p = None
-    if here is not None and here.link is link and here.received is not None:
-        usable = not link.anatomy.maps or link.grid_of(x, module._lape_place) == here.grid
-        usable = usable and not (isinstance(here.received, _OneByOne) and torch.compiler.is_compiling())
-        if usable and (here.learns or not torch.is_grad_enabled()):
-            p = here.received[module._lape_place]
-            if p is not None and here.rows_BK is not None:
-                p = pick(p, here.rows_BK)
+    if forward is not None and forward.link is link and forward.positions is not None:
+        usable = not link.anatomy.maps or link.grid_of(x, module._lape_place) == forward.grid
+        usable = usable and not (isinstance(forward.positions, _OneByOne) and torch.compiler.is_compiling())
+        if usable and (forward.learns or not torch.is_grad_enabled()):
+            p = forward.positions[module._lape_place]
+            if p is not None and forward.rows_BK is not None:
+                p = pick(p, forward.rows_BK)
     if p is None:
         p = link.alone(module._lape_place, x)
     if link.anatomy.maps:
@@ -340,7 +343,7 @@ def fits(module: Any, x: Tensor, p: Tensor) -> None:
         raise wrong_number(module._lape.anatomy.layout, x.shape[1])
 
 
-def owned(owner: nn.Module, name: str) -> Any:
+def member(owner: nn.Module, name: str) -> Any:
     """What lies in a module under a name: a parameter, a buffer, a module, or what a replica has in their place."""
     for place in (owner._parameters, owner._buffers, owner._modules, owner.__dict__):
         if name in place:
@@ -355,29 +358,29 @@ class Spanning(Joined):
 
     def _around(self, host_method: Any, *args: Any, **kwargs: Any) -> Any:
         root: Any = self
-        link, before = root._lape, HERE.forward
+        link, outer = root._lape, THREAD.forward
         entry = host_method.__name__
-        if before is not None and before.root is root and before.entry != entry:  # forward calls forward_features
+        if outer is not None and outer.root is root and outer.entry != entry:  # forward calls forward_features
             return host_method(self, *args, **kwargs)
-        HERE.forward = here = Forward(link, root, entry)
+        THREAD.forward = forward = Forward(link, root, entry)
         try:
             if not link.many_grids:
-                here.begin(None)
+                forward.begin(None)
             return host_method(self, *args, **kwargs)
         finally:
-            HERE.forward = before
+            THREAD.forward = outer
 
 
 class Adding(Joined):
     """The module whose method adds the host's table."""
 
     def _around(self, host_method: Any, *args: Any, **kwargs: Any) -> Any:
-        HERE.adding += 1
+        THREAD.adders += 1
         try:
             return host_method(self, *args, **kwargs)
         finally:
-            HERE.adding -= 1
-            HERE.traced_zeros = None
+            THREAD.adders -= 1
+            THREAD.traced_zeros = None
 
 
 class Slot(Joined):
@@ -386,8 +389,8 @@ class Slot(Joined):
     @classmethod
     def takes_over(cls, host: type, name: str) -> Any:
         def read(self: Any) -> Any:
-            own = owned(self, name)
-            return self._lape.shown(own) if HERE.adding else own
+            value = member(self, name)
+            return self._lape.stand_in(value) if THREAD.adders else value
 
         def write(self: Any, value: Any) -> None:
             self.__dict__[name] = value
@@ -406,9 +409,9 @@ def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros in the form of a tensor: a view of one kept zero; in a graph, one node."""
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         return constant(_zero, like.device, dtype).expand(like.shape)
-    if HERE.traced_zeros is None or HERE.traced_zeros.shape != like.shape:
-        HERE.traced_zeros = torch.zeros_like(like, dtype=dtype)
-    return HERE.traced_zeros
+    if THREAD.traced_zeros is None or THREAD.traced_zeros.shape != like.shape:
+        THREAD.traced_zeros = torch.zeros_like(like, dtype=dtype)
+    return THREAD.traced_zeros
 
 
 def _saved_as_it_is() -> Any:
@@ -418,7 +421,7 @@ def _saved_as_it_is() -> Any:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _unseen_in_backward() -> Any:

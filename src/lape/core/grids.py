@@ -37,7 +37,7 @@ class GridWatch(Joined):
     def forward(self, pixels_BCHW: Tensor, *args: Any, **kwargs: Any) -> Any:
         link: Any = self._lape  # type: ignore[attr-defined]
         anatomy = link.anatomy
-        grids = anatomy.packed(pixels_BCHW, *args, **kwargs) if anatomy.packed else None
+        grids = anatomy.packed_grids(pixels_BCHW, *args, **kwargs) if anatomy.packed_grids else None
         if grids is None and pixels_BCHW.ndim != 4:
             raise LapeError(
                 f"patches of shape {tuple(pixels_BCHW.shape)} were given, whose place may differ from image to image: "
@@ -49,7 +49,7 @@ class GridWatch(Joined):
             link.tell(grid)
         elif grids is None:
             link.tell(_grid_of_images(anatomy, pixels_BCHW, output))
-        if anatomy.packed is not None:
+        if anatomy.packed_grids is not None:
             link.recall.note_forward(grids, output[0] if isinstance(output, tuple) else output)
         if grids is not None:
             link.tell_each(grids, anatomy.layout.num_prefix + pixels_BCHW.shape[1])
@@ -67,21 +67,21 @@ def _grid_of_images(anatomy: Any, pixels_BCHW: Tensor, output: Any) -> Grid:
 class Shuffled(Joined):
     """The owner of a host's method that shuffles and drops patches; tells which are kept.
 
-    Or that picks rows of its table for each image. What is kept is read in its call, see `Anatomy.kept`.
+    Or that picks rows of its table for each image. What is kept is read in its call, see `Anatomy.kept_patches`.
     """
 
-    def _around(self, host_method: Any, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _around(self, host_method: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         link: Any = self._lape  # type: ignore[attr-defined]
-        output = host_method(self, given, *args, **kwargs)
+        output = host_method(self, x, *args, **kwargs)
         tokens_BkD = output[0] if isinstance(output, tuple) else output
-        link.tell_kept(link.anatomy.kept(given, output), tokens_BkD)
+        link.tell_patches(link.anatomy.kept_patches(x, output), tokens_BkD)
         return output
 
 
-def rows_of_kept(layout: Layout, kept_Bk: Tensor) -> Tensor:
+def rows_of_patches(layout: Layout, patches_Bk: Tensor) -> Tensor:
     """(B, K) rows of the tokens: the prefix tokens', then the kept patches'."""
-    prefix_Bp = torch.arange(layout.num_prefix, device=kept_Bk.device).expand(len(kept_Bk), -1)
-    return torch.cat([prefix_Bp, kept_Bk + layout.num_prefix], dim=1)
+    prefix_Bp = torch.arange(layout.num_prefix, device=patches_Bk.device).expand(len(patches_Bk), -1)
+    return torch.cat([prefix_Bp, patches_Bk + layout.num_prefix], dim=1)
 
 
 def pick(p: Tensor, rows_BK: Tensor) -> Tensor:
@@ -96,15 +96,15 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _Waiting:
-    """One forward that told its kept patches, or the grids of its images; lives as long as its graph does."""
+class _PendingForward:
+    """A forward whose backward may still come: it lives as long as its graph does. `plain`: all patches of one grid."""
 
     def __init__(self, plain: bool):
         self.plain = plain
 
 
 class Recall:
-    """What past forwards told of their grids and kept patches, for a module that is called outside of a forward.
+    """What past forwards noted of their grids and kept patches, for a module that is called outside of a forward.
 
     Above all in a backward that recomputes activations. It cannot tell of which forward: a count of patches that two
     grids share is an error there, and so are kept patches, and packed images, while another forward waits for its
@@ -114,8 +114,8 @@ class Recall:
     def __init__(self) -> None:
         self._grids: dict[int, Grid] = {}  # by their number of patches
         self._ambiguous: set[int] = set()
-        self._told: dict[torch.device, tuple[Any, _Waiting | None]] = {}  # replicas run side by side
-        self._waiting: weakref.WeakSet[_Waiting] = weakref.WeakSet()
+        self._notes: dict[torch.device, tuple[Any, _PendingForward | None]] = {}  # replicas run side by side
+        self._pending: weakref.WeakSet[_PendingForward] = weakref.WeakSet()
 
     def note(self, grid: Grid) -> None:
         count = grid[0] * grid[1]
@@ -128,15 +128,15 @@ class Recall:
         forward = None
         node = tokens.grad_fn  # of a view of what was written to in place, Tensor.register_hook crashes (torch 2.14)
         if node is not None and not torch.compiler.is_compiling():
-            forward = _Waiting(plain=patches is None)
-            self._waiting.add(forward)
-            node.register_prehook(lambda _: self._waiting.discard(forward))  # the last step of its backward
-        self._told[tokens.device] = (patches, forward)
+            forward = _PendingForward(plain=patches is None)
+            self._pending.add(forward)
+            node.register_prehook(lambda _: self._pending.discard(forward))  # the last step of its backward
+        self._notes[tokens.device] = (patches, forward)
 
-    def told(self, device: torch.device) -> Any:
-        """What the last forward there told. Raises LapeError in a backward that may be another one's."""
-        patches, forward = self._told.get(device, (None, None))
-        others = [other for other in self._waiting if other is not forward]
+    def last_note(self, device: torch.device) -> Any:
+        """What the last forward there noted. Raises LapeError in a backward that may be another one's."""
+        patches, forward = self._notes.get(device, (None, None))
+        others = [other for other in self._pending if other is not forward]
         differ = patches is not None or not all(other.plain for other in others)
         if in_backward() and differ and (forward is None or others):
             raise LapeError(
@@ -166,15 +166,15 @@ class Recall:
             raise LapeError("windows of two grids went through the model: use one image size, or call the whole model")
         return next(iter(self._grids.values()), None)
 
-    def kept(self, layout: Layout, device: torch.device, num_tokens: int) -> Tensor:
+    def patches(self, layout: Layout, device: torch.device, num_tokens: int) -> Tensor:
         """(B, k) patches that so many tokens are. Raises LapeError when they are not known."""
-        kept_Bk: Tensor | None = self.told(device)
-        if kept_Bk is None or kept_Bk.shape[1] + layout.num_prefix != num_tokens:
+        patches_Bk: Tensor | None = self.last_note(device)
+        if patches_Bk is None or patches_Bk.shape[1] + layout.num_prefix != num_tokens:
             raise LapeError(
                 f"{num_tokens} tokens arrived, whose places on the grid are not known: call the model with images, not "
                 "its layers with tokens"
             )
-        return kept_Bk
+        return patches_Bk
 
 
 def wrong_number(layout: Layout, num_tokens: int) -> LapeError:

@@ -25,8 +25,8 @@ class Joined:
     _roles: ClassVar[tuple[Role, ...]] = ()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        reduced: Any = object.__reduce_ex__(self, 2)  # (how to make one, what of, state, ...)
-        state = reduced[2:]
+        parts: Any = object.__reduce_ex__(self, 2)  # (how to make one, what of, state, ...)
+        state = parts[2:]
         return (_made_again, (self._host, self._roles), *state)
 
     @classmethod
@@ -54,8 +54,8 @@ def subclass(host: type, *roles: Role) -> type:
     cls = host
     for mixin, names in roles:
         home = mixin.__module__ if host.__module__.startswith("torch.") else host.__module__
-        taken = {name: mixin.takes_over(cls, name) for name in names}
-        cls = type(host.__name__, (mixin, cls), {"__module__": home, "__qualname__": host.__qualname__, **taken})
+        members = {name: mixin.takes_over(cls, name) for name in names}
+        cls = type(host.__name__, (mixin, cls), {"__module__": home, "__qualname__": host.__qualname__, **members})
     if roles:
         cls._host, cls._roles = host, roles  # type: ignore[attr-defined]
     return cls

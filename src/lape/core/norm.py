@@ -21,24 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape.core.forward import fits, received
+from lape.core.forward import fits, position_for
 from lape.core.joined import Joined
 
-Entered = Callable[[int, Tensor], Tensor]
+Merge = Callable[[int, Tensor], Tensor]
 """(layer, position) -> the position as that block gets it: merged by the host's module where a stage begins there."""
 
 
-def chain(p_1RD: Tensor, norms: Iterable[tuple[int, nn.Module]], entered: Entered) -> Iterator[Tensor]:
+def chain(p_1RD: Tensor, norms: Iterable[tuple[int, nn.Module]], merge: Merge) -> Iterator[Tensor]:
     """P_(l+1) = LN'_l(P_l) for each (l, LN'_l) in turn, from P_0."""
     for layer, norm in norms:
-        p_1RD = norm(entered(layer, p_1RD))
+        p_1RD = norm(merge(layer, p_1RD))
         yield p_1RD
 
 
-def beside(p_1RD: Tensor, norms: Iterable[tuple[int, nn.Module]], entered: Entered) -> Iterator[Tensor]:
-    """LN'_l(P) for each (l, LN'_l): every layer has the same position (join `LaPE-sharing`)."""
+def sharing(p_1RD: Tensor, norms: Iterable[tuple[int, nn.Module]], merge: Merge) -> Iterator[Tensor]:
+    """LN'_l(P) for each (l, LN'_l): all layers have the same position (join `LaPE-sharing`)."""
     for layer, norm in norms:
-        p_1RD = entered(layer, p_1RD)
+        p_1RD = merge(layer, p_1RD)
         yield norm(p_1RD)
 
 
@@ -47,7 +47,7 @@ class PositionalNorm(Joined):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         y_BND: Tensor = super().forward(x_BND)  # type: ignore[misc]
-        p_1ND = received(self, y_BND)
+        p_1ND = position_for(self, y_BND)
         fits(self, y_BND, p_1ND)
         in_place = self._lape_new and (torch.compiler.is_compiling() or not _is_watched())  # type: ignore[attr-defined]
         return y_BND.add_(p_1ND) if in_place else y_BND + p_1ND

@@ -35,9 +35,9 @@ class PENorm:
         if self.gain == "none" and not self.normalises:
             return nn.Identity()
         if self.gain == "scalar" or not self.normalises:
-            made = Gain(width, eps if self.normalises else None, self.gain == "scalar", self.bias, like)
-            made.centred = self.centred
-            return made
+            gain = Gain(width, eps if self.normalises else None, self.gain == "scalar", self.bias, like)
+            gain.centred = self.centred
+            return gain
         affine = self.gain == "vector"
         return nn.LayerNorm(width, eps, affine, self.bias, device=like.device, dtype=like.dtype)
 
@@ -83,19 +83,19 @@ def pe_norm_named(name: str) -> PENorm:
     return PE_NORMS[match_name("pe_norm", name, PE_NORM_NAMES)]
 
 
-def pe_norm_for(name: str | None, join: str, own: str | None) -> str | None:
-    """The name of what a join has in the place of LN'_l: `own` when none is given; None where it has no such place.
+def pe_norm_for(name: str | None, join: str, default: str | None) -> str | None:
+    """The name of what a join has in the place of LN'_l: `default` when none is given; None where it has no such place.
 
     Raises LapeError where the given one has no meaning.
     """
     if name is None:
-        return own
+        return default
     norm = pe_norm_named(name)
-    if own is None:
+    if default is None:
         raise LapeError(
             f"pe_norm={norm.name!r} with join={join!r}: position has no norm of its own there; leave it out"
         )
-    if own == "none" != norm.name:
+    if default == "none" != norm.name:
         raise LapeError(
             f"pe_norm={norm.name!r} with join={join!r}, which is LaPE-sharing without a norm: use that join"
         )

@@ -156,16 +156,16 @@ class Kind:
     def is_table(self) -> bool:
         return self.build is not None
 
-    def table(self, layout: Layout, width: int, own_std: float | None, std: float | None) -> Tensor:
-        """(1, R, D) at the start: free values by `own_std` (None: 0.02), all scaled to the standard deviation `std`.
+    def table(self, layout: Layout, width: int, base_std: float | None, std: float | None) -> Tensor:
+        """(1, R, D) at the start: free values by `base_std` (None: 0.02), all scaled to the standard deviation `std`.
 
         So another `std` is the same table on another scale. Of a frozen one, `std` is the root mean square of the
         patches' rows.
         """
         assert self.build is not None
-        own_std = SINUSOIDS if self.frozen else 0.02 if own_std is None else own_std
-        table = self.build(layout, width) if self.frozen else self.build(layout, width, own_std)
-        return table if std is None else table * (std / own_std)
+        base_std = SINUSOIDS if self.frozen else 0.02 if base_std is None else base_std
+        table = self.build(layout, width) if self.frozen else self.build(layout, width, base_std)
+        return table if std is None else table * (std / base_std)
 
     @property
     def conditional(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lape.core.forward import HERE, first_of, received
+from lape.core.forward import THREAD, first_of, position_for
 from lape.core.grids import wrong_number
 from lape.core.joined import Joined
 from lape.core.position import Grid
@@ -39,8 +39,8 @@ def axial(head_width: int) -> Tensor:
     theta_t = 100^(-t / (d / 4)), t = 0 ... d / 4 - 1.
     """
     theta = _frequencies(head_width, AXIAL_BASE)
-    still = torch.zeros_like(theta)
-    by_column, by_row = torch.stack([theta, still], -1).flatten(), torch.stack([still, theta], -1).flatten()
+    zero = torch.zeros_like(theta)
+    by_column, by_row = torch.stack([theta, zero], -1).flatten(), torch.stack([zero, theta], -1).flatten()
     return torch.stack([by_column, by_row])[:, None]
 
 
@@ -89,21 +89,21 @@ class Rotating(Joined):
     @classmethod
     def takes_over(cls, host: type, name: str) -> Any:
         def read(self: Any) -> Any:
-            turning, module = HERE.turning, self._modules[name]
+            turning, module = THREAD.turning, self._modules[name]
             return module if turning is None or turning[0] is not self else partial(_turned, module, turning[1])
 
         return property(read)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x_BND: Any = args[0] if args else kwargs[first_of(kwargs)]
-        cos_sin, before = received(self, x_BND), HERE.turning
+        cos_sin, outer = position_for(self, x_BND), THREAD.turning
         if isinstance(x_BND, Tensor) and not torch.jit.is_tracing() and cos_sin.shape[-2] != x_BND.shape[1]:
             raise wrong_number(self._lape.anatomy.layout, x_BND.shape[1])  # type: ignore[attr-defined]
-        HERE.turning = (self, cos_sin)
+        THREAD.turning = (self, cos_sin)
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            HERE.turning = before
+            THREAD.turning = outer
 
 
 def _turned(module: Any, cos_sin: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lape.core.forward import first_of, fits, received
+from lape.core.forward import first_of, fits, position_for
 from lape.core.joined import Joined
 
 
@@ -27,9 +27,9 @@ class PositionalBlock(Joined):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x_BND: Tensor = args[0] if args else kwargs.pop(first_of(kwargs))
         if self._lape.anatomy.channels_first:  # type: ignore[attr-defined]
-            p_1DRC = received(self, x_BND.movedim(1, -1)).movedim(-1, 1)
+            p_1DRC = position_for(self, x_BND.movedim(1, -1)).movedim(-1, 1)
             return super().forward(x_BND + p_1DRC, *args[1:], **kwargs)  # type: ignore[misc]
-        p_1ND = received(self, x_BND)
+        p_1ND = position_for(self, x_BND)
         fits(self, x_BND, p_1ND)
         return super().forward(x_BND + p_1ND, *args[1:], **kwargs)  # type: ignore[misc]
 
@@ -40,7 +40,7 @@ class PositionalInput(Joined):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name = "" if args else first_of(kwargs)
         y: Tensor = args[0] if args else kwargs[name]
-        p = received(self, y)
+        p = position_for(self, y)
         fits(self, y, p)
         if args:
             return super().forward(y + p, *args[1:], **kwargs)  # type: ignore[misc]
@@ -52,7 +52,7 @@ class PositionalStem(Joined):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
-        p = received(self, x, layer=-1)
+        p = position_for(self, x, layer=-1)
         fits(self, x, p)
         return x + p
 
@@ -62,6 +62,6 @@ class PositionalAttention(Joined):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x_BND: Tensor = args[0] if args else kwargs[first_of(kwargs)]
-        bias_1HNN = received(self, x_BND)
+        bias_1HNN = position_for(self, x_BND)
         args, kwargs = self._lape.anatomy.add_bias(bias_1HNN, args, kwargs)  # type: ignore[attr-defined]
         return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -19,14 +19,14 @@ from lape.core.position import Grid
 
 def over_map(merging: nn.Module, p_1nD: Tensor, grid: Grid) -> Tensor:
     """By a module that takes a map (1, rows, columns, D)."""
-    merged: Tensor = merging(p_1nD.unflatten(1, grid))
-    return merged.flatten(1, 2)
+    output: Tensor = merging(p_1nD.unflatten(1, grid))
+    return output.flatten(1, 2)
 
 
 def over_tokens(merging: nn.Module, p_1nD: Tensor, grid: Grid) -> Tensor:
     """By a module that takes tokens (1, n, D) and their grid."""
-    merged: Tensor = merging(p_1nD, grid)
-    return merged
+    output: Tensor = merging(p_1nD, grid)
+    return output
 
 
 @dataclass(frozen=True)
@@ -37,5 +37,5 @@ class Stage:
     grid: Grid
     width: int
     merging: str | None = None  # path of what makes this stage's tokens of those before; None: the first stage
-    way: Callable[[nn.Module, Tensor, Grid], Tensor] = over_map  # (that, P of the stage before, its grid) -> P
+    merge: Callable[[nn.Module, Tensor, Grid], Tensor] = over_map  # (that, P of the stage before, its grid) -> P
     lead: int = 0  # tokens without a position that stand before all others in this stage

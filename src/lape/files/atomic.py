@@ -33,16 +33,16 @@ def write_atomically(
     temporary = None
     problem: OSError | None = None
     try:
-        remove_left(path.parent, f".{glob.escape(path.name)}.*.tmp")
+        remove_leftovers(path.parent, f".{glob.escape(path.name)}.*.tmp")
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         hold(descriptor)
         with os.fdopen(descriptor, "wb") as file:
-            checked = _Checked(file)
+            recorder = _RecordingFile(file)
             try:
-                write(cast(BinaryIO, checked))
+                write(cast(BinaryIO, recorder))
                 file.flush()
             finally:
-                problem = checked.problem
+                problem = recorder.problem
             os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_umask())
             if previous is not None and path.exists():
@@ -61,8 +61,8 @@ def write_atomically(
 
 def write_content(path: str | Path, content: str | bytes) -> None:
     """`write_atomically` of what is known as a whole; a text in UTF-8."""
-    encoded = content.encode() if isinstance(content, str) else content
-    write_atomically(path, lambda file: file.write(encoded))
+    data = content.encode() if isinstance(content, str) else content
+    write_atomically(path, lambda file: file.write(data))
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
@@ -100,7 +100,7 @@ def check_outputs(
 ) -> None:
     """Before the work: raises LapeError where a file cannot be written, would be written twice, or would replace what
     is read. None and "-" are no files. `streams`: pipes and devices will do."""
-    seen: dict[str, str] = {}
+    outputs_by_place: dict[str, str] = {}
     files = [os.fspath(path) for path in outputs if path is not None and path != "-"]
     for path in files:
         if not streams:
@@ -117,9 +117,9 @@ def check_outputs(
                 f"no folder {folder}" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", error)
             )
             raise LapeError(f"{path!r} cannot be written ({reason}): name a file in a folder that is there") from None
-        if place in seen and not stream:
-            raise LapeError(f"{seen[place]!r} and {path!r} are one file: give two")
-        seen[place] = path
+        if place in outputs_by_place and not stream:
+            raise LapeError(f"{outputs_by_place[place]!r} and {path!r} are one file: give two")
+        outputs_by_place[place] = path
     keep_inputs(files, inputs)
 
 
@@ -138,8 +138,8 @@ def keep_inputs(outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str 
 
 def put_in_place(places: Mapping[Path, Path]) -> None:
     """Renames whole files to where they belong, one straight after the other, and makes that durable."""
-    for new, place in places.items():
-        os.replace(new, place)
+    for file, place in places.items():
+        os.replace(file, place)
     for folder in {place.parent for place in places.values()}:
         _sync_folder(folder)
 
@@ -155,19 +155,19 @@ def hold(descriptor: int) -> bool:
     return True
 
 
-def remove_left(folder: Path, pattern: str) -> None:
+def remove_leftovers(folder: Path, pattern: str) -> None:
     """Removes what matches and no living process holds: it was left by one that was killed."""
-    for left in folder.glob(pattern):
+    for path in folder.glob(pattern):
         with contextlib.suppress(OSError):
-            descriptor = os.open(left, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
             try:
                 if hold(descriptor):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             finally:
                 os.close(descriptor)
 
 
-class _Checked:
+class _RecordingFile:
     """A file that remembers why it could not be written: torch's writer says it in other words, as a RuntimeError."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -215,7 +215,7 @@ def _umask() -> int:
 @contextlib.contextmanager
 def unfinished(folder: Path, prefix: str) -> Iterator[Path]:
     """A new folder in `folder` for what is not finished, removed in the end, and what killed processes left of such."""
-    remove_left(folder, f"{glob.escape(prefix)}*")
+    remove_leftovers(folder, f"{glob.escape(prefix)}*")
     with tempfile.TemporaryDirectory(dir=folder, prefix=prefix) as place:
         descriptor = os.open(place if os.name == "posix" else os.devnull, os.O_RDONLY)
         try:

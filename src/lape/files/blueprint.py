@@ -53,9 +53,9 @@ def blueprint_of(model: nn.Module, name: str | None, arguments: dict[str, Any]) 
         current = host_named(conversion.host).current
         if difference is None or current is None:
             break
-        now, then = current(conversion.root), current(conversion_of(twin).root)
-        changed = {key: value for key, value in now.items() if value != then.get(key)}
-        factory = {**factory, "kwargs": {**factory["kwargs"], **changed}}
+        arguments_here, arguments_there = current(conversion.root), current(conversion_of(twin).root)
+        changes = {key: value for key, value in arguments_here.items() if value != arguments_there.get(key)}
+        factory = {**factory, "kwargs": {**factory["kwargs"], **changes}}
         try:
             difference = _difference(model, twin := _twin(conversion, factory))
         except (LapeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
@@ -94,13 +94,13 @@ def _twin(conversion: Conversion, factory: dict[str, Any]) -> nn.Module:
     keeps = conversion.warm_start or not (conversion.way.new or conversion.pe == "own")
     pe = None if keeps else conversion.pe
     arguments = (factory["library"], factory["name"], factory["kwargs"], conversion.join, pe)
-    where: dict[str, Any] = {"at": conversion.path.rstrip("."), "known_grid": conversion.layout.grid}
-    make = partial(build, *arguments, **where)
+    part: dict[str, Any] = {"at": conversion.path.rstrip("."), "grid": conversion.layout.grid}
+    make = partial(build, *arguments, **part)
     try:
         with without_values():
-            twin = make(**conversion.chosen)
+            twin = make(**conversion.choices)
     except (RuntimeError, NotImplementedError):  # constructors that compute with values
-        twin = make(**conversion.chosen)
+        twin = make(**conversion.choices)
     return fold_(twin) if conversion.folded else twin
 
 
@@ -110,10 +110,10 @@ def _difference(model: nn.Module, twin: nn.Module) -> str | None:
         {key.replace(f"{COMPILED}.", ""): tuple(t.shape) for key, t in m.state_dict().items()} for m in (model, twin)
     ]
     parts = [dict(_parts(m)) for m in (model, twin)]
-    for ours, theirs in (shapes, parts):
-        for key in {**ours, **theirs}:
-            if ours.get(key) != theirs.get(key):
-                return f"{key} is {theirs.get(key, 'missing')} there and {ours.get(key, 'missing')} here"
+    for model_values, twin_values in (shapes, parts):
+        for key in {**model_values, **twin_values}:
+            if model_values.get(key) != twin_values.get(key):
+                return f"{key} is {twin_values.get(key, 'missing')} there and {model_values.get(key, 'missing')} here"
     return None
 
 

@@ -41,7 +41,7 @@ TOLERANCE = 1e-4  # on logits, relative to the largest of them
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """One exported file and how it compares with the eager, unfolded model on real images."""
 
     format: str
@@ -82,7 +82,7 @@ def export(
     classes: list[str] | None = None,
     transform: dict[str, Any] | None = None,
     say: Callable[[str], None] = print,
-) -> list[Exported]:
+) -> list[ExportResult]:
     """Exports a converted model and checks every file against the eager model.
 
     Args:
@@ -99,7 +99,7 @@ def export(
         LapeError: an unknown format, a missing package (with its pip line), images that do not fit, or a file that
             differs by more than the tolerance or is not finite; what was in `output_dir` before is untouched then.
     """
-    chosen = [match_name("format", name, FORMATS) for name in formats]
+    names = [match_name("format", name, FORMATS) for name in formats]
     if images_BCHW.ndim != 4 or len(images_BCHW) < 2:
         raise LapeError(f"images of shape {tuple(images_BCHW.shape)}: (2 or more, channels, height, width) is needed")
     checkpoint: Checkpoint | None = None
@@ -112,31 +112,31 @@ def export(
     with torch.no_grad():
         expected_BC = _Outputs(eager)(images_BCHW)
     check_finite(expected_BC, f"the outputs of {'the model' if checkpoint is None else checkpoint.path}")
-    shipped = copy.deepcopy(eager)
+    product = copy.deepcopy(eager)
     about = {"classes": classes, "transform": transform}
     about = {name: value or getattr(checkpoint, name, None) for name, value in about.items()}
-    if fold and not conversion_of(shipped).folded:
-        fold_(shipped)
+    if fold and not conversion_of(product).folded:
+        fold_(product)
     target = Path(output_dir).expanduser()
     keep_inputs((target / name for name in _FILES.values()), [checkpoint.path] if checkpoint else [])
     with _writing(target), unfinished(target, ".export.") as place:
-        done = []
-        for name in chosen:
+        results = []
+        for name in names:
             with torch.no_grad():  # torch writes another graph where a mask could get a gradient
-                written = _WRITERS[name](shipped, about, images_BCHW, place)
-            result = _compare(name, written, images_BCHW, expected_BC)
+                artifact = _WRITERS[name](product, about, images_BCHW, place)
+            result = _compare(name, artifact, images_BCHW, expected_BC)
             _judge(result, tolerance, say)
-            done.append(result)
-        report = {"model": str(describe(shipped)), "tolerance": tolerance, "torch": torch.__version__, "files": done}
-        _put_in_place(done, report, place, target)
-    return done
+            results.append(result)
+        report = {"model": str(describe(product)), "tolerance": tolerance, "torch": torch.__version__, "files": results}
+        _put_in_place(results, report, place, target)
+    return results
 
 
-def _put_in_place(done: list[Exported], report: dict[str, Any], place: Path, target: Path) -> None:
+def _put_in_place(results: list[ExportResult], report: dict[str, Any], place: Path, target: Path) -> None:
     """The report says that all is in place, so it goes first and comes last."""
     write_content(place / REPORT, json.dumps(report, indent=2, default=asdict, allow_nan=False) + "\n")
     (target / REPORT).unlink(missing_ok=True)
-    for result in done:
+    for result in results:
         new, old = place / result.path, target / result.path
         if new.is_dir():  # as `save` does
             put_folder_in_place({name: (new / name).read_bytes() for name in (WEIGHTS, CONFIG)}, old)
@@ -145,7 +145,7 @@ def _put_in_place(done: list[Exported], report: dict[str, Any], place: Path, tar
     put_in_place({place / REPORT: target / REPORT})
 
 
-def _judge(result: Exported, tolerance: float, say: Callable[[str], None]) -> None:
+def _judge(result: ExportResult, tolerance: float, say: Callable[[str], None]) -> None:
     if not result.max_difference <= tolerance:  # NaN fails, too
         raise LapeError(
             f"{result.format}: outputs differ from the eager model by {result.max_difference:.1e} of the largest, more "
@@ -170,18 +170,18 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-Written = tuple[Path, Callable[[Tensor], Tensor], dict[str, int]]
+Artifact = tuple[Path, Callable[[Tensor], Tensor], dict[str, int]]
 About = dict[str, Any]  # class names and transform, as `save` takes them
 
 
-def _compare(name: str, written: Written, images_BCHW: Tensor, expected_BC: Tensor) -> Exported:
+def _compare(name: str, artifact: Artifact, images_BCHW: Tensor, expected_BC: Tensor) -> ExportResult:
     """Runs what was written on one image, and on the others."""
-    path, run, operations = written
+    path, run, operations = artifact
     with torch.no_grad():
         outputs_BC = torch.cat([run(images_BCHW[:1]), run(images_BCHW[1:])])
     scale = expected_BC.abs().max().clamp(min=1e-12)
     files = [path] if path.is_file() else list(path.iterdir())
-    return Exported(
+    return ExportResult(
         format=name,
         path=path.name,
         megabytes=round(sum(file.stat().st_size for file in files) / 1e6, 3),
@@ -192,12 +192,12 @@ def _compare(name: str, written: Written, images_BCHW: Tensor, expected_BC: Tens
     )
 
 
-def _write_folder(model: nn.Module, about: About, _images: Tensor, folder: Path) -> Written:
+def _write_folder(model: nn.Module, about: About, _images: Tensor, folder: Path) -> Artifact:
     path = save(model, folder / _FILES["folder"], **about)
     return path, _Outputs(load(path)), {}
 
 
-def _write_torch(model: nn.Module, about: About, images_BCHW: Tensor, folder: Path) -> Written:
+def _write_torch(model: nn.Module, about: About, images_BCHW: Tensor, folder: Path) -> Artifact:
     path = folder / _FILES["torch"]
     with _quiet():
         program = torch.export.export(_Outputs(model), (images_BCHW[:2],), dynamic_shapes=({0: BATCH},))
@@ -208,7 +208,7 @@ def _write_torch(model: nn.Module, about: About, images_BCHW: Tensor, folder: Pa
     return path, module, {}
 
 
-def _write_onnx(model: nn.Module, about: About, images_BCHW: Tensor, folder: Path) -> Written:
+def _write_onnx(model: nn.Module, about: About, images_BCHW: Tensor, folder: Path) -> Artifact:
     with needs("export", ", or leave onnx out of `formats`"):
         import onnx
         import onnxscript  # noqa: F401  (the exporter needs it)
@@ -239,7 +239,7 @@ def _write_onnx(model: nn.Module, about: About, images_BCHW: Tensor, folder: Pat
     return path, run, dict(operations)
 
 
-_WRITERS: dict[str, Callable[[nn.Module, About, Tensor, Path], Written]] = {
+_WRITERS: dict[str, Callable[[nn.Module, About, Tensor, Path], Artifact]] = {
     "folder": _write_folder,
     "torch": _write_torch,
     "onnx": _write_onnx,
@@ -249,11 +249,11 @@ _WRITERS: dict[str, Callable[[nn.Module, About, Tensor, Path], Written]] = {
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' chatter; what goes wrong raises."""
-    before = logging.root.manager.disable
+    level = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            logging.disable(before)
+            logging.disable(level)

@@ -62,17 +62,17 @@ def read_exported(path: str | os.PathLike[str], described_by: str | None, device
     if device not in ("auto", "cpu"):
         raise LapeError(f"device={device!r}: an ONNX file is run on the processor here, leave --device out")
     session = _session(path)
-    stored = _description(path, session.get_modelmeta().custom_metadata_map.get(DESCRIPTION))
+    description = _description(path, session.get_modelmeta().custom_metadata_map.get(DESCRIPTION))
     if described_by is not None:
         checkpoint = read_checkpoint(described_by)
         transform, names = transform_of(checkpoint), checkpoint.classes
-    elif stored.get("transform") is None:
+    elif description.get("transform") is None:
         raise CheckpointError(
             f"{path} does not say how images are prepared for it: give --described-by CHECKPOINT, the model it was "
             "exported from, or export that again with lape export"
         )
     else:
-        transform, names = EvalTransform.from_dict(stored["transform"]), stored.get("classes")
+        transform, names = EvalTransform.from_dict(description["transform"]), description.get("classes")
 
     def logits(pixels_BCHW: Tensor) -> Tensor:
         try:
@@ -114,10 +114,10 @@ def silent_onnxruntime() -> Any:
 def _description(path: Path, text: str | None) -> dict[str, Any]:
     """Class names and transform. Raises CheckpointError where they are anything else."""
     try:
-        stored = json.loads(text or "{}")
-        if not isinstance(stored, dict):
+        description = json.loads(text or "{}")
+        if not isinstance(description, dict):
             raise ValueError("no mapping")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a description that is none ({first_line(error)}): export it again") from None
-    check_entries(path, {}, {name: stored.get(name) for name in ("classes", "transform")})
-    return stored
+    check_entries(path, {}, {name: description.get(name) for name in ("classes", "transform")})
+    return description

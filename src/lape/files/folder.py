@@ -16,10 +16,10 @@ from lape.convert.converted import conversion_of
 from lape.convert.positions import Size
 from lape.convert.tended import CONFIG, sealed
 from lape.errors import LapeError, arguments_as
-from lape.files.atomic import put_in_place, remove_left, write_content
+from lape.files.atomic import put_in_place, remove_leftovers, write_content
 from lape.files.blueprint import COMPILED, blueprint_of, unwrapped
 from lape.files.names import to_reference_state_dict
-from lape.files.read import FORMAT, HUB, WEIGHTS, _hub, waiting_name
+from lape.files.read import FORMAT, HUB, WEIGHTS, _hub, staging_path
 from lape.files.restore import SIZE_NAMES, restore
 from lape.files.vet import check_entries
 
@@ -83,12 +83,12 @@ def put_folder_in_place(contents: Mapping[str, bytes], path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LapeError(f"cannot create the folder {path}: {error.strerror}") from error
-    waiting = waiting_name(path / WEIGHTS, hashlib.sha256(contents[WEIGHTS]).hexdigest())
-    for place, content in ((waiting, contents[WEIGHTS]), (path / CONFIG, contents[CONFIG])):
+    staging = staging_path(path / WEIGHTS, hashlib.sha256(contents[WEIGHTS]).hexdigest())
+    for place, content in ((staging, contents[WEIGHTS]), (path / CONFIG, contents[CONFIG])):
         write_content(place, content)
-    put_in_place({waiting: path / WEIGHTS})
-    remove_left(path, f".{'[0-9a-f]' * 16}.{WEIGHTS}")  # by saves that were killed
-    remove_left(path, f"..{'[0-9a-f]' * 16}.{WEIGHTS}.*.tmp")
+    put_in_place({staging: path / WEIGHTS})
+    remove_leftovers(path, f".{'[0-9a-f]' * 16}.{WEIGHTS}")  # by saves that were killed
+    remove_leftovers(path, f"..{'[0-9a-f]' * 16}.{WEIGHTS}.*.tmp")
 
 
 def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, **save_kwargs: Any) -> str:

@@ -29,22 +29,22 @@ def reference_names(model: nn.Module) -> dict[str, str]:
     names, idle = conversion.way.file_names(conversion.anatomy), conversion.link.idle()
 
     def reference_name(key: str) -> str:
-        for ours, theirs in names.items():
-            if key == ours or key.startswith(f"{ours}."):
-                return theirs + key.removeprefix(ours)
+        for memory_name, file_name in names.items():
+            if key == memory_name or key.startswith(f"{memory_name}."):
+                return file_name + key.removeprefix(memory_name)
         return key
 
     prefix, keys = conversion.path, model.state_dict()
     inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
-    ours = {prefix + key: prefix + reference_name(key) for key in inside if key not in idle}
-    return {key: ours.get(key, key) for key in keys if key in ours or not key.startswith(prefix)}
+    file_names = {prefix + key: prefix + reference_name(key) for key in inside if key not in idle}
+    return {key: file_names.get(key, key) for key in keys if key in file_names or not key.startswith(prefix)}
 
 
 def _table_names(conversion: Conversion) -> set[str]:
     """The names of the position tables in files, inside the converted model: the host's, numbered for `unshare`."""
     names = conversion.way.file_names(conversion.anatomy)
     slot = conversion.anatomy.table_slot
-    tables = {theirs for ours, theirs in names.items() if ours.startswith("lape.table_")}
+    tables = {file_name for memory_name, file_name in names.items() if memory_name.startswith("lape.table_")}
     return tables | ({names.get(slot, slot)} if slot is not None and conversion.way.uses_table else set())
 
 
@@ -58,8 +58,8 @@ def to_reference_state_dict(model: nn.Module) -> dict[str, Tensor]:
     names, prefix = reference_names(model), conversion.path
     state = {names[key]: tensor for key, tensor in model.state_dict().items() if key in names}
     if conversion.pe == "1D_sin":
-        kept = [prefix + name for name in _table_names(conversion) if prefix + name in state]
-        state |= {name: state[name].flatten(0, -2) for name in kept}
+        table_names = [prefix + name for name in _table_names(conversion) if prefix + name in state]
+        state |= {name: state[name].flatten(0, -2) for name in table_names}
     return state | _indices(conversion, prefix)
 
 
@@ -85,14 +85,14 @@ def load_reference_state_dict(
             unchanged then.
     """
     conversion = conversion_of(model)
-    own, names, prefix = model.state_dict(), reference_names(model), conversion.path
+    model_state, names, prefix = model.state_dict(), reference_names(model), conversion.path
     tables = {prefix + name for name in _table_names(conversion)}
     idle = {prefix + key for key in conversion.link.idle()}
     state = {_name_since_0_2(key, conversion): tensor for key, tensor in state_dict.items() if key not in idle}
     state = {names.get(key, key): tensor for key, tensor in state.items()}
     for key, index_nn in _indices(conversion, prefix).items():
-        other = state.pop(key, None)
-        if other is not None and not torch.equal(other, index_nn):
+        file_index = state.pop(key, None)
+        if file_index is not None and not torch.equal(file_index, index_nn):
             raise CheckpointError(f"{key} is not that of a {conversion.layout.grid} grid: the file is for another grid")
     missing = [name for name in names.values() if name not in state]
     unexpected = sorted(state.keys() - set(names.values()))
@@ -102,9 +102,9 @@ def load_reference_state_dict(
             continue
         tensor = state[name]
         if name in tables:
-            tensor = _table_like(own[key], tensor, conversion, source_grid)
-        if tensor.shape != own[key].shape:
-            wrong.append(f"{name} is {_shape(tensor)}, the model's {_shape(own[key])}")
+            tensor = _table_like(model_state[key], tensor, conversion, source_grid)
+        if tensor.shape != model_state[key].shape:
+            wrong.append(f"{name} is {_shape(tensor)}, the model's {_shape(model_state[key])}")
         new[key] = tensor
     kinds = {"missing": missing, "unexpected": unexpected, "shapes differ:": wrong}
     problems = [f"{title} {few(items, 4)}" for title, items in kinds.items() if items]
@@ -113,12 +113,12 @@ def load_reference_state_dict(
             f"the checkpoint does not fit the model (join={conversion.join}, pe={conversion.pe}): "
             f"{'; '.join(problems)}. Check model name, join, PE kind, input size and number of classes"
         )
-    lying = {key: state_dict[key] for key in idle if key in state_dict and state_dict[key].shape == own[key].shape}
-    model.load_state_dict({**own, **lying, **new}, strict=True)
+    idle_state = {key: t for key, t in state_dict.items() if key in idle and t.shape == model_state[key].shape}
+    model.load_state_dict({**model_state, **idle_state, **new}, strict=True)
     return model
 
 
-def _table_like(own: Tensor, table: Tensor, conversion: Conversion, source_grid: Grid | None) -> Tensor:
+def _table_like(model_table: Tensor, table: Tensor, conversion: Conversion, source_grid: Grid | None) -> Tensor:
     """A table of a file, (R, D), (1, R, D) or a map (1, rows, columns, D), in the model's shape if its rows agree."""
     if table.ndim == 4 and source_grid is None:
         return table  # a map tells its own grid: it must be the model's
@@ -131,7 +131,7 @@ def _table_like(own: Tensor, table: Tensor, conversion: Conversion, source_grid:
                 f"{source.prefix_rows} prefix rows needs {source.num_rows}: give the grid that the file was trained at"
             )
         rows_1RD = resample(rows_1RD, source, conversion.layout.grid)
-    return rows_1RD.reshape(own.shape) if rows_1RD.shape[1:] == own.flatten(0, -2).shape else rows_1RD
+    return rows_1RD.reshape(model_table.shape) if rows_1RD.shape[1:] == model_table.flatten(0, -2).shape else rows_1RD
 
 
 def _shape(tensor: Tensor) -> str:

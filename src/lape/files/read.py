@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lape.convert.converted import CHOSEN
+from lape.convert.converted import CHOICES
 from lape.convert.tended import CONFIG, DIGESTS, digest_of, digest_of_config, record_of
 from lape.core.joins import join_named
 from lape.core.position import kind_named
@@ -102,14 +102,14 @@ def read_checkpoint(path: str | os.PathLike[str], *, unconverted: bool = False) 
 
 def _fetch(address: str) -> Any:
     """What torch's cache or the network has at an address. Raises CheckpointError."""
-    before = socket.getdefaulttimeout()
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:
         return torch.hub.load_state_dict_from_url(address, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError, ValueError, HTTPException, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{address} cannot be downloaded: {first_line(error)}; give a file") from error
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout)
 
 
 def _unpickle_safely(path: Path, digest: Any = None) -> Any:
@@ -153,9 +153,9 @@ def _check_records(path: Path) -> None:
                 return  # torch's format from before 1.6, which has no checksums
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-            stored = all(r.compress_type == zipfile.ZIP_STORED for r in records)
+            plain = all(r.compress_type == zipfile.ZIP_STORED for r in records)
             fits = sum(r.file_size for r in records) <= path.stat().st_size  # records may be made to overlap
-            if not (stored and fits and archive.testzip() is None) or len({r.filename for r in records}) < len(records):
+            if not (plain and fits and archive.testzip() is None) or len({r.filename for r in records}) < len(records):
                 raise CheckpointError(_damaged(path))
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError, EOFError) as error:
         if isinstance(error, CheckpointError):
@@ -166,10 +166,10 @@ def _check_records(path: Path) -> None:
 def _digests(folder: Path) -> Mapping[str, Any]:
     """The SHA-256 of the files of weights that a folder's config.json holds, where there is one that does."""
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    return _said_digests(folder, config) if isinstance(config, dict) else {}
+    return _digests_in(folder, config) if isinstance(config, dict) else {}
 
 
-def _said_digests(folder: Path, config: dict[str, Any]) -> Mapping[str, Any]:
+def _digests_in(folder: Path, config: dict[str, Any]) -> Mapping[str, Any]:
     record = record_of(config)
     digests = record.get(DIGESTS) if isinstance(record, Mapping) else None
     if digests is not None and not isinstance(digests, Mapping):
@@ -196,8 +196,8 @@ def _check_digest(path: Path, digest: Any) -> None:
     )
 
 
-def waiting_name(file: Path, digest: Any) -> Path:
-    """Where weights lie from when config.json speaks of them until they have replaced the earlier ones: `save`."""
+def staging_path(file: Path, digest: Any) -> Path:
+    """Where `save` writes weights, until config.json is in place and they replace the earlier ones."""
     fits = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
     return file.with_name(f".{digest[:16]}.{file.name}") if fits else file
 
@@ -236,7 +236,7 @@ def _from_contents(path: Path, contents: Any) -> Checkpoint:
         kind="pth",
         model=_plain_names(path, state),
         model_ema=None if ema is None else _plain_names(path, ema),
-        args=_known_args(args),
+        args=_respelled(args),
         raw=rest,
     )
 
@@ -247,7 +247,7 @@ def _plain_names(path: Path, state: Any) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
-def _known_args(args: dict[str, Any]) -> dict[str, Any]:
+def _respelled(args: dict[str, Any]) -> dict[str, Any]:
     """The flags with joins and kinds in today's spelling."""
     if isinstance(args.get("join_type"), str):
         name = args["join_type"]
@@ -263,7 +263,7 @@ def _read_folder(path: Path, unconverted: bool) -> Checkpoint:
         return _read_pretrained(path, config, unconverted)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path / CONFIG} is not of format {FORMAT!r}")
-    args = {"model": config.get("model"), "model_kwargs": config.get("model_kwargs"), **_chosen(config)}
+    args = {"model": config.get("model"), "model_kwargs": config.get("model_kwargs"), **_choices_of(config)}
     raw = {key: config.get(key) for key in ("library", "classes", "transform", "input_size", *_OF_THE_MODEL)}
     return _folder(path, args, raw, [WEIGHTS], config)
 
@@ -277,13 +277,13 @@ def _folder(
         raise CheckpointError(f"{path / CONFIG} does not say its {missing[0]}: it is not whole; save the model again")
     check_entries(path / CONFIG, args, raw)
     state: dict[str, Tensor] = {}
-    digests = _said_digests(path, config)
+    digests = _digests_in(path, config)
     for name in files:
         digest = digests.get(name)
-        waiting = waiting_name(path / name, digest)
-        state |= _unpickle_safely(waiting if waiting.is_file() else path / name, digest)
+        staging = staging_path(path / name, digest)
+        state |= _unpickle_safely(staging if staging.is_file() else path / name, digest)
     check_state(path, state)
-    return Checkpoint(path=path, kind="folder", model=state, args=_known_args(args), raw=raw)
+    return Checkpoint(path=path, kind="folder", model=state, args=_respelled(args), raw=raw)
 
 
 LEFT_AS_IT_IS = {"join": "basic", "pe": "own"}
@@ -300,14 +300,14 @@ def _read_pretrained(path: Path, config: dict[str, Any], unconverted: bool) -> C
         )
     index, shards = path / f"{WEIGHTS}.index.json", [WEIGHTS]
     if index.is_file():
-        listed = read_json(index)
-        names = listed.get("weight_map") if isinstance(listed, dict) else None
+        content = read_json(index)
+        names = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(names, dict) or not all(str(shard).endswith(".safetensors") for shard in names.values()):
             raise CheckpointError(f"{index} is no list of files of weights: save the model again")
         shards = sorted({Path(str(shard)).name for shard in names.values()})
     classes = config.get("architectures")
     name = classes[0] if isinstance(classes, list) and classes else None
-    args = {"model": name, "model_kwargs": _without_origin(config), **_chosen(record)}
+    args = {"model": name, "model_kwargs": _without_origin(config), **_choices_of(record)}
     raw = {"library": "transformers", "transform": _processor(path), **{k: record.get(k) for k in _OF_THE_MODEL}}
     raw["unconverted"] = record is LEFT_AS_IT_IS
     return _folder(path, args, raw, shards, {**config, "lape": record})
@@ -323,9 +323,9 @@ def _without_origin(value: Any) -> Any:
 _OF_THE_MODEL = ("folded", "grid", "own_table", "at")
 
 
-def _chosen(record: Mapping[str, Any]) -> dict[str, Any]:
+def _choices_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """Join, kind and what was chosen beside them, by the names of flags."""
-    names = {"join_type": "join", "pe": "pe", **{name: name for name in CHOSEN.values()}}
+    names = {"join_type": "join", "pe": "pe", **{name: name for name in CHOICES.values()}}
     return {flag: record.get(name) for flag, name in names.items()}
 
 
@@ -343,11 +343,11 @@ def _processor(path: Path) -> dict[str, Any] | None:
         size, crop = config["size"], config.get("crop_size") if config.get("do_center_crop") else None
         area = crop or size
         height, width = (area["height"], area["width"]) if "height" in area else [area["shortest_edge"]] * 2
-        resized = size.get("shortest_edge") or size["height"]
+        side = size.get("shortest_edge") or size["height"]
         normal = config.get("do_normalize", True)
         return {
             "input_size": height if height == width else [height, width],
-            "crop_ratio": min(1.0, height / resized),
+            "crop_ratio": min(1.0, height / side),
             "interpolation": _FILTERS[config.get("resample", 2)],
             "mean": config["image_mean"] if normal else [0.0] * len(config["image_mean"]),
             "std": config["image_std"] if normal else [1.0] * len(config["image_std"]),
@@ -362,13 +362,13 @@ def _processor(path: Path) -> dict[str, Any] | None:
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # numbers of PIL
 
 
-_FETCHED = (CONFIG, WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json", PROCESSOR)
+_PATTERNS = (CONFIG, WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json", PROCESSOR)
 
 
 def _download(repo_id: str) -> Path:
     """The files of `save` or `save_pretrained` from the Hugging Face Hub; nothing else is fetched."""
     try:
-        return Path(_hub().snapshot_download(repo_id, allow_patterns=list(_FETCHED)))
+        return Path(_hub().snapshot_download(repo_id, allow_patterns=list(_PATTERNS)))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{HUB}{repo_id} cannot be downloaded: {first_line(error)}") from error
 

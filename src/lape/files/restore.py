@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.convert.apply import build, fold_
-from lape.convert.converted import CHOSEN, conversion_of
+from lape.convert.converted import CHOICES, conversion_of
 from lape.convert.positions import Size, describe
 from lape.core.joins import join_named
 from lape.core.position import Grid, kind_named
@@ -54,22 +54,22 @@ def restore(
     state = checkpoint.model_ema if ema else checkpoint.model
     if state is None:
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
-    chosen = {name: checkpoint.args.get(stored) for name, stored in CHOSEN.items()}
-    chosen["warm_start"] = bool(chosen["warm_start"])
-    keeps = chosen["warm_start"] or checkpoint.raw.get("own_table")
+    choices = {name: checkpoint.args.get(flag) for name, flag in CHOICES.items()}
+    choices["warm_start"] = bool(choices["warm_start"])
+    keeps = choices["warm_start"] or checkpoint.raw.get("own_table")
     with of_file(checkpoint.path):
         make = partial(
             build,
             checkpoint.package,
-            _agreed(checkpoint, "model", model),
+            _reconcile(checkpoint, "model", model),
             _arguments(checkpoint, size, timm_kwargs),
-            _agreed(checkpoint, "join", None if join is None else join_named(join).name),
-            None if keeps else _agreed(checkpoint, "pe", None if pe is None else kind_named(pe).name),
+            _reconcile(checkpoint, "join", None if join is None else join_named(join).name),
+            None if keeps else _reconcile(checkpoint, "pe", None if pe is None else kind_named(pe).name),
             at=checkpoint.raw.get("at"),
-            known_grid=checkpoint.raw.get("grid"),
-            **chosen,
+            grid=checkpoint.raw.get("grid"),
+            **choices,
         )
-        result = _built(checkpoint, make, size)
+        result = _build_bounded(checkpoint, make, size)
         if checkpoint.raw.get("unconverted"):
             return _with_weights_of_library(result, state)
         if checkpoint.raw.get("folded"):
@@ -79,12 +79,12 @@ def restore(
         return load_reference_state_dict(result, state, source_grid=grid).eval()
 
 
-def _built(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: Size | None) -> nn.Module:
+def _build_bounded(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: Size | None) -> nn.Module:
     """The model, after one without values has shown that it is no larger than what the weights of the file are for."""
     if host_of_library(checkpoint.package).check_arguments is None:  # a host of the user's own
         return make()
-    own = size_of(checkpoint)
-    times = 1 if size is None or own is None else max(1, math.prod(_sides(size)) / math.prod(own))
+    file_size = size_of(checkpoint)
+    times = 1 if size is None or file_size is None else max(1, math.prod(_sides(size)) / math.prod(file_size))
     elements = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.model.values())
     limits = (checkpoint.path, int(times * (2 * elements + 2**26)), 10_000 + 100 * len(checkpoint.model))
     with suppress(RuntimeError, NotImplementedError), bounded(*limits), without_values():
@@ -100,7 +100,7 @@ def _with_weights_of_library(model: Any, state: Mapping[str, Tensor]) -> nn.Modu
     logging: Any = utils.logging
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    loaded, report = type(model).from_pretrained(
+    library_model, report = type(model).from_pretrained(
         None, config=model.config, state_dict=dict(state), output_loading_info=True
     )
     if bars:
@@ -108,7 +108,7 @@ def _with_weights_of_library(model: Any, state: Mapping[str, Tensor]) -> nn.Modu
     if wrong := {name: keys for name, keys in report.items() if keys}:
         names = "; ".join(f"{name}: {', '.join(map(str, list(keys)[:4]))}" for name, keys in wrong.items())
         raise CheckpointError(f"the weights do not fit a {type(model).__name__} ({names})")
-    model.load_state_dict(loaded.state_dict())
+    model.load_state_dict(library_model.state_dict())
     return cast(nn.Module, model.eval())
 
 
@@ -151,8 +151,8 @@ def restore_to_draw(
         size=None if checkpoint.kind == "folder" or size_of(checkpoint) else size,
         ema=ema,
         model=args.get("model") or deit_named(model_name, width if isinstance(width, int) else None),
-        join=join or args.get("join_type") or _join_told(checkpoint, model_name),
-        pe=pe or args.get("pe") or _pe_told(checkpoint),
+        join=join or args.get("join_type") or _guess_join(checkpoint, model_name),
+        pe=pe or args.get("pe") or _guess_pe(checkpoint),
         **dimensions,
     )
     name = re.sub(r"[/\\]", "_", str(args.get("model", type(model).__name__)))
@@ -176,37 +176,37 @@ def published(name: str, pretrained: bool = True) -> nn.Module:
         ) from None
 
 
-def _agreed(checkpoint: Checkpoint, name: str, value: str | None) -> str:
+def _reconcile(checkpoint: Checkpoint, name: str, value: str | None) -> str:
     """The value of an argument: the given one, else what the file says. Raises CheckpointError where both differ, or
     neither is there."""
-    stored = checkpoint.args.get("join_type" if name == "join" else name)
-    if value is None and stored is None:
+    entry = checkpoint.args.get("join_type" if name == "join" else name)
+    if value is None and entry is None:
         raise CheckpointError(f"{checkpoint.path} does not say its {name}: give `{name}`")
-    if value is not None and stored is not None and value != stored:
-        raise CheckpointError(f"`{name}` {value} was given, but {checkpoint.path} holds a model with {name} {stored}")
-    return str(stored if value is None else value)
+    if value is not None and entry is not None and value != entry:
+        raise CheckpointError(f"`{name}` {value} was given, but {checkpoint.path} holds a model with {name} {entry}")
+    return str(entry if value is None else value)
 
 
-def _arguments(checkpoint: Checkpoint, size: Size | None, own_kwargs: dict[str, Any]) -> dict[str, Any]:
+def _arguments(checkpoint: Checkpoint, size: Size | None, user_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the model: those of the file, the given ones, the image size. Raises CheckpointError."""
-    args, own = checkpoint.args, size_of(checkpoint)
-    kwargs = {**(args.get("model_kwargs") or {}), **own_kwargs}
+    args, file_size = checkpoint.args, size_of(checkpoint)
+    kwargs = {**(args.get("model_kwargs") or {}), **user_kwargs}
     if checkpoint.package == "timm" and checkpoint.num_classes is not None:
         kwargs.setdefault("num_classes", checkpoint.num_classes)
     if args.get("in_chans") is not None:
         kwargs.setdefault("in_chans", args["in_chans"])
-    sides = own if size is None else _sides(size)
-    if checkpoint.kind == "folder" and own in (sides, None):  # built by its own arguments
+    sides = file_size if size is None else _sides(size)
+    if checkpoint.kind == "folder" and file_size in (sides, None):  # built by its own arguments
         return kwargs
     if sides is None:
         raise CheckpointError(f"{checkpoint.path} does not say its image size: give `size`")
-    argument = _size_argument(checkpoint, sides, own) if checkpoint.kind == "folder" else "img_size"
+    argument = _size_argument(checkpoint, sides, file_size) if checkpoint.kind == "folder" else "img_size"
     return {**kwargs, argument: sides[0] if sides[0] == sides[1] else sides}
 
 
-def _size_argument(checkpoint: Checkpoint, size: Grid, own: Grid | None) -> str:
+def _size_argument(checkpoint: Checkpoint, size: Grid, file_size: Grid | None) -> str:
     """The name of the argument that resizes the model of a folder. Raises CheckpointError where there is none."""
-    fix = f"it is for {own[0]} x {own[1]} pixels; leave `size` out" if own else "leave `size` out"
+    fix = f"it is for {file_size[0]} x {file_size[1]} pixels; leave `size` out" if file_size else "leave `size` out"
     if checkpoint.raw.get("folded"):
         raise CheckpointError(f"{checkpoint.path} is folded, images of {size[0]} x {size[1]} do not fit: {fix}")
     if checkpoint.package == "timm":
@@ -257,15 +257,15 @@ def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
             return None if side is None else (side, side)
         patch, patches = anatomy.patch_size, checkpoint.model.get("patch_embed.proj.weight")
         if patches is not None:  # a stem may stand before them: compare kernels, not kernel and pixels
-            own = getattr(getattr(anatomy.root, "patch_embed", None), "proj", None)
-            kernel = patch if own is None else own.weight.shape[-2:]
+            projection = getattr(getattr(anatomy.root, "patch_embed", None), "proj", None)
+            kernel = patch if projection is None else projection.weight.shape[-2:]
             patch = (patch[0] * patches.shape[-2] // kernel[0], patch[1] * patches.shape[-1] // kernel[1])
         return size[0] // patch[0], size[1] // patch[1]
 
 
 # What a checkpoint knows about itself. The first must not be contradicted by a flag.
-IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOSEN.values())
-STORED = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
+IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOICES.values())
+FILE_SETTINGS = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
 
 def transform_of(checkpoint: Checkpoint) -> EvalTransform:
@@ -321,23 +321,24 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     with of_file(checkpoint.path):
         contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
         contents |= checkpoint.args
-        stored = {name: contents[name] for name in STORED if contents.get(name) is not None}
+        entries = {name: contents[name] for name in FILE_SETTINGS if contents.get(name) is not None}
         # no flags of an evaluation: the file alone knows
-        chosen = {name: contents.get(name) for name in CHOSEN.values()}
-        stored |= {**chosen, "warm_start": bool(chosen["warm_start"])}
-        size = stored.pop("input_size", None) or size_of(checkpoint)
+        choices = {name: contents.get(name) for name in CHOICES.values()}
+        entries |= {**choices, "warm_start": bool(choices["warm_start"])}
+        size = entries.pop("input_size", None) or size_of(checkpoint)
         if size is not None and _sides(size)[0] == _sides(size)[1]:  # not square: only the transform can say it
-            stored["input_size"] = _sides(size)[0]
+            entries["input_size"] = _sides(size)[0]
         if checkpoint.kind == "folder":
-            stored.setdefault("in_chans", 3)
+            entries.setdefault("in_chans", 3)
         flags = recipe.model_fields_set
-        settings = recipe.replace(**{name: value for name, value in stored.items() if name not in flags})
-        own = Recipe(**{name: stored[name] for name in IDENTITY if name in stored})  # the same spelling as the flags
+        settings = recipe.replace(**{name: value for name, value in entries.items() if name not in flags})
+        # a recipe has them in the same spelling as the flags
+        file_recipe = Recipe(**{name: entries[name] for name in IDENTITY if name in entries})
         for name in IDENTITY:
-            if name in stored and getattr(settings, name) != getattr(own, name):
+            if name in entries and getattr(settings, name) != getattr(file_recipe, name):
                 raise CheckpointError(
                     f"{name}={getattr(settings, name)!r} contradicts {checkpoint.path}, which was trained with "
-                    f"{name}={getattr(own, name)!r}: leave the flag out"
+                    f"{name}={getattr(file_recipe, name)!r}: leave the flag out"
                 )
         return settings
 
@@ -356,10 +357,10 @@ def _sides(size: int | Sequence[int]) -> tuple[int, ...]:
 
 def check_classes(checkpoint: Checkpoint, classes: list[str]) -> None:
     if checkpoint.classes is not None and checkpoint.classes != classes:
-        odd = sorted(set(checkpoint.classes) ^ set(classes))[:3] or classes[:3]
+        differences = sorted(set(checkpoint.classes) ^ set(classes))[:3] or classes[:3]
         raise DataError(
             f"the data has {len(classes)} classes, {checkpoint.path} was trained on {len(checkpoint.classes)} others "
-            f"(they differ in {', '.join(odd)}): their numbers would not match; give the data it was trained on"
+            f"(they differ in {', '.join(differences)}): their numbers would not match; give the data it was trained on"
         )
     if checkpoint.num_classes is not None:
         check_outputs(checkpoint, classes, checkpoint.num_classes)
@@ -380,7 +381,7 @@ def _dimensions(state: dict[str, Tensor]) -> dict[str, int | float]:
     The number of heads shows in no shape but that of a relative bias; elsewhere it does not touch positions: 1.
     """
     try:
-        patch, hidden = state["patch_embed.proj.weight"], state["blocks.0.mlp.fc1.weight"]
+        patch, mlp = state["patch_embed.proj.weight"], state["blocks.0.mlp.fc1.weight"]
     except KeyError:
         return {}
     bias = state.get("blocks.0.attn.relative_position_bias_table")
@@ -389,12 +390,12 @@ def _dimensions(state: dict[str, Tensor]) -> dict[str, int | float]:
         "patch_size": patch.shape[-1],
         "in_chans": patch.shape[1],
         "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        "mlp_ratio": hidden.shape[0] / hidden.shape[1],
+        "mlp_ratio": mlp.shape[0] / mlp.shape[1],
         "num_heads": 1 if bias is None else bias.shape[1],
     }
 
 
-_NAMED = re.compile(r"deit_([tsb])_(distill_)?(.*)")
+_DEIT_NAME = re.compile(r"deit_([tsb])_(distill_)?(.*)")
 
 
 def deit_named(model_name: str | None, width: int | None = None) -> str | None:
@@ -402,30 +403,30 @@ def deit_named(model_name: str | None, width: int | None = None) -> str | None:
 
     `width`: of the weights, which decide where they are those of a DeiT.
     """
-    match = _NAMED.match(model_name or "")
+    match = _DEIT_NAME.match(model_name or "")
     if not match:
         return None
     size = {192: "tiny", 384: "small", 768: "base"}.get(width or 0, {"t": "tiny", "s": "small", "b": "base"}[match[1]])
     return f"deit_{size}_{'distilled_' if match[2] else ''}patch16_224"
 
 
-def _join_told(checkpoint: Checkpoint, model_name: str | None) -> str | None:
+def _guess_join(checkpoint: Checkpoint, model_name: str | None) -> str | None:
     """The join of a file without flags: by norms of position, tables, or the authors' --model_name; else None."""
     names = checkpoint.model
     if any(".pe_norm." in name for name in names):
         return "LaPE"
     if "pos_embed1" in names:
         return "unshare"
-    match = _NAMED.match(model_name or "")
+    match = _DEIT_NAME.match(model_name or "")
     return match[3] if match and match[3] in ("basic", "share") else None
 
 
-def _pe_told(checkpoint: Checkpoint) -> str:
+def _guess_pe(checkpoint: Checkpoint) -> str:
     """The kind of a file without flags, by its table: 1D_sin has two axes there, 2D_sin zeros for the class token."""
     table = checkpoint.model.get("pos_embed")
     if table is None:
-        biased = any(name.endswith("relative_position_bias_table") for name in checkpoint.model)
-        return "2D_RPE" if biased else "learnable"
+        has_bias = any(name.endswith("relative_position_bias_table") for name in checkpoint.model)
+        return "2D_RPE" if has_bias else "learnable"
     if table.ndim == 2:
         return "1D_sin"
     return "learnable" if table[0, 0].any() else "2D_sin"

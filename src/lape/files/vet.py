@@ -44,7 +44,7 @@ def read_json(path: Path) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
         level = [value]
         for _ in range(_NESTING):
-            level = [part for one in level for part in _parts(one)]
+            level = [part for item in level for part in _parts(item)]
         if level:
             raise RecursionError
         return value
@@ -135,7 +135,7 @@ def _group(value: Any) -> bool:
 
 def _optimizer(value: Any) -> bool:
     state, groups = (value.get("state"), value.get("param_groups")) if isinstance(value, dict) else (None, None)
-    return isinstance(state, dict) and all(isinstance(one, dict) for one in state.values()) and _list_of(_group)(groups)
+    return isinstance(state, dict) and all(isinstance(v, dict) for v in state.values()) and _list_of(_group)(groups)
 
 
 _COUNT = _whole(0, 2**40)
@@ -192,9 +192,9 @@ def is_flag(value: Any) -> bool:
 def check_entries(path: Path, args: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
     """Raises CheckpointError for the first entry that is not what its name stands for; None says nothing."""
     for entries, table in ((args, _ARGS), (raw, _RAW)):
-        for name, (fits, allowed) in table.items():
+        for name, (fits, meaning) in table.items():
             if entries.get(name) is not None and not fits(entries[name]):
-                raise CheckpointError(f"{path} says {name}={_short(entries[name])}, which is not {allowed}: refused")
+                raise CheckpointError(f"{path} says {name}={_short(entries[name])}, which is not {meaning}: refused")
     library, kwargs = raw.get("library") or "timm", args.get("model_kwargs")
     if kwargs:
         try:
@@ -208,31 +208,31 @@ def check_entries(path: Path, args: Mapping[str, Any], raw: Mapping[str, Any]) -
 
 def check_arguments(library: str, name: str, kwargs: Mapping[str, Any]) -> None:
     """Raises LapeError for an argument of a model that no file may give, by name, and for values that are not plain."""
-    left = [_VALUES]
+    budget = [_VALUES]
     for key, value in kwargs.items():
-        _check_plain(str(key), value, DEPTH, left)
+        _check_plain(str(key), value, DEPTH, budget)
     host = host_of_library(library)
     if host.check_arguments is not None:
         host.check_arguments(name, kwargs)
 
 
-def _check_plain(name: str, value: Any, depth: int, left: list[int]) -> None:
-    left[0] -= 1
-    if left[0] < 0:
+def _check_plain(name: str, value: Any, depth: int, budget: list[int]) -> None:
+    budget[0] -= 1
+    if budget[0] < 0:
         raise LapeError(f"model_kwargs has more than {_VALUES} values")
-    own = name.rpartition(".")[2]
-    if own in _LABELS and value is not None:
+    leaf = name.rpartition(".")[2]
+    if leaf in _LABELS and value is not None:
         fits = isinstance(value, dict) and all(isinstance(part, str | int) for pair in value.items() for part in pair)
-    elif own in _SIZES and isinstance(value, list | tuple | str | float):
+    elif leaf in _SIZES and isinstance(value, list | tuple | str | float):
         fits = _size(value)
     elif isinstance(value, Mapping) and depth:
         fits = len(value) <= 4096 and all(isinstance(key, str | int) and _WORDS.fullmatch(str(key)) for key in value)
         for key, inner in value.items():
-            _check_plain(f"{name}.{key}", inner, depth - 1, left)
+            _check_plain(f"{name}.{key}", inner, depth - 1, budget)
     elif isinstance(value, list | tuple) and depth:
         fits = len(value) <= 4096
         for inner in value[:4096]:
-            _check_plain(name, inner, depth - 1, left)
+            _check_plain(name, inner, depth - 1, budget)
     elif isinstance(value, str):
         fits = _WORDS.fullmatch(value) is not None
     else:
@@ -285,36 +285,36 @@ def bounded(path: Path, elements: int, modules: int) -> Iterator[None]:
 
     Raises CheckpointError as soon as there are more: before memory that was asked for is written to.
     """
-    mine, left = threading.get_ident(), [elements, modules]
+    thread, budget = threading.get_ident(), [elements, modules]
 
     def count(_module: Any, _name: str, part: Any) -> None:
-        if threading.get_ident() == mine:
-            left[0] -= part.numel() if isinstance(part, Tensor) else 0
-            left[1] -= 1
-            if min(left) < 0:
+        if threading.get_ident() == thread:
+            budget[0] -= part.numel() if isinstance(part, Tensor) else 0
+            budget[1] -= 1
+            if min(budget) < 0:
                 raise CheckpointError(f"{path} asks for a far larger model than its weights are for: refused")
 
     def refuse(call: Callable[..., Any]) -> Callable[..., Any]:
-        def others(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == mine:
+        def guard(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
                 raise OSError("a model of a file asks nothing of the network")
             return call(*args, **kwargs)
 
-        return others
+        return guard
 
     calls: list[tuple[Any, str]] = [(socket.socket, "connect"), (socket, "getaddrinfo"), (socket, "gethostbyname")]
-    before = [getattr(owner, name) for owner, name in calls]
+    originals = [getattr(owner, name) for owner, name in calls]
     handles = [
         registry.register_module_parameter_registration_hook(count),
         registry.register_module_buffer_registration_hook(count),
         registry.register_module_module_registration_hook(count),
     ]
     try:
-        for (owner, name), call in zip(calls, before, strict=True):
+        for (owner, name), call in zip(calls, originals, strict=True):
             setattr(owner, name, refuse(call))
         yield
     finally:
-        for (owner, name), call in zip(calls, before, strict=True):
+        for (owner, name), call in zip(calls, originals, strict=True):
             setattr(owner, name, call)
         for handle in handles:
             handle.remove()

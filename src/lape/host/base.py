@@ -1,4 +1,4 @@
-"""The table of hosts: which Vision Transformers can be converted, told by the class of their blocks.
+"""The table of hosts: which Vision Transformers can be converted, recognised by the class of their blocks.
 
 A host says where things are in a model of its library; it never runs or changes the model. Classes are named by
 strings, so that no library is imported before a model of it is at hand.
@@ -32,7 +32,7 @@ class Host:
     """One family of models: how it is recognised and how its parts are found.
 
     `examine(root)` returns the anatomy or raises UnsupportedModelError with the true reason. What only a user knows,
-    such as the grid, is named in `given` and handed over by keyword.
+    such as the grid, is named in `user_arguments` and handed over by keyword.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Host:
     check_arguments: Callable[[str, Mapping[str, Any]], None] | None = None  # raises for what no file may ask `build`
     root_child: str | None = None  # when given, `root_classes` name the class of this child instead of the root's
     tested: tuple[str, ...] = ()  # versions that the tests ran with
-    given: tuple[str, ...] = ()
+    user_arguments: tuple[str, ...] = ()
     last: bool = False  # whether it counts only in a model in which no other host is found
     refused: dict[str, str] = field(default_factory=dict)  # "module.Class" of blocks -> the reason
 
@@ -71,8 +71,8 @@ def add_host(host: Host) -> Host:
     """Adds a host to the table. Raises LapeError when the name or a root class is taken."""
     for other in _HOSTS.values():
         if other.name == host.name or set(other.root_classes) & set(host.root_classes):
-            twice = f"host {host.name!r} is registered already, as {other.name!r}"
-            raise LapeError(f"{twice}: choose another name and classes")
+            problem = f"host {host.name!r} is registered already, as {other.name!r}"
+            raise LapeError(f"{problem}: choose another name and classes")
     _HOSTS[host.name] = host
     return host
 
@@ -167,8 +167,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def check_module(model: object) -> None:
     """Raises LapeError unless this is a model at all."""
     if not isinstance(model, nn.Module):
-        what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
-        raise LapeError(f"{what:.80} is not a model: give a torch.nn.Module, for instance timm.create_model(...)")
+        name = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        raise LapeError(f"{name:.80} is not a model: give a torch.nn.Module, for instance timm.create_model(...)")
 
 
 def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Host]]:

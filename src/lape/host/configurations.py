@@ -34,13 +34,13 @@ Kinds = dict[str, set[str]]
 
 
 def check_entries(cls: Any, entries: Mapping[str, Any], within: Kinds | None = None) -> None:
-    """Raises LapeError for an entry, at any depth, that its class does not declare, or of another kind than there; and
-    for what has the library fetch weights, a kernel or code. What is empty or false says nothing, a number may stand.
+    """Raises LapeError for an entry, at any depth, that its class does not declare, or of another kind than declared;
+    and for what has the library fetch weights, a kernel or code. Empty and false values pass, and so does any number.
 
     Args:
         within: what the class around this one declares in it.
     """
-    declared = _declared(cls) | (within or {})
+    declarations = _declarations(cls) | (within or {})
     for key, value in entries.items():
         empty = value in (None, False, "", {}, [])
         number = isinstance(value, int | float) and not isinstance(value, bool)  # fetches nothing, whatever its name
@@ -51,21 +51,21 @@ def check_entries(cls: Any, entries: Mapping[str, Any], within: Kinds | None = N
                 raise LapeError(f"{key!r} may be {' or '.join(_ATTENTION)}, not {value!r}")
         elif key == "model_type" and value not in (None, cls.model_type):
             raise LapeError(f"{key!r} of a {cls.__name__} is {cls.model_type!r}, not {shown(repr(value))[:60]}")
-        elif key.startswith("__") or callable(getattr(cls, key, None)) or not (empty or number or key in declared):
+        elif key.startswith("__") or callable(getattr(cls, key, None)) or not (empty or number or key in declarations):
             raise LapeError(f"{key!r} is no entry of a {cls.__name__}")
         elif isinstance(value, Mapping) and (inner := _inner_class(cls, key, value)):
             check_entries(inner, value, _kinds_of(_default(cls).get(key)))
-        elif not (empty or key in ("id2label", "label2id") or _fits(key, value, declared.get(key, {"number"}))):
-            kinds = " or ".join(sorted(declared[key])) or "a number"
-            raise LapeError(f"{key!r} of a {cls.__name__} is {kinds}, not {shown(repr(value))[:60]}")
+        elif not (empty or key in ("id2label", "label2id") or _fits(key, value, declarations.get(key, {"number"}))):
+            words = " or ".join(sorted(declarations[key])) or "a number"
+            raise LapeError(f"{key!r} of a {cls.__name__} is {words}, not {shown(repr(value))[:60]}")
 
 
 def _fits(key: str, value: Any, kinds: set[str]) -> bool:
     if key in ("dtype", "torch_dtype"):
         return value in _DTYPES
-    texts, own = _leaves(value)
+    texts, leaf_kinds = _leaves(value)
     words = texts if key not in ("model_type", "transformers_version") else []
-    return own <= (kinds or _ANY) and all(re.fullmatch(r"[\w-]{1,64}", word) for word in words)
+    return leaf_kinds <= (kinds or _ANY) and all(re.fullmatch(r"[\w-]{1,64}", word) for word in words)
 
 
 def _leaves(value: Any, within: str = "") -> tuple[list[str], set[str]]:
@@ -90,13 +90,13 @@ def _default(cls: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _declared(cls: Any) -> Kinds:
+def _declarations(cls: Any) -> Kinds:
     kinds: Kinds = {name: {"text"} for name in _WORDS} | {name: {"text", "number"} for name in _ROTARY}
     kinds |= {name: set() for name in (*_EARLIER, *cls.attribute_map, *cls.sub_configs)}
     parameters = [p for p in of_constructors(cls.__mro__) if p.kind is not p.VAR_KEYWORD]
     arguments = {p.name: None if p.default is p.empty else p.default for p in parameters}
     for more in (_kinds_of(arguments), _kinds_of(_default(cls))):
-        kinds |= {name: kinds.get(name, set()) | own for name, own in more.items()}
+        kinds |= {name: kinds.get(name, set()) | new_kinds for name, new_kinds in more.items()}
     return kinds
 
 
@@ -108,22 +108,22 @@ def _inner_class(cls: Any, key: str, value: Mapping[str, Any]) -> Any:
     """The class of a configuration within one, None for a plain mapping."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    declared, kind = cls.sub_configs.get(key), value.get("model_type")
-    if declared not in (None, AutoConfig) and kind in (None, declared.model_type):
-        return declared
-    if kind is not None and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
-        raise LapeError(f"{key!r} is of no model type that transformers has: {shown(str(kind))[:60]!r}")
-    return None if kind is None else CONFIG_MAPPING[kind]
+    inner_class, model_type = cls.sub_configs.get(key), value.get("model_type")
+    if inner_class not in (None, AutoConfig) and model_type in (None, inner_class.model_type):
+        return inner_class
+    if model_type is not None and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
+        raise LapeError(f"{key!r} is of no model type that transformers has: {shown(str(model_type))[:60]!r}")
+    return None if model_type is None else CONFIG_MAPPING[model_type]
 
 
 def declared_in(cls: Any, entries: Mapping[str, Any], within: Kinds | None = None) -> dict[str, Any]:
     """A configuration without what its user noted in it, and without where it came from."""
-    declared = _declared(cls) | (within or {})
-    inner = {key: _inner_class(cls, key, value) for key, value in entries.items() if isinstance(value, Mapping)}
+    declarations = _declarations(cls) | (within or {})
+    classes = {key: _inner_class(cls, key, value) for key, value in entries.items() if isinstance(value, Mapping)}
     return {
-        key: declared_in(inner[key], value, _kinds_of(_default(cls).get(key))) if inner.get(key) else value
+        key: declared_in(classes[key], value, _kinds_of(_default(cls).get(key))) if classes.get(key) else value
         for key, value in entries.items()
-        if key in declared and key not in ORIGIN
+        if key in declarations and key not in ORIGIN
     }
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy, Form
-from lape.core.bias import OwnBias, masked
+from lape.core.bias import BlockBias, masked
 from lape.core.grids import grid_of_map
 from lape.core.position import Grid, Layout, resample
 from lape.core.stages import Stage, over_tokens
@@ -119,15 +119,16 @@ def _vitpose(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     return {"form": Form(_class_row_everywhere), "add_bias": None, "input": "embeddings"}
 
 
-def _for_image(table_1RD: Tensor, skip: int, before: Grid, grid: Grid, way: Callable[..., Tensor]) -> Tensor:
+def _for_image(table_1RD: Tensor, skip: int, source_grid: Grid, grid: Grid, resample: Callable[..., Tensor]) -> Tensor:
     """A table of the grid of pretraining, as the model adds it."""
-    rows_1RD: Tensor = way(table_1RD[:, skip:], Layout(before, 0), grid)
+    rows_1RD: Tensor = resample(table_1RD[:, skip:], Layout(source_grid, 0), grid)
     return rows_1RD
 
 
-def _pretrained_grid(root: Any, layout: Layout, skip: int, way: Callable[..., Tensor]) -> dict[str, Any]:
-    before, _ = _divided(_pair(root.config.pretrain_image_size), _pair(root.config.patch_size))
-    return {"form": Form(partial(_for_image, skip=skip, before=before, grid=layout.grid, way=way)), "resample": way}
+def _pretrained_grid(root: Any, layout: Layout, skip: int, resample: Callable[..., Tensor]) -> dict[str, Any]:
+    source_grid, _ = _divided(_pair(root.config.pretrain_image_size), _pair(root.config.patch_size))
+    form = Form(partial(_for_image, skip=skip, source_grid=source_grid, grid=layout.grid, resample=resample))
+    return {"form": form, "resample": resample}
 
 
 _bicubic = partial(resample, antialias=False)
@@ -137,14 +138,14 @@ def _vitdet(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     """On maps, whose table has the row of a class token that the model does not have."""
     beside = RELATIVE if root.config.use_relative_position_embeddings else None
     table = "embeddings.position_embeddings" if root.embeddings.position_embeddings is not None else None
-    how = _pretrained_grid(root, layout, 1, _bicubic) if table else {}
-    return {"slot": table, "beside": beside, "add_bias": None, "maps": True, "channels_first": True, **how}
+    fields = _pretrained_grid(root, layout, 1, _bicubic) if table else {}
+    return {"slot": table, "beside": beside, "add_bias": None, "maps": True, "channels_first": True, **fields}
 
 
 def _tiled(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
     """The table side by side with itself, cut at the border."""
     tile = p_1RD.unflatten(1, layout.grid)
-    times = [1, *(side // own + 1 for side, own in zip(grid, layout.grid, strict=True)), 1]
+    times = [1, *(side // period + 1 for side, period in zip(grid, layout.grid, strict=True)), 1]
     rows_1RD: Tensor = tile.repeat(*times)[:, : grid[0], : grid[1]].flatten(1, 2)
     return rows_1RD
 
@@ -156,8 +157,10 @@ def _sam3(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
 def _in_windows(p_1ND: Tensor, grid: Grid, layer: int, side: int, prefix: int) -> Tensor:
     """(1, N, D) -> (side x side, n, D): the patches of each window, behind the prefix tokens."""
     (rows, columns), patches_1nD = grid, p_1ND[:, prefix:]
-    cut = patches_1nD.reshape(side, rows // side, side, columns // side, -1).transpose(1, 2).flatten(0, 1).flatten(1, 2)
-    return torch.cat([p_1ND[:, :prefix].expand(side**2, -1, -1), cut], dim=1)
+    windows_WnD = (
+        patches_1nD.reshape(side, rows // side, side, columns // side, -1).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    )
+    return torch.cat([p_1ND[:, :prefix].expand(side**2, -1, -1), windows_WnD], dim=1)
 
 
 def _lw_detr(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
@@ -171,14 +174,14 @@ def _rf_detr(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
 
 
 def _yolos(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
-    between = "a table added to the stream between blocks" if root.config.use_mid_position_embeddings else None
-    return {"resample": _bicubic, "beside": between, "add_bias": None}
+    beside = "a table added to the stream between blocks" if root.config.use_mid_position_embeddings else None
+    return {"resample": _bicubic, "beside": beside, "add_bias": None}
 
 
 # ---------------------------------------------------------------- images of several grids
 
 
-def _picked(ids_BN: Tensor, rows: Any) -> Tensor:
+def _patch_ids(ids_BN: Tensor, rows: Any) -> Tensor:
     """The host looks up the rows of each image itself, and patches are rows."""
     return ids_BN
 
@@ -194,7 +197,7 @@ def _nearest_rows(p_1RD: Tensor, layout: Layout, grid: Grid) -> Tensor:
 
 def _picks(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     method = "embeddings.position_embedding.forward"
-    return {"shuffle": method, "kept": _picked, "resample": _nearest_rows, "add_bias": None}
+    return {"shuffle": method, "kept_patches": _patch_ids, "resample": _nearest_rows, "add_bias": None}
 
 
 def _grids_of_shapes(pixels: Tensor, spatial_shapes: Tensor) -> list[Grid]:
@@ -202,8 +205,9 @@ def _grids_of_shapes(pixels: Tensor, spatial_shapes: Tensor) -> list[Grid]:
 
 
 def _siglip2(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
-    watch = {"packed": _grids_of_shapes, "patch_embed": "embeddings", "resample": partial(resample, mode="bilinear")}
-    return {**watch, "add_bias": None, "queries_keys": "takes images of several grids"}
+    watch = {"packed_grids": _grids_of_shapes, "patch_embed": "embeddings"}
+    table = {"resample": partial(resample, mode="bilinear"), "add_bias": None}
+    return {**watch, **table, "queries_keys": "takes images of several grids"}
 
 
 def _siglip2_sizes(root: Any) -> Sizes:
@@ -287,24 +291,24 @@ def _along_time_then_within_frames(p_1ND: Tensor, grid: Grid, layer: int) -> Ten
 
 def _by_border(block: Any, p_1nD: Tensor, grid: Grid, norm: str, strides: tuple[int, ...]) -> Tensor:
     """The position as the block at a border makes the stream: normed, projected and pooled by its largest values."""
-    projected = block.proj(getattr(block, norm)(p_1nD)).transpose(1, 2).unflatten(2, grid)
-    return F.max_pool2d(projected, strides).flatten(2).transpose(1, 2)
+    map_1DRC = block.proj(getattr(block, norm)(p_1nD)).transpose(1, 2).unflatten(2, grid)
+    return F.max_pool2d(map_1DRC, strides).flatten(2).transpose(1, 2)
 
 
 def _hiera_like(root: Any, blocks: list[str], layout: Layout, dims: tuple[str, str], norm: str) -> dict[str, Any]:
     """Stages that begin behind the block whose attention pools; its norm feeds the stream, too."""
     layers: list[Any] = [root.get_submodule(path) for path in blocks]
     stages: list[Stage] = []
-    grid, merging, start, way = layout.grid, None, 0, over_tokens
+    grid, merging, start, merge = layout.grid, None, 0, over_tokens
     for i, layer in enumerate([*layers[1:], None], 1):
-        width, widened = (getattr(layers[i - 1], name) for name in dims)
-        if widened == width and layer is not None:
+        width, width_out = (getattr(layers[i - 1], name) for name in dims)
+        if width_out == width and layer is not None:
             continue
-        stages.append(Stage(i - start, grid, getattr(layers[start], dims[0]), merging, way))
+        stages.append(Stage(i - start, grid, getattr(layers[start], dims[0]), merging, merge))
         stride = layers[i - 1].query_stride
         pools = stride is not None and stride != 1
         strides = tuple(root.config.query_stride) if pools else (1, 1)
-        merging, start, way = blocks[i - 1], i, partial(_by_border, norm=norm, strides=strides)
+        merging, start, merge = blocks[i - 1], i, partial(_by_border, norm=norm, strides=strides)
         grid = tuple(side // step for side, step in zip(grid, strides, strict=True))
     return {"stages": tuple(stages), "norm_feeds_more": True, "patch_embed": None, "add_bias": None}
 
@@ -318,14 +322,14 @@ def _hiera(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
 
 def _unrolled(p_1nD: Tensor, grid: Grid, layer: int, strides: tuple[int, int], stages: int, grid0: Grid) -> Tensor:
     """In the order of Hiera's tokens: the places within a window in front, the windows behind."""
-    pooled = round(math.log(grid0[0] / grid[0], strides[0]))
+    poolings = round(math.log(grid0[0] / grid[0], strides[0]))
     cells = p_1nD.unflatten(1, grid)
-    for _ in range(stages - 1 - pooled):
+    for _ in range(stages - 1 - poolings):
         (rows, columns), (down, along) = cells.shape[1:3], strides
         cells = cells.reshape(-1, rows // down, down, columns // along, along, p_1nD.shape[-1])
         cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-    unrolled: Tensor = cells.reshape(1, -1, p_1nD.shape[-1])
-    return unrolled
+    tokens: Tensor = cells.reshape(1, -1, p_1nD.shape[-1])
+    return tokens
 
 
 def _stride_sizes(root: Any) -> Sizes:
@@ -344,7 +348,7 @@ def _sam2(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
 
 def _image_and_window(image_1DHW: Tensor, window_1DHW: Tensor, grid: Grid) -> Tensor:
     image = F.interpolate(image_1DHW, size=grid, mode="bicubic")
-    times = [side // own for side, own in zip(image.shape, window_1DHW.shape, strict=True)]
+    times = [side // period for side, period in zip(image.shape, window_1DHW.shape, strict=True)]
     return (image + window_1DHW.tile(times)).flatten(2).transpose(1, 2)
 
 
@@ -362,9 +366,9 @@ def _padded_windows(p_1nD: Tensor, grid: Grid, layer: int, sizes: tuple[int, ...
 def _mllama(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
     """Joined is the table that all tiles share; what tells tiles apart, by the shape of the image, stays added."""
     tiles, path = root.config.max_num_tiles, "gated_positional_embedding"
-    joined = {"form": Form(_gated, shared=(f"{path}.gate",)), "windows": partial(_in_tiles, tiles=tiles)}
+    fields = {"form": Form(_gated, shared=(f"{path}.gate",)), "windows": partial(_in_tiles, tiles=tiles)}
     adds = {"adds": (f"{path}.forward",), "add_bias": None, "beside": "gated embeddings of tiles"}
-    return {**joined, **adds, "num_heads": root.config.attention_heads}
+    return {**fields, **adds, "num_heads": root.config.attention_heads}
 
 
 def _gated(table_RD: Tensor, gate: Tensor) -> Tensor:
@@ -406,13 +410,14 @@ def _swin(root: Any, blocks: list[str], layout: Layout) -> dict[str, Any]:
         merging, grid = f"{path}.downsample", ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
     # Earlier versions and the copies compute the bias inline.
     modules, paths = dict(root.named_modules()), [f"{path}.attention.relative_position_bias" for path in blocks]
-    own = all(hasattr(modules.get(path), "window_area") for path in paths)
+    separate = all(hasattr(modules.get(path), "window_area") for path in paths)
+    biases = [BlockBias(f"{path}.forward", modules[path].window_area) for path in paths if separate]
     return {
         "width": root.config.embed_dim,
         "num_heads": root.config.num_heads[0],
         "add_bias": None,
         "beside": RELATIVE,
-        "own_bias": tuple(OwnBias(f"{path}.forward", modules[path].window_area) for path in paths) if own else (),
+        "own_bias": tuple(biases),
         "stages": tuple(stages),
         "reason": f"the class adds it to {layout.num_patches} patches, which fails",
     }
@@ -523,7 +528,7 @@ _SAM_2 = Family(
 )
 FAMILIES = {family.owner: family for family in (*_ENCODERS, *_SWINS, *_SAMS, _LLAMA_4, _MLLAMA, _SAM_2)}
 
-_REFUSED = {
+_REFUSALS = {
     _class("videoprism", "VideoPrismLayer"): (
         "a spatial and a temporal encoder with a table each follow each other, so there is no one position to hand on"
     ),
@@ -563,7 +568,7 @@ def examine(root: nn.Module) -> Anatomy:
         "shuffle": family.shuffle,
         "adds": ("embeddings.forward",),
         "beside": RELATIVE if getattr(config, "use_relative_position_bias", False) else SHARED if shared else None,
-        "own_bias": _own_bias(root, blocks, layout),
+        "own_bias": _block_biases(root, blocks, layout),
         "queries_keys": _projections(attention),
         **family.read(root, blocks, layout),
     }
@@ -571,10 +576,10 @@ def examine(root: nn.Module) -> Anatomy:
     return anatomy(root, fields.pop("blocks", blocks), layout, **fields)
 
 
-def _own_bias(root: nn.Module, blocks: list[str], layout: Layout) -> tuple[OwnBias, ...]:
+def _block_biases(root: nn.Module, blocks: list[str], layout: Layout) -> tuple[BlockBias, ...]:
     """The module in each layer of BEiT and its kin that computes its relative position bias, where layers have one."""
     return tuple(
-        OwnBias(f"{path}.{name}.forward", layout.num_patches, layout.num_prefix, (layout.grid,))
+        BlockBias(f"{path}.{name}.forward", layout.num_patches, layout.num_prefix, (layout.grid,))
         for path in blocks
         for name, module in root.get_submodule(path).named_modules()
         if type(module).__name__ in ("BeitRelativePositionBias", "Data2VecVisionRelativePositionBias")
@@ -597,8 +602,8 @@ def _takes_bias(attention: nn.Module) -> bool:
     """Whether a mask may differ from head to head: in transformers 4 there is none, or one for all heads."""
     import transformers
 
-    new = int(transformers.__version__.split(".")[0]) >= 5
-    return new and "attention_mask" in inspect.signature(attention.forward).parameters
+    major = int(transformers.__version__.split(".")[0])
+    return major >= 5 and "attention_mask" in inspect.signature(attention.forward).parameters
 
 
 def add_to_attention_mask(bias_1HNN: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -646,14 +651,14 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _host(name: str, families: tuple[Family, ...], note: str, refused: dict[str, str], *earlier: str) -> Host:
+def _host(name: str, families: tuple[Family, ...], note: str, reasons: dict[str, str], *earlier: str) -> Host:
     """One row of the table."""
     roots = [family.owner for family in families]
     layers = tuple(family.layer for family in families)
     child = "embeddings" if roots[0].endswith("Embeddings") else None
     host = Host(name, tuple(roots), layers, examine, measure, note, "transformers", blueprint, build)
-    tested = (*earlier, "transformers 5.24.0")
-    return replace(host, root_child=child, check_arguments=check_arguments, refused=refused, tested=tested)
+    versions = (*earlier, "transformers 5.24.0")
+    return replace(host, root_child=child, check_arguments=check_arguments, refused=reasons, tested=versions)
 
 
 HOSTS = (
@@ -665,7 +670,7 @@ HOSTS = (
         "VideoMAE, TimeSformer, V-JEPA 2, the vision encoders of CLIP, MetaCLIP 2, MLCD, AltCLIP, ChineseCLIP, "
         "CLIPSeg, OWL-ViT, OWLv2, BLIP, BLIP-2, InstructBLIP, SigLIP, SigLIP 2, AIMv2, InternVL, Idefics (1 to "
         "3), SmolVLM, Ovis 2, Janus, Kosmos-2, GIT, Phi-4; what holds one",
-        _REFUSED,
+        _REFUSALS,
         "transformers 4.49.0 (without relative bias)",
     ),
     _host(

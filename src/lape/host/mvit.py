@@ -28,28 +28,28 @@ def examine(root: nn.Module) -> Anatomy:
     UnsupportedModelError.
     """
     vit: Any = root
-    blocks, place = children(root, "blocks"), vit.pos_encoding
+    blocks, encoding = children(root, "blocks"), vit.pos_encoding
     check_blocks("torchvision", root, blocks, (f"{_MVIT}.MultiscaleBlock",))
     check_norms(root, [f"{path}.norm1" for path in blocks])
-    grid, layers = (place.temporal_size, *place.spatial_size), list(vit.blocks)
-    stages, merging, start, at = [], None, 0, grid
+    grid, layers = (encoding.temporal_size, *encoding.spatial_size), list(vit.blocks)
+    stages, merging, start, stage_grid = [], None, 0, grid
     for i, layer in enumerate(layers, 1):
         if i < len(layers) and layer.project is None and layer.pool_skip is None:
             continue
-        stages.append(Stage(i - start, at, layers[start].attn.embed_dim, merging, _skipped))
+        stages.append(Stage(i - start, stage_grid, layers[start].attn.embed_dim, merging, _skipped))
         merging, start = blocks[i - 1], i
         if layer.pool_skip is not None:
             pool = layer.pool_skip.pool
-            steps = zip(at, pool.kernel_size, pool.stride, pool.padding, strict=True)
-            at = tuple((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in steps)
-    own: dict[str, Any] = {"slot": None, "beside": RELATIVE}
-    if place.spatial_pos is not None:
-        beside = ("pos_encoding.temporal_pos", "pos_encoding.class_pos")
-        own = {"slot": "pos_encoding.spatial_pos", "form": Form(_of_frames_and_places, beside)}
+            steps = zip(stage_grid, pool.kernel_size, pool.stride, pool.padding, strict=True)
+            stage_grid = tuple((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in steps)
+    table: dict[str, Any] = {"slot": None, "beside": RELATIVE}
+    if encoding.spatial_pos is not None:
+        axis_tables = ("pos_encoding.temporal_pos", "pos_encoding.class_pos")
+        table = {"slot": "pos_encoding.spatial_pos", "form": Form(_of_frames_and_places, axis_tables)}
     attention = layers[0].attn
     sizes = {"patch_size": vit.conv_proj.stride, "width": attention.embed_dim, "num_heads": attention.num_heads}
     more = {"norm_feeds_more": layers[0].proj_after_attn, "input": "pos_encoding", "adds": ("pos_encoding.forward",)}
-    parts = {"norm": "norm1", "attention": "attn", "add_bias": None, "stages": tuple(stages), **own, **sizes, **more}
+    parts = {"norm": "norm1", "attention": "attn", "add_bias": None, "stages": tuple(stages), **table, **sizes, **more}
     return anatomy(root, blocks, Layout(grid, prefix_rows=1), **parts)
 
 

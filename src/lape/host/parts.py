@@ -71,14 +71,14 @@ def check_norms(root: nn.Module, paths: Iterable[str]) -> None:
 
 
 def check_blocks(
-    library: str, root: nn.Module, paths: list[str], allowed: tuple[str, ...], reasons: dict[str, str] | None = None
+    library: str, root: nn.Module, paths: list[str], classes: tuple[str, ...], reasons: dict[str, str] | None = None
 ) -> None:
     """Raises UnsupportedModelError, naming class and reason, unless every block is of an allowed class."""
     if not paths:
         raise UnsupportedModelError(f"{class_name(type(root))} has no blocks: nothing to convert")
     for path in paths:
         name = class_name(type(root.get_submodule(path)))
-        if name not in allowed:
+        if name not in classes:
             reason = (reasons or {}).get(name, "the place of its attention norm is not known")
-            convertible = f"{library} blocks that can be converted: {', '.join(allowed)}"
+            convertible = f"{library} blocks that can be converted: {', '.join(classes)}"
             raise UnsupportedModelError(f"{path} is a {name}: {reason}; {convertible}; {ANOTHER}")

@@ -1,4 +1,4 @@
-"""Models told by where their parts are: code that no library ships, models of one's own, and what to register.
+"""Models described by where their parts are: code that no library ships, models of one's own, and what to register.
 
 Nothing is imported: a class is named by a string, its parts by attribute paths, and sizes are read off what is there.
 
@@ -64,17 +64,17 @@ def examine(root: nn.Module, paths: Paths) -> Anatomy:
 
 def _blocks(root: nn.Module, paths: Paths) -> list[str]:
     """Paths of the blocks in their list, or in the lists (chunks) of which it consists."""
-    where = class_name(type(root))
+    cls = class_name(type(root))
     try:
         inside = root.get_submodule(paths.blocks)
     except AttributeError:
-        raise UnsupportedModelError(f"{where} has no {paths.blocks!r} that holds its blocks") from None
+        raise UnsupportedModelError(f"{cls} has no {paths.blocks!r} that holds its blocks") from None
     with_norm = [
         p for p, m in inside.named_modules(prefix=paths.blocks) if hasattr(m, paths.norm) and p != paths.blocks
     ]
     blocks = [p for p in with_norm if hasattr(root.get_submodule(p), paths.attention)]
     if not blocks:
-        raise UnsupportedModelError(f"{where}.{paths.blocks} has no blocks with {paths.norm!r} and {paths.attention!r}")
+        raise UnsupportedModelError(f"{cls}.{paths.blocks} has no blocks with {paths.norm!r} and {paths.attention!r}")
     return blocks
 
 
@@ -198,7 +198,7 @@ HOSTS = (
         ("torch.nn.modules.transformer.TransformerEncoderLayer",),
         examine_encoder,
         note="norm_first=True, over patches alone, grid=(rows, columns): a new table; where nothing else is supported",
-        given=("grid",),
+        user_arguments=("grid",),
         last=True,
     ),
 )

@@ -1,4 +1,4 @@
-"""What `lape.register_host` would be told for a model, and why it would not work."""
+"""What to pass to `lape.register_host` for a model, or why it would not work."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def suggest_host(model: nn.Module, example: Tensor | None = None) -> Suggestion:
 def _may_be_table(name: str, parameter: Tensor, width: int) -> bool:
     """By its name, or as a parameter (1, R, D) of the model itself that is no token."""
     fits = parameter.ndim in (2, 3, 4) and parameter.shape[-1] == width and parameter.numel() > width
-    own = parameter.ndim == 3 and "." not in name and "token" not in name
-    return fits and ("pos" in name.lower() or own)
+    of_model = parameter.ndim == 3 and "." not in name and "token" not in name
+    return fits and ("pos" in name.lower() or of_model)
 
 
 def _attends(name: str, part: nn.Module) -> bool:
@@ -98,19 +98,19 @@ def _block_list(model: nn.Module) -> str | None:
 
 def _run(model: nn.Module, block: nn.Module, where: dict[str, Any], example: Tensor) -> tuple[list[str], str]:
     """What stands in the way in a forward, and the norm whose output attention gets."""
-    entered: list[Tensor] = []
-    attended: list[Tensor] = []
-    read: dict[str, Tensor] = {}
-    returned: dict[str, Tensor] = {}
+    block_inputs: list[Tensor] = []
+    attention_inputs: list[Tensor] = []
+    norm_inputs: dict[str, Tensor] = {}
+    norm_outputs: dict[str, Tensor] = {}
 
     def enter(tensors: list[Tensor], _module: nn.Module, args: Any, kwargs: Any) -> None:
         tensors += [value.clone() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
     def keep(name: str, _norm: nn.Module, args: Any, y: Tensor) -> None:
-        read.setdefault(name, args[0].clone())
-        returned.setdefault(name, y.clone())
+        norm_inputs.setdefault(name, args[0].clone())
+        norm_outputs.setdefault(name, y.clone())
 
-    calls = ((block, entered), (getattr(block, where["attention"]), attended))
+    calls = ((block, block_inputs), (getattr(block, where["attention"]), attention_inputs))
     hooks = [part.register_forward_pre_hook(partial(enter, into), with_kwargs=True) for part, into in calls]
     norms = [(name, part) for name, part in block.named_children() if is_norm(part)]
     hooks += [norm.register_forward_hook(partial(keep, name)) for name, norm in norms]
@@ -119,15 +119,15 @@ def _run(model: nn.Module, block: nn.Module, where: dict[str, Any], example: Ten
             model(example)
     except Exception as error:  # of the model
         return [f"the model does not take this image: {type(error).__name__}: {error}"], where["norm"]
-    if not entered or not attended:
+    if not block_inputs or not attention_inputs:
         return ["blocks or attention were not called as modules in a forward"], where["norm"]
-    feeding = [name for name, y in returned.items() if _same(y, attended[0])]
+    feeding = [name for name, y in norm_outputs.items() if _same(y, attention_inputs[0])]
     if not feeding:
         problem = f"no norm's output is what {where['attention']} gets: {POST_NORM}, or it is changed in between"
         return [problem], where["norm"]
-    apart = [f"{feeding[0]} does not read what enters its block"]
-    return ([] if _same(read[feeding[0]], entered[0]) else apart), feeding[0]
+    problems = [f"{feeding[0]} does not read what enters its block"]
+    return ([] if _same(norm_inputs[feeding[0]], block_inputs[0]) else problems), feeding[0]
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy, Form
-from lape.core.bias import AddBias, OwnBias, add_to_attn_mask, masked
+from lape.core.bias import AddBias, BlockBias, add_to_attn_mask, masked
 from lape.core.grids import grid_beside, grid_of_map
 from lape.core.norm import NEW_OUTPUT
 from lape.core.position import Grid, Layout, resample
@@ -49,9 +49,9 @@ def anatomy(root: nn.Module, blocks: list[str], layout: Layout, **more: Any) -> 
     return parts.anatomy(root, blocks, layout, norm=norm_name, attention="attn", **sizes, **more)
 
 
-def own_biases(methods: list[str], layout: Layout) -> tuple[OwnBias, ...]:
+def block_biases(methods: list[str], layout: Layout) -> tuple[BlockBias, ...]:
     """The bias of each block between all tokens, computed by these methods."""
-    return tuple(OwnBias(method, layout.num_patches, layout.num_prefix) for method in methods)
+    return tuple(BlockBias(method, layout.num_patches, layout.num_prefix) for method in methods)
 
 
 def mask_of(attention: nn.Module) -> AddBias | None:
@@ -104,7 +104,7 @@ def blueprint(model: nn.Module) -> Blueprint | None:
     return (name, {}) if name else None
 
 
-_SHOWN = (  # paths in a model that end in the names of arguments
+_PATHS = (  # paths in a model that end in the names of arguments
     "embed_dim global_pool no_embed_class dynamic_img_size pool_include_prefix patch_embed.img_size "
     "patch_embed.patch_size patch_embed.dynamic_img_pad blocks.0.attn.num_heads blocks.0.ls1.init_values"
 ).split()
@@ -117,8 +117,8 @@ def _at(model: Any, path: str) -> Any:
 def current(root: nn.Module) -> dict[str, Any]:
     """Arguments of timm's constructor, as far as the model shows them, those that it takes."""
     head, reg, blocks = (_at(root, name) for name in ("head", "reg_token", "blocks"))
-    shown = {
-        **{path.rpartition(".")[2]: _at(root, path) for path in _SHOWN},
+    values = {
+        **{path.rpartition(".")[2]: _at(root, path) for path in _PATHS},
         "in_chans": _at(root, "patch_embed.proj.in_channels"),
         "num_classes": 0 if isinstance(head, nn.Identity) else _at(head, "out_features"),
         "reg_tokens": None if reg is None else reg.shape[1],
@@ -129,7 +129,7 @@ def current(root: nn.Module) -> dict[str, Any]:
         "pre_norm": not isinstance(_at(root, "norm_pre"), nn.Identity),
     }
     arguments = {parameter.name for parameter in of_constructors(type(root).__mro__)}
-    return {name: value for name, value in shown.items() if name in arguments and value is not None}
+    return {name: value for name, value in values.items() if name in arguments and value is not None}
 
 
 # Arguments that say where weights come from and where the model lies, not what it is: no file holds them.
@@ -152,10 +152,10 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
     if not timm.is_model(arch):
         raise unknown_model(name)
     classes = [c for c in vars(sys.modules[timm.model_entrypoint(arch).__module__]).values() if isinstance(c, type)]
-    ours = {base for c in classes for base in c.__mro__ if base.__module__.startswith(("timm.", "lape."))}
-    allowed = {parameter.name for parameter in of_constructors(ours) if parameter.kind is _BY_NAME}
+    bases = {base for c in classes for base in c.__mro__ if base.__module__.startswith(("timm.", "lape."))}
+    names = {parameter.name for parameter in of_constructors(bases) if parameter.kind is _BY_NAME}
     for argument in kwargs:
-        if argument not in (allowed | _OF_ALL_MODELS) - NOT_THE_MODEL:
+        if argument not in (names | _OF_ALL_MODELS) - NOT_THE_MODEL:
             raise LapeError(f"{argument!r} is no argument of {arch} that says what the model is")
 
 
@@ -188,7 +188,7 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
             ) from error
         if "pretrained tag" not in str(error):
             raise
-        tags = ", ".join(one for one in timm.list_pretrained() if one.split(".")[0] == name.split(".")[0])
+        tags = ", ".join(tag for tag in timm.list_pretrained() if tag.split(".")[0] == name.split(".")[0])
         raise LapeError(f"unknown model {name!r}, of this one there are: {tags or 'none with a tag'}") from error
     patch_embed = getattr(model, "patch_embed", None)
     size, patch = getattr(patch_embed, "img_size", None), getattr(patch_embed, "patch_size", None)
@@ -232,22 +232,22 @@ def _host(name: str, module: str, root: str, blocks: str, read: Callable[[Any], 
     """
     models = "timm.models"
     homes = {0: f"{models}.{module}.", 1: f"{models}."}  # by the dots in a block's name
-    allowed = tuple(homes.get(block.count("."), "") + block for block in blocks.split())
-    refused = {f"{models}.{block}": reason for block, reason in _REFUSED.get(name, {}).items()}
+    classes = tuple(homes.get(block.count("."), "") + block for block in blocks.split())
+    reasons = {f"{models}.{block}": reason for block, reason in _REFUSALS.get(name, {}).items()}
 
     def examine(root: nn.Module) -> Anatomy:
         fields = read(root)
         paths = fields.pop("blocks") if "blocks" in fields else children(root, "blocks")
         if "layout" not in fields:
             fields |= {"layout": layout_of(root), "patch_size": measure(root)[1]}
-        check_blocks("timm", root, paths, allowed, refused)
+        check_blocks("timm", root, paths, classes, reasons)
         if all("attns" in root.get_submodule(path)._modules for path in paths):  # several attentions side by side
             paths, fields["branches"] = [branch for path in paths for branch in children(root, f"{path}.attns")], True
         return anatomy(root, paths, **fields)
 
     size = measure if resizes else None
-    host = Host(name, (f"{models}.{module}.{root}",), allowed, examine, size, _NOTES[name], "timm", blueprint, build)
-    return replace(host, current=current, check_arguments=check_arguments, tested=("timm 1.0.31",), refused=refused)
+    host = Host(name, (f"{models}.{module}.{root}",), classes, examine, size, _NOTES[name], "timm", blueprint, build)
+    return replace(host, current=current, check_arguments=check_arguments, tested=("timm 1.0.31",), refused=reasons)
 
 
 _RELPOS = "vision_transformer_relpos"
@@ -272,7 +272,7 @@ _NOTES = {
 }
 _PARALLEL = "one norm feeds attention and MLP at once, and the MLP must get no position"
 _PIXELS = "it has no position embedding, and attends between the pixels of one place in all patches"
-_REFUSED = {  # classes of timm.models
+_REFUSALS = {  # classes of timm.models
     "timm VisionTransformer": {
         "vision_transformer.ResPostBlock": POST_NORM,
         "vision_transformer.ParallelScalingBlock": _PARALLEL,
@@ -303,7 +303,7 @@ def _plain(root: Any) -> Fields:
         "patch_embed": "patch_embed" if getattr(root, "dynamic_img_size", False) else None,
         "grid_from": grid_of_map,
         "adds": ("_pos_embed",),
-        "own_kind": getattr(root, "own_pe", "learnable"),
+        "own_kind": getattr(root, "table_kind", "learnable"),
         "table_std": getattr(root, "table_std", None),
         "beside": ROTARY if getattr(root, "rope", None) is not None else None,
         **pooling(root),
@@ -313,10 +313,10 @@ def _plain(root: Any) -> Fields:
 def _beit(root: Any) -> Fields:
     """Its relative bias, shared or each block's own, stays or is joined itself."""
     owners = [f"{path}.attn" for path in children(root, "blocks")]
-    biased = [_at(root, f"{path}.relative_position_bias_table") is not None for path in owners]
-    own = own_biases([f"{path}._get_rel_pos_bias" for path in owners], layout_of(root)) if all(biased) else ()
-    beside = RELATIVE if any(biased) else SHARED if root.rel_pos_bias is not None else None
-    return {"beside": beside, "own_bias": own, **pooling(root)}
+    has_bias = [_at(root, f"{path}.relative_position_bias_table") is not None for path in owners]
+    biases = block_biases([f"{path}._get_rel_pos_bias" for path in owners], layout_of(root)) if all(has_bias) else ()
+    beside = RELATIVE if any(has_bias) else SHARED if root.rel_pos_bias is not None else None
+    return {"beside": beside, "own_bias": biases, **pooling(root)}
 
 
 def _relpos(root: Any) -> Fields:
@@ -324,7 +324,7 @@ def _relpos(root: Any) -> Fields:
     if root.shared_rel_pos is not None:
         return {"slot": None, "beside": SHARED, **pooling(root)}
     methods = [f"{path}.attn.rel_pos.get_bias" for path in children(root, "blocks")]
-    return {"slot": None, "beside": RELATIVE, "own_bias": own_biases(methods, layout_of(root)), **pooling(root)}
+    return {"slot": None, "beside": RELATIVE, "own_bias": block_biases(methods, layout_of(root)), **pooling(root)}
 
 
 def _patches(root: Any) -> Fields:
@@ -340,14 +340,14 @@ def _naflex(root: Any) -> Fields:
         raise UnsupportedModelError(
             "the model does not know a grid: create it with pos_embed_grid_size=(rows, columns)"
         )
-    factorized = {"form": Form(_sum_of_axes, ("embeds.pos_embed_x",))} if kind == "factorized" else {}
+    form = {"form": Form(_sum_of_axes, ("embeds.pos_embed_x",))} if kind == "factorized" else {}
     return {
         "layout": Layout(tuple(grid), 0, root.num_prefix_tokens),
         "patch_size": root.embeds.patch_size,
         "slot": {"learned": "embeds.pos_embed", "factorized": "embeds.pos_embed_y"}.get(kind),
         "resample": _naflex_resampling(root.embeds, factorized=kind == "factorized"),
-        "packed": None if root.embeds.pos_embed_use_grid_sample else _grids_of_coordinates,
-        **factorized,
+        "packed_grids": None if root.embeds.pos_embed_use_grid_sample else _grids_of_coordinates,
+        **form,
         "patch_embed": "embeds",
         "grid_from": grid_beside,
         "adds": ("embeds.forward",),
@@ -365,8 +365,8 @@ def _naflex_resampling(embeds: Any, *, factorized: bool) -> Callable[..., Tensor
     square = embeds.pos_embed_ar_preserving
     if factorized:
         return partial(resample, mode="bilinear", antialias=False, square=square)
-    own = {"antialias": embeds.pos_embed_antialias, "align_corners": embeds.pos_embed_align_corners}
-    return partial(resample, mode=embeds.pos_embed_interp_mode, square=square, **own)
+    options = {"antialias": embeds.pos_embed_antialias, "align_corners": embeds.pos_embed_align_corners}
+    return partial(resample, mode=embeds.pos_embed_interp_mode, square=square, **options)
 
 
 def _grids_of_coordinates(
@@ -386,15 +386,15 @@ def _pit(root: Any) -> Fields:
     for number, path in enumerate(children(root, "transformers")):
         pool = f"{path}.pool" if number else None
         if pool is not None:
-            (stride, _), before = root.get_submodule(pool).conv.stride, grid
-            grid = tuple((side + 2 * (stride // 2) - stride - 1) // stride + 1 for side in before)
+            stride, _ = root.get_submodule(pool).conv.stride
+            grid = tuple((side + 2 * (stride // 2) - stride - 1) // stride + 1 for side in grid)
         inside = children(root, f"{path}.blocks")
         width = root.get_submodule(inside[0]).norm1.normalized_shape[0]
         stages.append(Stage(len(inside), grid, width, pool, _pooled))
         blocks += inside
     layout = Layout(stages[0].grid, 0, root.num_tokens)
-    place = {"layout": layout, "patch_size": embed.conv.stride, "pixels": embed.img_size}
-    return {**place, "blocks": blocks, "stages": tuple(stages), "form": Form(_of_channels_first), "add_bias": None}
+    fields = {"layout": layout, "patch_size": embed.conv.stride, "pixels": embed.img_size}
+    return {**fields, "blocks": blocks, "stages": tuple(stages), "form": Form(_of_channels_first), "add_bias": None}
 
 
 def _of_channels_first(table_1DHW: Tensor) -> Tensor:
@@ -402,8 +402,8 @@ def _of_channels_first(table_1DHW: Tensor) -> Tensor:
 
 
 def _pooled(pool: Any, p_1nD: Tensor, grid: Grid) -> Tensor:
-    pooled: Tensor = pool.conv(p_1nD.transpose(1, 2).unflatten(2, grid))
-    return _of_channels_first(pooled)
+    map_1DRC: Tensor = pool.conv(p_1nD.transpose(1, 2).unflatten(2, grid))
+    return _of_channels_first(map_1DRC)
 
 
 def _qwen3(root: Any) -> Fields:
@@ -442,9 +442,9 @@ def _volo(root: Any) -> Fields:
 def _xcit(root: Any) -> Fields:
     """Its position comes from a module, in whose place a table can be joined; attention is over channels."""
     side, (height, width) = root.patch_embed.patch_size, root.patch_embed.img_size
-    place = {"layout": Layout((height // side, width // side), prefix_rows=0), "patch_size": (side, side)}
+    fields = {"layout": Layout((height // side, width // side), prefix_rows=0), "patch_size": (side, side)}
     encoder = ("pos_embed",) if root.pos_embed is not None else ()
-    return {**place, "slot": None, "encoder": encoder, "patch_embed": "patch_embed", "grid_from": grid_beside}
+    return {**fields, "slot": None, "encoder": encoder, "patch_embed": "patch_embed", "grid_from": grid_beside}
 
 
 def _swin(root: Any) -> Fields:
@@ -463,9 +463,9 @@ def _swin(root: Any) -> Fields:
         stages.append(Stage(len(inside), grid, width, f"{path}.downsample" if number else None))
         blocks += inside
     windows = [(f"{path}.attn._get_rel_pos_bias", root.get_submodule(f"{path}.attn").window_area) for path in blocks]
-    own = tuple(OwnBias(method, area) for method, area in windows)
-    new = {"slot": None, "input": "patch_embed", "beside": RELATIVE, "own_bias": own, "maps": True}
-    return {**_patches(root), **new, "blocks": blocks, "stages": tuple(stages)}
+    biases = tuple(BlockBias(method, area) for method, area in windows)
+    fields = {"slot": None, "input": "patch_embed", "beside": RELATIVE, "own_bias": biases, "maps": True}
+    return {**_patches(root), **fields, "blocks": blocks, "stages": tuple(stages)}
 
 
 HOSTS = (

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lape.core.anatomy import Anatomy
-from lape.core.bias import OwnBias, masked
+from lape.core.bias import BlockBias, masked
 from lape.core.position import Grid, Layout
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
@@ -69,9 +69,9 @@ def blueprint(model: nn.Module) -> Blueprint | None:
 
 def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
     """Raises LapeError for an argument that `blueprint` does not write."""
-    allowed = {"SwinTransformer": _OF_SWIN, "MViT": _OF_MVIT}.get(name, (*_ARGUMENTS, "num_layers", "num_heads"))
+    names = {"SwinTransformer": _OF_SWIN, "MViT": _OF_MVIT}.get(name, (*_ARGUMENTS, "num_layers", "num_heads"))
     for argument in kwargs:
-        if argument not in allowed:
+        if argument not in names:
             raise LapeError(f"{argument!r} is no argument of {name} that says what the model is")
 
 
@@ -103,27 +103,27 @@ def examine_swin(root: nn.Module, grid: Grid | None = None) -> Anatomy:
             "the model does not know the size of its images, over whose grid a position is laid: name it, for instance "
             "lape.apply_(model, grid=(56, 56)) for 224 x 224 pixels and patches of 4"
         )
-    first, merging, at = grid, None, grid
+    first, merging, stage_grid = grid, None, grid
     for path in features[1:]:
         if class_name(type(root.get_submodule(path))) == f"{_SWIN}.PatchMerging":
-            merging, at = path, tuple((side + 1) // 2 for side in at)
+            merging, stage_grid = path, tuple((side + 1) // 2 for side in stage_grid)
             continue
         inside = children(root, path)
         check_blocks("torchvision", root, inside, (f"{_SWIN}.SwinTransformerBlock",))
         norm: Any = root.get_submodule(f"{inside[0]}.norm1")
         width = norm.normalized_shape[0]
-        stages.append(Stage(len(inside), at, width, merging))
+        stages.append(Stage(len(inside), stage_grid, width, merging))
         blocks += inside
     attentions: list[Any] = [root.get_submodule(f"{path}.attn") for path in blocks]
-    own = [
-        OwnBias(f"{path}.attn.get_relative_position_bias", math.prod(attention.window_size))
+    biases = [
+        BlockBias(f"{path}.attn.get_relative_position_bias", math.prod(attention.window_size))
         for path, attention in zip(blocks, attentions, strict=True)
     ]
     conv: Any = root.get_submodule("features.0.0")
     sizes = {"patch_size": conv.kernel_size, "width": conv.out_channels, "num_heads": attentions[0].num_heads}
-    new = {"slot": None, "input": "features.0", "beside": RELATIVE, "own_bias": tuple(own), "maps": True, **sizes}
+    fields = {"slot": None, "input": "features.0", "beside": RELATIVE, "own_bias": tuple(biases), "maps": True, **sizes}
     layout, names = Layout(first, prefix_rows=0), {"norm": "norm1", "attention": "attn"}
-    return anatomy(root, blocks, layout, add_bias=None, stages=tuple(stages), **names, **new)
+    return anatomy(root, blocks, layout, add_bias=None, stages=tuple(stages), **names, **fields)
 
 
 def swin_blueprint(model: nn.Module) -> Blueprint | None:
@@ -170,7 +170,7 @@ SWIN = Host(
     build=build,
     note="swin_t, swin_s, swin_b, with grid=(rows, columns): on its relative bias, or a new table; one size",
     tested=("torchvision 0.29.1",),
-    given=("grid",),
+    user_arguments=("grid",),
     refused={f"{_SWIN}.SwinTransformerBlockV2": POST_NORM},
 )
 HOSTS = (VISION_TRANSFORMER, SWIN)

@@ -196,12 +196,12 @@ class CeiT(VisionTransformer):
             )
         assert output_fmt in ("NCHW", "NLC")
         tokens = self._layers(x, **options)
-        chosen = [tokens[i] for i in feature_take_indices(len(self.blocks), indices)[0]]
-        chosen = [self.norm(x_BND) if norm else x_BND for x_BND in chosen]
-        maps = [x_BND[:, 1:] for x_BND in chosen]
+        outputs = [tokens[i] for i in feature_take_indices(len(self.blocks), indices)[0]]
+        outputs = [self.norm(x_BND) if norm else x_BND for x_BND in outputs]
+        maps = [x_BND[:, 1:] for x_BND in outputs]
         if output_fmt == "NCHW":
             maps = [x_BnD.mT.unflatten(2, self.patch_embed.grid_size) for x_BnD in maps]
-        prefixes = [x_BND[:, :1] for x_BND in chosen]
+        prefixes = [x_BND[:, :1] for x_BND in outputs]
         features = self.read_layers(tokens)
         if output_dict:
             parts = {"image_features": features, "image_intermediates": maps}

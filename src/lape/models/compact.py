@@ -75,8 +75,11 @@ class Tokenizer(Stem):
         else:
             planes = [in_chans, *[HIDDEN_PLANES] * (conv_layers - 1), embed_dim]
             stride, padding = max(1, kernel_size // 2 - 1), max(1, kernel_size // 2)
-            for before, after in pairwise(planes):
-                modules += [nn.Conv2d(before, after, kernel_size, stride, padding, bias=False, **dd), nn.ReLU()]
+            for channels_in, channels_out in pairwise(planes):
+                modules += [
+                    nn.Conv2d(channels_in, channels_out, kernel_size, stride, padding, bias=False, **dd),
+                    nn.ReLU(),
+                ]
                 modules.append(nn.MaxPool2d(3, 2, 1))
                 self.steps += [(kernel_size, stride, padding), (3, 2, 1)]
         super().__init__(img_size, math.prod(stride for _, stride, _ in self.steps), **how)
@@ -162,7 +165,7 @@ class CompactTransformer(VisionTransformer):
         self.init_weights()
 
     @property
-    def own_pe(self) -> str:
+    def table_kind(self) -> str:
         """The kind of its own table."""
         return "1D_sin" if self.pos_embed_argument == "sine" else "learnable"
 
@@ -177,7 +180,7 @@ class CompactTransformer(VisionTransformer):
         if self.pos_embed is None:
             return
         layout = Layout(self.patch_embed.grid_size, self.num_prefix_tokens)
-        frozen = self.own_pe == "1D_sin"
+        frozen = self.table_kind == "1D_sin"
         table = sin_1d(layout, self.embed_dim) if frozen else learnable(layout, self.embed_dim, self.table_std)
         with torch.no_grad():
             self.pos_embed.copy_(table)

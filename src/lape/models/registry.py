@@ -1,4 +1,4 @@
-"""What our models around timm's `VisionTransformer` share: how timm makes them, and what it is told about them.
+"""What our models around timm's `VisionTransformer` share: how timm makes them, and its descriptions of them.
 
 Shape legend: B batch, C channels, N tokens, D width.
 """

@@ -88,13 +88,13 @@ class TokenPerformer(nn.Module):
             sums_BDm = v_BND.float().mT @ k_BNm
             weight_BN1 = q_BNm @ k_BNm.sum(1)[..., None]
             y_BND = q_BNm @ sums_BDm.mT / (weight_BN1 + 1e-8)
-        joined_BND: Tensor = v_BND + self.drop(self.proj(y_BND.to(v_BND.dtype)))
-        return joined_BND
+        output_BND: Tensor = v_BND + self.drop(self.proj(y_BND.to(v_BND.dtype)))
+        return output_BND
 
     def forward(self, x_BND: Tensor) -> Tensor:
         y_BND = self.attend(self.norm1(x_BND))
-        mixed_BND: Tensor = self.mlp(self.norm2(y_BND))
-        return y_BND + mixed_BND
+        mlp_BND: Tensor = self.mlp(self.norm2(y_BND))
+        return y_BND + mlp_BND
 
 
 class TokensToToken(Stem):
@@ -142,7 +142,7 @@ class TokensToToken(Stem):
 class T2TViT(VisionTransformer):
     """timm's VisionTransformer behind the T2T module, with a frozen sinusoid as its position."""
 
-    own_pe = "1D_sin"
+    table_kind = "1D_sin"
 
     def __init__(self, **kwargs: Any):
         kwargs.setdefault("embed_layer", TokensToToken)

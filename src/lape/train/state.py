@@ -30,7 +30,7 @@ from lape.data.augment import eval_transform
 from lape.data.loaders import BatchPlan, batch_plan
 from lape.data.open import Data
 from lape.errors import CheckpointError, LapeError, reason_of
-from lape.files.atomic import remove_left, write_atomically
+from lape.files.atomic import remove_leftovers, write_atomically
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.host.timm import NOT_THE_MODEL
@@ -250,7 +250,7 @@ def check_output(recipe: Recipe, checkpoint: Checkpoint | None, at_end: ExitStac
         raise LapeError(f"output_dir {folder} cannot be written ({error.strerror}): choose another folder") from None
     _hold(folder, at_end)
     for name in (CHECKPOINT, BEST, LOG, TABLE, RUN):  # what a run that was killed while writing has left
-        remove_left(folder, f".{name}.*.tmp")
+        remove_leftovers(folder, f".{name}.*.tmp")
 
 
 def _hold(folder: Path, at_end: ExitStack) -> None:

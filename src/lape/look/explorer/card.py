@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape.convert.converted import Conversion, conversion_of, conversions, known
+from lape.convert.converted import Conversion, conversion_of, conversions, require_host
 from lape.convert.positions import Size, View, describe
 from lape.core.position import KINDS, Grid
 from lape.errors import LapeError, UnsupportedModelError, check_finite
@@ -217,7 +217,7 @@ def _known_conversion(name: str, model: nn.Module, seen: bool) -> Conversion | N
         return None
     conversion = conversion_of(model)
     if not seen:
-        known(conversion)
+        require_host(conversion)
     kind = KINDS[conversion.pe]
     if not seen and not kind.is_table and not kind.is_bias:
         raise LapeError(
