@@ -229,7 +229,7 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
             loss += _add_gradients(run, images, targets, last)
             if not last:
                 continue
-            launched.append(_launch_update(run, loss, loader.skipped, epoch, step))
+            launched.append(_launch_update(run, loss, loader.omissions, epoch, step))
             loss.zero_()
             at_once = not state.on_device or step + 1 == run.steps or _saves_behind(recipe, step)
             stop, save = _account(run, launched, at_once, progress, f"learning rate {lr:.3g} in epoch {epoch}")
@@ -269,14 +269,14 @@ def _add_gradients(run: Training, images: Any, targets: Tensor, last: bool) -> T
     return loss.detach()
 
 
-def _launch_update(run: Training, loss: Tensor, skipped: list[str], epoch: int, step: int) -> Reading:
+def _launch_update(run: Training, loss: Tensor, omissions: list[str], epoch: int, step: int) -> Reading:
     """One step of the optimizer and of the average, unless loss or gradient is not finite; returns its report."""
     state, recipe = run.state, run.recipe
     grad_norm = _gradient_norm(state, run.parameters, recipe.clip_grad)
-    numbers = [run.stop.is_set(), len(skipped), run.world.is_main and _save_is_due(run, step)]
-    for text in skipped:  # every process names its own
+    numbers = [run.stop.is_set(), len(omissions), run.world.is_main and _save_is_due(run, step)]
+    for text in omissions:  # every process names its own
         print(f"left out: {text}", file=sys.stderr, flush=True)
-    skipped.clear()
+    omissions.clear()
     report = mean_over_ranks(torch.stack([loss, grad_norm]), numbers)
     reading = Reading(report)
     state.update(report[:2].isfinite().all(), epoch * run.steps + step + 1 if recipe.model_ema_warmup else None)
