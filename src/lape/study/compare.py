@@ -488,7 +488,7 @@ def demo(options: DemoOptions) -> Study:
         raise LapeError(f"time_limit={options.time_limit:g} is not allowed: choose seconds above 0, or none")
     recipe = Recipe.from_yaml("digits", threads=1, num_workers=0, device="cpu")
     if options.epochs is not None:
-        recipe = fit_warm_up(recipe.replace(epochs=options.epochs), print, given=False)
+        recipe = fit_warm_up(recipe.replace(epochs=options.epochs), print, explicit=False)
     check_figures()
     folder = claim(Path(options.output_dir))
     stages = demo_stages(recipe, options.seeds, recipe.epochs * options.long_factor, options.long_seeds)

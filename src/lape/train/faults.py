@@ -46,28 +46,28 @@ class Stop(threading.Event):
         if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
             yield
             return
-        pressed = 0.0
+        first_press = 0.0
 
         def handle(number: int, _frame: object) -> None:
-            nonlocal pressed
+            nonlocal first_press
             now = time.monotonic()
-            if number == signal.SIGINT and pressed and now - pressed > TWICE:
+            if number == signal.SIGINT and first_press and now - first_press > TWICE:
                 raise KeyboardInterrupt
-            if number == signal.SIGINT and not pressed:
-                pressed = now
+            if number == signal.SIGINT and not first_press:
+                first_press = now
             if not self.is_set():
                 self.cause = signal.Signals(number)
                 self.set()
 
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        ours = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        ours = [number for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)]
         for number in ours:
             signal.signal(number, handle)
         try:
             yield
         finally:
             for number in ours:
-                signal.signal(number, before[number])
+                signal.signal(number, handlers[number])
 
     def leave(self) -> NoReturn:
         """End as by the signal: KeyboardInterrupt, or SystemExit with a shell's code for it."""
@@ -81,7 +81,7 @@ class Stopped(Exception):
 
 
 @contextmanager
-def explained(recipe: Recipe) -> Iterator[None]:
+def explain_faults(recipe: Recipe) -> Iterator[None]:
     """Turn running out of memory, and the loss of a loader process, into a `LapeError` that names the way out."""
     try:
         yield
@@ -125,8 +125,8 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource  # not on Windows
 
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / 2**20 if sys.platform == "darwin" else used / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def make_deterministic() -> None:

@@ -46,8 +46,8 @@ class Curves:
         self._usual = threading.excepthook  # TensorBoard's own thread meets a full disk; what waits for it is told
         threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self._usual(args)
         folder = Path(recipe.output_dir) / BOARD
-        for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()
+        for path in folder.glob("events.out.tfevents.*"):
+            path.unlink()
         self.board = SummaryWriter(str(folder))
         for line in history:
             self._draw(line)
@@ -125,8 +125,8 @@ def record_run(recipe: Recipe, world: World, place: tuple[int, int]) -> str:
     """
     path = Path(recipe.output_dir) / RUN
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        run_id, starts = str(earlier.get("id") or uuid.uuid4().hex), list(earlier.get("starts") or [])
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        run_id, starts = str(record.get("id") or uuid.uuid4().hex), list(record.get("starts") or [])
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # it was not written here
         run_id, starts = uuid.uuid4().hex, []
     content = {

@@ -97,8 +97,8 @@ class Progress:
             )
             # the last go first on a narrow terminal
             room = self._bar.console.width - len(self.title) - 2 * len(str(self.steps)) - BAR_AND_TIME
-            most = max((n for n in range(len(fields) + 1) if len("  ".join(fields[:n])) <= room), default=0)
-            self._bar.update(self._bar.task_ids[0], advance=1, values="  ".join(fields[:most]))
+            count = max((n for n in range(len(fields) + 1) if len("  ".join(fields[:n])) <= room), default=0)
+            self._bar.update(self._bar.task_ids[0], advance=1, values="  ".join(fields[:count]))
             return
         step = self.first + self.reports - 1
         if step % self.every == 0 or step == self.steps - 1:

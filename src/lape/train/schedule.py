@@ -13,16 +13,16 @@ NEAR = 0.9  # of the peak: as good as reached
 DECAYING = ("cosine", "tanh", "poly")  # those that end at --min-lr
 
 
-def fit_warm_up(recipe: Recipe, say: Say, *, given: bool | None = None) -> Recipe:
-    """Shorten a warm-up that fills the schedule to a fifth of it, unless it was given.
+def fit_warm_up(recipe: Recipe, say: Say, *, explicit: bool | None = None) -> Recipe:
+    """Shorten a warm-up that fills the schedule to a fifth of it, unless the user gave its length.
 
-    `given`: whether it was; default: where the recipe names it.
+    `explicit`: whether the user did; default: where the recipe names it.
     """
     epochs, warm_up = recipe.schedule_epochs or recipe.epochs, recipe.warmup_epochs
     if recipe.sched == "none" or warm_up < epochs:
         return recipe
     what = f"The warm-up is longer than the run allows: {warm_up} of {epochs} epochs"
-    if "warmup_epochs" in recipe.model_fields_set if given is None else given:
+    if "warmup_epochs" in recipe.model_fields_set if explicit is None else explicit:
         say(f"{what}, as --warmup-epochs says; the learning rate does not reach its peak")
         return recipe
     say(f"{what}; shortened to {epochs // 5} (--warmup-epochs overrides)")
@@ -55,11 +55,11 @@ def remarks(recipe: Recipe, peak: float, state: State) -> list[str]:
 def _rates(recipe: Recipe, state: State) -> list[float]:
     """The learning rate of each epoch, from the first on, which is next; the state is left as it was."""
     groups = state.optimizer.param_groups
-    before, rates = [group["lr"] for group in groups], [groups[0]["lr"]]
+    rates_before, rates = [group["lr"] for group in groups], [groups[0]["lr"]]
     if state.scheduler is not None:
         for epoch in range(1, recipe.epochs):
             set_rate(state, recipe, epoch)
             rates.append(groups[0]["lr"])
-        for group, lr in zip(groups, before, strict=True):
+        for group, lr in zip(groups, rates_before, strict=True):
             group["lr"] = lr
     return rates
