@@ -231,7 +231,7 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
         files = figures.visualize(checkpoint, save_dir, options)
         first = next(f for f in files if f.stem == "overview")
         print(f"{len(files)} files in {shown(files[0].parent)}, first look at {shown(first)}")
-        if old := figures.left_over(files):
+        if old := figures.leftovers(files):
             print(
                 f"{len(old)} of an earlier drawing are still in that folder ({few(old, 4)}): they do not belong to "
                 "this one; remove them, or choose another --model-name"

@@ -175,9 +175,9 @@ def similarity_by_distance(correlation_Lnn: Tensor, grid: Grid) -> tuple[Tensor,
     Returns the distances that occur on the grid, in patches, ascending from 0, (K,), and the means (L, K).
     """
     values_Lm = correlation_Lnn.double().flatten(-2)
-    squared, group = torch.unique(squared_distances(grid).flatten(), return_inverse=True)
-    sums = values_Lm.new_zeros(*values_Lm.shape[:-1], len(squared)).index_add_(-1, group, values_Lm)
-    return squared.double().sqrt(), sums / group.bincount()
+    squares, group = torch.unique(squared_distances(grid).flatten(), return_inverse=True)
+    sums = values_Lm.new_zeros(*values_Lm.shape[:-1], len(squares)).index_add_(-1, group, values_Lm)
+    return squares.double().sqrt(), sums / group.bincount()
 
 
 def half_distance(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
@@ -189,13 +189,13 @@ def half_distance(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     """
     distance, curve = similarity_by_distance(correlation_Lnn, grid)
     start = curve[..., :1]
-    fallen = curve <= (level := (start + mean_of_pairs(correlation_Lnn)[..., None]) / 2)
-    after = fallen.int().argmax(-1, keepdim=True)
+    below = curve <= (level := (start + mean_of_pairs(correlation_Lnn)[..., None]) / 2)
+    after = below.int().argmax(-1, keepdim=True)
     before = (after - 1).clamp(min=0)
     high, low = curve.gather(-1, before), curve.gather(-1, after)
     share = (high - level) / (high - low).where(high > low, 1.0)
     crossing = distance[before] + share * (distance[after] - distance[before])
-    return torch.where(fallen.any(-1, keepdim=True) & (level < start), crossing, torch.inf).squeeze(-1)
+    return torch.where(below.any(-1, keepdim=True) & (level < start), crossing, torch.inf).squeeze(-1)
 
 
 def locality_radius(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
