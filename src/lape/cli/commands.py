@@ -122,11 +122,11 @@ def evaluate(
     and on changed images, those that differ in their seed alone as one model with an interval.
     """
     paths = [path for path in (*checkpoint, resume) if path is not None]
-    if not paths or (len(paths) > 1 and not sweep.asked):
+    if not paths or (len(paths) > 1 and not sweep.extras):
         several = "; several are for --sizes and changed images" if paths else ""
         raise LapeError(f"give one checkpoint: lape eval CHECKPOINT (or --resume CHECKPOINT){several}")
     settings = Recipe(eval=True, resume=paths[0], **flags)
-    if sweep.asked or sweep.json or sweep.plot:
+    if sweep.extras or sweep.json or sweep.plot:
         from lape.study.sweep import sweep as run_sweep
 
         run_sweep(paths, settings, sweep)
