@@ -17,7 +17,7 @@ from torch import Tensor
 
 LEVELS = 256
 BOXES = 3  # box blurs in place of a Gaussian
-ROUNDED_OFF = 1e-3  # more than float32 loses in a sum of 16 products, or a flat area would be cut to one level less
+ROUNDING = 1e-3  # more than float32 loses in a sum of 16 products, or a flat area would be cut to one level less
 LUMA, LUMA_BITS = (19595, 38470, 7471), 16  # ITU-R 601-2: 0.299, 0.587, 0.114 in 16 bits
 
 
@@ -173,7 +173,7 @@ def _warp_alike(images_nCHW: Tensor, matrix_n6: Tensor, fill_C: Tensor, cubic_n:
                 places = (row * width + column).view(n, 1, -1).expand(n, channels, -1)
                 line.addcmul_(flat.gather(2, places).view_as(line).float(), part.unsqueeze(1))
             result.addcmul_(line, weight.unsqueeze(1))
-    pixels = (result + ROUNDED_OFF).clamp(0, 255).to(torch.uint8)
+    pixels = (result + ROUNDING).clamp(0, 255).to(torch.uint8)
     return torch.where(inside.unsqueeze(1), pixels, fill_C.view(1, -1, 1, 1))
 
 

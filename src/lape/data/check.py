@@ -126,8 +126,8 @@ def check_data(
         sides |= {finding.width, finding.height}
         hashes[images[path][0]].setdefault(finding.digest, []).append(path)
     report.odd = dict(sorted(report.odd.items()))
-    both = hashes["train"].keys() & hashes["val"].keys()
-    report.duplicates = sorted([hashes["train"][digest][0], hashes["val"][digest][0]] for digest in both)
+    common = hashes["train"].keys() & hashes["val"].keys()
+    report.duplicates = sorted([hashes["train"][digest][0], hashes["val"][digest][0]] for digest in common)
     report.copies = sorted(paths for by_digest in hashes.values() for paths in by_digest.values() if len(paths) > 1)
     if sides:
         report.sizes = {"smallest": min(sides), "largest": max(sides)}
@@ -170,8 +170,8 @@ def _in_files(root: Path, files: dict[str, list[Path]], columns: Sequence[str], 
 
 
 def _judge_layout(folder: Survey, root: Path, report: Report) -> None:
-    unread = (folder.other_files, folder.hidden_folders, folder.circles)
-    files, folders, circles = ([os.path.relpath(path, root) for path in paths] for paths in unread)
+    groups = (folder.other_files, folder.hidden_folders, folder.circles)
+    files, folders, circles = ([os.path.relpath(path, root) for path in paths] for paths in groups)
     kinds = {
         "folder(s) of the system or of a program, not read": folders,
         "folder(s) not read, links to one that holds them or is read already": circles,

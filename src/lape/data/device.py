@@ -32,7 +32,7 @@ GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15, the odd number next to 2^64 
 MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 FREE_PART = 0.5  # of the free memory that images may fill
 CUBIC = {InterpolationMode.BILINEAR: False, InterpolationMode.BICUBIC: True, 2: False, 3: True}  # torchvision's, PIL's
-LEFT_OUT = "leave --data-on-device out"
+LEAVE_OUT = "leave --data-on-device out"
 
 
 class Stream:
@@ -115,7 +115,7 @@ def split_transform(transform: transforms.Compose) -> tuple[transforms.Compose, 
     types = (ToMode, transforms.Resize, ResizeKeepRatio, transforms.CenterCrop)
     unknown = [step for step in once if type(step) not in types] + [step for step in rest if type(step) not in TWINS]
     if unknown:
-        raise LapeError(f"{type(unknown[0]).__name__} is not made for batches on the device: {LEFT_OUT}")
+        raise LapeError(f"{type(unknown[0]).__name__} is not made for batches on the device: {LEAVE_OUT}")
     twins = [(step, TWINS[type(step)]) for step in rest]
     return transforms.Compose(once), [make(step) for step, make in twins if make is not None]
 
@@ -145,7 +145,7 @@ class Crop:
     def __init__(self, step: transforms.RandomCrop) -> None:
         self.size, self.padding, self.mode = step.size, step.padding, step.padding_mode
         if not isinstance(self.padding, int) or self.mode not in ("constant", "reflect") or step.fill:
-            raise LapeError(f"a random crop with padding {self.padding} {self.mode} is not made here: {LEFT_OUT}")
+            raise LapeError(f"a random crop with padding {self.padding} {self.mode} is not made here: {LEAVE_OUT}")
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
         corners = [
@@ -169,7 +169,7 @@ class Jitter:
 
     def __init__(self, step: transforms.ColorJitter) -> None:
         if step.hue is not None:
-            raise LapeError(f"colour jitter of the hue is not made for batches on the device: {LEFT_OUT}")
+            raise LapeError(f"colour jitter of the hue is not made for batches on the device: {LEAVE_OUT}")
         ranges = {"Brightness": step.brightness, "Contrast": step.contrast, "Color": step.saturation}
         self.ranges = {name: bounds for name, bounds in ranges.items() if bounds is not None}
 
@@ -190,7 +190,7 @@ class Policy:
         self.ops = [op for some in lists for op in some]
         unknown = [op.name for op in self.ops if op.name not in ARGUMENTS]
         if unknown:  # none of timm 1.0.31
-            raise LapeError(f"timm's operation {unknown[0]} is not made for batches on the device: {LEFT_OUT}")
+            raise LapeError(f"timm's operation {unknown[0]} is not made for batches on the device: {LEAVE_OUT}")
         self.layers, self.cubic = layers, _kernel(self.ops[0].kwargs["resample"])
         numbers = iter(range(len(self.ops)))
         rows = [torch.tensor([next(numbers) for _ in some]) for some in lists]
@@ -390,7 +390,7 @@ def _rand_augment(step: RandAugment) -> Step:
     if step.choice_weights is not None:
         raise LapeError(
             "RandAugment by weights is not made for batches on the device: use --aa rand-m9-mstd0.5-inc1, or "
-            f"{LEFT_OUT}"
+            f"{LEAVE_OUT}"
         )
     return Policy([[op] for op in step.ops], step.num_layers)
 
@@ -402,7 +402,7 @@ def _kernel(interpolation: Any) -> bool | None:
     if interpolation not in CUBIC:
         raise LapeError(
             f"train_interpolation {str(interpolation)!r} is not made for batches on the device: use bicubic, bilinear "
-            f"or random, or {LEFT_OUT}"
+            f"or random, or {LEAVE_OUT}"
         )
     return CUBIC[interpolation]
 
@@ -476,7 +476,7 @@ class ToBytes:
             (_, h, w), (_, high, wide) = self.shape, pixels.shape
             raise DataError(
                 f"images of {w}x{h} and of {wide}x{high} pixels do not fit into one tensor: bring the folder to one "
-                f"size first, or {LEFT_OUT}"
+                f"size first, or {LEAVE_OUT}"
             )
         return pixels
 
@@ -487,7 +487,7 @@ def room_for(count: int, shape: Sequence[int], device: torch.device) -> Tensor:
     if size > FREE_PART * free:
         raise DataError(
             f"{count} images of {'x'.join(map(str, shape))} bytes need {size / 2**30:.2f} GiB on {device}, more than "
-            f"half of the {free / 2**30:.2f} GiB that are free: {LEFT_OUT}"
+            f"half of the {free / 2**30:.2f} GiB that are free: {LEAVE_OUT}"
         )
     return torch.empty((count, *shape), dtype=torch.uint8, device=device)
 

@@ -25,7 +25,7 @@ from lape.errors import DataError, check_file, reason_of
 MODES = {1: "L", 3: "RGB"}
 BITS = (8, 12, 16)  # that values in 16 or 32 bits are taken for
 OF_SYSTEMS = ("@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found")
-STRETCHED = 1000  # times the other side, the most; a longer strip that covers a square takes gigabytes
+STRETCH = 1000  # times the other side, the most; a longer strip that covers a square takes gigabytes
 
 
 class PackedImage:
@@ -83,10 +83,10 @@ def decode(file: BinaryIO, in_chans: int) -> tuple[Image.Image, str]:
 
 
 def check_shape(width: int, height: int) -> None:
-    """Raises DataError where one side is more than `STRETCHED` times the other."""
-    if max(width, height) > STRETCHED * min(width, height):
+    """Raises DataError where one side is more than `STRETCH` times the other."""
+    if max(width, height) > STRETCH * min(width, height):
         raise DataError(
-            f"{width} x {height} pixels: no side may be more than {STRETCHED} times the other, memory would not hold "
+            f"{width} x {height} pixels: no side may be more than {STRETCH} times the other, memory would not hold "
             "it resized"
         )
 

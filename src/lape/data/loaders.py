@@ -81,8 +81,8 @@ def batch_plan(recipe: Recipe, world_size: int = 1) -> BatchPlan:
     mixes = mixes_images(recipe)
     if not recipe.global_batch:
         return BatchPlan(recipe.batch_size, 1, recipe.batch_size * world_size)
-    each, remainder = divmod(recipe.global_batch, world_size)
-    sizes = [n for n in range(1, min(recipe.batch_size, each) + 1) if each % n == 0 and not (mixes and n % 2)]
+    share, remainder = divmod(recipe.global_batch, world_size)
+    sizes = [n for n in range(1, min(recipe.batch_size, share) + 1) if share % n == 0 and not (mixes and n % 2)]
     if remainder or not sizes:
         step = world_size * (2 if mixes else 1)
         near = max(round(recipe.global_batch / step), 1) * step
@@ -92,7 +92,7 @@ def batch_plan(recipe: Recipe, world_size: int = 1) -> BatchPlan:
             f"{recipe.batch_size} images at once{why}: use --global-batch {near} and --batch-size {step // world_size} "
             "or more"
         )
-    return BatchPlan(sizes[-1], each // sizes[-1], recipe.global_batch)
+    return BatchPlan(sizes[-1], share // sizes[-1], recipe.global_batch)
 
 
 def steps_per_epoch(n_samples: int, recipe: Recipe, world_size: int = 1) -> int:

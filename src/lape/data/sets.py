@@ -195,9 +195,11 @@ def _inat(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
     """
     year = {"INAT": 2018, "INAT19": 2019}[recipe.data_set]
     annotations = _json(root / f"train{year}.json")
-    table = _json(root / "categories.json")
+    categories = _json(root / "categories.json")
     try:
-        label_of = {int(entry.get("id", place)): str(entry[recipe.inat_category]) for place, entry in enumerate(table)}
+        label_of = {
+            int(entry.get("id", place)): str(entry[recipe.inat_category]) for place, entry in enumerate(categories)
+        }
         labels = dict.fromkeys(label_of[int(entry["category_id"])] for entry in annotations["annotations"])
         number = {label: place for place, label in enumerate(labels)}
         images = {}

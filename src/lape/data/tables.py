@@ -278,9 +278,9 @@ def _columns(
         matches = [name for name in fields if features.get(name, {}).get("_type") == feature] or fields
         candidates = [names[place]] if names else [usual] if usual in matches else matches
         if len(candidates) != 1 or candidates[0] not in fields:
-            lacks = f"no {what} column" if len(candidates) < 2 else f"{len(candidates)} {what} columns"
-            asks = f"{lacks} {names[place]!r}" if names else lacks
-            raise DataError(f"{path} has {asks}: name both with --columns IMAGE CLASS, of {', '.join(schema.names)}")
+            problem = f"no {what} column" if len(candidates) < 2 else f"{len(candidates)} {what} columns"
+            problem += f" {names[place]!r}" if names else ""
+            raise DataError(f"{path} has {problem}: name both with --columns IMAGE CLASS, of {', '.join(schema.names)}")
         columns += candidates
     return columns[0], columns[1]
 

@@ -140,12 +140,12 @@ def debias_(model: nn.Module, images_BCHW: Tensor, *, depth: int = -1, energy: f
         raise LapeError(f"depth={depth} is none of the model's: choose 0 to {depths - 1}, or -1 for the last")
     _, means, within = _sums(watch, images_BCHW)
     subspace = subspace_of(means[depth], within[depth], len(images_BCHW), energy)
-    first, behind_them = watch.patches.start, watch.patches.stop
+    start, stop = watch.patches.start, watch.patches.stop
 
     def clean(tokens: Tensor) -> Tensor:
         x_BND = tokens.flatten(1, -2)
         patches = subspace.without(x_BND[:, watch.patches])
-        return torch.cat([x_BND[:, :first], patches, x_BND[:, behind_them:]], dim=1).reshape(tokens.shape)
+        return torch.cat([x_BND[:, :start], patches, x_BND[:, stop:]], dim=1).reshape(tokens.shape)
 
     def before(_block: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
@@ -258,4 +258,4 @@ class _Tally:
 
 
 def _stack(measures: Sequence[dict[str, float]]) -> dict[str, Tensor]:
-    return {name: torch.tensor([each[name] for each in measures]) for name in measures[0]}
+    return {name: torch.tensor([entry[name] for entry in measures]) for name in measures[0]}

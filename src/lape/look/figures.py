@@ -307,11 +307,11 @@ def visualize(
 def leftovers(paths: Sequence[Path]) -> list[str]:
     """The names of pictures that an earlier call drew into the same folder, and the call that wrote these did not."""
     names = {path.name for path in paths}
-    names_there = {path.name for path in paths[0].parent.glob("*") if _DRAWN.fullmatch(path.name)}
+    names_there = {path.name for path in paths[0].parent.glob("*") if _PICTURE.fullmatch(path.name)}
     return sorted(names_there - names)
 
 
-_DRAWN = re.compile(
+_PICTURE = re.compile(
     r"[\w-]+_layer\d+_(sim_overall|sim_\d+thToken|head\d+)\.jpg|PE_token_sim\.jpg|(places|measures)\.(png|pdf|svg)"
 )
 
@@ -328,13 +328,13 @@ def _draw_positions(
     legend = f"cosine similarity between positions as {WHO[view]}, {_range(scale[0])}"
     overall = Strip("all patches", list(layers.values()), maps.grid)
     single = _strip_of_token(f"token {token}", layers.values(), maps.grid, token)
-    for strip, suffix, of in (
+    for strip, suffix, scope in (
         (overall, "sim_overall", "all patches with all"),
         (single, f"sim_{token}thToken", f"{_place(token, maps.grid)} with all patches, on the grid"),
     ):
         names = [f"{about.join}_layer{layer}_{suffix}.jpg" for layer in indices]
         pictures.add_maps(strip, list(layers), what, names, *scale)
-        pictures.captions[f"{about.join}_layer*_{suffix}"] = f"{what}; {legend}; {of}"
+        pictures.captions[f"{about.join}_layer*_{suffix}"] = f"{what}; {legend}; {scope}"
     if table is not None:
         raw = _strip_of_token(single.label, [table], maps.grid, token)
         pictures.add_maps(raw, ["table P"], what, ["PE_token_sim.jpg"], *scale)

@@ -58,10 +58,10 @@ def directed_monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     pair_GK = _members(group)  # of the flattened (n, n)
     if not len(pair_GK):
         return torch.ones(len(correlation_Lnn), dtype=torch.float64)
-    there = pair_GK >= 0
+    mask = pair_GK >= 0
     distance = (down.square() + right.square()).sqrt().flatten()[pair_GK]
     similarity = correlation_Lnn.float().flatten(1)[:, pair_GK]  # float: what sums differ by is no order
-    return (1 - spearman(there, distance, similarity)).mean(-1)
+    return (1 - spearman(mask, distance, similarity)).mean(-1)
 
 
 def _members(group_m: Tensor) -> Tensor:

@@ -234,22 +234,22 @@ def monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     return (1 - spearman(count_nK > 0, distance.expand(shape), mean_LnK)).mean(-1)
 
 
-def spearman(there_GK: Tensor, a_GK: Tensor, b_LGK: Tensor) -> Tensor:
-    """(L, G) rank correlation along the last axis over the entries that are there; 0 without spread. Ties share ranks.
+def spearman(mask_GK: Tensor, a_GK: Tensor, b_LGK: Tensor) -> Tensor:
+    """(L, G) rank correlation along the last axis over the entries of the mask; 0 without spread. Ties share ranks.
 
     Layer by layer, which keeps what is sorted at a time small.
     """
-    a = _centred_ranks(there_GK, a_GK)
-    return torch.stack([_cosine_or_zero(a, _centred_ranks(there_GK, b_GK)) for b_GK in b_LGK])
+    a = _centred_ranks(mask_GK, a_GK)
+    return torch.stack([_cosine_or_zero(a, _centred_ranks(mask_GK, b_GK)) for b_GK in b_LGK])
 
 
-def _centred_ranks(there_GK: Tensor, values_GK: Tensor) -> Tensor:
-    """Ranks less their mean, 0 where nothing is there."""
+def _centred_ranks(mask_GK: Tensor, values_GK: Tensor) -> Tensor:
+    """Ranks less their mean, 0 outside of the mask."""
     with needs("plot"):
         from scipy.stats import rankdata
 
-    rank = torch.from_numpy(rankdata(values_GK.where(there_GK, torch.inf).numpy(), axis=-1)).where(there_GK, 0.0)
-    return (rank - rank.sum(-1, keepdim=True) / there_GK.sum(-1, keepdim=True).clamp(min=1)).where(there_GK, 0.0)
+    rank = torch.from_numpy(rankdata(values_GK.where(mask_GK, torch.inf).numpy(), axis=-1)).where(mask_GK, 0.0)
+    return (rank - rank.sum(-1, keepdim=True) / mask_GK.sum(-1, keepdim=True).clamp(min=1)).where(mask_GK, 0.0)
 
 
 def _cosine_or_zero(a: Tensor, b: Tensor) -> Tensor:

@@ -260,6 +260,6 @@ def check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
 @torch.no_grad()
 def forward(model: nn.Module, images_BCHW: Tensor) -> None:
     """A forward in eval mode, for those who watch it."""
-    like = next(model.parameters())
+    parameter = next(model.parameters())
     with evaluating(model):
-        model(images_BCHW.to(like.device, like.dtype))
+        model(images_BCHW.to(parameter.device, parameter.dtype))

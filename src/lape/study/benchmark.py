@@ -42,7 +42,7 @@ PRECISIONS = ("none", "bf16", "fp16")
 WARM_UP = 3  # calls of each variant before the first round; compilation falls into them
 SHORTEST = 0.05  # seconds: a quicker call is repeated within its round until it takes about as long
 RESAMPLES = 2000
-UNTOLD = ("python", "numpy", "pillow", "cuda", "cudnn")  # versions that the line on the machine leaves out
+MINOR_PACKAGES = ("python", "numpy", "pillow", "cuda", "cudnn")  # versions that the line on the machine leaves out
 
 
 @dataclass
@@ -315,18 +315,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def relative_times(mine: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+def relative_times(times: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
     """Median seconds, and the median ratio to the reference within a round with its 95 % bootstrap interval."""
-    ratios = [a / b for a, b in zip(mine, reference, strict=True)]
+    ratios = [a / b for a, b in zip(times, baseline, strict=True)]
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
     interval = [medians[int(RESAMPLES * 0.025)], medians[int(RESAMPLES * 0.975) - 1]]
     return {
-        "seconds": statistics.median(mine),
-        "seconds_quartiles": [statistics.quantiles(mine, n=4)[i] for i in (0, 2)],
+        "seconds": statistics.median(times),
+        "seconds_quartiles": [statistics.quantiles(times, n=4)[i] for i in (0, 2)],
         "ratio": statistics.median(ratios),
         "ratio_interval": interval,
-        "seconds_each_round": list(mine),
+        "seconds_each_round": list(times),
     }
 
 
@@ -405,7 +405,7 @@ def describe_machine(about: dict[str, Any]) -> str:
     """Hardware and versions in one line."""
     hardware, versions = about["hardware"], about["versions"]
     where = hardware["gpu"] or f"{hardware['processor']}, {hardware['threads']} of {hardware['cores']} cores"
-    return f"{where}; {', '.join(f'{name} {versions[name]}' for name in versions if name not in UNTOLD)}"
+    return f"{where}; {', '.join(f'{name} {versions[name]}' for name in versions if name not in MINOR_PACKAGES)}"
 
 
 def variant_lines(results: dict[str, Any]) -> list[str]:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from lape.look.features import Features
 
-VARIED = {"model", "pe", "join_type", "pe_norm", "pe_std", "seed", "output_dir", "resume"}
-ALONE = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}  # of each training, one thread's only work
+ROW_FIELDS = {"model", "pe", "join_type", "pe_norm", "pe_std", "seed", "output_dir", "resume"}
+ONE_THREAD = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}  # of each training
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     _check_sizes(recipes, options)
     folder = _writable(Path(options.output_dir))
     plan = [
-        variant.recipe(one).replace(seed=seed, **ALONE)
+        variant.recipe(one).replace(seed=seed, **ONE_THREAD)
         for seed in options.seeds  # all variants of a seed first: what is there after a stop can be compared
         for variant, one in recipes.items()
     ]
@@ -90,15 +90,15 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     results = {
         "made_by": "lape compare",
         "data": runs[0].data,
-        "recipe": plan[0].model_dump(mode="json", exclude_unset=True, exclude=VARIED),
+        "recipe": plan[0].model_dump(mode="json", exclude_unset=True, exclude=ROW_FIELDS),
         "rivals": rivals if options.rivals else None,
         "baseline": baseline,
         "variants": summarise(runs, baseline),
         "differences": gaps,
         "meaningless": [{**variant._asdict(), "why": why} for variant, why in meaningless.items()],
         "others": other_runs,
-        "sizes": {name: [[asdict(o) for o in outcomes] for outcomes in each] for name, each in sizes.items()},
-        "conditions": {name: summary_of(each) for name, each in sizes.items()},
+        "sizes": {name: [[asdict(o) for o in outcomes] for outcomes in trainings] for name, trainings in sizes.items()},
+        "conditions": {name: summary_of(trainings) for name, trainings in sizes.items()},
         "probe": {name: one.to_dict() for name, one in features.items()},
         "cells": [asdict(run) for run in runs],
         "workers": options.workers,
@@ -166,9 +166,9 @@ def _at_sizes(
     from lape.files.read import read_checkpoint
 
     outcomes: dict[str, list[list[Outcome]]] = {}
-    for run, name, home in _runs_with_model(folder, runs):
+    for run, name, model_folder in _runs_with_model(folder, runs):
         recipe = run.variant.recipe(recipes[run.variant])
-        outcome = evaluate_at(read_checkpoint(home), recipe, options, say=lambda _text: None)
+        outcome = evaluate_at(read_checkpoint(model_folder), recipe, options, say=lambda _text: None)
         outcomes.setdefault(name, []).append(outcome)
     return outcomes
 
@@ -181,9 +181,9 @@ def _features_of(folder: Path, runs: Sequence[Run], recipe: Recipe, count: int) 
 
     images, _name = validation_images(eval_transform(recipe), recipe, count)
     features: dict[str, Features] = {}
-    for _, name, home in _runs_with_model(folder, runs):
+    for _, name, model_folder in _runs_with_model(folder, runs):
         if name not in features:
-            features[name] = probe(load(home), images)
+            features[name] = probe(load(model_folder), images)
     return features
 
 
@@ -194,9 +194,9 @@ def _runs_with_model(folder: Path, runs: Sequence[Run]) -> Iterator[tuple[Run, s
     """
     several = len({run.model for run in runs}) > 1
     for run in runs:
-        home = _cell_name(folder, run.variant, run.seed) / "model"
-        if home.exists():
-            yield run, f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else ""), home
+        model_folder = _cell_name(folder, run.variant, run.seed) / "model"
+        if model_folder.exists():
+            yield run, f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else ""), model_folder
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -328,10 +328,10 @@ def _explorable(folder: Path, runs: Sequence[Run]) -> dict[str, Path]:
     from lape.core.position import KINDS
 
     models: dict[str, Path] = {}
-    for run, name, home in _runs_with_model(folder, runs):
+    for run, name, model_folder in _runs_with_model(folder, runs):
         kind = KINDS[run.pe]
         if run.drawable and (kind.is_table or kind.is_bias) and len(models) < 6:
-            models.setdefault(name, home)
+            models.setdefault(name, model_folder)
     return models
 
 
@@ -600,10 +600,10 @@ def _maps(models: Path, runs: Sequence[Run]) -> "Figure":
     for run in first:
         home = _cell_name(models / str(run.epochs), run.variant, run.seed)
         maps = Maps.of(load(home / "model"))
-        token, every, columns = center_token(maps.grid), list(maps.columns.values()), list(maps.columns)
-        strips.append(Strip(f"{run.variant.label}\nall patches", every, maps.grid))
+        token, all_maps, columns = center_token(maps.grid), list(maps.columns.values()), list(maps.columns)
+        strips.append(Strip(f"{run.variant.label}\nall patches", all_maps, maps.grid))
         strips.append(
-            Strip(f"{run.variant.label}\ntoken {token}", [token_map(m, maps.grid) for m in every], maps.grid, token)
+            Strip(f"{run.variant.label}\ntoken {token}", [token_map(m, maps.grid) for m in all_maps], maps.grid, token)
         )
     title = f"positions as each layer sees them, after {runs[0].epochs} epochs, seed {runs[0].seed}"
     return overview(title, strips, columns, *COSINE)

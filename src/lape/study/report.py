@@ -175,8 +175,8 @@ def rows_of_measures(results: dict[str, Any]) -> Rows:
     rows = [["layer", *(f"{names[name]}, {variant.label}" for name, variant in columns)]]
     for layer in range(len(first[0].measures["monotonicity"])):
         values = ([run.measures[name][layer] for run in first if run.variant == variant] for name, variant in columns)
-        means = ([value for value in of_one if value is not None] for of_one in values)
-        rows.append([str(layer), *(f"{statistics.fmean(of_one):.2f}" if of_one else "-" for of_one in means)])
+        means = ([value for value in column if value is not None] for column in values)
+        rows.append([str(layer), *(f"{statistics.fmean(column):.2f}" if column else "-" for column in means)])
     return rows
 
 
@@ -245,10 +245,9 @@ def _draw_panel(axes: Axes, lines: Mapping[str, Sequence[Sequence[dict[str, floa
     epochs = max(len(history) for histories in lines.values() for history in histories)
     for place, (label, histories) in enumerate(lines.items()):
         steps = list(zip(*histories, strict=True))
-        beside = (
-            0.6 * ((place + 0.5) / len(lines) - 0.5) if epochs == 1 else 0.0
-        )  # of one epoch, points would hide others
-        x = [step[0]["epoch"] + 1 + beside for step in steps]
+        # after one epoch, points would hide others
+        offset = 0.6 * ((place + 0.5) / len(lines) - 0.5) if epochs == 1 else 0.0
+        x = [step[0]["epoch"] + 1 + offset for step in steps]
         y = [[entry["test_acc1"] for entry in step] for step in steps]
         join = label.partition(", ")[0]
         dashes = DASHES[sum(other.partition(", ")[0] == join for other in labels) % len(DASHES)]

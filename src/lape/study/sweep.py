@@ -224,8 +224,8 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
         if options.json is not None:  # after each: the next one may fail, or be interrupted
             write_content(options.json, json.dumps(results, indent=1) + "\n")
     for model in results["models"]:
-        several = len(model["checkpoints"])
-        heading = "" if len(paths) == 1 else f"{model['name']}, {several} checkpoint{'s' * (several > 1)}"
+        count = len(model["checkpoints"])
+        heading = "" if len(paths) == 1 else f"{model['name']}, {count} checkpoint{'s' * (count > 1)}"
         print("\n".join(["", *filter(None, [heading]), *plain_table(rows_of(model["summary"]))]))
     if options.plot is not None:
         write_figure(draw(models, max(sizes)), options.plot)
@@ -262,9 +262,9 @@ def summary_of(trainings: Sequence[Sequence[Outcome]]) -> list[dict[str, Any]]:
 
     `acc1` is in percent, with its 95 % interval over the trainings; `relative` a share of the clean accuracy.
     """
-    each = [_means(outcomes) for outcomes in trainings]
+    summaries = [_means(outcomes) for outcomes in trainings]
     entries: list[dict[str, Any]] = []
-    for group in zip(*each, strict=True):
+    for group in zip(*summaries, strict=True):
         accuracies, shares = [entry["acc1"] for entry in group], [entry["relative"] for entry in group]
         about = {"interval": interval(accuracies), "n": len(group), "relative": _mean_share(shares)}
         entries.append({**group[0], "acc1": statistics.fmean(accuracies), **about})
@@ -345,8 +345,8 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
         axes = next(panels)
         high = 0.8 / len(models)
         for place, (name, trainings) in enumerate(models.items()):
-            each = [{e["name"]: e["relative"] for e in _means(training)} for training in trainings]
-            values = [100 * statistics.fmean(t[change] or 0.0 for t in each) for change in names]
+            shares = [{e["name"]: e["relative"] for e in _means(training)} for training in trainings]
+            values = [100 * statistics.fmean(t[change] or 0.0 for t in shares) for change in names]
             where = [i + high * (place - (len(models) - 1) / 2) for i in range(len(names))]
             axes.barh(where, values, high, color=colours[name], label=name)
         axes.set_yticks(range(len(names)), names, fontsize=8)

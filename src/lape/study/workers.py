@@ -180,9 +180,9 @@ def _end(workers: Collection[Any]) -> None:
     """Each may finish its step and save, all in the same time."""
     for worker in workers:
         worker.terminate()
-    until = time.monotonic() + GRACE
+    deadline = time.monotonic() + GRACE
     for worker in workers:
-        worker.join(max(0.0, until - time.monotonic()))
+        worker.join(max(0.0, deadline - time.monotonic()))
         worker.kill()
 
 

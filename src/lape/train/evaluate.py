@@ -118,9 +118,9 @@ def _outcomes(
                 hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
                 loss = F.cross_entropy(logits, targets, reduction="none")
                 count = torch.ones_like(loss)
-                behind = place + size * len(targets)
-                outcome[:, place:behind:size] += torch.stack([count, hits[:, 0], hits.any(dim=1), loss])
-                place = behind
+                end = place + size * len(targets)
+                outcome[:, place:end:size] += torch.stack([count, hits[:, 0], hits.any(dim=1), loss])
+                place = end
     except DataError as error:
         problem = str(error)
     finally:

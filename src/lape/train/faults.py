@@ -86,14 +86,14 @@ def explain_faults(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        text, stands = _reason(error), "" if recipe.eval else "; the last checkpoint stands"
+        text, note = _reason(error), "" if recipe.eval else "; the last checkpoint stands"
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-            raise LapeError(_out_of_memory(recipe, text) + stands) from error
+            raise LapeError(_out_of_memory(recipe, text) + note) from error
         if _LOADER.search(text) or (isinstance(error, OSError) and error.errno in _NO_ROOM):
             raise LapeError(
                 f"a loader process was lost ({text[:160]}), mostly for lack of memory, of /dev/shm, or of allowed "
                 f"processes and open files (ulimit): lower --num-workers (now {recipe.num_workers}), or give the "
-                f"container more of them{stands}"
+                f"container more of them{note}"
             ) from error
         raise
 

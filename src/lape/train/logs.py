@@ -108,9 +108,8 @@ def write_log(history: list[dict[str, Any]], folder: Path) -> None:
     names = list(dict.fromkeys(name for line in history for name in line))
     # names and numbers: nothing to quote
     rows = [names, *(["" if line.get(name) is None else str(line[name]) for name in names] for line in history)]
-    log, table = "".join(json.dumps(line) + "\n" for line in history), "".join(",".join(row) + "\n" for row in rows)
-    write_content(folder / LOG, log)
-    write_content(folder / TABLE, table)
+    write_content(folder / LOG, "".join(json.dumps(line) + "\n" for line in history))
+    write_content(folder / TABLE, "".join(",".join(row) + "\n" for row in rows))
 
 
 def open_curves(recipe: Recipe, history: list[dict[str, Any]], world: World, place: tuple[int, int]) -> Curves | None:

@@ -193,8 +193,8 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
             if on_epoch is not None:
                 on_epoch(line)
             if epoch + 1 < recipe.epochs:
-                each = (time.perf_counter() - clock) / (epoch + 1 - first)
-                say(f"About {duration(each * (recipe.epochs - epoch - 1))} to go")
+                pace = (time.perf_counter() - clock) / (epoch + 1 - first)
+                say(f"About {duration(pace * (recipe.epochs - epoch - 1))} to go")
 
         seconds = time.perf_counter() - clock
         say(f"Training time {duration(seconds)}")
@@ -537,10 +537,10 @@ def _say_results(run: Training, raw: Metrics, ema: Metrics | None) -> None:
             say(f"Left out in this epoch: {line[name]} {what}")
     say(f"Max accuracy: {run.state.best_accuracy:.2f}%")
     if ema is not None:
-        best = {name: max(past.get(key, -1.0) for past in history) for name, key in _ACCURACIES.items()}
-        better = max(best, key=lambda name: best[name])
+        best = {name: max(entry.get(key, -1.0) for entry in history) for name, key in _ACCURACIES.items()}
+        leader = max(best, key=lambda name: best[name])
         say(
-            f"best_checkpoint.pth is by {_WEIGHTS[run.recipe.best_by]}; the best so far is of {_WEIGHTS[better]}: "
+            f"best_checkpoint.pth is by {_WEIGHTS[run.recipe.best_by]}; the best so far is of {_WEIGHTS[leader]}: "
             f"raw {best['raw']:.2f}%, EMA {best['ema']:.2f}%"
         )
 

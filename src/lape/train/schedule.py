@@ -10,7 +10,7 @@ from lape.train.progress import Say
 from lape.train.state import State, set_rate
 
 NEAR = 0.9  # of the peak: as good as reached
-DECAYING = ("cosine", "tanh", "poly")  # those that end at --min-lr
+DECAYS = ("cosine", "tanh", "poly")  # those that end at --min-lr
 
 
 def fit_warm_up(recipe: Recipe, say: Say, *, explicit: bool | None = None) -> Recipe:
@@ -35,7 +35,7 @@ def remarks(recipe: Recipe, peak: float, state: State) -> list[str]:
     if not math.isfinite(peak):
         raise LapeError(f"lr={recipe.lr} scaled by the total batch is {peak}: lower --lr, or use --unscale-lr")
     lines = []
-    if recipe.sched in DECAYING and not peak >= recipe.min_lr:
+    if recipe.sched in DECAYS and not peak >= recipe.min_lr:
         lines.append(
             f"The learning rate's peak of {peak:.4g} is below --min-lr {recipe.min_lr:.4g}: it rises where it should "
             "decay; raise --lr or lower --min-lr"

@@ -115,10 +115,10 @@ def check_optimizer(recipe: Recipe, device: torch.device) -> None:
     if recipe.opt.lower().split("_")[-1] not in names:
         guess = nearest(recipe.opt, names)
         raise LapeError(f"unknown opt {recipe.opt!r}{f'; did you mean {guess!r}?' if guess else ''}: a name of timm")
-    probe = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Linear(2, 2)).to(device)
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Linear(2, 2)).to(device)
     try:
-        optimizer = create_optimizer_v2(probe, **optimizer_kwargs(recipe), **_fused(recipe, device))
-        for parameter in probe.parameters():
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(recipe), **_fused(recipe, device))
+        for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
     except Exception as error:  # they raise what they like, from what they are made of
@@ -432,8 +432,10 @@ def _flags(recipe: Recipe) -> dict[str, Any]:
 
 
 def _changed_settings(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    now = _flags(recipe)
-    changes = {name: (old, now[name]) for name, old in checkpoint.args.items() if name in now and old != now[name]}
+    flags = _flags(recipe)
+    changes = {
+        name: (old, flags[name]) for name, old in checkpoint.args.items() if name in flags and old != flags[name]
+    }
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items() if name not in _INDIFFERENT)
 
 

@@ -137,16 +137,16 @@ class Card:
         """Similarity of all tokens with all, of every depth; the first is what enters the first block."""
         watch = Watch(self.model, self.photos[0].pixels)
         self._name_prefix(watch.num_prefix)
-        patches, of_patches = watch.patches, []
+        patches, patch_maps = watch.patches, []
         for one in self.photos:
             maps_Enn = cosine(torch.cat(watch.tokens(one.pixels))[:, : patches.stop])
-            of_patches.append(maps_Enn[1:, patches, patches])
+            patch_maps.append(maps_Enn[1:, patches, patches])
             pack = triangle(maps_Enn.numpy())
             if len(pack["data"]) > budget:
                 pack = rows(maps_Enn[:, None].numpy(), self.grid, budget, signed=True)
             self.data["tokens"].append({"kind": "cosine", "first": -1, "layers": len(maps_Enn), **pack})
         for label, hint, means, measure in TOKEN_MEASURES:
-            values = torch.stack([measure(maps_Lnn, self.grid) for maps_Lnn in of_patches])
+            values = torch.stack([measure(maps_Lnn, self.grid) for maps_Lnn in patch_maps])
             self._add_measure(label, f"on the photographs; {hint}", means, values.mean(0))
 
     def _add_attention(self, budget: int) -> None:

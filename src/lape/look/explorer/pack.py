@@ -30,8 +30,8 @@ def triangle(maps_Lnn: np.ndarray) -> dict[str, Any]:
 
 def by_frame(maps_TLnn: Iterable[np.ndarray]) -> dict[str, Any]:
     """`triangle` of each frame, a blank between their data; an image is one frame."""
-    each = [triangle(maps_Lnn) for maps_Lnn in maps_TLnn]
-    return {**each[0], "frames": list(range(len(each))), "data": " ".join(one["data"] for one in each)}
+    triangles = [triangle(maps_Lnn) for maps_Lnn in maps_TLnn]
+    return {**triangles[0], "frames": list(range(len(triangles))), "data": " ".join(one["data"] for one in triangles)}
 
 
 def halve_frames(pack: dict[str, Any]) -> None:

@@ -131,9 +131,9 @@ def page_text(title: str, cards: Sequence[Card], intro: str, budget: int) -> str
         total -= len(longest["data"])
         halve_frames(longest)
         total += len(longest["data"])
-    each = max(budget - total, 0) // max(sum(card.wishes for card in cards), 1)
+    share = max(budget - total, 0) // max(sum(card.wishes for card in cards), 1)
     for card in cards:
-        card.add_rest(each)
+        card.add_rest(share)
     data = {
         "title": title,
         "colours": colours(),
