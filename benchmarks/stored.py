@@ -29,7 +29,7 @@ from input_pipeline import RESULTS, _processor, measure
 
 import lape
 import lape.data.tables
-from lape.data.images import opened
+from lape.data.images import open_source
 from lape.data.loaders import Samples
 from lape.data.open import load_data
 from lape.data.shards import read_shards
@@ -86,7 +86,7 @@ def speeds(places: dict[str, Path], n: int, rounds: int, images: int) -> dict[st
                 keys = [key % len(samples) for key in keys]
                 if kind == "reading":
                     for key in keys:
-                        with opened(samples.dataset.sources[key]) as file:
+                        with open_source(samples.dataset.sources[key]) as file:
                             file.read()
                 else:
                     samples.__getitems__([(key, 0) for key in keys])
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=10)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    lape.data.tables.HELD = 0  # as for data that is too large to be held
+    lape.data.tables.CACHE_BYTES = 0  # as for data that is too large to be held
     with tempfile.TemporaryDirectory() as folder:
         places = write(Path(arguments.data), Path(folder), arguments.copies)
         n = arguments.copies * sum(len(list(path.iterdir())) for path in Path(arguments.data).iterdir())

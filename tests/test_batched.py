@@ -82,10 +82,10 @@ def test_autocontrast_of_every_range():
 
 MAPS = {
     "rotation": ((-30, 30), lambda v: ("rotate", v), batched.rotation),
-    "shear_x": ((-0.3, 0.3), lambda v: (1, v, 0, 0, 1, 0), batched.moved(1)),
-    "shear_y": ((-0.3, 0.3), lambda v: (1, 0, 0, v, 1, 0), batched.moved(3)),
-    "shift_x": ((-16.3, 16.1), lambda v: (1, 0, v, 0, 1, 0), batched.moved(2)),
-    "shift_y": ((-16.3, 16.1), lambda v: (1, 0, 0, 0, 1, v), batched.moved(5)),
+    "shear_x": ((-0.3, 0.3), lambda v: (1, v, 0, 0, 1, 0), batched.shear_or_shift(1)),
+    "shear_y": ((-0.3, 0.3), lambda v: (1, 0, 0, v, 1, 0), batched.shear_or_shift(3)),
+    "shift_x": ((-16.3, 16.1), lambda v: (1, 0, v, 0, 1, 0), batched.shear_or_shift(2)),
+    "shift_y": ((-16.3, 16.1), lambda v: (1, 0, 0, 0, 1, v), batched.shear_or_shift(5)),
 }
 
 

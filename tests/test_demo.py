@@ -17,7 +17,7 @@ import torch
 
 from lape.errors import LapeError
 from lape.recipe import Recipe
-from lape.study.compare import DEMO_FILES, DEMO_ROWS, Study, claim, demo_stages, late
+from lape.study.compare import DEMO_FILES, DEMO_ROWS, Study, claim, demo_stages, omission_sentences
 from lape.study.compare import demo as run_demo
 from lape.study.numbers import Run, Variant, differences, holm, mean_std, pairs_of, summarise
 from lape.study.options import DemoOptions
@@ -217,10 +217,10 @@ def test_a_slow_machine_leaves_seeds_out(limit: float | None, taken: int) -> Non
         for recipe in recipes:  # one second an epoch; no time passes in this test
             run = runs(recipe.epochs, [50.0], [])[0]
             named = {"model": recipe.model, "join": recipe.join_type, "pe_std": recipe.pe_std, "seed": recipe.seed}
-            agenda.finished(replace(run, **named, seconds=float(recipe.epochs)))
+            agenda.add(replace(run, **named, seconds=float(recipe.epochs)))
     assert count == taken
-    assert len(agenda.left_out) == 6 - taken
-    assert bool(late(agenda)) == (taken < 6)
+    assert len(agenda.omissions) == 6 - taken
+    assert bool(omission_sentences(agenda)) == (taken < 6)
 
 
 @pytest.mark.parametrize(("workers", "rounds"), [(1, 3), (2, 2), (4, 1)])
@@ -230,7 +230,7 @@ def test_a_stage_lasts_as_many_rounds_as_its_workers_need(workers: int, rounds: 
     stages = [Stage((one,)), Stage((one, one, one), needed=False)]
     agenda = Agenda(stages, workers, time_limit=10 * rounds + spare)
     agenda.take()
-    agenda.finished(replace(runs(10, [50.0], [])[0], seconds=10.0))
+    agenda.add(replace(runs(10, [50.0], [])[0], seconds=10.0))
     assert bool(agenda.take()) == (spare > 0)
 
 
@@ -240,15 +240,15 @@ def test_the_time_limit_stops_what_runs(workers: int) -> None:
     stages = [Stage((Recipe(seed=0, epochs=1), Recipe(seed=1, epochs=10**6)))]
     agenda = Impatient(stages, workers, time_limit=600.0)
     assert [run.seed for run in run_all(agenda, endless, str)] == [0]
-    assert agenda.left_out == stages
-    assert "seed 0 of 1 epochs" in late(agenda)[0]
+    assert agenda.omissions == stages
+    assert "seed 0 of 1 epochs" in omission_sentences(agenda)[0]
 
 
 class Impatient(Agenda):
     """Its time is up soon after the first training is done, however long that took."""
 
-    def finished(self, run: Run) -> None:
-        super().finished(run)
+    def add(self, run: Run) -> None:
+        super().add(run)
         self.time_limit = self.elapsed + 0.5
 
 

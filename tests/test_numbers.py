@@ -22,7 +22,7 @@ from lape.errors import CheckpointError, LapeError, NotFiniteError
 from lape.files.export import ExportResult, _judge
 from lape.look.probe import attention, last_norm, token_and_position, where_am_i
 from lape.recipe import Recipe
-from lape.study.compare import _other, _sort_out, cell_folder
+from lape.study.compare import _other_run, _sort_out, cell_folder
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.loop import train
 from lape.train.start import build_model, load_teacher
@@ -110,7 +110,7 @@ def test_a_comparison_refuses_results_that_are_no_numbers(tmp_path):
     torch.save({"model": build_model(recipe, 10, quiet).state_dict()}, tmp_path / "checkpoint.pth")
     (tmp_path / "log.txt").write_text('{"test_acc1": NaN}\n')
     with pytest.raises(LapeError, match="no log of a training"):
-        _other(tmp_path, recipe)
+        _other_run(tmp_path, recipe)
 
 
 # -- classes by their names --------------------------------------------------------------------------------------------

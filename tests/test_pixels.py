@@ -270,7 +270,7 @@ def test_unreadable_image_is_left_out_when_asked(folder, tmp_path):
     loader = train_loader(load_data(fields).train, fields, epoch=0)
     ((images, _),) = loader
     assert images.shape == (6, 3, 48, 48)
-    assert len(loader.skipped) == 1
+    assert len(loader.omissions) == 1
     with pytest.raises(DataError, match=r"dog/1.jpg .*--skip-corrupt"):
         list(train_loader(load_data(fields).train, fields.replace(skip_corrupt=False), epoch=0))
 

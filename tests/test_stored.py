@@ -170,7 +170,7 @@ def test_the_images_are_those_of_the_folder(folder, tmp_path, form):
 @pytest.mark.parametrize("form", ["parquet", "arrow", "samples"])
 @pytest.mark.parametrize("decode", ["exact", "fast"])
 def test_batches_of_processes_and_within_an_epoch_are_those_of_the_folder(folder, tmp_path, form, decode, monkeypatch):
-    monkeypatch.setattr(lape.data.tables, "HELD", 0)
+    monkeypatch.setattr(lape.data.tables, "CACHE_BYTES", 0)
     FORMATS[form](images_of(folder), tmp_path)
     recipes = [
         recipe_of(root, batch_size=3, num_workers=2, decode=decode, mixup=0, cutmix=0) for root in (folder, tmp_path)
@@ -293,10 +293,10 @@ def test_columns_are_chosen_where_there_are_several(folder, tmp_path, capsys):
 
 def test_a_row_group_is_read_for_a_row_and_a_huge_one_is_not(folder, tmp_path, monkeypatch):
     as_parquet(images_of(folder), tmp_path)
-    monkeypatch.setattr(lape.data.tables, "HELD", 1000)
+    monkeypatch.setattr(lape.data.tables, "CACHE_BYTES", 1000)
     found = load_data(recipe_of(tmp_path))
     assert "train: 2 parquet file(s) (3 rows are read for one image, arrow files are faster in training)" in found.name
-    assert not any(table._kept for table, _ in found.train.sources.blocks)
+    assert not any(table._cache for table, _ in found.train.sources.blocks)
     wanted = load_data(recipe_of(folder))
     assert all(torch.equal(found.val[index][0], wanted.val[index][0]) for index in (11, 3, 4, 0))
     monkeypatch.setattr(lape.data.tables, "MOST", 1000)
@@ -411,7 +411,7 @@ def test_rows_without_bytes_are_named_when_they_are_read(folder, tmp_path, capsy
         assert message.startswith(f"cannot read image {path}, row {row} (NULL where its bytes should be")
     loader = train_loader(data, recipe_of(tmp_path, skip_corrupt=True, repeated_aug=False), epoch=0)
     assert len(list(loader)) == 4
-    assert any(line.startswith(f"cannot read image {path}, row 5 ") for line in loader.skipped)
+    assert any(line.startswith(f"cannot read image {path}, row 5 ") for line in loader.omissions)
     report = check_data(tmp_path, workers=1)
     assert set(report.corrupt) == {f"data/train-00001-of-00002.parquet, row {row}" for row in (4, 5)}
 

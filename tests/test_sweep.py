@@ -15,7 +15,7 @@ from lape.convert.positions import positions
 from lape.data.changes import CORRUPTIONS, occluded, shifted, shuffled
 from lape.errors import LapeError
 from lape.study.options import SweepOptions
-from lape.study.sweep import Outcome, conditions_of, draw, size_named, summary_of
+from lape.study.sweep import Outcome, conditions_of, draw, parse_size, summary_of
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.loop import train
 
@@ -86,7 +86,7 @@ def test_a_share_of_the_patches_is_hidden(share: float, hidden: int) -> None:
 
 
 def test_sizes_are_read() -> None:
-    assert [size_named(text) for text in ("96", "96x128", "16X56")] == [(96, 96), (96, 128), (16, 56)]
+    assert [parse_size(text) for text in ("96", "96x128", "16X56")] == [(96, 96), (96, 128), (16, 56)]
     kinds = [c.kind for c in conditions_of(SweepOptions(sizes=("16", "24"), shift=(2,)), (16, 16), (4, 4))]
     assert kinds == ["clean", "size", "shift"]
 

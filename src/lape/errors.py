@@ -41,10 +41,10 @@ class LostError(LapeError):
 
 def check_finite(values: "Tensor", what: str) -> None:
     """Raises NotFiniteError where one of the values is NaN or infinite. `what`: "the outputs of ..."."""
-    bad = values.numel() - int(values.isfinite().sum())
-    if bad:
+    count = values.numel() - int(values.isfinite().sum())
+    if count:
         raise NotFiniteError(
-            f"{what} are not finite: {bad} of {values.numel()} values are NaN or infinite; use weights from before "
+            f"{what} are not finite: {count} of {values.numel()} values are NaN or infinite; use weights from before "
             "they were lost"
         )
 

@@ -16,9 +16,9 @@ TABLE8_NAMES = ("none", "scalar", "scale", "affine", "norm", "scalar-norm", "sca
 PE_NORM_NAMES = (*TABLE8_NAMES, "learned-norm")
 
 
-def nearest(value: str, allowed: Iterable[str]) -> str | None:
-    """Return the allowed name that looks most like `value` (case, `-` and `_` do not count), or None."""
-    plain = {_plain(name): name for name in allowed}
+def nearest(value: str, spellings: Iterable[str]) -> str | None:
+    """Return the spelling that looks most like `value` (case, `-` and `_` do not count), or None."""
+    plain = {_plain(name): name for name in spellings}
     matches = get_close_matches(_plain(value), plain, n=1)
     return plain[matches[0]] if matches else None
 
@@ -31,10 +31,10 @@ def shown(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def few(items: Sequence[object], most: int = 5) -> str:
+def few(items: Sequence[object], limit: int = 5) -> str:
     """The first ones, and how many more there are."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(str(item) for item in items[:most]) + more
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(str(item) for item in items[:limit]) + more
 
 
 def tell(text: str) -> None:
@@ -42,18 +42,18 @@ def tell(text: str) -> None:
     print("\n".join(map(shown, text.split("\n"))))
 
 
-def match_name(kind: str, value: str, allowed: Iterable[str]) -> str:
+def match_name(kind: str, value: str, spellings: Iterable[str]) -> str:
     """Return the canonical spelling of `value`, matched without regard to case.
 
     Args:
         kind: what the name is for ("join", "pe"); only the message uses it.
         value: what the user wrote.
-        allowed: the canonical spellings.
+        spellings: the canonical ones.
 
     Raises:
         LapeError: `value` is none of them; the message lists them and names the nearest.
     """
-    names = list(allowed)
+    names = list(spellings)
     if not isinstance(value, str):
         raise LapeError(f"{kind}={value!r} is not a name: known are {', '.join(names)}")
     for name in names:

@@ -42,9 +42,9 @@ class Options(BaseModel):
         cause = error.get("ctx", {}).get("error")
         if isinstance(cause, LapeError):
             return str(cause)
-        allowed = error["msg"].removeprefix("Input should be ").replace("Value error, ", "")
+        rule = error["msg"].removeprefix("Input should be ").replace("Value error, ", "")
         default = cls.model_fields[name].default
-        return f"{name}={error['input']!r} is not allowed: must be {allowed} (default: {default!r})"
+        return f"{name}={error['input']!r} is not allowed: must be {rule} (default: {default!r})"
 
 
 class PredictOptions(Options):

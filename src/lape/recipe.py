@@ -198,8 +198,8 @@ class Recipe(Options):
     @model_validator(mode="before")
     @classmethod
     def _without_the_originals(cls, values: dict[str, Any]) -> dict[str, Any]:
-        for name, allowed in OF_THE_ORIGINAL.items():
-            if allowed is not None and values.get(name, allowed) != allowed:
+        for name, constant in OF_THE_ORIGINAL.items():
+            if constant is not None and values.get(name, constant) != constant:
                 raise LapeError(f"{name}={values[name]!r} is refused, it has no effect here: leave it out")
         return {name: value for name, value in values.items() if name not in OF_THE_ORIGINAL}
 

@@ -122,11 +122,11 @@ def evaluate(
     and on changed images, those that differ in their seed alone as one model with an interval.
     """
     paths = [path for path in (*checkpoint, resume) if path is not None]
-    if not paths or (len(paths) > 1 and not sweep.asked):
+    if not paths or (len(paths) > 1 and not sweep.extras):
         several = "; several are for --sizes and changed images" if paths else ""
         raise LapeError(f"give one checkpoint: lape eval CHECKPOINT (or --resume CHECKPOINT){several}")
     settings = Recipe(eval=True, resume=paths[0], **flags)
-    if sweep.asked or sweep.json or sweep.plot:
+    if sweep.extras or sweep.json or sweep.plot:
         from lape.study.sweep import sweep as run_sweep
 
         run_sweep(paths, settings, sweep)
@@ -231,7 +231,7 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
         files = figures.visualize(checkpoint, save_dir, options)
         first = next(f for f in files if f.stem == "overview")
         print(f"{len(files)} files in {shown(files[0].parent)}, first look at {shown(first)}")
-        if leftovers := figures.left_over(files):
+        if leftovers := figures.leftovers(files):
             print(
                 f"{len(leftovers)} of an earlier drawing are still in that folder ({few(leftovers, 4)}): they do not "
                 "belong to this one; remove them, or choose another --model-name"

@@ -66,7 +66,7 @@ class EvalTransform:
         return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
 
     @property
-    def resized(self) -> tuple[int, int]:
+    def cover_size(self) -> tuple[int, int]:
         """Height and width that the image just covers after resizing, before the crop."""
         ratio = self.crop_ratio if max(self.size) > SMALL else 1.0
         height, width = (int(side / ratio) for side in self.size)
@@ -77,7 +77,7 @@ class EvalTransform:
         return transforms.Compose(
             [
                 ToMode(self.in_chans),
-                _cover(self.resized, self.interpolation),
+                _cover(self.cover_size, self.interpolation),
                 transforms.CenterCrop(self.size),
                 transforms.ToTensor(),
                 transforms.Normalize(torch.tensor(self.mean), torch.tensor(self.std)),
@@ -89,17 +89,17 @@ class EvalTransform:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> EvalTransform:
+    def from_dict(cls, entries: Mapping[str, Any]) -> EvalTransform:
         """Read what `to_dict` wrote. Raises LapeError: keys are missing or unknown, or a value is not allowed."""
         names = {field.name for field in fields(cls)}
-        if set(stored) != names:
-            odd = ", ".join(sorted(set(stored) ^ names))
+        if set(entries) != names:
+            odd = ", ".join(sorted(set(entries) ^ names))
             raise LapeError(f"not a stored transform: {odd} is missing or unknown (needed: {', '.join(sorted(names))})")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()}
         return cls(**values)
 
     def __str__(self) -> str:
-        (high, wide), (height, width) = self.resized, self.size
+        (high, wide), (height, width) = self.cover_size, self.size
         numbers = f"mean {_join(self.mean)}, std {_join(self.std)}"
         kind = "grey" if self.in_chans == 1 else "RGB"
         return f"{kind}, resize to cover {high}x{wide} ({self.interpolation}), centre crop {height}x{width}, {numbers}"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 LEVELS = 256
 BOXES = 3  # box blurs in place of a Gaussian
-ROUNDED_OFF = 1e-3  # more than float32 loses in a sum of 16 products, or a flat area would be cut to one level less
+ROUNDING = 1e-3  # more than float32 loses in a sum of 16 products, or a flat area would be cut to one level less
 LUMA, LUMA_BITS = (19595, 38470, 7471), 16  # ITU-R 601-2: 0.299, 0.587, 0.114 in 16 bits
 
 
@@ -54,10 +54,10 @@ def solarize(images_nCHW: Tensor, threshold_n: Tensor) -> Tensor:
     return look_up(images_nCHW, torch.where(values < _each(threshold_n, images_nCHW), values, 255 - values))
 
 
-def solarize_add(images_nCHW: Tensor, added_n: Tensor) -> Tensor:
+def solarize_add(images_nCHW: Tensor, amount_n: Tensor) -> Tensor:
     """Add to what lies below 128."""
     values = _values(images_nCHW)
-    more = (values + _each(added_n, images_nCHW).long()).clamp(max=255)
+    more = (values + _each(amount_n, images_nCHW).long()).clamp(max=255)
     return look_up(images_nCHW, torch.where(values < 128, more, values))
 
 
@@ -68,8 +68,8 @@ def autocontrast(images_nCHW: Tensor) -> Tensor:
     values = _values(images_nCHW)
     # float64 and a true division (torch's number / tensor is none) as in Pillow: a value may lie just below a whole
     scale = torch.full_like(low, 255, dtype=torch.float64) / (high - low).clamp(min=1)
-    stretched = (values * scale - low * scale).long().clamp(0, 255)
-    return look_up(images_nCHW, torch.where(high > low, stretched, values))
+    result = (values * scale - low * scale).long().clamp(0, 255)
+    return look_up(images_nCHW, torch.where(high > low, result, values))
 
 
 def equalize(images_nCHW: Tensor) -> Tensor:
@@ -134,22 +134,22 @@ def warp(images_nCHW: Tensor, matrix_n6: Tensor, fill_C: Tensor, cubic_n: Tensor
         fill_C: 8-bit colour of what lies outside.
         cubic_n: bool, bicubic (Pillow's kernel here has a = -1) or bilinear.
     """
-    same = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64, device=matrix_n6.device)
-    level, upright = (matrix_n6[:, 3:] == same[3:]).all(1), (matrix_n6[:, :3] == same[:3]).all(1)
-    turned = matrix_n6[:, [4, 3, 5, 1, 0, 2]]  # rows and columns exchanged
+    identity = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64, device=matrix_n6.device)
+    level, upright = (matrix_n6[:, 3:] == identity[3:]).all(1), (matrix_n6[:, :3] == identity[:3]).all(1)
+    transpose_n6 = matrix_n6[:, [4, 3, 5, 1, 0, 2]]  # rows and columns exchanged
     result = torch.empty_like(images_nCHW)
     rest = ~(level | upright)
-    for along, chosen, maps in (("x", level, matrix_n6), ("y", upright & ~level, turned), ("", rest, matrix_n6)):
-        places = chosen.nonzero()[:, 0]
+    for along, mask, maps in (("x", level, matrix_n6), ("y", upright & ~level, transpose_n6), ("", rest, matrix_n6)):
+        places = mask.nonzero()[:, 0]
         if len(places):
             at = places.to(images_nCHW.device, non_blocking=True)
-            some = images_nCHW[at].mT if along == "y" else images_nCHW[at]
-            warped = _warped(some, maps[places], fill_C, cubic_n[places], level=along != "")
-            result[at] = warped.mT if along == "y" else warped
+            images = images_nCHW[at].mT if along == "y" else images_nCHW[at]
+            part = _warp_alike(images, maps[places], fill_C, cubic_n[places], level=along != "")
+            result[at] = part.mT if along == "y" else part
     return result
 
 
-def _warped(images_nCHW: Tensor, matrix_n6: Tensor, fill_C: Tensor, cubic_n: Tensor, *, level: bool) -> Tensor:
+def _warp_alike(images_nCHW: Tensor, matrix_n6: Tensor, fill_C: Tensor, cubic_n: Tensor, *, level: bool) -> Tensor:
     """`warp` of maps that are alike; `level`: rows move along themselves, so that 4 of the 16 neighbours count."""
     n, channels, height, width = images_nCHW.shape
     device = images_nCHW.device
@@ -173,7 +173,7 @@ def _warped(images_nCHW: Tensor, matrix_n6: Tensor, fill_C: Tensor, cubic_n: Ten
                 places = (row * width + column).view(n, 1, -1).expand(n, channels, -1)
                 line.addcmul_(flat.gather(2, places).view_as(line).float(), part.unsqueeze(1))
             result.addcmul_(line, weight.unsqueeze(1))
-    pixels = (result + ROUNDED_OFF).clamp(0, 255).to(torch.uint8)
+    pixels = (result + ROUNDING).clamp(0, 255).to(torch.uint8)
     return torch.where(inside.unsqueeze(1), pixels, fill_C.view(1, -1, 1, 1))
 
 
@@ -185,7 +185,7 @@ def rotation(degrees_n: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y], dim=1)
 
 
-def moved(place: int) -> Callable[[Tensor, int, int], Tensor]:
+def shear_or_shift(place: int) -> Callable[[Tensor, int, int], Tensor]:
     """The function of (values (n,), height, width) to identity maps (n, 6) with one entry replaced: 1 and 3 shear along
     x and y, 2 and 5 shift."""
 
@@ -226,10 +226,10 @@ def shifted_crop(images_nCHW: Tensor, corner_n2: Tensor, size: tuple[int, int], 
     if mode == "reflect":
         rows = height - 1 - (height - 1 - rows.abs()).abs()
         columns = width - 1 - (width - 1 - columns.abs()).abs()
-    seen = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
-    cut = images_nCHW.permute(0, 2, 3, 1)[torch.arange(n, device=device)[:, None, None], rows, columns]
-    return (cut * seen.unsqueeze(-1)).permute(0, 3, 1, 2).contiguous()
+    pixels = images_nCHW.permute(0, 2, 3, 1)[torch.arange(n, device=device)[:, None, None], rows, columns]
+    return (pixels * inside.unsqueeze(-1)).permute(0, 3, 1, 2).contiguous()
 
 
 def _each(strength_n: Tensor, images: Tensor) -> Tensor:
@@ -262,26 +262,26 @@ def _taps(at_nHW: Tensor, size: int, cubic_n: Tensor) -> tuple[list[Tensor], lis
     d = (at_nHW - first).float()
     places = [(first.long() + offset).clamp(0, size - 1) for offset in (-1, 0, 1, 2)]
 
-    def linear() -> list[Tensor]:
+    def bilinear() -> list[Tensor]:
         zero = torch.zeros_like(d)
         return [zero, 1 - d, d, zero]
 
-    def bent() -> list[Tensor]:
+    def bicubic() -> list[Tensor]:
         return [d * (-1 + d * (2 - d)), 1 + d * d * (d - 2), d * (1 + d * (1 - d)), d * d * (d - 1)]
 
-    return places, _chosen(cubic_n, bent, linear, at_nHW.device)
+    return places, _select(cubic_n, bicubic, bilinear, at_nHW.device)
 
 
-def _chosen(
-    cubic_n: Tensor, bent: Callable[[], list[Tensor]], linear: Callable[[], list[Tensor]], device: torch.device
+def _select(
+    cubic_n: Tensor, bicubic: Callable[[], list[Tensor]], bilinear: Callable[[], list[Tensor]], device: torch.device
 ) -> list[Tensor]:
     """The bicubic weights or the bilinear ones; only those that are needed where the choice lies on the host."""
     if cubic_n.device.type == "cpu" and bool(cubic_n.all()):
-        return bent()
+        return bicubic()
     if cubic_n.device.type == "cpu" and not bool(cubic_n.any()):
-        return linear()
+        return bilinear()
     cubic = cubic_n.to(device).view(-1, 1, 1)
-    return [torch.where(cubic, one, other) for one, other in zip(bent(), linear(), strict=True)]
+    return [torch.where(cubic, one, other) for one, other in zip(bicubic(), bilinear(), strict=True)]
 
 
 def _resampling(start_n: Tensor, length_n: Tensor, n_in: int, n_out: int, cubic_n: Tensor) -> Tensor:
@@ -296,11 +296,11 @@ def _resampling(start_n: Tensor, length_n: Tensor, n_in: int, n_out: int, cubic_
     place = torch.arange(n_in, device=start.device, dtype=torch.float64).view(1, 1, -1) - start
     t = ((place + 0.5) / stretch - centre / stretch).float().abs_()
 
-    def bent() -> list[Tensor]:
+    def bicubic() -> list[Tensor]:
         near, far = 1 + t * t * (1.5 * t - 2.5), 2 - t * (4 - t * (2.5 - 0.5 * t))
         return [torch.where(t < 1, near, torch.where(t < 2, far, 0.0))]
 
-    (weights,) = _chosen(cubic_n, bent, lambda: [(1 - t).clamp(min=0)], start.device)
+    (weights,) = _select(cubic_n, bicubic, lambda: [(1 - t).clamp(min=0)], start.device)
     first, last, place = first.float(), last.float(), place.float()  # whole numbers
     weights = weights * ((place >= first) & (place < last))
     return weights / weights.sum(2, keepdim=True)

@@ -47,8 +47,8 @@ def impulse_noise(image_CHW: Tensor, generator: Generator, severity: int) -> Ten
 def gaussian_blur(image_CHW: Tensor, _generator: Generator, severity: int) -> Tensor:
     """Sharpness lost."""
     side = min(image_CHW.shape[-2:])
-    scaled = [sigma * side / OF_SIDE for sigma in (1, 2, 3, 4, 6)]
-    sigma = _level(image_CHW, severity, scaled, (0.4, 0.6, 0.7, 0.8, 1.0))
+    sigmas = [sigma * side / OF_SIDE for sigma in (1, 2, 3, 4, 6)]
+    sigma = _level(image_CHW, severity, sigmas, (0.4, 0.6, 0.7, 0.8, 1.0))
     reach = min(max(round(4 * sigma), 1), max(side - 1, 1))
     return change.gaussian_blur(image_CHW, [2 * reach + 1] * 2, [sigma] * 2)
 
@@ -70,8 +70,8 @@ def pixelate(image_CHW: Tensor, _generator: Generator, severity: int) -> Tensor:
     """Made smaller and large again."""
     share = _level(image_CHW, severity, (0.6, 0.5, 0.4, 0.3, 0.25), (0.95, 0.9, 0.85, 0.75, 0.65))
     small = [max(int(side * share), 1) for side in image_CHW.shape[-2:]]
-    less = F.interpolate(image_CHW[None], size=small, mode="area")
-    return F.interpolate(less, size=image_CHW.shape[-2:], mode="nearest")[0]
+    coarse = F.interpolate(image_CHW[None], size=small, mode="area")
+    return F.interpolate(coarse, size=image_CHW.shape[-2:], mode="nearest")[0]
 
 
 def jpeg(image_CHW: Tensor, _generator: Generator, severity: int) -> Tensor:
@@ -79,8 +79,8 @@ def jpeg(image_CHW: Tensor, _generator: Generator, severity: int) -> Tensor:
     quality = _level(image_CHW, severity, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40))
     file = io.BytesIO()
     change.to_pil_image(image_CHW).save(file, "jpeg", quality=int(quality))
-    with Image.open(file) as decoded:
-        return change.to_dtype(change.pil_to_tensor(decoded), image_CHW.dtype, scale=True)
+    with Image.open(file) as image:
+        return change.to_dtype(change.pil_to_tensor(image), image_CHW.dtype, scale=True)
 
 
 CORRUPTIONS: dict[str, Callable[..., Tensor]] = {
@@ -95,14 +95,14 @@ CORRUPTIONS: dict[str, Callable[..., Tensor]] = {
 def _patches(image_CHW: Tensor, patch: tuple[int, int]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """(n, C, height, width) whole patches, and how they are put back; what is left over at the edge stays."""
     rows, columns = (side // length for side, length in zip(image_CHW.shape[-2:], patch, strict=True))
-    whole = image_CHW[:, : rows * patch[0], : columns * patch[1]]
-    cut = whole.unflatten(1, (rows, patch[0])).unflatten(3, (columns, patch[1]))  # C, rows, height, columns, width
-    patches_nChw = cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
+    area = image_CHW[:, : rows * patch[0], : columns * patch[1]]
+    tiles = area.unflatten(1, (rows, patch[0])).unflatten(3, (columns, patch[1]))  # C, rows, height, columns, width
+    patches_nChw = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)
 
     def back(patches_nChw: Tensor) -> Tensor:
         out = image_CHW.clone()
-        laid = patches_nChw.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
-        out[:, : rows * patch[0], : columns * patch[1]] = laid.flatten(3, 4).flatten(1, 2)
+        tiles = patches_nChw.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+        out[:, : rows * patch[0], : columns * patch[1]] = tiles.flatten(3, 4).flatten(1, 2)
         return out
 
     return patches_nChw, back
@@ -117,9 +117,9 @@ def shuffled(image_CHW: Tensor, generator: Generator, patch: tuple[int, int]) ->
 def occluded(image_CHW: Tensor, generator: Generator, share: float, patch: tuple[int, int]) -> Tensor:
     """A share of the patches (at least one is left) has the image's mean colour."""
     patches, back = _patches(image_CHW, patch)
-    hidden = torch.randperm(len(patches), generator=generator)[: min(round(share * len(patches)), len(patches) - 1)]
+    indices = torch.randperm(len(patches), generator=generator)[: min(round(share * len(patches)), len(patches) - 1)]
     patches = patches.clone()
-    patches[hidden] = image_CHW.mean((-2, -1))[None, :, None, None]
+    patches[indices] = image_CHW.mean((-2, -1))[None, :, None, None]
     return back(patches)
 
 

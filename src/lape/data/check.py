@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from lape.data.folders import SPLITS, Survey, check_root, survey
-from lape.data.images import Packed, Source, check_shape, decode, opened
+from lape.data.images import PackedImage, Source, check_shape, decode, open_source
 from lape.data.processes import processors, spread
 from lape.data.stored import look, stored_files
 from lape.errors import DataError, LapeError, check_file, reason_of
@@ -34,7 +34,7 @@ from lape.names import few
 
 MACOS = ("._", ".DS_Store")
 WNID = re.compile(r"n\d{8}")
-TOGETHER = 64  # files a process takes at once
+CHUNK = 64  # files a process takes at once
 USUAL = ("RGB",)
 EXIF = (b"Exif", b"eXIf", b"EXIF", b"exif")  # of JPEG, PNG, WebP, and of older PNG
 ORIENTATION = 274  # the number of EXIF's tag
@@ -110,13 +110,13 @@ def check_data(
     began, root = time.perf_counter(), Path(root).expanduser()
     check_root(root)
     report = Report(str(root))
-    images = _inside(root, files, columns, report) if (files := stored_files(root)) else _in_folders(root, report)
+    images = _in_files(root, files, columns, report) if (files := stored_files(root)) else _in_folders(root, report)
     _judge_classes(report)
     hashes: dict[str, dict[bytes, list[str]]] = {split: {} for split in SPLITS}
     sides: set[int] = set()
     sources = [source for *_, source in images.values()]
-    workers = 1 if len(sources) <= TOGETHER else workers or processors()
-    findings = _shown(spread(_inspect, sources, workers, TOGETHER, "use --workers 1"), len(images), progress)
+    workers = 1 if len(sources) <= CHUNK else workers or processors()
+    findings = _with_bar(spread(_inspect, sources, workers, CHUNK, "use --workers 1"), len(images), progress)
     for path, finding in sorted(zip(images, findings, strict=True)):
         if finding.reason:
             report.corrupt[path] = finding.reason
@@ -126,9 +126,9 @@ def check_data(
         sides |= {finding.width, finding.height}
         hashes[images[path][0]].setdefault(finding.digest, []).append(path)
     report.odd = dict(sorted(report.odd.items()))
-    both = hashes["train"].keys() & hashes["val"].keys()
-    report.duplicates = sorted([hashes["train"][digest][0], hashes["val"][digest][0]] for digest in both)
-    report.copies = sorted(paths for of in hashes.values() for paths in of.values() if len(paths) > 1)
+    common = hashes["train"].keys() & hashes["val"].keys()
+    report.duplicates = sorted([hashes["train"][digest][0], hashes["val"][digest][0]] for digest in common)
+    report.copies = sorted(paths for by_digest in hashes.values() for paths in by_digest.values() if len(paths) > 1)
     if sides:
         report.sizes = {"smallest": min(sides), "largest": max(sides)}
     _judge_files(report, {path: name for path, (_, name, _) in images.items()})
@@ -139,9 +139,10 @@ def check_data(
 def _in_folders(root: Path, report: Report) -> Images:
     """The images in class folders, counted."""
     folder = survey(root)
-    report.counts = {split: {name: len(of) for name, of in classes.items()} for split, classes in folder.images.items()}
+    for split, classes in folder.images.items():
+        report.counts[split] = {name: len(paths) for name, paths in classes.items()}
     report.errors = folder.errors
-    _judge_others(folder, root, report)
+    _judge_layout(folder, root, report)
     return {
         os.path.relpath(path, root): (split, name, path)
         for split, classes in folder.images.items()
@@ -150,34 +151,33 @@ def _in_folders(root: Path, report: Report) -> Images:
     }
 
 
-def _inside(root: Path, files: dict[str, list[Path]], columns: Sequence[str], report: Report) -> Images:
+def _in_files(root: Path, files: dict[str, list[Path]], columns: Sequence[str], report: Report) -> Images:
     """The images in parquet, arrow and tar files, counted."""
     try:
-        stored = look(root, files, SPLITS, columns)
+        contents = look(root, files, SPLITS, columns)
     except DataError as error:
         report.errors.append(str(error))
         return {}
     images: Images = {}
-    for split, (sources, targets) in stored.images.items():
+    for split, (sources, targets) in contents.images.items():
         count = Counter(targets)
-        report.counts[split] = {name: count[number] for number, name in enumerate(stored.classes)}
+        report.counts[split] = {name: count[number] for number, name in enumerate(contents.classes)}
         for source, number in zip(sources, targets, strict=True):
-            images[os.path.relpath(str(source), root)] = split, stored.classes[number], source
+            images[os.path.relpath(str(source), root)] = split, contents.classes[number], source
     if empty := [name for name, number in report.counts["train"].items() if not number]:
-        report.warnings.append(f"{len(empty)} of {len(stored.classes)} classes have no training image: {few(empty)}")
+        report.warnings.append(f"{len(empty)} of {len(contents.classes)} classes have no training image: {few(empty)}")
     return images
 
 
-def _judge_others(folder: Survey, root: Path, report: Report) -> None:
-    others, hidden, circles = (
-        [os.path.relpath(path, root) for path in paths] for paths in (folder.others, folder.hidden, folder.circles)
-    )
+def _judge_layout(folder: Survey, root: Path, report: Report) -> None:
+    groups = (folder.other_files, folder.hidden_folders, folder.circles)
+    files, folders, circles = ([os.path.relpath(path, root) for path in paths] for paths in groups)
     kinds = {
-        "folder(s) of the system or of a program, not read": hidden,
+        "folder(s) of the system or of a program, not read": folders,
         "folder(s) not read, links to one that holds them or is read already": circles,
-        "file(s) of macOS, which are not read": [p for p in others if os.path.basename(p).startswith(MACOS)],
+        "file(s) of macOS, which are not read": [p for p in files if os.path.basename(p).startswith(MACOS)],
         "file(s) that are no images by their names, not read": [
-            p for p in others if not os.path.basename(p).startswith(MACOS)
+            p for p in files if not os.path.basename(p).startswith(MACOS)
         ],
     }
     report.warnings += [f"{len(paths)} {what}: {few(paths)}" for what, paths in kinds.items() if paths]
@@ -185,13 +185,13 @@ def _judge_others(folder: Survey, root: Path, report: Report) -> None:
 
 def _judge_classes(report: Report) -> None:
     """Warn of names whose order or meaning may be another than it seems."""
-    ordered = list(dict.fromkeys(name for classes in report.counts.values() for name in classes))
-    names = sorted(ordered)
+    order = list(dict.fromkeys(name for classes in report.counts.values() for name in classes))
+    names = sorted(order)
     wnids = [name for name in names if WNID.fullmatch(name)]
     if wnids and len(wnids) != len(names):
-        others = [name for name in names if not WNID.fullmatch(name)]
+        rest = [name for name in names if not WNID.fullmatch(name)]
         report.warnings.append(
-            f"{len(wnids)} classes are WordNet ids and {len(others)} are not ({few(others)}): numbers of classes will "
+            f"{len(wnids)} classes are WordNet ids and {len(rest)} are not ({few(rest)}): numbers of classes will "
             "not be those of ImageNet"
         )
     elif len(wnids) == 1000:
@@ -200,7 +200,7 @@ def _judge_classes(report: Report) -> None:
         if (imagenet := ImageNetInfo("imagenet-1k").label_names()) != wnids:
             strange = sorted(set(wnids) - set(imagenet))
             report.warnings.append(f"1000 WordNet ids, but not those of ImageNet-1k: {few(strange)} are others")
-    numeric = [name for name in ordered if name.isdigit()]
+    numeric = [name for name in order if name.isdigit()]
     if sorted(numeric, key=int) != numeric:
         report.warnings.append(
             f"class folders are numbers, ordered by spelling: classes 0, 1, 2 are {', '.join(sorted(numeric)[:3])}; "
@@ -221,9 +221,9 @@ class Finding(NamedTuple):
 def _inspect(source: Source) -> Finding:
     """Decode an image. JPEG is decoded at an eighth of its size: all of its bytes are read, few pixels are computed."""
     try:
-        if not isinstance(source, Packed):
+        if not isinstance(source, PackedImage):
             check_file(source)
-        with opened(source) as file:
+        with open_source(source) as file:
             data = file.read()
     except LapeError:
         return Finding("a pipe or a device")
@@ -257,9 +257,9 @@ def _inspect(source: Source) -> Finding:
 
 def _judge_files(report: Report, class_of: Mapping[str, str]) -> None:
     if report.corrupt:
-        some = [f"{path} ({reason})" for path, reason in report.corrupt.items()]
+        lines = [f"{path} ({reason})" for path, reason in report.corrupt.items()]
         report.errors.append(
-            f"{len(some)} file(s) that cannot be decoded: {few(some)}; replace or remove them, or train with "
+            f"{len(lines)} file(s) that cannot be decoded: {few(lines)}; replace or remove them, or train with "
             "--skip-corrupt (those of val/ must go)"
         )
     for kind, paths in report.odd.items():
@@ -267,9 +267,9 @@ def _judge_files(report: Report, class_of: Mapping[str, str]) -> None:
     if report.duplicates:
         pairs = [f"{val} = {train}" for train, val in report.duplicates]
         report.warnings.append(f"{len(pairs)} validation image(s) are training images, too: {few(pairs)}")
-        inside = Counter(class_of[train] != class_of[val] for train, val in report.duplicates)
-        if inside[True]:
-            report.warnings.append(f"{inside[True]} of them under another class")
+        class_differs = Counter(class_of[train] != class_of[val] for train, val in report.duplicates)
+        if class_differs[True]:
+            report.warnings.append(f"{class_differs[True]} of them under another class")
     for across, where in ((True, "under two classes"), (False, "in one class")):
         groups = [paths for paths in report.copies if (len({class_of[path] for path in paths}) > 1) == across]
         if groups:
@@ -277,7 +277,7 @@ def _judge_files(report: Report, class_of: Mapping[str, str]) -> None:
             report.warnings.append(f"{len(groups)} image(s) are there more than once {where}: {few(names)}")
 
 
-def _shown(findings: Iterable[Finding], total: int, progress: bool | None) -> Iterable[Finding]:
+def _with_bar(findings: Iterable[Finding], total: int, progress: bool | None) -> Iterable[Finding]:
     """The findings, with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import track

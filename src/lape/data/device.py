@@ -32,7 +32,7 @@ GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15, the odd number next to 2^64 
 MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 FREE_PART = 0.5  # of the free memory that images may fill
 CUBIC = {InterpolationMode.BILINEAR: False, InterpolationMode.BICUBIC: True, 2: False, 3: True}  # torchvision's, PIL's
-LEFT_OUT = "leave --data-on-device out"
+LEAVE_OUT = "leave --data-on-device out"
 
 
 class Stream:
@@ -46,7 +46,7 @@ class Stream:
         """`seed` stands for the run and the epoch; any 63 bits."""
         keys = torch.full_like(index_B, seed)
         for part in (index_B, copy_B):
-            keys = _mixed(keys + (part + 1) * GOLDEN)
+            keys = _mix(keys + (part + 1) * GOLDEN)
         return cls(keys)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -64,21 +64,21 @@ class Stream:
         deviation: Tensor = torch.special.ndtri(self.uniform().clamp(min=2.0**-53))
         return mean + std * deviation
 
-    def noise(self, chosen: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Standard normal float32 (len(chosen), *shape) of the chosen images, made on the device."""
-        first = self._bits()[chosen].to(device, non_blocking=True)
+    def noise(self, places: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Standard normal float32 (len(places), *shape) of the images at these places, made on the device."""
+        first = self._bits()[places].to(device, non_blocking=True)
         return _normal(first[:, None], torch.arange(1, math.prod(shape) + 1, device=device)).view(-1, *shape)
 
-    def noise_at(self, chosen_m: Tensor, index_mk: Tensor) -> Tensor:
-        """(m, k) on the host: of image `chosen` what `noise` has at these flat indices of its shape."""
-        return _normal(self._bits()[chosen_m][:, None], index_mk + 1)
+    def noise_at(self, places_m: Tensor, index_mk: Tensor) -> Tensor:
+        """(m, k) on the host: of the images at these places what `noise` has at these flat indices of its shape."""
+        return _normal(self._bits()[places_m][:, None], index_mk + 1)
 
     def _bits(self) -> Tensor:
         self.draws += 1
-        return _mixed(self.keys + torch.tensor(self.draws) * GOLDEN)
+        return _mix(self.keys + torch.tensor(self.draws) * GOLDEN)
 
 
-def _mixed(bits: Tensor) -> Tensor:
+def _mix(bits: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64, which wraps around."""
     bits = (bits ^ _shifted(bits, 30)).mul_(MIX[0])
     bits = bits.bitwise_xor_(_shifted(bits, 27)).mul_(MIX[1])
@@ -87,7 +87,7 @@ def _mixed(bits: Tensor) -> Tensor:
 
 def _normal(first: Tensor, step: Tensor) -> Tensor:
     """Standard normal float32 number `step` of a stream within a stream, whose first bits are given."""
-    middle = (_unit(_mixed(first + GOLDEN * step)) + 2.0**-54).float().clamp(2.0**-25, 1 - 2.0**-24)
+    middle = (_unit(_mix(first + GOLDEN * step)) + 2.0**-54).float().clamp(2.0**-25, 1 - 2.0**-24)
     deviation: Tensor = torch.special.ndtri(middle)
     return deviation
 
@@ -112,10 +112,10 @@ def split_transform(transform: transforms.Compose) -> tuple[transforms.Compose, 
     steps = list(transform.transforms)
     count = next((number for number, step in enumerate(steps) if type(step) in TWINS), len(steps))
     once, rest = steps[:count], steps[count:]
-    fixed = (ToMode, transforms.Resize, ResizeKeepRatio, transforms.CenterCrop)
-    unknown = [step for step in once if type(step) not in fixed] + [step for step in rest if type(step) not in TWINS]
+    types = (ToMode, transforms.Resize, ResizeKeepRatio, transforms.CenterCrop)
+    unknown = [step for step in once if type(step) not in types] + [step for step in rest if type(step) not in TWINS]
     if unknown:
-        raise LapeError(f"{type(unknown[0]).__name__} is not made for batches on the device: {LEFT_OUT}")
+        raise LapeError(f"{type(unknown[0]).__name__} is not made for batches on the device: {LEAVE_OUT}")
     twins = [(step, TWINS[type(step)]) for step in rest]
     return transforms.Compose(once), [make(step) for step, make in twins if make is not None]
 
@@ -145,12 +145,12 @@ class Crop:
     def __init__(self, step: transforms.RandomCrop) -> None:
         self.size, self.padding, self.mode = step.size, step.padding, step.padding_mode
         if not isinstance(self.padding, int) or self.mode not in ("constant", "reflect") or step.fill:
-            raise LapeError(f"a random crop with padding {self.padding} {self.mode} is not made here: {LEFT_OUT}")
+            raise LapeError(f"a random crop with padding {self.padding} {self.mode} is not made here: {LEAVE_OUT}")
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
         corners = [
-            stream.integer(side + 2 * self.padding - cropped + 1) - self.padding
-            for side, cropped in zip(images.shape[2:], self.size, strict=True)
+            stream.integer(side + 2 * self.padding - length + 1) - self.padding
+            for side, length in zip(images.shape[2:], self.size, strict=True)
         ]
         return batched.shifted_crop(images, torch.stack(corners, dim=1), self.size, self.mode)
 
@@ -169,7 +169,7 @@ class Jitter:
 
     def __init__(self, step: transforms.ColorJitter) -> None:
         if step.hue is not None:
-            raise LapeError(f"colour jitter of the hue is not made for batches on the device: {LEFT_OUT}")
+            raise LapeError(f"colour jitter of the hue is not made for batches on the device: {LEAVE_OUT}")
         ranges = {"Brightness": step.brightness, "Contrast": step.contrast, "Color": step.saturation}
         self.ranges = {name: bounds for name, bounds in ranges.items() if bounds is not None}
 
@@ -190,7 +190,7 @@ class Policy:
         self.ops = [op for some in lists for op in some]
         unknown = [op.name for op in self.ops if op.name not in ARGUMENTS]
         if unknown:  # none of timm 1.0.31
-            raise LapeError(f"timm's operation {unknown[0]} is not made for batches on the device: {LEFT_OUT}")
+            raise LapeError(f"timm's operation {unknown[0]} is not made for batches on the device: {LEAVE_OUT}")
         self.layers, self.cubic = layers, _kernel(self.ops[0].kwargs["resample"])
         numbers = iter(range(len(self.ops)))
         rows = [torch.tensor([next(numbers) for _ in some]) for some in lists]
@@ -201,21 +201,21 @@ class Policy:
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
         for _ in range(self.layers):
             for which in self.lists[stream.integer(len(self.lists))].unbind(1):
-                used, level, unit = self.draw(which, stream)
-                self._apply(images, torch.where(used, which, -1), level, unit, _cubic(self, stream))
+                applies, level, unit = self.draw(which, stream)
+                self._apply(images, torch.where(applies, which, -1), level, unit, _cubic(self, stream))
         return images
 
     def draw(self, which: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) each: whether the operation is applied, its level, and a number in [0, 1) for what else it draws."""
-        used = (which >= 0) & (stream.uniform() <= self.chances[which])
-        spread, magnitude = self.ops[0].magnitude_std, self.magnitudes[which]
-        level = magnitude * stream.uniform() if spread == math.inf else magnitude + stream.normal(0, spread)
-        return used, level.clamp(0, self.ops[0].magnitude_max or 10), stream.uniform()
+        applies = (which >= 0) & (stream.uniform() <= self.chances[which])
+        deviation, magnitude = self.ops[0].magnitude_std, self.magnitudes[which]
+        level = magnitude * stream.uniform() if deviation == math.inf else magnitude + stream.normal(0, deviation)
+        return applies, level.clamp(0, self.ops[0].magnitude_max or 10), stream.uniform()
 
     def _apply(self, images: Tensor, which: Tensor, level: Tensor, unit: Tensor, cubic: Tensor) -> None:
         height, width = images.shape[2:]
         maps = torch.zeros(len(images), 6, dtype=torch.float64)
-        moved = torch.zeros(len(images), dtype=torch.bool)
+        affine = torch.zeros(len(images), dtype=torch.bool)
         for number, op in enumerate(self.ops):
             mine = which == number
             if not mine.any():
@@ -227,8 +227,8 @@ class Policy:
                 make, along = MATRICES[op.name]
                 pixels = argument * (1 if along is None else images.shape[along])
                 maps[mine] = make(pixels, height, width)[mine]
-                moved |= mine
-        places = moved.nonzero()[:, 0]
+                affine |= mine
+        places = affine.nonzero()[:, 0]
         if len(places):
             device = images.device
             fill = torch.tensor(self.ops[0].kwargs["fillcolor"], dtype=torch.uint8, device=device)
@@ -273,10 +273,10 @@ class Erase:
                 images[places[image], :, row, column] = stream.noise_at(places[image], index)
                 continue
             shape = {"const": (), "rand": (channels, 1, 1), "pixel": (channels, height, width)}[self.mode]
-            written: Tensor | float = stream.noise(places, shape, device) if shape else 0.0
+            values: Tensor | float = stream.noise(places, shape, device) if shape else 0.0
             if len(places):
                 at = places.to(device, non_blocking=True)
-                images[at] = torch.where(inside, torch.as_tensor(written, device=device), images[at])
+                images[at] = torch.where(inside, torch.as_tensor(values, device=device), images[at])
         return images
 
 
@@ -333,7 +333,7 @@ def _either_side(most: float, setting: str = "") -> Argument:
     return lambda level, unit, settings: _side(unit) * (level / 10 * float(settings.get(setting, most)))
 
 
-def _whole(most: int, *, add: int = 0, sign: int = 1, top: int = 256) -> Argument:
+def _integer(most: int, *, add: int = 0, sign: int = 1, top: int = 256) -> Argument:
     return lambda level, unit, settings: add + sign * (level / 10 * most).trunc().clamp(max=top)
 
 
@@ -346,12 +346,12 @@ ARGUMENTS: dict[str, Argument] = {
     **dict.fromkeys(("ShearX", "ShearY"), _either_side(0.3)),
     **dict.fromkeys(("TranslateX", "TranslateY"), _either_side(250, "translate_const")),
     **dict.fromkeys(("TranslateXRel", "TranslateYRel"), _either_side(0.45, "translate_pct")),
-    "Posterize": _whole(4),
-    "PosterizeIncreasing": _whole(4, add=4, sign=-1),
-    "PosterizeOriginal": _whole(4, add=4),
-    "Solarize": _whole(256),
-    "SolarizeIncreasing": _whole(256, add=256, sign=-1),
-    "SolarizeAdd": _whole(110, top=128),
+    "Posterize": _integer(4),
+    "PosterizeIncreasing": _integer(4, add=4, sign=-1),
+    "PosterizeOriginal": _integer(4, add=4),
+    "Solarize": _integer(256),
+    "SolarizeIncreasing": _integer(256, add=256, sign=-1),
+    "SolarizeAdd": _integer(110, top=128),
     "Desaturate": lambda level, unit, settings: 1 - (0.5 + 0.5 * (level / 10)).clamp(0.5, 1.0),
     "GaussianBlur": lambda level, unit, settings: (0.1 + 1.9 * (level / 10)).clamp(0.1, 2.0),
     "GaussianBlurRand": lambda level, unit, settings: 0.1 + (2.0 * (level / 10).clamp(0, 1) - 0.1) * unit,
@@ -377,12 +377,12 @@ PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 # The map, and the dimension of the images (B, C, H, W) that its argument is a part of, None: none.
 MATRICES: dict[str, tuple[Callable[[Tensor, int, int], Tensor], int | None]] = {
     "Rotate": (batched.rotation, None),
-    "ShearX": (batched.moved(1), None),
-    "ShearY": (batched.moved(3), None),
-    "TranslateX": (batched.moved(2), None),
-    "TranslateY": (batched.moved(5), None),
-    "TranslateXRel": (batched.moved(2), 3),
-    "TranslateYRel": (batched.moved(5), 2),
+    "ShearX": (batched.shear_or_shift(1), None),
+    "ShearY": (batched.shear_or_shift(3), None),
+    "TranslateX": (batched.shear_or_shift(2), None),
+    "TranslateY": (batched.shear_or_shift(5), None),
+    "TranslateXRel": (batched.shear_or_shift(2), 3),
+    "TranslateYRel": (batched.shear_or_shift(5), 2),
 }
 
 
@@ -390,7 +390,7 @@ def _rand_augment(step: RandAugment) -> Step:
     if step.choice_weights is not None:
         raise LapeError(
             "RandAugment by weights is not made for batches on the device: use --aa rand-m9-mstd0.5-inc1, or "
-            f"{LEFT_OUT}"
+            f"{LEAVE_OUT}"
         )
     return Policy([[op] for op in step.ops], step.num_layers)
 
@@ -402,7 +402,7 @@ def _kernel(interpolation: Any) -> bool | None:
     if interpolation not in CUBIC:
         raise LapeError(
             f"train_interpolation {str(interpolation)!r} is not made for batches on the device: use bicubic, bilinear "
-            f"or random, or {LEFT_OUT}"
+            f"or random, or {LEAVE_OUT}"
         )
     return CUBIC[interpolation]
 
@@ -439,8 +439,8 @@ class OnDevice(Dataset[tuple[Tensor, int]]):
         """Return the images (B, C, H, W) float32 of (index, copy) keys, and their targets (B,)."""
         index, copy = torch.tensor(keys).unbind(1)
         stream = Stream.of(seed, index, copy)
-        chosen = index.to(self.images.device, non_blocking=True)
-        images, targets = self.images[chosen], self.targets[chosen]
+        places = index.to(self.images.device, non_blocking=True)
+        images, targets = self.images[places], self.targets[places]
         for step in self.steps:
             images = step(images, stream)
         return images, targets
@@ -451,7 +451,7 @@ class DeviceLoader:
 
     def __init__(self, dataset: OnDevice, batch_sampler: Sampler[list[tuple[int, int]]], seed: int) -> None:
         self.dataset, self.batch_sampler, self.seed = dataset, batch_sampler, seed
-        self.skipped: list[str] = []  # none: every image was read before the first step
+        self.omissions: list[str] = []  # none: every image was read before the first step
 
     def __len__(self) -> int:
         return len(self.batch_sampler)  # type: ignore[arg-type]
@@ -476,18 +476,18 @@ class ToBytes:
             (_, h, w), (_, high, wide) = self.shape, pixels.shape
             raise DataError(
                 f"images of {w}x{h} and of {wide}x{high} pixels do not fit into one tensor: bring the folder to one "
-                f"size first, or {LEFT_OUT}"
+                f"size first, or {LEAVE_OUT}"
             )
         return pixels
 
 
 def room_for(count: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """An empty (count, *shape) uint8 tensor. Raises DataError where it would take more than half of the free memory."""
-    needed, free = count * math.prod(shape), _free_bytes(device)
-    if needed > FREE_PART * free:
+    size, free = count * math.prod(shape), _free_bytes(device)
+    if size > FREE_PART * free:
         raise DataError(
-            f"{count} images of {'x'.join(map(str, shape))} bytes need {needed / 2**30:.2f} GiB on {device}, more than "
-            f"half of the {free / 2**30:.2f} GiB that are free: {LEFT_OUT}"
+            f"{count} images of {'x'.join(map(str, shape))} bytes need {size / 2**30:.2f} GiB on {device}, more than "
+            f"half of the {free / 2**30:.2f} GiB that are free: {LEAVE_OUT}"
         )
     return torch.empty((count, *shape), dtype=torch.uint8, device=device)
 

@@ -32,7 +32,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from lape.data.augment import SMALL, EvalTransform, Transform, operations
-from lape.data.images import Source, check_shape, opened, reading
+from lape.data.images import Source, check_shape, open_source, reading
 from lape.data.sets import Images
 from lape.errors import LapeError
 
@@ -60,9 +60,9 @@ def read_levels(path: Source, in_chans: int, plain: Callable[[Any], Image.Image]
     `plain` reads a file that is not a JPEG with these channels, or says what is wrong with it.
     """
     if decode_jpeg is not None:
-        with reading(path), opened(path) as file:
+        with reading(path), open_source(path) as file:
             data = file.read()
-        levels = _decoded(data) if data.startswith(JPEG) else None
+        levels = _decode(data) if data.startswith(JPEG) else None
         if levels is not None and levels.shape[0] in (1, in_chans):
             with reading(path):
                 check_shape(levels.shape[2], levels.shape[1])
@@ -70,7 +70,7 @@ def read_levels(path: Source, in_chans: int, plain: Callable[[Any], Image.Image]
     return F.pil_to_tensor(plain(path))
 
 
-def _decoded(data: bytes) -> Tensor | None:
+def _decode(data: bytes) -> Tensor | None:
     """Return a JPEG's (C, H, W), None if it is damaged or of a kind that torchvision does not know."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -89,12 +89,12 @@ class FastEval:
 
     def __post_init__(self) -> None:
         _check_filter("interpolation", self.plain.interpolation)
-        if self.plain.resized[0] != self.plain.resized[1]:
+        if self.plain.cover_size[0] != self.plain.cover_size[1]:
             raise LapeError(f"decode='fast' needs a square image, not {self.plain.size}: use decode='exact'")
 
     def __call__(self, levels: Tensor) -> Levels:
         kernel = InterpolationMode(self.plain.interpolation)
-        levels = F.resize(_batch_of_one(levels), [self.plain.resized[0]], interpolation=kernel, antialias=True)[0]
+        levels = F.resize(_batch_of_one(levels), [self.plain.cover_size[0]], interpolation=kernel, antialias=True)[0]
         return _by_pixel(F.center_crop(levels, list(self.plain.size)), self.plain.in_chans), []
 
 
@@ -110,7 +110,7 @@ class FastTrain:
         for operation in operations(steps):
             operation.aug_fn = _Operation(operation.name, operation.aug_fn)
         self.crop, self.flip, *rest = steps.transforms
-        self.erasing = rest.pop() if isinstance(rest[-1], RandomErasing) else None
+        self.eraser = rest.pop() if isinstance(rest[-1], RandomErasing) else None
         self.policy, self.in_chans = rest[:-2], in_chans  # without the steps to a normalised tensor
 
     def __call__(self, levels: Tensor) -> Levels:
@@ -124,8 +124,8 @@ class FastTrain:
             image = step(image if isinstance(step, RandAugment | AutoAugment) else _to_pil(image))
         pixels = _to_levels(image)
         recorder = _Recorder(torch.Size((pixels.shape[2], *pixels.shape[:2])))
-        if self.erasing is not None:
-            self.erasing(recorder)
+        if self.eraser is not None:
+            self.eraser(recorder)
         return pixels, recorder.patches
 
 
@@ -191,9 +191,9 @@ def fast_train(recipe: Recipe, plain: Transform) -> FastTrain:
     return FastTrain(plain, recipe.in_chans)
 
 
-def _check_filter(name: str, value: str, allowed: tuple[str, ...] = FILTERS) -> None:
-    if value not in allowed:
-        raise LapeError(f"decode='fast' has no {name}={value!r}: use {', '.join(allowed)}, or --decode exact")
+def _check_filter(name: str, value: str, filters: tuple[str, ...] = FILTERS) -> None:
+    if value not in filters:
+        raise LapeError(f"decode='fast' has no {name}={value!r}: use {', '.join(filters)}, or --decode exact")
 
 
 class FastImages(Images):
@@ -234,8 +234,8 @@ class FastImages(Images):
         levels = levels_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2)
         images = torch.empty(levels.shape, device=device).copy_(levels)
         images.div_(255).sub_(self.mean.to(device)).div_(self.std.to(device))
-        for image, written in zip(images, patches, strict=True):
-            for top, bottom, left, right, values in written:
+        for image, areas in zip(images, patches, strict=True):
+            for top, bottom, left, right, values in areas:
                 image[:, top:bottom, left:right] = values.to(device, non_blocking=True)
         return images
 
@@ -263,9 +263,9 @@ def slide(levels: Tensor, shift: Tensor, dim: int, fill: Fill) -> Tensor:
     height, width, channels = levels.shape
     n, lines = levels.shape[dim], levels.shape[1 - dim]
     shift = shift.expand(lines)
-    whole = shift.floor()
-    weights_4L = _weights(shift - whole)
-    along = (torch.arange(-1, n + 2)[:, None] + whole.long()).clamp_(0, n - 1)
+    floor = shift.floor()
+    weights_4L = _weights(shift - floor)
+    along = (torch.arange(-1, n + 2)[:, None] + floor.long()).clamp_(0, n - 1)
     across = torch.arange(lines)
     if dim == 0:
         index, shape = along * width + across, (n + 3, width * channels)
@@ -273,11 +273,11 @@ def slide(levels: Tensor, shift: Tensor, dim: int, fill: Fill) -> Tensor:
     else:
         index, shape = along.T + across[:, None] * width, (height, (n + 3) * channels)
         weights, step = weights_4L[:, :, None], channels  # a pixel's channels are neighbours
-    near, size = levels.reshape(-1, channels).index_select(0, index.reshape(-1)).reshape(shape).float(), n * step
-    moved = near.narrow(dim, 0, size) * weights[0]
+    neighbours, size = levels.reshape(-1, channels).index_select(0, index.reshape(-1)).reshape(shape).float(), n * step
+    total = neighbours.narrow(dim, 0, size) * weights[0]
     for k in (1, 2, 3):
-        moved.addcmul_(near.narrow(dim, k * step, size), weights[k])
-    result = moved.clamp_(0, 255).to(torch.uint8).reshape(height, width, channels)
+        total.addcmul_(neighbours.narrow(dim, k * step, size), weights[k])
+    result = total.clamp_(0, 255).to(torch.uint8).reshape(height, width, channels)
     origin = torch.arange(n)[:, None] + 0.5 + shift
     outside = (origin < 0) | (origin >= n)
     result[outside if dim == 0 else outside.T] = torch.as_tensor(fill, dtype=torch.uint8)

@@ -30,8 +30,8 @@ class Survey:
 
     images: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # split -> class -> paths
     classes: list[str] = field(default_factory=list)  # in the order of their numbers
-    others: list[str] = field(default_factory=list)  # paths of files that are not read
-    hidden: list[str] = field(default_factory=list)  # paths of folders that are not read
+    other_files: list[str] = field(default_factory=list)  # paths of files that are not read
+    hidden_folders: list[str] = field(default_factory=list)  # paths of folders that are not read
     circles: list[str] = field(default_factory=list)  # paths of folders that are another one that is read, or around it
     errors: list[str] = field(default_factory=list)  # what forbids training, a line each with its fix
 
@@ -63,8 +63,8 @@ def survey(root: Path, splits: Sequence[str] = SPLITS) -> Survey:
             classes[split] = _subfolders(root / split)
     train, val = (set(classes.get(split, [])) for split in SPLITS)
     if train and val and train != val and ("train" in splits or val - train):
-        alone = {"train": sorted(train - val), "val": sorted(val - train)}
-        text = ", ".join(f"only in {split}: {few(names)}" for split, names in alone.items() if names)
+        extra = {"train": sorted(train - val), "val": sorted(val - train)}
+        text = ", ".join(f"only in {split}: {few(names)}" for split, names in extra.items() if names)
         result.errors.append(f"classes of {root}/train and {root}/val differ: {text}; make both the same")
     empty = [
         root / split / name
@@ -100,15 +100,15 @@ def image_files(paths: Iterable[str | Path]) -> list[str | Path]:
             continue
         top = os.path.abspath(path)
         places = [(os.path.relpath(place, top), names) for place, names in _walk(Path(top), Survey())]
-        below = [
+        images = [
             os.path.normpath(os.path.join(path, place, name))
             for place, names in places
             for name in sorted(names)
             if is_image(name)
         ]
-        if not below:
+        if not images:
             raise DataError(f"no image in folder {path}: give images ({' '.join(IMG_EXTENSIONS)}) or their folder")
-        files += below
+        files += images
     return files
 
 
@@ -119,10 +119,10 @@ def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
     for name, images in result.images[split].items():
         for place, files in _walk(folder / name, result):
             for file in sorted(files):
-                (images if is_image(file) else result.others).append(os.path.join(place, file))
+                (images if is_image(file) else result.other_files).append(os.path.join(place, file))
     files = [name for name in names_in(folder) if not (folder / name).is_dir()]
     flat = [name for name in files if is_image(name)]
-    result.others += [str(folder / name) for name in files if name not in flat]
+    result.other_files += [str(folder / name) for name in files if name not in flat]
     if flat:
         fix = f"move every image to {folder}/<class>/"
         result.errors.append(f"{folder} holds {len(flat)} image(s) outside class folders ({few(flat)}): {fix}")
@@ -133,15 +133,15 @@ def _look_into(folder: Path, split: str, result: Survey) -> list[str]:
 
 def _subfolders(folder: Path, result: Survey | None = None) -> list[str]:
     """The names of the classes; folders that are none are entered into the result."""
-    around, classes, left = _around(folder), list[str](), result or Survey()
+    ancestors, classes, result = _ancestors(folder), list[str](), result or Survey()
     for name in names_in(folder):
         if not (folder / name).is_dir():
             continue
         place = str(folder / name)
         if is_hidden(name):
-            left.hidden.append(place)
-        elif _identity(place) in around:
-            left.circles.append(place)
+            result.hidden_folders.append(place)
+        elif _identity(place) in ancestors:
+            result.circles.append(place)
         else:
             classes.append(name)
     return classes
@@ -149,20 +149,20 @@ def _subfolders(folder: Path, result: Survey | None = None) -> list[str]:
 
 def _walk(top: Path, result: Survey) -> list[tuple[str, list[str]]]:
     """Each folder of a class, and its files. Links are followed, as by torchvision, but into no folder twice."""
-    walked, entered = [], _around(top.parent)
+    places, identities = [], _ancestors(top.parent)
     for place, folders, files in os.walk(top, onerror=_unreadable, followlinks=True):
-        if _identity(place) in entered:
+        if _identity(place) in identities:
             result.circles.append(place)
             folders.clear()
             continue
-        entered.add(_identity(place))
-        result.hidden += [os.path.join(place, name) for name in folders if is_hidden(name)]
+        identities.add(_identity(place))
+        result.hidden_folders += [os.path.join(place, name) for name in folders if is_hidden(name)]
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        walked.append((place, files))
-    return sorted(walked)
+        places.append((place, files))
+    return sorted(places)
 
 
-def _around(folder: Path) -> set[tuple[int, int]]:
+def _ancestors(folder: Path) -> set[tuple[int, int]]:
     """The folder and all those that it lies in, as it is named and as it is."""
     ways = (folder.absolute(), folder.resolve())
     return {_identity(place) for way in ways for place in (way, *way.parents)}

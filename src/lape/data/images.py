@@ -25,10 +25,10 @@ from lape.errors import DataError, check_file, reason_of
 MODES = {1: "L", 3: "RGB"}
 BITS = (8, 12, 16)  # that values in 16 or 32 bits are taken for
 OF_SYSTEMS = ("@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found")
-STRETCHED = 1000  # times the other side, the most; a longer strip that covers a square takes gigabytes
+STRETCH = 1000  # times the other side, the most; a longer strip that covers a square takes gigabytes
 
 
-class Packed:
+class PackedImage:
     """An image inside a larger file; `str()` says where, for messages."""
 
     def read(self) -> bytes:
@@ -36,12 +36,12 @@ class Packed:
         raise NotImplementedError
 
 
-Source = str | os.PathLike[str] | Packed
+Source = str | os.PathLike[str] | PackedImage
 
 
-def opened(source: Source) -> BinaryIO:
+def open_source(source: Source) -> BinaryIO:
     """The encoded bytes of an image. Raises OSError, and what `Packed.read` raises."""
-    return io.BytesIO(source.read()) if isinstance(source, Packed) else open(source, "rb")
+    return io.BytesIO(source.read()) if isinstance(source, PackedImage) else open(source, "rb")
 
 
 def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
@@ -76,17 +76,17 @@ def decode(file: BinaryIO, in_chans: int) -> tuple[Image.Image, str]:
         note = "16-bit colour, the upper 8 bits kept"
         high = np.asarray(image)[..., :3].astype(np.int64)
         if high.max() < 2**4:
-            values = high * 256 + _decoded_as(low, file)
+            values = high * 256 + _decode_as(low, file)
             bits = _bits_of(values)
             image, note = _to_bytes(values, bits), f"16-bit colour, taken for values of {bits} bits"
     return to_mode(image, in_chans), note
 
 
 def check_shape(width: int, height: int) -> None:
-    """Raises DataError where one side is more than `STRETCHED` times the other."""
-    if max(width, height) > STRETCHED * min(width, height):
+    """Raises DataError where one side is more than `STRETCH` times the other."""
+    if max(width, height) > STRETCH * min(width, height):
         raise DataError(
-            f"{width} x {height} pixels: no side may be more than {STRETCHED} times the other, memory would not hold "
+            f"{width} x {height} pixels: no side may be more than {STRETCH} times the other, memory would not hold "
             "it resized"
         )
 
@@ -101,8 +101,8 @@ def _bits_of(values: np.ndarray[Any, Any], image: Image.Image | None = None) -> 
 
 
 def _to_bytes(values: np.ndarray[Any, Any], bits: int) -> Image.Image:
-    most = 2**bits - 1
-    return Image.fromarray(((values * 255 + most // 2) // most).astype(np.uint8))
+    maximum = 2**bits - 1
+    return Image.fromarray(((values * 255 + maximum // 2) // maximum).astype(np.uint8))
 
 
 def _low_bytes(image: Image.Image) -> str:
@@ -117,7 +117,7 @@ def _low_bytes(image: Image.Image) -> str:
     return raw[:-1] + {"L": "B", "B": "L"}[order]
 
 
-def _decoded_as(raw: str, file: BinaryIO) -> np.ndarray[Any, Any]:
+def _decode_as(raw: str, file: BinaryIO) -> np.ndarray[Any, Any]:
     """(H, W, 3 or 1) the bytes that PIL finds in an image when it is told another raw mode."""
     file.seek(0)
     image: Any = Image.open(file)
@@ -140,7 +140,7 @@ class ToMode:
 @contextmanager
 def reading(path: Source) -> Iterator[None]:
     """What goes wrong is a `DataError` that names the file, a pipe and a device, too."""
-    if not isinstance(path, Packed):
+    if not isinstance(path, PackedImage):
         check_file(path, DataError)
     try:
         with warnings.catch_warnings():
@@ -159,7 +159,7 @@ def load_image(path: Source, in_chans: int = 3) -> Image.Image:
 
     Raises DataError, which names the file: not an image, corrupt, truncated, a strip, or pixels of unknown range.
     """
-    with reading(path), opened(path) as file:
+    with reading(path), open_source(path) as file:
         return decode(file, in_chans)[0]
 
 
@@ -172,7 +172,7 @@ def check_header(path: str | os.PathLike[str]) -> None:
 def assumption(path: Source) -> str:
     """What `decode` takes for granted of a file, "" for nothing or where it cannot be read."""
     try:
-        with reading(path), opened(path) as file:
+        with reading(path), open_source(path) as file:
             image = Image.open(file)
             return decode(file, 3)[1] if _is_deep_grey(image) or _low_bytes(image) else ""
     except DataError:

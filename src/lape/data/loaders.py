@@ -81,9 +81,9 @@ def batch_plan(recipe: Recipe, world_size: int = 1) -> BatchPlan:
     mixes = mixes_images(recipe)
     if not recipe.global_batch:
         return BatchPlan(recipe.batch_size, 1, recipe.batch_size * world_size)
-    each, rest = divmod(recipe.global_batch, world_size)
-    sizes = [n for n in range(1, min(recipe.batch_size, each) + 1) if each % n == 0 and not (mixes and n % 2)]
-    if rest or not sizes:
+    share, remainder = divmod(recipe.global_batch, world_size)
+    sizes = [n for n in range(1, min(recipe.batch_size, share) + 1) if share % n == 0 and not (mixes and n % 2)]
+    if remainder or not sizes:
         step = world_size * (2 if mixes else 1)
         near = max(round(recipe.global_batch / step), 1) * step
         why = ", in even batches for mixup/cutmix" if mixes else ""
@@ -92,7 +92,7 @@ def batch_plan(recipe: Recipe, world_size: int = 1) -> BatchPlan:
             f"{recipe.batch_size} images at once{why}: use --global-batch {near} and --batch-size {step // world_size} "
             "or more"
         )
-    return BatchPlan(sizes[-1], each // sizes[-1], recipe.global_batch)
+    return BatchPlan(sizes[-1], share // sizes[-1], recipe.global_batch)
 
 
 def steps_per_epoch(n_samples: int, recipe: Recipe, world_size: int = 1) -> int:
@@ -126,7 +126,7 @@ def train_loader(
 
     All processes get the same number of full batches: for each of `steps_per_epoch` less `skip_batches` steps (those
     that were trained before an interruption) as many as `batch_plan` has parts. A `DataError` of a sample is raised
-    here, also when a worker met it; with `skip_corrupt` the loader's `skipped` names it.
+    here, also when a worker met it; with `skip_corrupt` the loader's `omissions` names it.
 
     `device` is where `decode` "fast" normalises the batch, and leaves the images; others come in host memory.
 
@@ -169,9 +169,9 @@ class TrainBatches(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed)).tolist()
-        together = self.plan.size * self.world_size
+        images_at_once = self.plan.size * self.world_size
         for batch in range(self.skip * self.plan.parts, self.steps * self.plan.parts):
-            places = range(batch * together + self.rank, (batch + 1) * together, self.world_size)
+            places = range(batch * images_at_once + self.rank, (batch + 1) * images_at_once, self.world_size)
             yield [(order[place // self.copies], place % self.copies) for place in places]
 
 
@@ -187,7 +187,7 @@ class Batch(NamedTuple):
     images: Tensor  # (B, C, H, W) float32; with `decode` "fast" (B, H, W, C) uint8
     targets: Tensor  # (B,) int64
     patches: Sequence[list[Patch]] = ()  # of 8-bit images: what is to be erased of each
-    left_out: Sequence[str] = ()  # one line an image that `skip_corrupt` replaced, with its path and the reason
+    omissions: Sequence[str] = ()  # one line an image that `skip_corrupt` replaced, with its path and the reason
     unreadable: str = ""  # the line about the image for which there is no batch
 
 
@@ -212,25 +212,25 @@ class Samples(Dataset[tuple[Tensor, int]]):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Return a batch; a `DataError` that is raised in a worker would arrive wrapped in a traceback."""
-        left_out: list[str] = []
+        omissions: list[str] = []
         try:
             with _generators_kept():
-                items = [self._draw_readable(*key, left_out) for key in keys]
+                items = [self._draw_readable(*key, omissions) for key in keys]
         except DataError as error:
             way_out = "" if self.stream is None or self.skip_corrupt else ", or train without it: --skip-corrupt"
             return Batch(torch.empty(0), torch.empty(0), unreadable=f"{error}{way_out}")
         images, targets, *patches = (list(part) for part in zip(*items, strict=True))  # patches of 8-bit images
-        return Batch(default_collate(images), default_collate(targets), next(iter(patches), []), left_out)
+        return Batch(default_collate(images), default_collate(targets), next(iter(patches), []), omissions)
 
-    def _draw_readable(self, index: int, copy: int, left_out: list[str]) -> Any:
+    def _draw_readable(self, index: int, copy: int, omissions: list[str]) -> Any:
         if not self.skip_corrupt:
             return self._draw(index, copy, self._take)
-        for further in range(MOST_SKIPPED):
+        for offset in range(MOST_SKIPPED):
             try:
-                return self._draw((index + further) % len(self), copy, self._take)
+                return self._draw((index + offset) % len(self), copy, self._take)
             except DataError as error:
-                left_out.append(str(error))
-        raise DataError(f"{MOST_SKIPPED} images in a row cannot be read, the last: {left_out[-1]}")
+                omissions.append(str(error))
+        raise DataError(f"{MOST_SKIPPED} images in a row cannot be read, the last: {omissions[-1]}")
 
     def _draw(self, index: int, copy: int, take: Callable[[int], Item]) -> Item:
         if self.stream is not None:
@@ -256,7 +256,7 @@ class Loader(DataLoader[Any]):
             worker_init_fn=begin_loader,
             generator=torch.Generator(),  # its own, or starting an epoch would advance the caller's
         )
-        self.skipped: list[str] = []  # a line for each image that was left out of the batches handed out so far
+        self.omissions: list[str] = []  # a line for each image that was left out of the batches handed out so far
         self.samples, self.device = samples, device  # the device: where 8-bit batches are finished
 
     def __iter__(self) -> Generator[tuple[Tensor, Tensor]]:  # type: ignore[override]
@@ -269,7 +269,7 @@ class Loader(DataLoader[Any]):
             for batch in batches:
                 if batch.unreadable:
                     raise DataError(batch.unreadable)
-                self.skipped += batch.left_out
+                self.omissions += batch.omissions
                 images = batch.images
                 if finish is not None:
                     images = finish(images, batch.patches, self.device)

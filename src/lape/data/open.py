@@ -12,7 +12,7 @@ from lape.data.augment import eval_transform, train_transform
 from lape.data.device import Normalise, OnDevice, Step, Stream, ToBytes, room_for, split_transform
 from lape.data.folders import one_class
 from lape.data.loaders import CPU, Items, Loader, Samples, check_batch, eval_batches, steps_per_epoch
-from lape.data.sets import CACHE_BYTES, Images, kept_if_still, list_cifar, list_digits, reader_of
+from lape.data.sets import CACHE_BYTES, Images, keep_if_still, list_cifar, list_digits, reader_of
 from lape.errors import DataError, LapeError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def load_data(
     sets: dict[str, Items] = {}
     for split, transform in transforms.items():
         plain = Images(*images[split], read, transform)
-        sets[split] = kept_if_still(plain, recipe, split) if reader is list_digits and not steps else plain
+        sets[split] = keep_if_still(plain, recipe, split) if reader is list_digits and not steps else plain
         if fast and (split == "train" or not train):  # the images that a training is measured on stay exact
             sets[split] = _fast(plain, recipe, train=train)
     if train:
@@ -80,7 +80,7 @@ def load_data(
     for split in steps:
         sets[split] = _put_on_device(sets[split], steps[split], recipe, torch.device(device))
     if "train" in steps:
-        sets["train"] = _normalised_once(cast(OnDevice, sets["train"]))
+        sets["train"] = _normalise_once(cast(OnDevice, sets["train"]))
     return Data(sets.get("train"), sets.get("val"), classes, name)
 
 
@@ -103,22 +103,22 @@ def _put_on_device(dataset: Any, steps: list[Step], recipe: Recipe, device: torc
     """Read every image once. Raises DataError."""
     n = len(dataset)
     images, targets = room_for(n, dataset[0][0].shape, device), torch.empty(n, dtype=torch.long, device=device)
-    first = 0
+    start = 0
     with closing(iter(Loader(Samples(dataset, None), eval_batches(range(n), READ_AT_ONCE), recipe, CPU))) as batches:
-        for some, numbers in batches:
-            images[first : first + len(some)], targets[first : first + len(some)] = some, numbers
-            first += len(some)
+        for batch, numbers in batches:
+            images[start : start + len(batch)], targets[start : start + len(batch)] = batch, numbers
+            start += len(batch)
     return OnDevice(images, targets, steps)
 
 
-def _normalised_once(held: OnDevice) -> OnDevice:
+def _normalise_once(dataset: OnDevice) -> OnDevice:
     """Images to which nothing random happens, as floats where they fit: their batches are the same numbers always."""
-    if 4 * held.images.nbytes > CACHE_BYTES or not all(isinstance(step, Normalise) for step in held.steps):
-        return held
-    images = held.images
-    for step in held.steps:
-        images = step(images, Stream(held.targets))
-    return OnDevice(images, held.targets, [])
+    if 4 * dataset.images.nbytes > CACHE_BYTES or not all(isinstance(step, Normalise) for step in dataset.steps):
+        return dataset
+    images = dataset.images
+    for step in dataset.steps:
+        images = step(images, Stream(dataset.targets))
+    return OnDevice(images, dataset.targets, [])
 
 
 def _fast(plain: Images, recipe: Recipe, *, train: bool) -> FastImages:

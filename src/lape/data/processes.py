@@ -32,8 +32,8 @@ def end_with_parent(grace: float = 0.0) -> None:
 
     A thread looks: the kernel's own signal for it comes when the thread that forked ends, and on Linux alone.
     """
-    started_by = multiprocessing.parent_process()
-    parent = os.getppid() if started_by is None else started_by.pid
+    process = multiprocessing.parent_process()
+    parent = os.getppid() if process is None else process.pid
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -51,9 +51,9 @@ def processors() -> int:
 
 
 def spread(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int, together: int, fix: str
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, chunk: int, fix: str
 ) -> Iterator[Result]:
-    """The results of a function, in order, computed in processes by so many items `together`; with 1 worker, here.
+    """The results of a function, in order, computed in processes, `chunk` items at a time; with 1 worker, here.
 
     Raises LapeError, which ends in `fix`, where a process was killed.
     """
@@ -62,7 +62,7 @@ def spread(
         return
     try:
         with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
-            yield from pool.map(function, items, chunksize=together)
+            yield from pool.map(function, items, chunksize=chunk)
     except BrokenProcessPool:
         raise LapeError(f"a process that reads images was killed, mostly for lack of memory: {fix}") from None
 

@@ -78,7 +78,7 @@ def reader_of(recipe: Recipe) -> tuple[Reader, Path]:
     check_root(root)
     reader = READERS[recipe.data_set]
     if reader is _folders and (files := stored_files(root)):
-        return partial(_stored, files), root
+        return partial(_list_packed, files), root
     refuse_columns(recipe.columns, root)
     return reader, root
 
@@ -96,13 +96,13 @@ def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
         table = np.loadtxt("digits.csv.gz", delimiter=",").astype(np.uint8)
         np.savez_compressed("digits.npz", images=table[:, :64].reshape(-1, 8, 8), labels=table[:, 64])
     """
-    with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:
-        images, labels = stored["images"], stored["labels"]
+    with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as arrays:
+        images, labels = arrays["images"], arrays["labels"]
     turn = np.zeros(len(labels), dtype=int)  # how many of its class come before each image
     for label in np.unique(labels):
         turn[labels == label] = np.arange((labels == label).sum())
-    chosen = (turn % 5 == 2) == (split == "val")
-    return images[chosen], labels[chosen]
+    in_split = (turn % 5 == 2) == (split == "val")
+    return images[in_split], labels[in_split]
 
 
 def list_digits(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
@@ -114,7 +114,7 @@ def list_digits(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
     return Listing(images, read, [str(label) for label in range(10)], "packaged digits (8x8, UCI)")
 
 
-def kept_if_still(dataset: Images, recipe: Recipe, split: str) -> Images | OnDevice:
+def keep_if_still(dataset: Images, recipe: Recipe, split: str) -> Images | OnDevice:
     """Images without augmentation become tensors in memory at once, where they fit."""
     fits = len(dataset) * recipe.in_chans * recipe.input_size**2 * 4 <= CACHE_BYTES
     if not fits or (split == "train" and is_augmented(recipe)):
@@ -143,7 +143,7 @@ def _folders(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
     return _files(recipe, images, folder.classes, str(root))
 
 
-def _stored(files: dict[str, list[Path]], recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
+def _list_packed(files: dict[str, list[Path]], recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
     """Images in parquet, arrow and tar files."""
     images, classes, note = look(root, files, splits, recipe.columns)
     return _files(recipe, images, classes, f"{root}{note}")
@@ -153,13 +153,13 @@ def _files(recipe: Recipe, images: dict[str, tuple[Any, list[int]]], classes: li
     read = partial(load_image, in_chans=recipe.in_chans)
     paths = next(iter(images.values()))[0]
     note = assumption(paths[0]) if paths else ""
-    name = _counted(what, images, classes) + (
+    name = _with_counts(what, images, classes) + (
         f"; the first image is {note} (lape check-data looks at all)" if note else ""
     )
     return Listing(images, read, classes, name)
 
 
-def _counted(what: str, images: dict[str, tuple[Any, list[int]]], classes: list[str]) -> str:
+def _with_counts(what: str, images: dict[str, tuple[Any, list[int]]], classes: list[str]) -> str:
     words = {"train": "training", "val": "validation"}
     counts = ", ".join(f"{len(targets)} {words[split]} images" for split, (_, targets) in images.items())
     return f"{what} ({len(classes)} classes, {counts})"
@@ -184,7 +184,7 @@ def list_cifar(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
     images = {split: (one.data, one.targets) for split, one in sets.items()}
     classes = list(sets[splits[0]].classes)
     read = partial(_from_array, in_chans=recipe.in_chans)
-    return Listing(images, read, classes, _counted(f"{name} in {root}", images, classes))
+    return Listing(images, read, classes, _with_counts(f"{name} in {root}", images, classes))
 
 
 def _inat(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
@@ -194,15 +194,17 @@ def _inat(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
     the images lie there, or without <group> as DeiT has them.
     """
     year = {"INAT": 2018, "INAT19": 2019}[recipe.data_set]
-    listing = _json(root / f"train{year}.json")
-    table = _json(root / "categories.json")
+    annotations = _json(root / f"train{year}.json")
+    categories = _json(root / "categories.json")
     try:
-        label_of = {int(entry.get("id", place)): str(entry[recipe.inat_category]) for place, entry in enumerate(table)}
-        labels = dict.fromkeys(label_of[int(entry["category_id"])] for entry in listing["annotations"])
+        label_of = {
+            int(entry.get("id", place)): str(entry[recipe.inat_category]) for place, entry in enumerate(categories)
+        }
+        labels = dict.fromkeys(label_of[int(entry["category_id"])] for entry in annotations["annotations"])
         number = {label: place for place, label in enumerate(labels)}
         images = {}
         for split in splits:
-            entries = listing["images"] if split == "train" else _json(root / f"{split}{year}.json")["images"]
+            entries = annotations["images"] if split == "train" else _json(root / f"{split}{year}.json")["images"]
             parts = [entry["file_name"].split("/") for entry in entries]
             images[split] = _inat_paths(root, parts), [number[label_of[int(part[2])]] for part in parts]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -216,12 +218,12 @@ def _inat(recipe: Recipe, root: Path, splits: Sequence[str]) -> Listing:
 
 
 def _inat_paths(root: Path, parts: list[list[str]]) -> list[str]:
-    whole = ["/".join([str(root), *part]) for part in parts]
+    full = ["/".join([str(root), *part]) for part in parts]
     short = ["/".join([str(root), part[0], *part[2:]]) for part in parts]
-    for paths in (whole, short):
+    for paths in (full, short):
         if paths and os.path.exists(paths[0]):
             return paths
-    raise DataError(f"no image at {few(whole[:1] + short[:1]) or root}: unpack the images beside the json files")
+    raise DataError(f"no image at {few(full[:1] + short[:1]) or root}: unpack the images beside the json files")
 
 
 def _json(path: Path) -> Any:

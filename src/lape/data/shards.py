@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lape.data.images import Packed, is_hidden, is_image
+from lape.data.images import PackedImage, is_hidden, is_image
 from lape.data.processes import processors, spread
 from lape.errors import DataError, check_file, reason_of
 
@@ -36,14 +36,14 @@ class Shard:
         self.path = path
 
     def bytes_at(self, offset: int, size: int) -> bytes:
-        content: bytes = _mapped(self)[offset : offset + size]
+        content: bytes = _memory_map(self)[offset : offset + size]
         if len(content) < size:
             raise ValueError("the tar file is cut off")
         return content
 
 
 @lru_cache(maxsize=256)  # an open file each
-def _mapped(shard: Shard) -> mmap.mmap:
+def _memory_map(shard: Shard) -> mmap.mmap:
     with open(shard.path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -57,7 +57,7 @@ class Entry(NamedTuple):
     size: int
 
 
-class Member(Packed):
+class Member(PackedImage):
     """An image in a tar file."""
 
     def __init__(self, entry: Entry) -> None:

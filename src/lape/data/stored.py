@@ -27,7 +27,7 @@ MOST_CLASSES = 2**20
 Labels = Sequence[int | str]
 
 
-class Stored(NamedTuple):
+class Contents(NamedTuple):
     """A data set inside larger files."""
 
     images: dict[str, tuple[Any, list[int]]]  # split -> what `load_image` takes, and class numbers
@@ -41,7 +41,7 @@ def stored_files(root: Path) -> dict[str, list[Path]]:
     if any(not is_hidden(name) and (folder / name).is_dir() for folder in folders for name in names_in(folder)):
         return {}
     files: dict[str, list[Path]] = {}
-    words = [word for of in WORDS.values() for word in of]
+    words = [word for synonyms in WORDS.values() for word in synonyms]
     for folder in (root, root / "data"):
         for place in (folder, *(folder / word for word in words)):
             for path in map(place.joinpath, names_in(place) if place.is_dir() else ()):
@@ -52,7 +52,7 @@ def stored_files(root: Path) -> dict[str, list[Path]]:
     return files
 
 
-def look(root: Path, files: dict[str, list[Path]], splits: Sequence[str], columns: Sequence[str]) -> Stored:
+def look(root: Path, files: dict[str, list[Path]], splits: Sequence[str], columns: Sequence[str]) -> Contents:
     """Open the files of some splits; every label is read, no image.
 
     Raises DataError: a split without files or images, a file that is missing or cannot be read, labels that are none.
@@ -70,13 +70,13 @@ def look(root: Path, files: dict[str, list[Path]], splits: Sequence[str], column
         note += f", {word}: {len(files[word])} {kind[1:]} file(s)" + more
         if not sources[split]:
             raise DataError(f"the {word} files in {root} hold no image: give others")
-    every = [label for some in labels.values() for label in some]
-    classes, number = _numbering(root, every, _names_of(root, names.values()))
-    images = {split: (sources[split], _numbered(sources[split], labels[split], number, classes)) for split in splits}
-    if len(splits) == len(SPLITS) and (alone := set(images["val"][1]) - set(images["train"][1])):
-        odd = few([classes[place] for place in sorted(alone)])
-        raise DataError(f"{root} has validation images of {len(alone)} class(es) without a training image: {odd}")
-    return Stored(images, classes, note)
+    all_labels = [label for of_split in labels.values() for label in of_split]
+    classes, number = _numbering(root, all_labels, _names_of(root, names.values()))
+    images = {split: (sources[split], _numbers_of(sources[split], labels[split], number, classes)) for split in splits}
+    if len(splits) == len(SPLITS) and (val_only := set(images["val"][1]) - set(images["train"][1])):
+        odd = few([classes[place] for place in sorted(val_only)])
+        raise DataError(f"{root} has validation images of {len(val_only)} class(es) without a training image: {odd}")
+    return Contents(images, classes, note)
 
 
 def _kind_of(root: Path, word: str, paths: Sequence[Path]) -> str:
@@ -100,7 +100,7 @@ def _read(
     from lape.data.shards import read_shards
 
     refuse_columns(columns, root)
-    images, labels = read_shards(paths, [word for of in WORDS.values() for word in of])
+    images, labels = read_shards(paths, [word for synonyms in WORDS.values() for word in synonyms])
     return images, labels, None, ""
 
 
@@ -112,8 +112,8 @@ def refuse_columns(columns: Sequence[str], what: object) -> None:
 
 def _names_of(root: Path, files: Iterable[list[str] | None]) -> list[str] | None:
     """The names of the classes: those that the user gives, else those of the files. Raises DataError."""
-    first, *others = files
-    if any(one != first for one in others):
+    first, *rest = files
+    if any(one != first for one in rest):
         raise DataError(f"{root}: its training files name other classes than its validation files")
     if not (root / NAMES).is_file():
         return first
@@ -122,9 +122,9 @@ def _names_of(root: Path, files: Iterable[list[str] | None]) -> list[str] | None
     except (OSError, UnicodeError) as error:
         raise DataError(f"cannot read {root / NAMES} ({error}): it holds a name of a class a line, in UTF-8") from None
     if len(set(names)) < len(names) or (first is not None and len(names) != len(first)):
-        many = f" of the {len(first)} classes" if first is not None else ""
+        count = f" of the {len(first)} classes" if first is not None else ""
         raise DataError(
-            f"{root / NAMES} has {len(names)} names, {len(set(names))} different ones: give one{many} a line"
+            f"{root / NAMES} has {len(names)} names, {len(set(names))} different ones: give one{count} a line"
         )
     return names
 
@@ -136,14 +136,14 @@ def _numbering(root: Path, labels: Labels, names: list[str] | None) -> tuple[lis
     if isinstance(labels[0], str):
         names = names or sorted({str(label) for label in labels})
         return names, {name: place for place, name in enumerate(names)}
-    most = max(int(label) for label in labels)
-    if names is None and most >= MOST_CLASSES:
-        raise DataError(f"{root} has class number {most}: more than {MOST_CLASSES} are not counted")
-    names = names or [str(number) for number in range(most + 1)]
+    largest = max(int(label) for label in labels)
+    if names is None and largest >= MOST_CLASSES:
+        raise DataError(f"{root} has class number {largest}: more than {MOST_CLASSES} are not counted")
+    names = names or [str(number) for number in range(largest + 1)]
     return names, {number: number for number in range(len(names))}
 
 
-def _numbered(sources: Any, labels: Labels, number: dict[Any, int], classes: list[str]) -> list[int]:
+def _numbers_of(sources: Any, labels: Labels, number: dict[Any, int], classes: list[str]) -> list[int]:
     odd = [place for place, label in enumerate(labels) if label not in number]
     if odd:
         raise DataError(

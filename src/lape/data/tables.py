@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from lape.data.images import Packed
+from lape.data.images import PackedImage
 from lape.errors import DataError, check_file, needs, reason_of
 
 with needs("data"):
@@ -24,7 +24,7 @@ with needs("data"):
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-HELD = 2**30  # bytes of a split's images in parquet files that are read once and kept
+CACHE_BYTES = 2**30  # bytes of a split's images in parquet files that are read once and kept
 MOST = 2**30  # bytes of a group of rows; a larger one is not read for each of its images
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of an arrow stream; one that was cut between two batches lacks it
 
@@ -78,16 +78,16 @@ class Table:
             ) from None
 
     @cached_property
-    def _kept(self) -> dict[int, pa.Array]:
+    def _cache(self) -> dict[int, pa.Array]:
         return {}
 
     def images(self, number: int) -> pa.Array:
         """The encoded images of a block, which lie within the file."""
         if not self.keeps:
             return _recent(self, number)
-        if number not in self._kept:
-            self._kept[number] = _encoded(self.block(number))
-        return self._kept[number]
+        if number not in self._cache:
+            self._cache[number] = _encoded(self.block(number))
+        return self._cache[number]
 
     def labels(self) -> list[Any]:
         """What the class column says of each row. Raises DataError where it says nothing."""
@@ -112,15 +112,15 @@ class Arrow(Table):
     @cached_property
     def _content(self) -> tuple[pa.Schema, list[pa.RecordBatch]]:
         """The batches' buffers are parts of the file."""
-        mapped = pa.memory_map(str(self.path))
-        if mapped.read(6) == b"ARROW1":
-            file = pa.ipc.open_file(mapped)
+        memory = pa.memory_map(str(self.path))
+        if memory.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(memory)
             return file.schema, [file.get_batch(number) for number in range(file.num_record_batches)]
-        mapped.seek(max(mapped.size() - len(END), 0))
-        if mapped.read() != END:
+        memory.seek(max(memory.size() - len(END), 0))
+        if memory.read() != END:
             raise pa.ArrowInvalid("its end is missing")
-        mapped.seek(0)
-        stream = pa.ipc.open_stream(mapped)
+        memory.seek(0)
+        stream = pa.ipc.open_stream(memory)
         return stream.schema, list(stream)
 
     def schema(self) -> pa.Schema:
@@ -170,7 +170,7 @@ class Parquet(Table):
         return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # the latter copies
 
 
-class Row(Packed):
+class Row(PackedImage):
     """The image of one row of a block."""
 
     def __init__(self, table: Table, block: int, place: int) -> None:
@@ -180,10 +180,10 @@ class Row(Packed):
         return f"{self.table.path}, row {sum(self.table.lengths[: self.block]) + self.place}"
 
     def read(self) -> bytes:
-        encoded: bytes | None = self.table.images(self.block)[self.place].as_py()
-        if encoded is None:
+        data: bytes | None = self.table.images(self.block)[self.place].as_py()
+        if data is None:
             raise ValueError("NULL where its bytes should be; a path beside it is not followed")
-        return encoded
+        return data
 
 
 class Rows:
@@ -212,14 +212,14 @@ def read_tables(paths: Sequence[Path], columns: Sequence[str]) -> tuple[Rows, li
     for one, other in pairwise(tables):
         if (one.image, one.label, one.classes) != (other.image, other.label, other.classes):
             raise DataError(f"{one.path} and {other.path} have other columns or classes: leave one out")
-    return Rows(tables), [label for table in tables for label in table.labels()], tables[0].classes, _held(tables)
+    return Rows(tables), [label for table in tables for label in table.labels()], tables[0].classes, _read_small(tables)
 
 
-def _held(tables: Sequence[Table]) -> str:
+def _read_small(tables: Sequence[Table]) -> str:
     """Read small data of parquet files, before loader processes start; return what is to be said of larger data."""
     parquet = [table for table in tables if isinstance(table, Parquet)]
     sizes = [size for table in parquet for size in table.sizes()]
-    if sum(sizes) <= HELD:
+    if sum(sizes) <= CACHE_BYTES:
         for table in parquet:
             with table.whole():
                 for number in range(len(table.lengths)):
@@ -259,28 +259,28 @@ def _is_label(kind: pa.DataType) -> bool:
 
 def _features(schema: pa.Schema, path: Path) -> dict[str, dict[str, Any]]:
     """What `datasets` says of each column."""
-    stored = (schema.metadata or {}).get(b"huggingface")
+    text = (schema.metadata or {}).get(b"huggingface")
     try:
-        features = json.loads(stored)["info"]["features"] if stored else {}
+        features = json.loads(text)["info"]["features"] if text else {}
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{path} has features that are not those of the datasets library: write it again") from None
 
 
 def _columns(
-    schema: pa.Schema, features: dict[str, dict[str, Any]], chosen: Sequence[str], path: Path
+    schema: pa.Schema, features: dict[str, dict[str, Any]], names: Sequence[str], path: Path
 ) -> tuple[str, str]:
-    """The columns of the image and of the class: those chosen, or the only ones, or those with the usual names."""
+    """The columns of the image and of the class: those named, or the only ones, or those with the usual names."""
     columns: list[str] = []
     kinds = (("image", "Image", _is_image, "image"), ("class", "ClassLabel", _is_label, "label"))
     for place, (what, feature, fits, usual) in enumerate(kinds):
-        able = [field.name for field in schema if fits(field.type)]
-        labelled = [name for name in able if features.get(name, {}).get("_type") == feature] or able
-        candidates = [chosen[place]] if chosen else [usual] if usual in labelled else labelled
-        if len(candidates) != 1 or candidates[0] not in able:
-            lacks = f"no {what} column" if len(candidates) < 2 else f"{len(candidates)} {what} columns"
-            asks = f"{lacks} {chosen[place]!r}" if chosen else lacks
-            raise DataError(f"{path} has {asks}: name both with --columns IMAGE CLASS, of {', '.join(schema.names)}")
+        fields = [field.name for field in schema if fits(field.type)]
+        matches = [name for name in fields if features.get(name, {}).get("_type") == feature] or fields
+        candidates = [names[place]] if names else [usual] if usual in matches else matches
+        if len(candidates) != 1 or candidates[0] not in fields:
+            problem = f"no {what} column" if len(candidates) < 2 else f"{len(candidates)} {what} columns"
+            problem += f" {names[place]!r}" if names else ""
+            raise DataError(f"{path} has {problem}: name both with --columns IMAGE CLASS, of {', '.join(schema.names)}")
         columns += candidates
     return columns[0], columns[1]
 

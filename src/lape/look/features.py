@@ -105,13 +105,13 @@ def probe(model: nn.Module, images_BCHW: Tensor, *, ridge: float = 1e-3, energy:
     subspaces = tuple(subspace_of(m, w, half, energy) for m, w in zip(means, within, strict=True))
     readouts = [[_readout(gram, watch.grid, ridge, half, s) for s in (None, sub)]
                 for gram, sub in zip(grams, subspaces, strict=True)]  # fmt: skip
-    seen = [[_Seen(watch.grid, readout) for readout in pair] for pair in readouts]
+    tallies = [[_Tally(watch.grid, readout) for readout in pair] for pair in readouts]
     for batch in torch.split(test, BATCH):
-        shifted = [watch(batch.roll(step, axis)) for step, axis in watch.steps]
+        shifts = [watch(batch.roll(step, axis)) for step, axis in watch.steps]
         for depth, x_BnD in enumerate(watch(batch)):
             for which, take in enumerate((lambda x: x, subspaces[depth].without)):
-                seen[depth][which].add(take(x_BnD), [take(moved[depth]) for moved in shifted])
-    plain, without = (_stack([pair[which].measures() for pair in seen]) for which in range(2))
+                tallies[depth][which].add(take(x_BnD), [take(tokens[depth]) for tokens in shifts])
+    plain, without = (_stack([pair[which].measures() for pair in tallies]) for which in range(2))
     plain["share"] = torch.tensor([subspace.share for subspace in subspaces])
     plain["rank"] = torch.tensor([subspace.rank for subspace in subspaces])
     return Features(watch.grid, len(images_BCHW), plain, without, subspaces)
@@ -140,12 +140,12 @@ def debias_(model: nn.Module, images_BCHW: Tensor, *, depth: int = -1, energy: f
         raise LapeError(f"depth={depth} is none of the model's: choose 0 to {depths - 1}, or -1 for the last")
     _, means, within = _sums(watch, images_BCHW)
     subspace = subspace_of(means[depth], within[depth], len(images_BCHW), energy)
-    first, behind_them = watch.patches.start, watch.patches.stop
+    start, stop = watch.patches.start, watch.patches.stop
 
     def clean(tokens: Tensor) -> Tensor:
         x_BND = tokens.flatten(1, -2)
         patches = subspace.without(x_BND[:, watch.patches])
-        return torch.cat([x_BND[:, :first], patches, x_BND[:, behind_them:]], dim=1).reshape(tokens.shape)
+        return torch.cat([x_BND[:, :start], patches, x_BND[:, stop:]], dim=1).reshape(tokens.shape)
 
     def before(_block: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
@@ -171,11 +171,11 @@ def _sums(watch: Watch, images_BCHW: Tensor) -> tuple[list[tuple[Tensor, Tensor]
         for depth, tokens_BnD in enumerate(watch(batch)):
             x_BnD = F.pad(tokens_BnD.double(), (0, 1), value=1.0)
             rows = x_BnD.flatten(0, 1)
-            new = [rows.T @ rows, rows.T @ place_n2.repeat(len(x_BnD), 1), x_BnD.sum(0)[:, :-1]]
+            products = [rows.T @ rows, rows.T @ place_n2.repeat(len(x_BnD), 1), x_BnD.sum(0)[:, :-1]]
             if depth == len(sums):
-                sums.append(new)
+                sums.append(products)
             else:
-                sums[depth] = [a + b for a, b in zip(sums[depth], new, strict=True)]
+                sums[depth] = [a + b for a, b in zip(sums[depth], products, strict=True)]
     for depth, (*_, tokens_nD) in enumerate(sums):
         check_finite(tokens_nD, f"the patch tokens at depth {depth}")
     count = len(images_BCHW)
@@ -188,13 +188,13 @@ def _sums(watch: Watch, images_BCHW: Tensor) -> tuple[list[tuple[Tensor, Tensor]
 def subspace_of(mean_nD: Tensor, within: float, images: int, energy: float) -> Subspace:
     """The position subspace: `mean_nD` are means over `images`, `within` the variance (sum over D) around them."""
     centre_D = mean_nD.mean(0)
-    centred = mean_nD - centre_D
-    _, sigma, directions = torch.linalg.svd(centred, full_matrices=False)
+    deviation_nD = mean_nD - centre_D
+    _, sigma, directions = torch.linalg.svd(deviation_nD, full_matrices=False)
     part = sigma.square().cumsum(0) / sigma.square().sum().clamp(min=1e-30)
     real = sigma > 1e-9 * sigma.amax().clamp(min=1e-30)
     count = min(int((part < energy - 1e-12).sum()) + 1, int(real.sum()))
     n = len(mean_nD)
-    between = max(centred.square().sum().item() / n - within * (1 - 1 / n) / images, 0.0)
+    between = max(deviation_nD.square().sum().item() / n - within * (1 - 1 / n) / images, 0.0)
     share = between / (between + within) if between + within > 0 else 0.0
     return Subspace(centre_D, directions[:count].T.contiguous(), share, effective_rank(mean_nD[None]).item())
 
@@ -204,18 +204,18 @@ def _readout(
 ) -> Tensor:
     """The ridge regression (D + 1, 2) of row and column; of tokens without a subspace by the same products."""
     gram, cross = products
-    whole = gram[None]
+    full_gram = gram[None]
     if subspace is not None:
         width = len(gram) - 1
-        taken = subspace.basis_Dk @ subspace.basis_Dk.T
+        projection = subspace.basis_Dk @ subspace.basis_Dk.T
         affine = torch.eye(width + 1, dtype=gram.dtype)
-        affine[:width, :width] -= taken
-        affine[width, :width] = subspace.mean_D @ taken
+        affine[:width, :width] -= projection
+        affine[width, :width] = subspace.mean_D @ projection
         gram, cross = affine.T @ gram @ affine, affine.T @ cross
-    return fit_places(gram[None], cross[None], ridge, whole)[0]  # one penalty, so that both can be compared
+    return fit_places(gram[None], cross[None], ridge, full_gram)[0]  # one penalty, so that both can be compared
 
 
-class _Seen:
+class _Tally:
     """Sums over the images of a test, at one depth."""
 
     def __init__(self, grid: Grid, readout: Tensor):
@@ -225,37 +225,37 @@ class _Seen:
         self.pairs = ~torch.eye(len(distance), dtype=torch.bool)
         far = distance[self.pairs]
         self.far = F.normalize(far - far.mean(), dim=0) if len(far) else far
-        self.count, self.wrong, self.ssdc = 0, torch.zeros(2).double(), 0.0
-        self.sum, self.square, self.moved = torch.zeros(1).double(), 0.0, torch.zeros(2).double()
+        self.count, self.errors, self.ssdc = 0, torch.zeros(2).double(), 0.0
+        self.sum, self.square, self.shift_errors = torch.zeros(1).double(), 0.0, torch.zeros(2).double()
 
-    def add(self, x_BnD: Tensor, shifted: Sequence[Tensor]) -> None:
+    def add(self, x_BnD: Tensor, shifts: Sequence[Tensor]) -> None:
         x = x_BnD.double()
-        read = x @ self.readout[:-1] + self.readout[-1]
-        self.wrong += (read - self.place_n2).square().sum((0, 1))
+        estimate = x @ self.readout[:-1] + self.readout[-1]
+        self.errors += (estimate - self.place_n2).square().sum((0, 1))
         unit = F.normalize(x, dim=-1)
-        alike = (unit @ unit.mT)[:, self.pairs]
-        apart = F.normalize(alike - alike.mean(-1, keepdim=True), dim=-1)
-        self.ssdc += (apart @ self.far).sum().item() if len(self.far) else math.nan
+        similarity = (unit @ unit.mT)[:, self.pairs]
+        deviation = F.normalize(similarity - similarity.mean(-1, keepdim=True), dim=-1)
+        self.ssdc += (deviation @ self.far).sum().item() if len(self.far) else math.nan
         self.count += len(x)
         self.sum = self.sum + x.sum((0, 1))
         self.square += x.square().sum().item()
         map_BrcD = x.unflatten(1, self.grid)
         axes = [axis for axis, side in zip((1, 2), self.grid, strict=True) if side > 1]
-        for axis, other in zip(axes, shifted, strict=True):
+        for axis, neighbour in zip(axes, shifts, strict=True):
             length = self.grid[axis - 1] - 1
             here = map_BrcD.narrow(axis, 0, length)
-            there = other.double().unflatten(1, self.grid).narrow(axis, 1, length)
-            self.moved[axis - 1] += (here - there).square().sum(-1).mean((1, 2)).sum()
+            there = neighbour.double().unflatten(1, self.grid).narrow(axis, 1, length)
+            self.shift_errors[axis - 1] += (here - there).square().sum(-1).mean((1, 2)).sum()
 
     def measures(self) -> dict[str, float]:
         total = self.place_n2.square().sum(0) * self.count
-        row, column = torch.where(total > 0, 1 - self.wrong / total.clamp(min=1e-12), torch.nan).tolist()
+        row, column = torch.where(total > 0, 1 - self.errors / total.clamp(min=1e-12), torch.nan).tolist()
         tokens = self.count * len(self.place_n2)
         variance = self.square / tokens - (self.sum / tokens).square().sum().item()
-        steps = [m / self.count for m, side in zip(self.moved.tolist(), self.grid, strict=True) if side > 1]
+        steps = [m / self.count for m, side in zip(self.shift_errors.tolist(), self.grid, strict=True) if side > 1]
         shift = 1 - sum(steps) / len(steps) / (2 * variance) if steps and variance > 1e-12 else math.nan
         return {"row": row, "column": column, "ssdc": self.ssdc / self.count, "shift": shift}
 
 
 def _stack(measures: Sequence[dict[str, float]]) -> dict[str, Tensor]:
-    return {name: torch.tensor([each[name] for each in measures]) for name in measures[0]}
+    return {name: torch.tensor([entry[name] for entry in measures]) for name in measures[0]}

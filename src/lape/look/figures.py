@@ -156,8 +156,8 @@ class Sheet:
         axes.set_xlabel("patch" if token is None else "column of patches")
         if strip.frames > 1:
             wide = (values.shape[-1] + 1) // strip.frames
-            shown = range(0, strip.frames, math.ceil(strip.frames / 16))
-            axes.set_xticks([frame * wide + wide / 2 - 1 for frame in shown], list(map(str, shown)))
+            frames = range(0, strip.frames, math.ceil(strip.frames / 16))
+            axes.set_xticks([frame * wide + wide / 2 - 1 for frame in frames], list(map(str, frames)))
             axes.set_xlabel("frame")
         axes.set_ylabel("patch" if token is None else "row of patches")
         bar = self.figure.add_axes(_box(self.figure, slack + left + width + 0.12, bottom, 0.16, height))
@@ -218,8 +218,8 @@ def overview(
         bands = _bands(len(columns), most=int(inside / (0.6 * stretch + gap)))
         cell = min(cell, max(inside / len(bands[0]) - gap, 0.3))
     heights = [cell / max(strip.aspect, 1.0) for strip in strips]
-    labelled = [k + 1 == len(strips) or strips[k + 1].axes_label != strips[k].axes_label for k in range(len(strips))]
-    band_height = head + sum(heights) + sum(0.3 if ticks else gap for ticks in labelled) + 0.1
+    ticks_below = [k + 1 == len(strips) or strips[k + 1].axes_label != strips[k].axes_label for k in range(len(strips))]
+    band_height = head + sum(heights) + sum(0.3 if ticks else gap for ticks in ticks_below) + 0.1
     total = left + len(bands[0]) * (cell + gap) + right
     total = max(total, 7.0) if title and width is None else total
     lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(12.2 * total))]
@@ -229,7 +229,7 @@ def overview(
     figure = _figure(total, height)
     for number, band in enumerate(bands):
         y = height - top - number * band_height - head
-        for strip, strip_height, ticks in zip(strips, heights, labelled, strict=True):
+        for strip, strip_height, ticks in zip(strips, heights, ticks_below, strict=True):
             for place, column in enumerate(band):
                 values = strip.maps[column]
                 if values is None:
@@ -246,8 +246,8 @@ def overview(
             y -= strip_height + (0.3 if ticks else gap)
     bar_height = min(height - top - head - 0.4, 4.0)
     bar = figure.add_axes(_box(figure, total - right + 0.1, height - top - head - bar_height, 0.14, bar_height))
-    shown = next(axes.images[0] for axes in figure.axes if axes.images)
-    figure.colorbar(shown, cax=bar).set_label(unit, fontsize=8)
+    image = next(axes.images[0] for axes in figure.axes if axes.images)
+    figure.colorbar(image, cax=bar).set_label(unit, fontsize=8)
     bar.tick_params(labelsize=7)
     figure.text(0.5, 1 - 0.12 / height, "\n".join(lines), ha="center", va="top", fontsize=11)
     return fit(figure, width)
@@ -277,7 +277,7 @@ def visualize(
     `source` is a converted model, or a checkpoint that `lape.files.read.read_checkpoint` reads; of the options, join,
     pe and ema are for checkpoints: what it must hold (None: what it says), and whose weights. As model_name,
     deit_{t,s,b}[_distill]_... also says the model where the checkpoint does not. A relative bias has no views.
-    Files that an earlier call drew there and this one does not replace stay; `left_over` names them.
+    Files that an earlier call drew there and this one does not replace stay; `leftovers` names them.
 
     Returns the files written. Raises LapeError for a model without positions, a token outside the grid, a view or size
     that means nothing, a checkpoint that cannot be read or contradicts join or pe, a folder that cannot be written.
@@ -304,14 +304,14 @@ def visualize(
     return _draw_positions(pictures, model, maps, about, check_token(maps.grid, options.token), view)
 
 
-def left_over(written: Sequence[Path]) -> list[str]:
+def leftovers(paths: Sequence[Path]) -> list[str]:
     """The names of pictures that an earlier call drew into the same folder, and the call that wrote these did not."""
-    mine = {path.name for path in written}
-    there = {path.name for path in written[0].parent.glob("*") if _DRAWN.fullmatch(path.name)}
-    return sorted(there - mine)
+    names = {path.name for path in paths}
+    names_there = {path.name for path in paths[0].parent.glob("*") if _PICTURE.fullmatch(path.name)}
+    return sorted(names_there - names)
 
 
-_DRAWN = re.compile(
+_PICTURE = re.compile(
     r"[\w-]+_layer\d+_(sim_overall|sim_\d+thToken|head\d+)\.jpg|PE_token_sim\.jpg|(places|measures)\.(png|pdf|svg)"
 )
 
@@ -320,38 +320,38 @@ def _draw_positions(
     pictures: Pictures, model: nn.Module, maps: Maps, about: Description, token: int, view: View
 ) -> list[Path]:
     what, options = _what(model, about, maps.grid), pictures.options
-    chosen = options.chosen(len(maps.layers_Lnn))
-    layers = {f"layer {layer}": maps.layers_Lnn[layer] for layer in chosen}
+    indices = options.layer_indices(len(maps.layers_Lnn))
+    layers = {f"layer {layer}": maps.layers_Lnn[layer] for layer in indices}
     table = maps.table_nn if options.layers is None else None
-    shown = layers if table is None else {"table P": table, **layers}
-    scale = ends(options.range, shown.values(), COSINE[0]), COSINE[1]
-    seen = f"cosine similarity between positions as {WHO[view]}, {_range(scale[0])}"
+    by_column = layers if table is None else {"table P": table, **layers}
+    scale = ends(options.range, by_column.values(), COSINE[0]), COSINE[1]
+    legend = f"cosine similarity between positions as {WHO[view]}, {_range(scale[0])}"
     overall = Strip("all patches", list(layers.values()), maps.grid)
     single = _strip_of_token(f"token {token}", layers.values(), maps.grid, token)
-    for strip, suffix, of in (
+    for strip, suffix, scope in (
         (overall, "sim_overall", "all patches with all"),
         (single, f"sim_{token}thToken", f"{_place(token, maps.grid)} with all patches, on the grid"),
     ):
-        names = [f"{about.join}_layer{layer}_{suffix}.jpg" for layer in chosen]
+        names = [f"{about.join}_layer{layer}_{suffix}.jpg" for layer in indices]
         pictures.add_maps(strip, list(layers), what, names, *scale)
-        pictures.captions[f"{about.join}_layer*_{suffix}"] = f"{what}; {seen}; {of}"
+        pictures.captions[f"{about.join}_layer*_{suffix}"] = f"{what}; {legend}; {scope}"
     if table is not None:
         raw = _strip_of_token(single.label, [table], maps.grid, token)
         pictures.add_maps(raw, ["table P"], what, ["PE_token_sim.jpg"], *scale)
         pictures.captions["PE_token_sim"] = f"{what}; the same of the raw table P"
-    every, columns = list(shown.values()), list(shown)
-    strips = [replace(overall, maps=every), *_strips_of_frames(single.label, every, maps.grid, token)]
+    all_maps, columns = list(by_column.values()), list(by_column)
+    strips = [replace(overall, maps=all_maps), *_strips_of_frames(single.label, all_maps, maps.grid, token)]
     title = f"{what}\npositions as {WHO[view]}"
     head = pictures.title(f"{title}; {_place(token, maps.grid)}")
-    caption = f"{what}; {seen}. Above all patches with all, below {_place(token, maps.grid)} with all, on the grid"
+    caption = f"{what}; {legend}. Above all patches with all, below {_place(token, maps.grid)} with all, on the grid"
     pictures.add_figure(overview(head, strips, columns, *scale, options.inches), "overview", caption)
-    strips = [_in_its_frame(f"{name}\n{k}", every, maps.grid, k) for name, k in places(maps.grid).items()]
+    strips = [_in_its_frame(f"{name}\n{k}", all_maps, maps.grid, k) for name, k in places(maps.grid).items()]
     figure = overview(pictures.title(title), strips, columns, *scale, options.inches)
     where = ", ".join(f"{name} ({_place(k, maps.grid)})" for name, k in places(maps.grid).items())
-    pictures.add_figure(figure, "places", f"{what}; {seen}. A patch with all, on the grid: {where}")
+    pictures.add_figure(figure, "places", f"{what}; {legend}. A patch with all, on the grid: {where}")
     measures = measure_all(maps.layers_Lnn, maps.patches_LnD, maps.grid)
     figure = curves(pictures.title(what), {about.join: measures}, options.inches)
-    pictures.add_figure(figure, "measures", f"{what}; {_measured(measures)}")
+    pictures.add_figure(figure, "measures", f"{what}; {_measure_caption(measures)}")
     distance_K, similarity_LK = similarity_by_distance(maps.layers_Lnn, maps.grid)
     numbers = {
         "positions": maps.positions_LND,
@@ -372,8 +372,8 @@ def _strip_of_token(label: str, maps: Iterable[Tensor | None], grid: Grid, token
     rows, columns = grid[-2:]
     film = (rows, columns if not frame else grid[0] * (columns + 1) - 1)
     at = row * film[1] + column + sum(frame) * (columns + 1)
-    shown = [None if m is None else _film(token_map(m, grid, token)) for m in maps]
-    return Strip(label, shown, film, at, _place(token, grid), grid[0] if frame else 1)
+    parts = [None if m is None else _film(token_map(m, grid, token)) for m in maps]
+    return Strip(label, parts, film, at, _place(token, grid), grid[0] if frame else 1)
 
 
 def _film(map_THW: Tensor) -> Tensor:
@@ -390,19 +390,19 @@ def _strips_of_frames(label: str, maps: Sequence[Tensor | None], grid: Grid, tok
     """As `_strip_of_token`, a strip a frame: the patch's own and others, evenly, of a video of many."""
     if len(grid) == 2:
         return [_strip_of_token(label, maps, grid, token)]
-    own = place_of_token(grid, token)[0]
+    frame = place_of_token(grid, token)[0]
     step = math.ceil(grid[0] / MOST_FRAMES)
-    return [_in_its_frame(f"{label}\nframe {t}", maps, grid, token, t) for t in range(own % step, grid[0], step)]
+    return [_in_its_frame(f"{label}\nframe {t}", maps, grid, token, t) for t in range(frame % step, grid[0], step)]
 
 
 def _in_its_frame(label: str, maps: Iterable[Tensor | None], grid: Grid, token: int, frame: int | None = None) -> Strip:
     """One patch's part of each map (n, n) in its own frame, or another one."""
     if len(grid) == 2:
         return _strip_of_token(label, maps, grid, token)
-    own, row, column = place_of_token(grid, token)
-    shown = [None if m is None else token_map(m, grid, token)[own if frame is None else frame] for m in maps]
-    at = token_at(grid[1:], (row, column)) if frame in (None, own) else -1
-    return Strip(label, shown, grid[1:], at, _place(token, grid))
+    token_frame, row, column = place_of_token(grid, token)
+    parts = [None if m is None else token_map(m, grid, token)[token_frame if frame is None else frame] for m in maps]
+    at = token_at(grid[1:], (row, column)) if frame in (None, token_frame) else -1
+    return Strip(label, parts, grid[1:], at, _place(token, grid))
 
 
 def places(grid: Grid) -> dict[str, int]:
@@ -417,7 +417,7 @@ def places(grid: Grid) -> dict[str, int]:
 
 def curves(title: str, series: Mapping[str, Mapping[str, Tensor]], width: float | None = None) -> Figure:
     """Measures over depth, a panel a measure and a line a model: name -> measure -> (L,) numbers; width in inches."""
-    names = [name for name in MEASURES if any(name in measured for measured in series.values())]
+    names = [name for name in MEASURES if any(name in measures for measures in series.values())]
     panel = 3.0 if width is None else 1.85
     wide = min(4, len(names), 4 if width is None else max(1, int(width / LETTERS / panel)))
     high = math.ceil(len(names) / wide)
@@ -427,8 +427,8 @@ def curves(title: str, series: Mapping[str, Mapping[str, Tensor]], width: float 
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     for axes, name in zip(panels, names, strict=False):
-        for index, (label, measured) in enumerate(series.items()):
-            values = measured[name].double().cpu()
+        for index, (label, measures) in enumerate(series.items()):
+            values = measures[name].double().cpu()
             values = values.where(values.isfinite(), math.nan)
             colour = COLOURS.get(label, SERIES[index % len(SERIES)])
             style = {"color": colour, "linestyle": ("-", "--", ":")[index // len(SERIES) % 3]}
@@ -467,19 +467,19 @@ def draw_together(
 
     Returns the files. Raises LapeError for fewer than two models of one sort, or a folder that cannot be written.
     """
-    tables, biased = sorts(models)
-    if max(len(tables), len(biased)) < 2:
+    tables, biases = sorts(models)
+    if max(len(tables), len(biases)) < 2:
         raise LapeError(
-            f"{len(tables)} of {len(models)} models have positions to compare, {len(biased)} a bias: give two or more "
+            f"{len(tables)} of {len(models)} models have positions to compare, {len(biases)} a bias: give two or more "
             "of one sort"
         )
     pictures = Pictures(Path(save_dir), options or DrawOptions())
     if len(tables) > 1:
         _compare_tables(pictures, tables, view)
-    if len(biased) > 1:
-        _compare_biases(pictures, biased)
+    if len(biases) > 1:
+        _compare_biases(pictures, biases)
     pictures.write_captions("comparison_caption.txt")
-    return pictures.written
+    return pictures.paths
 
 
 def sorts(models: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -511,7 +511,7 @@ def _compare_tables(pictures: Pictures, models: Mapping[str, nn.Module], view: V
         _side_by_side(pictures, f"{title}: patch in the {place}", rows, columns, place, (norm, COSINE[1]), place)
     measures = {name: measure_all(m.layers_Lnn, m.patches_LnD, m.grid) for name, m in maps.items()}
     figure = curves(pictures.title(title), measures, pictures.options.inches)
-    caption = f"{', '.join(models)}; {title}; {_measured(next(iter(measures.values())))}"
+    caption = f"{', '.join(models)}; {title}; {_measure_caption(next(iter(measures.values())))}"
     pictures.add_figure(figure, "comparison_measures", caption)
 
 
@@ -522,14 +522,14 @@ def _rows(
     options: DrawOptions, maps: Mapping[str, tuple[Grid, Tensor | None, Tensor]], usual: Normalize
 ) -> tuple[Rows, list[str], Normalize]:
     """Of each model its grid, table and layers, those to draw; what stands above them; and the ends of the colours."""
-    chosen = options.chosen(max(len(layers_Lnn) for _, _, layers_Lnn in maps.values()))
+    indices = options.layer_indices(max(len(layers_Lnn) for _, _, layers_Lnn in maps.values()))
     rows: Rows = {}
     for name, (grid, table, layers_Lnn) in maps.items():
-        rows[name] = grid, [layers_Lnn[layer] if layer < len(layers_Lnn) else None for layer in chosen]
+        rows[name] = grid, [layers_Lnn[layer] if layer < len(layers_Lnn) else None for layer in indices]
         if options.layers is None and any(table is not None for _, table, _ in maps.values()):
             rows[name][1].insert(0, table)
-    columns = [f"layer {layer}" for layer in chosen]
-    columns = ["table P"] * (len(next(iter(rows.values()))[1]) - len(chosen)) + columns
+    columns = [f"layer {layer}" for layer in indices]
+    columns = ["table P"] * (len(next(iter(rows.values()))[1]) - len(indices)) + columns
     return rows, columns, ends(options.range, [m for _, row in rows.values() for m in row if m is not None], usual)
 
 
@@ -559,21 +559,24 @@ def _draw_biases(pictures: Pictures, model: nn.Module, about: Description, token
     bias_LHnn, options = bias_to_show(model), pictures.options
     check_finite(bias_LHnn, "the biases")
     limit = bias_LHnn.abs().max().item() or 1.0
-    chosen = options.chosen(len(bias_LHnn))
-    scale = ends(options.range, bias_LHnn[chosen].flatten(0, 1), Normalize(-limit, limit)), "bias on attention logits"
-    layers = [f"layer {layer}" for layer in chosen]
+    indices = options.layer_indices(len(bias_LHnn))
+    scale = (
+        ends(options.range, bias_LHnn[indices].flatten(0, 1), Normalize(-limit, limit)),
+        "bias on attention logits",
+    )
+    layers = [f"layer {layer}" for layer in indices]
     what = _what(model, about, about.grid)
-    heads = bias_LHnn[chosen].unbind(1)
+    heads = bias_LHnn[indices].unbind(1)
     strips = [Strip(f"head {head}", list(bias_Lnn), about.grid) for head, bias_Lnn in enumerate(heads)]
     for head, strip in enumerate(strips):
-        names = [f"{about.join}_layer{layer}_head{head}.jpg" for layer in chosen]
+        names = [f"{about.join}_layer{layer}_head{head}.jpg" for layer in indices]
         pictures.add_maps(strip, layers, what, names, *scale)
-    seen = f"{what}; {scale[1]}, {_range(scale[0])}"
-    pictures.captions[f"{about.join}_layer*_head*"] = f"{seen}; of all patches between all"
+    legend = f"{what}; {scale[1]}, {_range(scale[0])}"
+    pictures.captions[f"{about.join}_layer*_head*"] = f"{legend}; of all patches between all"
     strips = [_strip_of_token(strip.label, strip.maps, about.grid, token) for strip in strips]
     title = f"{what}\nbias of {_place(token, about.grid)}, head by head"
     figure = overview(pictures.title(title), strips, layers, *scale, options.inches)
-    pictures.add_figure(figure, "overview", f"{seen}; {_place(token, about.grid)} with all patches, head by head")
+    pictures.add_figure(figure, "overview", f"{legend}; {_place(token, about.grid)} with all patches, head by head")
     numbers = {"bias": bias_LHnn, "token_maps": token_map(bias_LHnn, about.grid, token)}
     return pictures.finish(numbers, about, grid=about.grid, token=token)
 
@@ -582,7 +585,7 @@ def _range(norm: Normalize) -> str:
     return f"colours from {norm.vmin:.3g} to {norm.vmax:.3g}"
 
 
-def _measured(measures: Mapping[str, Tensor]) -> str:
+def _measure_caption(measures: Mapping[str, Tensor]) -> str:
     """In words, what the panels of `curves` show."""
     return "measures over the layers: " + ", ".join(MEASURES[name].label for name in MEASURES if name in measures)
 
@@ -606,7 +609,7 @@ class Pictures:
 
     def __init__(self, folder: Path, options: DrawOptions, inputs: Sequence[str | PathLike[str]] = ()):
         self.folder, self.options, self.inputs = folder, options, inputs
-        self.written: list[Path] = []
+        self.paths: list[Path] = []
         self.captions: dict[str, str] = {}  # of files, by their names without kind
 
     def title(self, text: str) -> str:
@@ -652,7 +655,7 @@ class Pictures:
         arrays: dict[str, Any] = facts | {name: value.cpu().numpy() for name, value in numbers.items()}
         self._write("positions.npz", lambda file: np.savez_compressed(file, **arrays))
         self.write_captions("caption.txt")
-        return self.written
+        return self.paths
 
     def write_captions(self, name: str) -> None:
         """What each file shows, a line a file."""
@@ -666,4 +669,4 @@ class Pictures:
             raise LapeError(f"cannot create the folder {self.folder} ({error.strerror}): choose another one") from None
         keep_inputs([self.folder / name], self.inputs)
         write_atomically(self.folder / name, write)
-        self.written.append(self.folder / name)
+        self.paths.append(self.folder / name)

@@ -25,9 +25,9 @@ def effective_rank(positions_LnD: Tensor) -> Tensor:
     The number of directions in which the patches differ, 0 when they do not. Source: Roy and Vetterli, "The effective
     rank", EUSIPCO 2007; the mean is taken off because what all patches share tells no patch where it is.
     """
-    centred = positions_LnD.detach().double().cpu()
-    centred = centred - centred.mean(-2, keepdim=True)
-    sigma = torch.linalg.svdvals(centred)
+    x = positions_LnD.detach().double().cpu()
+    x = x - x.mean(-2, keepdim=True)
+    sigma = torch.linalg.svdvals(x)
     sigma = sigma.where(sigma > 1e-9 * sigma.amax(-1, keepdim=True).clamp(min=1e-30), 0.0)
     share = sigma / sigma.sum(-1, keepdim=True).clamp(min=1e-30)
     entropy = -(share * share.clamp(min=1e-30).log()).sum(-1)
@@ -58,10 +58,10 @@ def directed_monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     pair_GK = _members(group)  # of the flattened (n, n)
     if not len(pair_GK):
         return torch.ones(len(correlation_Lnn), dtype=torch.float64)
-    there = pair_GK >= 0
+    mask = pair_GK >= 0
     distance = (down.square() + right.square()).sqrt().flatten()[pair_GK]
-    alike = correlation_Lnn.float().flatten(1)[:, pair_GK]  # float: what sums differ by is no order
-    return (1 - spearman(there, distance, alike)).mean(-1)
+    similarity = correlation_Lnn.float().flatten(1)[:, pair_GK]  # float: what sums differ by is no order
+    return (1 - spearman(mask, distance, similarity)).mean(-1)
 
 
 def _members(group_m: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class DrawOptions:
         """What is read of a checkpoint, as arguments of `restore_to_draw`."""
         return {"size": self.sides, "ema": self.ema, "join": self.join_type, "pe": self.pe}
 
-    def chosen(self, count: int) -> list[int]:
+    def layer_indices(self, count: int) -> list[int]:
         """The layers to draw, of `count`. Raises LapeError where there is no such layer."""
         for layer in self.layers or ():
             if not 0 <= layer < count:

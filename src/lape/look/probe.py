@@ -114,14 +114,15 @@ def token_and_position(model: nn.Module, images_BCHW: Tensor) -> Ratios:
     """
     conversion = conversion_of(model)
     prefix, join = conversion.layout.num_prefix, JOINS[conversion.join]
-    seen = positions(model, view="seen").detach()[:, prefix:]
-    received = positions(model).detach()[:, prefix:]
-    scale, correlation = (torch.zeros(len(seen), dtype=torch.float64) for _ in range(2))
+    seen_positions = positions(model, view="seen").detach()[:, prefix:]
+    received_positions = positions(model).detach()[:, prefix:]
+    scale, correlation = (torch.zeros(len(seen_positions), dtype=torch.float64) for _ in range(2))
     for batch in torch.split(images_BCHW, BATCH):
         for layer, x in enumerate(_tokens(model, batch)):
-            whole = x.attended if join.normalised and layer >= join.first else x.entering
-            scale[layer] += (_std(received[layer]) / _std(whole[:, prefix:]).clamp(min=1e-12)).mean(-1).sum().cpu()
-            correlation[layer] += _pearson(x.normed[:, prefix:], seen[layer]).mean(-1).sum().cpu()
+            total = x.attention_input if join.normalised and layer >= join.first else x.stream
+            ratio = _std(received_positions[layer]) / _std(total[:, prefix:]).clamp(min=1e-12)
+            scale[layer] += ratio.mean(-1).sum().cpu()
+            correlation[layer] += _pearson(x.norm[:, prefix:], seen_positions[layer]).mean(-1).sum().cpu()
     return Ratios(scale / len(images_BCHW), correlation / len(images_BCHW))
 
 
@@ -152,7 +153,7 @@ def where_am_i(
     def tokens(images: Tensor) -> Iterator[tuple[int, Tensor]]:
         for batch in torch.split(images, BATCH):
             for layer, x in enumerate(_tokens(model, batch)):
-                tokens_BND = x.entering if what == "stream" else x.attended
+                tokens_BND = x.stream if what == "stream" else x.attention_input
                 yield layer, F.pad(tokens_BND[:, prefix:].flatten(0, 1).double().cpu(), (0, 1), value=1.0)
 
     gram, cross = torch.zeros(layers, width + 1, width + 1).double(), torch.zeros(layers, width + 1, 2).double()
@@ -161,11 +162,11 @@ def where_am_i(
         cross[layer] += x.T @ place_n2.repeat(len(x) // len(place_n2), 1)
     readout = fit_places(gram, cross, ridge)
 
-    wrong = torch.zeros(layers, 2).double()
+    errors = torch.zeros(layers, 2).double()
     for layer, x in tokens(images_BCHW[half:]):
-        wrong[layer] += (x @ readout[layer] - place_n2.repeat(len(x) // len(place_n2), 1)).square().sum(0)
+        errors[layer] += (x @ readout[layer] - place_n2.repeat(len(x) // len(place_n2), 1)).square().sum(0)
     total = place_n2.square().sum(0) * (len(images_BCHW) - half)
-    return torch.where(total > 0, 1 - wrong / total.clamp(min=1e-12), torch.nan)
+    return torch.where(total > 0, 1 - errors / total.clamp(min=1e-12), torch.nan)
 
 
 def fit_places(gram: Tensor, cross: Tensor, ridge: float, measure: Tensor | None = None) -> Tensor:
@@ -215,9 +216,9 @@ def last_norm(model: nn.Module, images_BCHW: Tensor) -> LastNorm:
             calls.append((module, args[0].detach().cpu().float(), by_itself.detach().cpu().float()))
 
     norms = [m for m in anatomy.root.modules() if isinstance(m, nn.LayerNorm) and id(m) not in inside]
-    last = anatomy.root.get_submodule(anatomy.blocks[-1])
+    last_block = anatomy.root.get_submodule(anatomy.blocks[-1])
     hooks = [norm.register_forward_hook(keep) for norm in norms]
-    hooks.append(last.register_forward_hook(lambda *_: calls.clear()))  # not what runs before the last block
+    hooks.append(last_block.register_forward_hook(lambda *_: calls.clear()))  # not what runs before the last block
     calls_of_all = []
     with watching(hooks):
         for batch in torch.split(images_BCHW, BATCH):
@@ -243,28 +244,28 @@ def last_norm(model: nn.Module, images_BCHW: Tensor) -> LastNorm:
 
 
 @dataclass
-class _Seen:
-    """What one layer got: tokens entering LN_l, LN_l of them, what attention sees; (B, N, D) each."""
+class _LayerTokens:
+    """What one layer got: the tokens that enter LN_l, LN_l of them, what attention sees; (B, N, D) each."""
 
-    entering: Tensor
-    normed: Tensor
-    attended: Tensor
+    stream: Tensor
+    norm: Tensor
+    attention_input: Tensor
 
 
-def _tokens(model: nn.Module, images_BCHW: Tensor) -> list[_Seen]:
+def _tokens(model: nn.Module, images_BCHW: Tensor) -> list[_LayerTokens]:
     conversion = conversion_of(model)
     anatomy = conversion.anatomy
     layers: list[dict[str, Tensor]] = [{} for _ in anatomy.blocks]
     norms = [anatomy.root.get_submodule(anatomy.norm_of(layer)) for layer in range(len(anatomy.blocks))]
 
     def keep(layer: int, norm: nn.Module, args: Any, output: Tensor) -> None:
-        layers[layer] = {"entering": args[0], "normed": host_forward(norm, args[0]), "attended": output}
+        layers[layer] = {"stream": args[0], "norm": host_forward(norm, args[0]), "attention_input": output}
 
     with watching([norm.register_forward_hook(partial(keep, layer)) for layer, norm in enumerate(norms)]):
         _forward(model, images_BCHW)
     for layer, entry in enumerate(layers):
-        check_finite(entry["attended"], f"the tokens of layer {layer}")
-    return [_Seen(**{name: value.float() for name, value in entry.items()}) for entry in layers]
+        check_finite(entry["attention_input"], f"the tokens of layer {layer}")
+    return [_LayerTokens(**{name: value.float() for name, value in entry.items()}) for entry in layers]
 
 
 def _forward(model: nn.Module, images_BCHW: Tensor) -> None:

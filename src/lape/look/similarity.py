@@ -175,9 +175,9 @@ def similarity_by_distance(correlation_Lnn: Tensor, grid: Grid) -> tuple[Tensor,
     Returns the distances that occur on the grid, in patches, ascending from 0, (K,), and the means (L, K).
     """
     values_Lm = correlation_Lnn.double().flatten(-2)
-    squared, group = torch.unique(squared_distances(grid).flatten(), return_inverse=True)
-    sums = values_Lm.new_zeros(*values_Lm.shape[:-1], len(squared)).index_add_(-1, group, values_Lm)
-    return squared.double().sqrt(), sums / group.bincount()
+    squares, group = torch.unique(squared_distances(grid).flatten(), return_inverse=True)
+    sums = values_Lm.new_zeros(*values_Lm.shape[:-1], len(squares)).index_add_(-1, group, values_Lm)
+    return squares.double().sqrt(), sums / group.bincount()
 
 
 def half_distance(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
@@ -189,13 +189,13 @@ def half_distance(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     """
     distance, curve = similarity_by_distance(correlation_Lnn, grid)
     start = curve[..., :1]
-    fallen = curve <= (level := (start + mean_of_pairs(correlation_Lnn)[..., None]) / 2)
-    after = fallen.int().argmax(-1, keepdim=True)
+    below = curve <= (level := (start + mean_of_pairs(correlation_Lnn)[..., None]) / 2)
+    after = below.int().argmax(-1, keepdim=True)
     before = (after - 1).clamp(min=0)
     high, low = curve.gather(-1, before), curve.gather(-1, after)
     share = (high - level) / (high - low).where(high > low, 1.0)
     crossing = distance[before] + share * (distance[after] - distance[before])
-    return torch.where(fallen.any(-1, keepdim=True) & (level < start), crossing, torch.inf).squeeze(-1)
+    return torch.where(below.any(-1, keepdim=True) & (level < start), crossing, torch.inf).squeeze(-1)
 
 
 def locality_radius(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
@@ -234,22 +234,22 @@ def monotonicity(correlation_Lnn: Tensor, grid: Grid) -> Tensor:
     return (1 - spearman(count_nK > 0, distance.expand(shape), mean_LnK)).mean(-1)
 
 
-def spearman(there_GK: Tensor, a_GK: Tensor, b_LGK: Tensor) -> Tensor:
-    """(L, G) rank correlation along the last axis over the entries that are there; 0 without spread. Ties share ranks.
+def spearman(mask_GK: Tensor, a_GK: Tensor, b_LGK: Tensor) -> Tensor:
+    """(L, G) rank correlation along the last axis over the entries of the mask; 0 without spread. Ties share ranks.
 
     Layer by layer, which keeps what is sorted at a time small.
     """
-    a = _centred_ranks(there_GK, a_GK)
-    return torch.stack([_cosine_or_zero(a, _centred_ranks(there_GK, b_GK)) for b_GK in b_LGK])
+    a = _centred_ranks(mask_GK, a_GK)
+    return torch.stack([_cosine_or_zero(a, _centred_ranks(mask_GK, b_GK)) for b_GK in b_LGK])
 
 
-def _centred_ranks(there_GK: Tensor, values_GK: Tensor) -> Tensor:
-    """Ranks less their mean, 0 where nothing is there."""
+def _centred_ranks(mask_GK: Tensor, values_GK: Tensor) -> Tensor:
+    """Ranks less their mean, 0 outside of the mask."""
     with needs("plot"):
         from scipy.stats import rankdata
 
-    rank = torch.from_numpy(rankdata(values_GK.where(there_GK, torch.inf).numpy(), axis=-1)).where(there_GK, 0.0)
-    return (rank - rank.sum(-1, keepdim=True) / there_GK.sum(-1, keepdim=True).clamp(min=1)).where(there_GK, 0.0)
+    rank = torch.from_numpy(rankdata(values_GK.where(mask_GK, torch.inf).numpy(), axis=-1)).where(mask_GK, 0.0)
+    return (rank - rank.sum(-1, keepdim=True) / mask_GK.sum(-1, keepdim=True).clamp(min=1)).where(mask_GK, 0.0)
 
 
 def _cosine_or_zero(a: Tensor, b: Tensor) -> Tensor:

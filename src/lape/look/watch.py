@@ -116,9 +116,9 @@ def _parts(model: nn.Module) -> tuple[Anatomy | None, list[nn.Module], int | Non
 
 def anatomy_of(model: nn.Module) -> Anatomy:
     """Of a converted model, or as its host says. Raises UnsupportedModelError where no host knows it."""
-    joined = [c.anatomy for c in conversions(model) if c.anatomy.blocks]
-    if joined:
-        return joined[0]
+    anatomies = [c.anatomy for c in conversions(model) if c.anatomy.blocks]
+    if anatomies:
+        return anatomies[0]
     host, root = find_host(model)
     return host.examine(root)
 
@@ -163,13 +163,13 @@ class Attention:
     def run(self, images_BCHW: Tensor, use: Callable[[int, Tensor], None]) -> None:
         """A forward in which `use` gets (layer, weights (B, H, N, N)): the first between all tokens in each block."""
         inside: list[int] = []
-        done: set[int] = set()
+        layers: set[int] = set()
 
-        def numbered(weights: Tensor) -> None:
-            if not inside or inside[-1] in done or weights.shape[-2:] != (self.count, self.count):
+        def use_with_layer(weights: Tensor) -> None:
+            if not inside or inside[-1] in layers or weights.shape[-2:] != (self.count, self.count):
                 return
             check_finite(weights, f"the attention weights of layer {inside[-1]}")
-            done.add(inside[-1])
+            layers.add(inside[-1])
             use(inside[-1], weights if weights.ndim == 4 else weights.unflatten(0, (len(images_BCHW), -1)))  # SAM
 
         hooks = [
@@ -177,12 +177,12 @@ class Attention:
             for layer, block in enumerate(self.blocks)
         ]
         hooks += [block.register_forward_hook(lambda *_: inside.clear()) for block in self.blocks]
-        with watching(hooks), _Weights(numbered):
+        with watching(hooks), _Weights(use_with_layer):
             forward(self.model, images_BCHW)
-        if len(done) != len(self.blocks):
+        if len(layers) != len(self.blocks):
             raise UnsupportedModelError(
-                f"attention was seen in {len(done)} of {len(self.blocks)} layers: this model computes it in a way that "
-                "cannot be watched"
+                f"attention was seen in {len(layers)} of {len(self.blocks)} layers: this model computes it in a way "
+                "that cannot be watched"
             )
 
 
@@ -260,6 +260,6 @@ def check_size(conversion: Conversion, images_BCHW: Tensor) -> None:
 @torch.no_grad()
 def forward(model: nn.Module, images_BCHW: Tensor) -> None:
     """A forward in eval mode, for those who watch it."""
-    like = next(model.parameters())
+    parameter = next(model.parameters())
     with evaluating(model):
-        model(images_BCHW.to(like.device, like.dtype))
+        model(images_BCHW.to(parameter.device, parameter.dtype))

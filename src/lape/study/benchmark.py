@@ -42,7 +42,7 @@ PRECISIONS = ("none", "bf16", "fp16")
 WARM_UP = 3  # calls of each variant before the first round; compilation falls into them
 SHORTEST = 0.05  # seconds: a quicker call is repeated within its round until it takes about as long
 RESAMPLES = 2000
-UNTOLD = ("python", "numpy", "pillow", "cuda", "cudnn")  # versions that the line on the machine leaves out
+MINOR_PACKAGES = ("python", "numpy", "pillow", "cuda", "cudnn")  # versions that the line on the machine leaves out
 
 
 @dataclass
@@ -76,7 +76,7 @@ def benchmark(options: BenchOptions, say: Callable[[str], None] = print) -> dict
         autocast(precision, world.device)
         size = {} if options.image_size is None else {"img_size": options.image_size}
         kwargs = dict(options.model_kwargs or {}) | size
-        models = _converted(options.model, joins, options.pe, kwargs, options.fold)
+        models = _models_by_join(options.model, joins, options.pe, kwargs, options.fold)
         models |= _peers(peers, options.model, kwargs, next(iter(models.values())), say)
         variants = [
             Variant(
@@ -94,15 +94,15 @@ def benchmark(options: BenchOptions, say: Callable[[str], None] = print) -> dict
             measure(variants, input_size, options, precision, world.device)
     settings = asdict(options) | {"joins": joins, "model_kwargs": kwargs, "peers": peers}
     settings |= {"input_size": list(input_size), "reference": variants[0].name}
-    unsaid = ("image_size", "device", "threads")  # they show in the input size and the hardware
-    settings = {name: value for name, value in settings.items() if name not in unsaid}
+    redundant = ("image_size", "device", "threads")  # they show in the input size and the hardware
+    settings = {name: value for name, value in settings.items() if name not in redundant}
     return {"settings": settings, **about, "variants": {v.name: v.numbers for v in variants}}
 
 
 def _check(options: BenchOptions) -> None:
     if not options.joins:
         raise LapeError(f"no join was given: use one or more of {', '.join(JOINS)}")
-    for name, least, allowed in (
+    for name, least, rule in (
         ("rounds", 3, "3 or more, a spread needs them"),
         ("batch_size", 1, "1 or more"),
         ("image_size", 1, "pixels, a multiple of the model's patch"),
@@ -110,7 +110,7 @@ def _check(options: BenchOptions) -> None:
     ):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise LapeError(f"--{name.replace('_', '-')} {value} is not allowed: give {allowed}")
+            raise LapeError(f"--{name.replace('_', '-')} {value} is not allowed: give {rule}")
     if not (options.train or options.inference):
         raise LapeError("nothing to measure: leave out --no-train or --no-inference")
 
@@ -118,7 +118,7 @@ def _check(options: BenchOptions) -> None:
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-def _converted(
+def _models_by_join(
     name: str, joins: Sequence[str], pe: str | None, kwargs: dict[str, Any], fold: bool
 ) -> dict[str, nn.Module]:
     models: dict[str, nn.Module] = {}
@@ -131,7 +131,7 @@ def _converted(
 
 
 def _peers(
-    libraries: Sequence[str], name: str, kwargs: dict[str, Any], converted: nn.Module, say: Callable[[str], None]
+    libraries: Sequence[str], name: str, kwargs: dict[str, Any], model: nn.Module, say: Callable[[str], None]
 ) -> dict[str, nn.Module]:
     """The same Vision Transformer without `lape`, from each library that is here."""
     models: dict[str, nn.Module] = {}
@@ -144,16 +144,16 @@ def _peers(
             models[library] = timm.create_model(name, **kwargs)
         else:
             make = {"torchvision": _torchvision, "transformers": _transformers}[library]
-            models[library] = make(_sizes(name, converted), getattr(converted, "num_classes", 1000))
+            models[library] = make(_sizes(name, model), getattr(model, "num_classes", 1000))
     return models
 
 
-def _sizes(name: str, converted: nn.Module) -> dict[str, Any]:
+def _sizes(name: str, model: nn.Module) -> dict[str, Any]:
     """By their names in transformers. Raises LapeError for a model that its and torchvision's plain ViT cannot be."""
-    anatomy = conversion_of(converted).anatomy
+    anatomy = conversion_of(model).anatomy
     (rows, columns), (patch, patch_width) = anatomy.layout.grid, anatomy.patch_size
     hidden = getattr(getattr(anatomy.root.get_submodule(anatomy.blocks[0]), "mlp", None), "fc1", None)
-    plain = type(converted).__name__ == "VisionTransformer" and isinstance(hidden, nn.Linear)
+    plain = type(model).__name__ == "VisionTransformer" and isinstance(hidden, nn.Linear)
     if not plain or rows != columns or patch != patch_width or anatomy.layout.num_prefix != 1:
         raise LapeError(
             f"--peers torchvision and transformers have the plain ViT only (square, one class token), {name} is none: "
@@ -163,7 +163,7 @@ def _sizes(name: str, converted: nn.Module) -> dict[str, Any]:
     return {
         "image_size": rows * patch,
         "patch_size": patch,
-        "num_channels": _input_size(converted)[0],
+        "num_channels": _input_size(model)[0],
         "hidden_size": anatomy.width,
         "num_hidden_layers": len(anatomy.blocks),
         "num_attention_heads": anatomy.num_heads,
@@ -210,16 +210,16 @@ def measure(
 ) -> None:
     """Fills `numbers` of each variant. `size` is (channels, height, width), `precision` "off", "bf16" or "fp16"."""
     torch.manual_seed(0)
-    one, many = (torch.randn(n, *size, device=device) for n in (1, options.batch_size))
+    image, batch = (torch.randn(n, *size, device=device) for n in (1, options.batch_size))
     for variant in variants:
         variant.model.eval()
         parameters = sum(p.numel() for p in variant.model.parameters())
-        variant.numbers |= {"parameters": parameters, "macs": macs(variant.model, one)}
-    parts = [("inference", many), ("latency", one)] if options.inference else []
-    for part, x in [*parts, ("training", many)] if options.train else parts:
+        variant.numbers |= {"parameters": parameters, "macs": macs(variant.model, image)}
+    parts = [("inference", batch), ("latency", image)] if options.inference else []
+    for part, x in [*parts, ("training", batch)] if options.train else parts:
         runs: dict[str, Callable[[], None]] = {}
-        taking_part = [v for v in variants if v.learns or part != "training"]
-        for variant in taking_part:
+        participants = [v for v in variants if v.learns or part != "training"]
+        for variant in participants:
             variant.model.train(part == "training")
             optimizer = None
             if part == "training":
@@ -228,7 +228,7 @@ def measure(
                 runs[variant.name] = inference_run(variant, x, precision)
             memory = peak_memory(runs[variant.name], variant.model, device, optimizer)
             variant.numbers[part] = {"batch": len(x), "peak_bytes": memory}
-        _add_times(taking_part, part, time_rounds(runs, options.rounds, device))
+        _add_times(participants, part, time_rounds(runs, options.rounds, device))
 
 
 def _add_times(variants: Sequence[Variant], part: str, times: dict[str, list[float]]) -> None:
@@ -246,13 +246,13 @@ def macs(model: nn.Module, x: Tensor) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     # Attention as plain matrix products: the counter does not know every fused kernel, MultiheadAttention's for one.
-    fused = torch.backends.mha.get_fastpath_enabled()
+    fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(x)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
     return int(counter.get_total_flops() // 2)
 
 
@@ -315,18 +315,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def relative_times(mine: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+def relative_times(times: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
     """Median seconds, and the median ratio to the reference within a round with its 95 % bootstrap interval."""
-    ratios = [a / b for a, b in zip(mine, reference, strict=True)]
+    ratios = [a / b for a, b in zip(times, baseline, strict=True)]
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
     interval = [medians[int(RESAMPLES * 0.025)], medians[int(RESAMPLES * 0.975) - 1]]
     return {
-        "seconds": statistics.median(mine),
-        "seconds_quartiles": [statistics.quantiles(mine, n=4)[i] for i in (0, 2)],
+        "seconds": statistics.median(times),
+        "seconds_quartiles": [statistics.quantiles(times, n=4)[i] for i in (0, 2)],
         "ratio": statistics.median(ratios),
         "ratio_interval": interval,
-        "seconds_each_round": list(mine),
+        "seconds_each_round": list(times),
     }
 
 
@@ -341,10 +341,10 @@ def peak_memory(
     for _ in range(2):  # the optimizer's state, and what is compiled or chosen at first use
         run()
     model.zero_grad()
-    kept = [*model.parameters(), *model.buffers()]
+    tensors = [*model.parameters(), *model.buffers()]
     if optimizer is not None:
-        kept += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    static = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
+        tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    static = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     if device.type == "cuda":
         _wait(device)
         before = torch.cuda.memory_allocated(device)
@@ -371,14 +371,14 @@ def _peak_on_cpu(run: Callable[[], None]) -> int:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Without what the profiler's library writes to the process's stderr."""
-    kept = os.dup(2)
+    stderr = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 @contextlib.contextmanager
@@ -405,27 +405,27 @@ def describe_machine(about: dict[str, Any]) -> str:
     """Hardware and versions in one line."""
     hardware, versions = about["hardware"], about["versions"]
     where = hardware["gpu"] or f"{hardware['processor']}, {hardware['threads']} of {hardware['cores']} cores"
-    return f"{where}; {', '.join(f'{name} {versions[name]}' for name in versions if name not in UNTOLD)}"
+    return f"{where}; {', '.join(f'{name} {versions[name]}' for name in versions if name not in MINOR_PACKAGES)}"
 
 
 def variant_lines(results: dict[str, Any]) -> list[str]:
     """For a terminal, a block a part: one line a variant, ratios to the first one with their interval."""
     settings, variants = results["settings"], results["variants"]
     blocks = [[["", "parameters", "MACs"]]]
-    blocks[0] += [[name, f"{of['parameters']:,}", _scaled(of["macs"])] for name, of in variants.items()]
+    blocks[0] += [[name, f"{entry['parameters']:,}", _with_unit(entry["macs"])] for name, entry in variants.items()]
     for part in ("inference", "latency", "training"):
-        batches = [of[part]["batch"] for of in variants.values() if part in of]
+        batches = [entry[part]["batch"] for entry in variants.values() if part in entry]
         if batches:
-            rows = [[name, *_cells(part, of.get(part))] for name, of in variants.items()]
+            rows = [[name, *_cells(part, entry.get(part))] for name, entry in variants.items()]
             blocks.append([["", f"{part}, batch {batches[0]}", "time ratio [95 %]", "peak MB", "ratio"], *rows])
     amp = "" if settings["amp"] == "none" else f", {settings['amp']} autocast"
     how = f"{'compiled' if settings['compile'] else 'eager'}{amp}, {settings['rounds']} interleaved rounds"
-    lines = [line for block in blocks for line in (*_aligned(block), "")]
+    lines = [line for block in blocks for line in (*_align(block), "")]
     note = f"{how}; ratios to {settings['reference']}; MACs of one image, in matrix products and convolutions"
     return [*lines[:-1], note]
 
 
-def _scaled(count: int) -> str:
+def _with_unit(count: int) -> str:
     return f"{count / 1e9:.3f} G" if count >= 1e8 else f"{count / 1e6:.3f} M"
 
 
@@ -438,7 +438,7 @@ def _cells(part: str, numbers: dict[str, Any] | None) -> list[str]:
     return [speed, f"{numbers['ratio']:.3f} [{low:.3f}, {high:.3f}]", *memory]
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def _align(rows: list[list[str]]) -> list[str]:
     """Names to the left, numbers to the right."""
     name, *numbers = (max(map(len, column)) for column in zip(*rows, strict=True))
     return ["  ".join([row[0].ljust(name), *map(str.rjust, row[1:], numbers)]).rstrip() for row in rows]

@@ -28,7 +28,7 @@ from lape.study.probing import draw as draw_probe
 from lape.study.probing import validation_images
 from lape.study.sweep import Outcome, conditions_of, evaluate_at, summary_of
 from lape.study.sweep import draw as draw_sizes
-from lape.study.workers import Agenda, Stage, run_all, told
+from lape.study.workers import Agenda, Stage, explain_interruption, run_all
 from lape.train.machine import environment
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from lape.look.features import Features
 
-VARIED = {"model", "pe", "join_type", "pe_norm", "pe_std", "seed", "output_dir", "resume"}
-ALONE = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}  # of each training, one thread's only work
+ROW_FIELDS = {"model", "pe", "join_type", "pe_norm", "pe_std", "seed", "output_dir", "resume"}
+ONE_THREAD = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}  # of each training
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,23 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     recipe, a run that cannot be read.
     """
     options = with_preset(options)
-    baseline, rows = _asked_for(recipe, options, rows)
+    baseline, rows = _baseline_and_rows(recipe, options, rows)
     check_figures()
     variants, meaningless = combinations(recipe, rows)
     recipes = dict.fromkeys(variants, recipe) | _rivals(recipe, options, variants)
     _check_sizes(recipes, options)
     folder = _writable(Path(options.output_dir))
     plan = [
-        variant.recipe(one).replace(seed=seed, **ALONE)
+        variant.recipe(one).replace(seed=seed, **ONE_THREAD)
         for seed in options.seeds  # all variants of a seed first: what is there after a stop can be compared
         for variant, one in recipes.items()
     ]
-    runs, waiting = _sort_out(plan, folder)
-    others = [_other(path, recipe) for path in options.runs]
+    runs, remainder = _sort_out(plan, folder)
+    other_runs = [_other_run(path, recipe) for path in options.runs]
 
     print(f"{len(plan)} trainings of {recipe.epochs} epochs, {len(runs)} done before, {options.workers} at a time")
-    agenda = Agenda([Stage((one,)) for one in waiting], options.workers)
-    with told(lambda: _standing(plan, folder)):
+    agenda = Agenda([Stage((one,)) for one in remainder], options.workers)
+    with explain_interruption(lambda: _status_line(plan, folder)):
         runs += run_all(
             agenda,
             partial(train_cell, folder),
@@ -84,22 +84,22 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     order = list(recipes)
     runs.sort(key=lambda run: (order.index(run.variant), run.seed))
     gaps = differences(runs, baseline)
-    sizes = _at_sizes(folder, runs, recipes, options) if options.asked else {}
-    probed = _probed(folder, runs, recipe, options.probe) if options.probe else {}
+    sizes = _at_sizes(folder, runs, recipes, options) if options.extras else {}
+    features = _features_of(folder, runs, recipe, options.probe) if options.probe else {}
     rivals = {"models": list(options.rivals), "model_kwargs": recipes[order[-1]].model_kwargs}
     results = {
         "made_by": "lape compare",
         "data": runs[0].data,
-        "recipe": plan[0].model_dump(mode="json", exclude_unset=True, exclude=VARIED),
+        "recipe": plan[0].model_dump(mode="json", exclude_unset=True, exclude=ROW_FIELDS),
         "rivals": rivals if options.rivals else None,
         "baseline": baseline,
         "variants": summarise(runs, baseline),
         "differences": gaps,
         "meaningless": [{**variant._asdict(), "why": why} for variant, why in meaningless.items()],
-        "others": others,
-        "sizes": {name: [[asdict(o) for o in outcomes] for outcomes in each] for name, each in sizes.items()},
-        "conditions": {name: summary_of(each) for name, each in sizes.items()},
-        "probe": {name: features.to_dict() for name, features in probed.items()},
+        "others": other_runs,
+        "sizes": {name: [[asdict(o) for o in outcomes] for outcomes in trainings] for name, trainings in sizes.items()},
+        "conditions": {name: summary_of(trainings) for name, trainings in sizes.items()},
+        "probe": {name: one.to_dict() for name, one in features.items()},
         "cells": [asdict(run) for run in runs],
         "workers": options.workers,
         "gpus": _gpus(recipe),
@@ -107,11 +107,13 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
         "sentences": report.sentences(gaps),
     }
     figures = {"sizes.png": draw_sizes(sizes, recipe.input_size)} if sizes else {}
-    figures |= {"probe.png": draw_probe(probed)} if probed else {}
+    figures |= {"probe.png": draw_probe(features)} if features else {}
     return Study(folder, results, _report_on(folder, results, runs, figures))
 
 
-def _asked_for(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant]) -> tuple[str, Sequence[Variant]]:
+def _baseline_and_rows(
+    recipe: Recipe, options: CompareOptions, rows: Sequence[Variant]
+) -> tuple[str, Sequence[Variant]]:
     """The join that others are compared with, and the rows. Raises LapeError for options that mean nothing."""
     joins = [match_name("join", name, JOIN_NAMES) for name in options.joins]
     pes = [match_name("pe", name, PE_NAMES) for name in options.pes]
@@ -148,8 +150,8 @@ def _report_on(folder: Path, results: dict[str, Any], runs: Sequence[Run], figur
     curves = report.accuracy_curves(runs, lambda run: f"{run.model}, {run.pe}")
     figures = {"curves.png": curves, **figures}
     files = report.write(folder, results, report.comparison_page(results), figures)
-    if shown := _explorable(folder, runs):
-        files.append(report.explorer_page(folder / "report.html", results, shown, figures))
+    if models := _explorable(folder, runs):
+        files.append(report.explorer_page(folder / "report.html", results, models, figures))
     table = report.plain_table(report.rows_of_variants(results))
     more = [line for _, rows in report.tables_of_conditions(results) for line in ("", *report.plain_table(rows))]
     lines = ["", *table, *more, "", *results["sentences"], "", "Written:", *(f"  {file}" for file in files)]
@@ -164,14 +166,14 @@ def _at_sizes(
     from lape.files.read import read_checkpoint
 
     outcomes: dict[str, list[list[Outcome]]] = {}
-    for run, name, home in _kept(folder, runs):
+    for run, name, model_folder in _runs_with_model(folder, runs):
         recipe = run.variant.recipe(recipes[run.variant])
-        outcome = evaluate_at(read_checkpoint(home), recipe, options, say=lambda _text: None)
+        outcome = evaluate_at(read_checkpoint(model_folder), recipe, options, say=lambda _text: None)
         outcomes.setdefault(name, []).append(outcome)
     return outcomes
 
 
-def _probed(folder: Path, runs: Sequence[Run], recipe: Recipe, count: int) -> dict[str, "Features"]:
+def _features_of(folder: Path, runs: Sequence[Run], recipe: Recipe, count: int) -> dict[str, "Features"]:
     """What the features of the first model of each variant that is still there keep of position, by name."""
     from lape.data.augment import eval_transform
     from lape.files.folder import load
@@ -179,22 +181,22 @@ def _probed(folder: Path, runs: Sequence[Run], recipe: Recipe, count: int) -> di
 
     images, _name = validation_images(eval_transform(recipe), recipe, count)
     features: dict[str, Features] = {}
-    for _, name, home in _kept(folder, runs):
+    for _, name, model_folder in _runs_with_model(folder, runs):
         if name not in features:
-            features[name] = probe(load(home), images)
+            features[name] = probe(load(model_folder), images)
     return features
 
 
-def _kept(folder: Path, runs: Sequence[Run]) -> Iterator[tuple[Run, str, Path]]:
+def _runs_with_model(folder: Path, runs: Sequence[Run]) -> Iterator[tuple[Run, str, Path]]:
     """The runs whose model is still there (it may be removed, the results stay), and where it is.
 
     Between them what their variants are called where those of all kinds stand together.
     """
     several = len({run.model for run in runs}) > 1
     for run in runs:
-        home = _cell_name(folder, run.variant, run.seed) / "model"
-        if home.exists():
-            yield run, f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else ""), home
+        model_folder = _cell_name(folder, run.variant, run.seed) / "model"
+        if model_folder.exists():
+            yield run, f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else ""), model_folder
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -223,8 +225,8 @@ RIVALS: tuple[tuple[str, str, str | None, float | None], ...] = (
 def with_preset(options: CompareOptions) -> CompareOptions:
     """What was left at its default follows the preset."""
     defaults = CompareOptions(output_dir=options.output_dir)
-    chosen = PRESETS.get(options.preset or "", {})
-    return replace(options, **{k: v for k, v in chosen.items() if getattr(options, k) == getattr(defaults, k)})
+    preset = PRESETS.get(options.preset or "", {})
+    return replace(options, **{k: v for k, v in preset.items() if getattr(options, k) == getattr(defaults, k)})
 
 
 def rows_of(
@@ -326,10 +328,10 @@ def _explorable(folder: Path, runs: Sequence[Run]) -> dict[str, Path]:
     from lape.core.position import KINDS
 
     models: dict[str, Path] = {}
-    for run, name, home in _kept(folder, runs):
+    for run, name, model_folder in _runs_with_model(folder, runs):
         kind = KINDS[run.pe]
         if run.drawable and (kind.is_table or kind.is_bias) and len(models) < 6:
-            models.setdefault(name, home)
+            models.setdefault(name, model_folder)
     return models
 
 
@@ -343,42 +345,42 @@ def cell_folder(folder: Path, recipe: Recipe) -> Path:
 
 def _cell_name(folder: Path, variant: Variant, seed: int) -> Path:
     model, pe, join, norm, std = variant
-    chosen = ("" if norm is None else f".{norm}") + ("" if std is None else f".std{std:g}")
-    return folder / "cells" / f"{model.replace('/', '_')}.{pe}.{join}{chosen}.seed{seed}"
+    suffix = ("" if norm is None else f".{norm}") + ("" if std is None else f".std{std:g}")
+    return folder / "cells" / f"{model.replace('/', '_')}.{pe}.{join}{suffix}.seed{seed}"
 
 
 def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Recipe]]:
     """The runs that are done, and the recipes of the others."""
-    done, waiting = [], []
+    runs, remainder = [], []
     for recipe in plan:
         path = cell_folder(folder, recipe) / "result.json"
         check_file(path)
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
-            older = Recipe(as_original=()).model_dump(mode="json")  # what an older recipe had not
-            used = older | cell["recipe"]
+            defaults = Recipe(as_original=()).model_dump(mode="json")  # what an older recipe had not
+            theirs = defaults | cell["recipe"]
             run = Run(**{"model": recipe.model, "pe": recipe.pe} | cell["run"])
             if not (0 <= run.accuracy <= 100 and 0 <= run.best <= 100):
                 raise ValueError
         except FileNotFoundError:
-            waiting.append(recipe)
+            remainder.append(recipe)
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise LapeError(f"{path} is no result of a comparison: remove it, or choose another --output-dir") from None
-        wish = recipe.model_dump(mode="json")
-        odd = sorted(name for name in wish if used.get(name) != wish[name])
+        ours = recipe.model_dump(mode="json")
+        odd = sorted(name for name in ours if theirs.get(name) != ours[name])
         if odd:
             raise LapeError(
-                f"{path} was trained with {odd[0]}={used.get(odd[0])!r}, this comparison asks for {wish[odd[0]]!r}: "
+                f"{path} was trained with {odd[0]}={theirs.get(odd[0])!r}, this comparison asks for {ours[odd[0]]!r}: "
                 "choose another --output-dir, so that all have one recipe"
             )
-        done.append(run)
-    return done, waiting
+        runs.append(run)
+    return runs, remainder
 
 
-def _standing(plan: Sequence[Recipe], folder: Path) -> str:
-    done = sum((cell_folder(folder, recipe) / "result.json").exists() for recipe in plan)
-    return f"{done} of {len(plan)} trainings are done in {folder}; to go on where others were saved: the same command"
+def _status_line(plan: Sequence[Recipe], folder: Path) -> str:
+    count = sum((cell_folder(folder, recipe) / "result.json").exists() for recipe in plan)
+    return f"{count} of {len(plan)} trainings are done in {folder}; to go on where others were saved: the same command"
 
 
 def train_cell(folder: Path, recipe: Recipe, tick: Callable[[], None]) -> Run:
@@ -417,7 +419,7 @@ def _train(recipe: Recipe, home: Path, tick: Callable[[], None]) -> Run:
     return Run.of(recipe, result, measures, drawable)
 
 
-def _other(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
+def _other_run(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
     """A finished run as its files tell it, or a checkpoint as it does on the recipe's data."""
     from lape.files.read import read_checkpoint
 
@@ -474,21 +476,10 @@ def demo(options: DemoOptions) -> Study:
     """
     from lape.train.schedule import fit_warm_up
 
-    for name, least, most in (
-        ("seeds", 1, None),
-        ("long_factor", 2, None),
-        ("long_seeds", 0, options.seeds),
-        ("workers", 1, None),
-    ):
-        value = getattr(options, name)
-        if value < least or (most is not None and value > most):
-            allowed = f"{least} or more" if most is None else f"{least} to {most}, the number of seeds"
-            raise LapeError(f"{name}={value} is not allowed: choose {allowed}")
-    if options.time_limit is not None and not options.time_limit > 0:
-        raise LapeError(f"time_limit={options.time_limit:g} is not allowed: choose seconds above 0, or none")
+    _check_demo(options)
     recipe = Recipe.from_yaml("digits", threads=1, num_workers=0, device="cpu")
     if options.epochs is not None:
-        recipe = fit_warm_up(recipe.replace(epochs=options.epochs), print, given=False)
+        recipe = fit_warm_up(recipe.replace(epochs=options.epochs), print, explicit=False)
     check_figures()
     folder = claim(Path(options.output_dir))
     stages = demo_stages(recipe, options.seeds, recipe.epochs * options.long_factor, options.long_seeds)
@@ -500,7 +491,9 @@ def demo(options: DemoOptions) -> Study:
         flush=True,
     )
     with tempfile.TemporaryDirectory() as models:
-        with told(lambda: f"the demo was stopped, nothing was written to {folder}; to begin anew: the same command"):
+        with explain_interruption(
+            lambda: f"the demo was stopped, nothing was written to {folder}; to begin anew: the same command"
+        ):
             runs = run_all(agenda, partial(_train_for_demo, Path(models)), _demo_line)
         if not runs:
             raise LapeError(f"no training ended within time_limit={options.time_limit:g}: give more seconds, or none")
@@ -513,8 +506,8 @@ def demo(options: DemoOptions) -> Study:
         "recipe": recipe.model_dump(mode="json", exclude_unset=True, exclude={"join_type", "seed"}),
         "variants": summarise(runs, BASELINE),
         "differences": gaps,
-        "left_out": [{"epochs": s.recipes[0].epochs, "seed": s.recipes[0].seed} for s in agenda.left_out],
-        "sentences": [*report.sentences(gaps), *late(agenda)],
+        "left_out": [{"epochs": s.recipes[0].epochs, "seed": s.recipes[0].seed} for s in agenda.omissions],
+        "sentences": [*report.sentences(gaps), *omission_sentences(agenda)],
         "runs": [asdict(run) for run in runs],
         **environment(),
         "workers": options.workers,
@@ -528,16 +521,32 @@ def demo(options: DemoOptions) -> Study:
     return Study(folder, results, files)
 
 
+def _check_demo(options: DemoOptions) -> None:
+    """Raises LapeError for a number that makes no sense."""
+    for name, least, most in (
+        ("seeds", 1, None),
+        ("long_factor", 2, None),
+        ("long_seeds", 0, options.seeds),
+        ("workers", 1, None),
+    ):
+        value = getattr(options, name)
+        if value < least or (most is not None and value > most):
+            rule = f"{least} or more" if most is None else f"{least} to {most}, the number of seeds"
+            raise LapeError(f"{name}={value} is not allowed: choose {rule}")
+    if options.time_limit is not None and not options.time_limit > 0:
+        raise LapeError(f"time_limit={options.time_limit:g} is not allowed: choose seconds above 0, or none")
+
+
 def claim(folder: Path) -> Path:
     """The folder, made and writable. Raises LapeError if it is not, or if a file would be lost that no demo wrote."""
-    there = [name for name in DEMO_FILES if (_writable(folder) / name).exists()]
+    names = [name for name in DEMO_FILES if (_writable(folder) / name).exists()]
     check_file(folder / DEMO_FILES[0])
     try:
         ours = json.loads((folder / DEMO_FILES[0]).read_text(encoding="utf-8"))["made_by"] == DEMO
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         ours = False
-    if there and not ours:
-        raise LapeError(f"{folder} holds {', '.join(there)}, which no demo wrote: choose another --output-dir")
+    if names and not ours:
+        raise LapeError(f"{folder} holds {', '.join(names)}, which no demo wrote: choose another --output-dir")
     return folder
 
 
@@ -553,11 +562,11 @@ def demo_stages(recipe: Recipe, seeds: int, long_epochs: int, long_seeds: int) -
     return [*short[:2], *long[:1], *short[2:], *long[1:]]
 
 
-def late(agenda: Agenda) -> list[str]:
+def omission_sentences(agenda: Agenda) -> list[str]:
     """What the time limit left out, in a sentence."""
-    if not agenda.left_out:
+    if not agenda.omissions:
         return []
-    names = (f"seed {stage.recipes[0].seed} of {stage.recipes[0].epochs} epochs" for stage in agenda.left_out)
+    names = (f"seed {stage.recipes[0].seed} of {stage.recipes[0].epochs} epochs" for stage in agenda.omissions)
     return [f"Left out, to end within {agenda.time_limit:.0f} s on this machine: {', '.join(names)}."]
 
 
@@ -591,10 +600,10 @@ def _maps(models: Path, runs: Sequence[Run]) -> "Figure":
     for run in first:
         home = _cell_name(models / str(run.epochs), run.variant, run.seed)
         maps = Maps.of(load(home / "model"))
-        token, every, columns = center_token(maps.grid), list(maps.columns.values()), list(maps.columns)
-        strips.append(Strip(f"{run.variant.label}\nall patches", every, maps.grid))
+        token, all_maps, columns = center_token(maps.grid), list(maps.columns.values()), list(maps.columns)
+        strips.append(Strip(f"{run.variant.label}\nall patches", all_maps, maps.grid))
         strips.append(
-            Strip(f"{run.variant.label}\ntoken {token}", [token_map(m, maps.grid) for m in every], maps.grid, token)
+            Strip(f"{run.variant.label}\ntoken {token}", [token_map(m, maps.grid) for m in all_maps], maps.grid, token)
         )
     title = f"positions as each layer sees them, after {runs[0].epochs} epochs, seed {runs[0].seed}"
     return overview(title, strips, columns, *COSINE)

@@ -35,8 +35,8 @@ class Variant(NamedTuple):
 
     def recipe(self, common: Recipe) -> Recipe:
         """The recipe of its trainings."""
-        chosen = {"pe_norm": self.pe_norm, "pe_std": self.pe_std}
-        return common.replace(model=self.model, pe=self.pe, join_type=self.join, **chosen)
+        position = {"pe_norm": self.pe_norm, "pe_std": self.pe_std}
+        return common.replace(model=self.model, pe=self.pe, join_type=self.join, **position)
 
     @property
     def label(self) -> str:
@@ -92,8 +92,8 @@ class Run:
 
 def mean_std(values: Sequence[float]) -> dict[str, Any]:
     """Mean, sample standard deviation (None for one value) and count."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": spread, "n": len(values)}
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "n": len(values)}
 
 
 def interval(values: Sequence[float]) -> list[float] | None:
@@ -127,11 +127,11 @@ def paired_t(gaps: Sequence[float]) -> dict[str, Any]:
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """The p values corrected for their number by Holm's step-down rule (1979); None stays None and is not counted."""
     order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
-    corrected, most = list(p_values), 0.0
+    adjusted, largest = list(p_values), 0.0
     for rank, (p, place) in enumerate(order):
-        most = max(most, min(1.0, p * (len(order) - rank)))
-        corrected[place] = most
-    return corrected
+        largest = max(largest, min(1.0, p * (len(order) - rank)))
+        adjusted[place] = largest
+    return adjusted
 
 
 def summarise(runs: Sequence[Run], baseline: str) -> list[dict[str, Any]]:

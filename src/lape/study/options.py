@@ -33,7 +33,7 @@ class Conditions:
     occlude: tuple[float, ...] = option((), "images with this share of their patches hidden")
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def extras(self) -> dict[str, Any]:
         """These fields, by name; empty where there is nothing beside the plain evaluation."""
         values = {one.name: getattr(self, one.name) for one in fields(Conditions)}
         return values if values != asdict(Conditions(severities=self.severities)) else {}

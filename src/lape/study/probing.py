@@ -36,8 +36,8 @@ def probe_models(models: Sequence[str], options: ProbeOptions) -> dict[str, Feat
     if len(set(models)) != len(models):
         raise LapeError(f"a model was given twice among {', '.join(models)}: give each once")
     features: dict[str, Features] = {}
-    loaded = [_model_of(name, options) for name in models]  # refused now, not after the others
-    for name, (model, transform) in zip(models, loaded, strict=True):
+    pairs = [_model_of(name, options) for name in models]  # refused now, not after the others
+    for name, (model, transform) in zip(models, pairs, strict=True):
         images, source = _images(transform, options)
         features[name] = probe(model, images, energy=options.energy)
         print(f"{name}: {len(images)} images of {source}\n{transform}")
@@ -62,8 +62,8 @@ def _model_of(name: str, options: ProbeOptions) -> tuple[nn.Module, EvalTransfor
     model = published(name, options.pretrained)
     data: dict[str, Any] = timm.data.resolve_model_data_config(model)
     chans, height, width = data["input_size"]
-    kept = {"mean": data["mean"], "std": data["std"], "interpolation": data["interpolation"], "in_chans": chans}
-    return model, EvalTransform((height, width), data["crop_pct"], **kept)
+    settings = {"mean": data["mean"], "std": data["std"], "interpolation": data["interpolation"], "in_chans": chans}
+    return model, EvalTransform((height, width), data["crop_pct"], **settings)
 
 
 def _images(transform: EvalTransform, options: ProbeOptions) -> tuple[Tensor, str]:
@@ -116,13 +116,13 @@ def draw(features: Mapping[str, Features]) -> Figure:
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
     for axes, (name, label) in zip(panels, LABELS.items(), strict=True):
-        for place, (model, kept_of) in enumerate(features.items()):
+        for place, (model, measures) in enumerate(features.items()):
             colour, marker = SERIES[place % len(SERIES)], MARKERS[place // len(SERIES) % len(MARKERS)]
-            for values, style in ((kept_of.plain[name], "-"), (kept_of.without.get(name), "--")):
+            for values, style in ((measures.plain[name], "-"), (measures.without.get(name), "--")):
                 if values is not None:
-                    shown = values.double().where(values.isfinite(), math.nan)
+                    curve = values.double().where(values.isfinite(), math.nan)
                     text = model if style == "-" else None
-                    axes.plot(range(len(shown)), shown.numpy(), style, color=colour, label=text, marker=marker, ms=3.2)
+                    axes.plot(range(len(curve)), curve.numpy(), style, color=colour, label=text, marker=marker, ms=3.2)
         axes.set_title(label, fontsize=9.5)
         axes.set_xlabel("depth: blocks passed", fontsize=8)
         axes.grid(alpha=0.3, linewidth=0.6)

@@ -28,8 +28,8 @@ Rows = Sequence[Sequence[str]]
 
 def spell(value: dict[str, Any], sign: str = "") -> str:
     """'94.1 ± 1.1', or '94.1' for one value."""
-    spread = "" if value["std"] is None else f" ± {value['std']:.1f}"
-    return f"{value['mean']:{sign}.1f}{spread}"
+    deviation = "" if value["std"] is None else f" ± {value['std']:.1f}"
+    return f"{value['mean']:{sign}.1f}{deviation}"
 
 
 def _standing(entry: dict[str, Any]) -> str:
@@ -51,9 +51,9 @@ def sentences(differences: Sequence[dict[str, Any]]) -> list[str]:
         if entry["p"] is None:
             line += ", in one seed: how much of it is chance was not measured."
         else:
-            corrected = f" after Holm's correction for {count} tests" if count > 1 else ""
-            between, p = spell_interval(entry["interval"], "+"), _p_value(entry["p_holm"], "= ")
-            test = f"95 % interval {between}, paired t-test p {p}{corrected}"
+            correction = f" after Holm's correction for {count} tests" if count > 1 else ""
+            interval, p = spell_interval(entry["interval"], "+"), _p_value(entry["p_holm"], "= ")
+            test = f"95 % interval {interval}, paired t-test p {p}{correction}"
             line += f", ahead in {entry['ahead']} of {entry['n']} seeds ({test})."
             line += "" if entry["p_holm"] < 0.05 else " This may be chance."
         lines.append(f"{line} Due to: {entry['cause']}.")
@@ -124,10 +124,10 @@ def tables_of_conditions(results: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
     for heading, at_size in (("At other sizes", True), ("On changed images", False)):
         rows: list[list[str]] = []
         for name, entries in results["conditions"].items():
-            chosen = [e for e in entries if (e["kind"] in ("clean", "size")) == at_size]
-            if len(chosen) > at_size:  # beside the clean images
-                cells = map(_accuracy if at_size else spell_share, chosen)
-                head = ["", "seeds", *map(name_of_images, chosen)]
+            columns = [e for e in entries if (e["kind"] in ("clean", "size")) == at_size]
+            if len(columns) > at_size:  # beside the clean images
+                cells = map(_accuracy if at_size else spell_share, columns)
+                head = ["", "seeds", *map(name_of_images, columns)]
                 rows += [*([] if rows else [head]), [name, str(entries[0]["n"]), *cells]]
         if rows:
             yield heading, rows
@@ -135,8 +135,8 @@ def tables_of_conditions(results: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
 
 def _accuracy(entry: dict[str, Any]) -> str:
     """'94.1 (93.0 to 95.2)', or '94.1' for one training."""
-    between = spell_interval(entry["interval"])
-    return f"{entry['acc1']:.1f}" + (f" ({between})" if between else "")
+    interval = spell_interval(entry["interval"])
+    return f"{entry['acc1']:.1f}" + (f" ({interval})" if interval else "")
 
 
 def spell_share(entry: dict[str, Any]) -> str:
@@ -152,8 +152,8 @@ def name_of_images(entry: dict[str, Any]) -> str:
 def without_constants(rows: Rows) -> Rows:
     """A table without those of the columns model, pe and epochs that hold one value throughout."""
     constant = ("model", "pe", "epochs")
-    kept = [one for one in zip(*rows, strict=True) if one[0] not in constant or len(set(one[1:])) > 1]
-    return [list(row) for row in zip(*kept, strict=True)]
+    columns = [one for one in zip(*rows, strict=True) if one[0] not in constant or len(set(one[1:])) > 1]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def rows_of_others(others: Sequence[dict[str, Any]]) -> Rows:
@@ -175,8 +175,8 @@ def rows_of_measures(results: dict[str, Any]) -> Rows:
     rows = [["layer", *(f"{names[name]}, {variant.label}" for name, variant in columns)]]
     for layer in range(len(first[0].measures["monotonicity"])):
         values = ([run.measures[name][layer] for run in first if run.variant == variant] for name, variant in columns)
-        means = ([value for value in of_one if value is not None] for of_one in values)
-        rows.append([str(layer), *(f"{statistics.fmean(of_one):.2f}" if of_one else "-" for of_one in means)])
+        means = ([value for value in column if value is not None] for column in values)
+        rows.append([str(layer), *(f"{statistics.fmean(column):.2f}" if column else "-" for column in means)])
     return rows
 
 
@@ -240,29 +240,28 @@ MOST_POINTS = 30
 def _draw_panel(axes: Axes, lines: Mapping[str, Sequence[Sequence[dict[str, float]]]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    drawn: list[str] = []
-    others = list(dict.fromkeys(join for label in lines if (join := label.partition(", ")[0]) not in COLOURS))
-    last = max(len(history) for histories in lines.values() for history in histories)
+    labels: list[str] = []
+    other_joins = list(dict.fromkeys(join for label in lines if (join := label.partition(", ")[0]) not in COLOURS))
+    epochs = max(len(history) for histories in lines.values() for history in histories)
     for place, (label, histories) in enumerate(lines.items()):
         steps = list(zip(*histories, strict=True))
-        beside = (
-            0.6 * ((place + 0.5) / len(lines) - 0.5) if last == 1 else 0.0
-        )  # of one epoch, points would hide others
-        x = [step[0]["epoch"] + 1 + beside for step in steps]
+        # after one epoch, points would hide others
+        offset = 0.6 * ((place + 0.5) / len(lines) - 0.5) if epochs == 1 else 0.0
+        x = [step[0]["epoch"] + 1 + offset for step in steps]
         y = [[entry["test_acc1"] for entry in step] for step in steps]
         join = label.partition(", ")[0]
-        dashes = DASHES[sum(other.partition(", ")[0] == join for other in drawn) % len(DASHES)]
-        drawn.append(label)
+        dashes = DASHES[sum(other.partition(", ")[0] == join for other in labels) % len(DASHES)]
+        labels.append(label)
         mean = [statistics.fmean(values) for values in y]
-        marker = "o" if last <= MOST_POINTS else ""
-        colour = COLOURS.get(join) or f"C{others.index(join)}"
+        marker = "o" if epochs <= MOST_POINTS else ""
+        colour = COLOURS.get(join) or f"C{other_joins.index(join)}"
         axes.plot(x, mean, dashes, marker=marker, markersize=4, color=colour, label=label, linewidth=1.8)
         lowest, highest = [min(v) for v in y], [max(v) for v in y]
         axes.fill_between(x, lowest, highest, color=colour, alpha=0.2, linewidth=0)
         if len(x) == 1:
             axes.vlines(x, lowest, highest, color=colour, linewidth=1)
     axes.set_xlabel("epoch")
-    axes.set_xlim(max(0.6 - 0.02 * last, 0), 0.4 + 1.02 * last)
+    axes.set_xlim(max(0.6 - 0.02 * epochs, 0), 0.4 + 1.02 * epochs)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -380,12 +379,12 @@ def explorer_page(
         if name in figures
     }
     features = f"<h2>Position in the features</h2><p>{FEATURES}</p>" if results["probe"] else ""
-    measured = f"{tables}{pictures.get('sizes.png', '')}{features}{pictures.get('probe.png', '')}"
+    sections = f"{tables}{pictures.get('sizes.png', '')}{features}{pictures.get('probe.png', '')}"
     intro = (
         f'<div class="report"><p>{html.escape(HOW_TO_READ)}</p>{_html_table(rows_of_variants(results))}'
         f"{_html_table(rows_of_differences(results))}"
         f'<ul>{sentences}</ul><figure><img alt="Test accuracy by epoch" src="{image}"><figcaption>Test accuracy by '
-        f"epoch: mean of the seeds, band from the lowest to the highest.</figcaption></figure>{measured}{others}"
+        f"epoch: mean of the seeds, band from the lowest to the highest.</figcaption></figure>{sections}{others}"
         f"<h2>How it was run</h2><ul>{how}</ul>"
         f"<h2>What position became</h2><p>The models of seed {results['cells'][0]['seed']}"
         f"{', the first six' if len(models) == 6 else ''}.</p></div>"

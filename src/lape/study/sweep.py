@@ -74,7 +74,7 @@ class Outcome:
     relative: float | None = None
 
 
-class Changed(Dataset[tuple[Tensor, int]]):
+class ChangedImages(Dataset[tuple[Tensor, int]]):
     """Images that are changed between cropping and normalising."""
 
     def __init__(self, plain: Images, change: Change):
@@ -92,7 +92,7 @@ class Changed(Dataset[tuple[Tensor, int]]):
         return self.normalise(self.change(image_CHW, generator)), self.plain.targets[index]
 
 
-def size_named(text: str) -> Size:
+def parse_size(text: str) -> Size:
     """(height, width) of "224" or "224x320". Raises LapeError."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
@@ -100,31 +100,31 @@ def size_named(text: str) -> Size:
     return int(sides[0]), int(sides[-1])
 
 
-def conditions_of(options: Conditions, own: Size, patch: Size) -> list[Condition]:
+def conditions_of(options: Conditions, size: Size, patch: Size) -> list[Condition]:
     """All that is asked for, the clean images of the training size first. Raises LapeError for what is out of range."""
-    conditions = [Condition(CLEAN, CLEAN, own)]
-    conditions += [Condition("size", name_of(s), s) for s in dict.fromkeys(map(size_named, options.sizes)) if s != own]
+    conditions = [Condition(CLEAN, CLEAN, size)]
+    conditions += [Condition("size", name_of(s), s) for s in dict.fromkeys(map(parse_size, options.sizes)) if s != size]
     corruptions = tuple(CORRUPTIONS)
-    chosen = corruptions if options.corruptions == ("all",) else options.corruptions
-    for name in chosen:
+    names = corruptions if options.corruptions == ("all",) else options.corruptions
+    for name in names:
         if name not in corruptions:
             raise LapeError(f"--corruptions {name!r} is not known: use all, or some of {', '.join(corruptions)}")
     for severity in options.severities:
         if severity not in range(1, 6):
             raise LapeError(f"--severities {severity} is not allowed: choose from 1 to 5")
-    for name in chosen:
+    for name in names:
         for level in options.severities:
-            conditions.append(Condition("corruption", name, own, level, partial(CORRUPTIONS[name], severity=level)))
+            conditions.append(Condition("corruption", name, size, level, partial(CORRUPTIONS[name], severity=level)))
     if options.shuffle_patches:
-        conditions.append(Condition("shuffle", "patches shuffled", own, None, partial(shuffled, patch=patch)))
+        conditions.append(Condition("shuffle", "patches shuffled", size, None, partial(shuffled, patch=patch)))
     for pixels in options.shift:
-        if not 0 < pixels < min(own):
-            raise LapeError(f"--shift {pixels} is not allowed: choose 1 to {min(own) - 1} pixels")
-        conditions.append(Condition("shift", "shifted", own, pixels, partial(shifted, pixels=pixels)))
+        if not 0 < pixels < min(size):
+            raise LapeError(f"--shift {pixels} is not allowed: choose 1 to {min(size) - 1} pixels")
+        conditions.append(Condition("shift", "shifted", size, pixels, partial(shifted, pixels=pixels)))
     for share in options.occlude:
         if not 0 < share < 1:
             raise LapeError(f"--occlude {share} is no share of the patches: choose between 0 and 1")
-        conditions.append(Condition("occlusion", "occluded", own, share, partial(occluded, share=share, patch=patch)))
+        conditions.append(Condition("occlusion", "occluded", size, share, partial(occluded, share=share, patch=patch)))
     return conditions
 
 
@@ -138,7 +138,7 @@ def evaluate_at(checkpoint: Checkpoint, recipe: Recipe, options: Conditions, say
 
     Raises LapeError before the first evaluation where a size is none that the model takes.
     """
-    own: Size = (recipe.input_size, recipe.input_size)
+    model_size: Size = (recipe.input_size, recipe.input_size)
     if recipe.decode == "fast":
         raise LapeError("decode='fast' reads images of one size, unchanged: leave it out with sizes and changes")
     with join_world(recipe.device) as world:
@@ -150,29 +150,31 @@ def evaluate_at(checkpoint: Checkpoint, recipe: Recipe, options: Conditions, say
         sources, read, classes, name = reader(recipe, root, ("val",))
 
         def model_at(size: Size) -> nn.Module:
-            learned_bias = size != own and KINDS[recipe.pe].bias_axes > 0
-            at: Any = restore_with(checkpoint, recipe, own if learned_bias else size)
+            learned_bias = size != model_size and KINDS[recipe.pe].bias_axes > 0
+            at: Any = restore_with(checkpoint, recipe, model_size if learned_bias else size)
             if learned_bias:  # resampled by the model that has it, as a file's table is while it is read
                 at.set_input_size(img_size=size)
             model: nn.Module = at.to(world.device)
             return model
 
-        model = model_at(own)
+        model = model_at(model_size)
         plain = Images(*sources["val"], read, eval_transform(recipe).build())
-        outputs = check_classifier(checkpoint, model, own, recipe.in_chans)
+        outputs = check_classifier(checkpoint, model, model_size, recipe.in_chans)
         note = number_as(Data(None, plain, classes, name), checkpoint, labels_of(model), outputs)
-        patch = patch_of(model, own, recipe.in_chans) if options.shuffle_patches or options.occlude else own
-        conditions = conditions_of(options, own, patch)
-        for size in {condition.size for condition in conditions} - {own}:
+        patch = (
+            patch_of(model, model_size, recipe.in_chans) if options.shuffle_patches or options.occlude else model_size
+        )
+        conditions = conditions_of(options, model_size, patch)
+        for size in {condition.size for condition in conditions} - {model_size}:
             check_classifier(checkpoint, model_at(size), size, recipe.in_chans)  # refused now, not after the others
         say(f"Data: {name}\n{note}".rstrip())
         outcomes: list[Outcome] = []
         for condition in conditions:
             transform = eval_transform(recipe)
-            transform = transform if condition.size == own else replace(transform, input_size=condition.size)
+            transform = transform if condition.size == model_size else replace(transform, input_size=condition.size)
             images = Images(plain.sources, plain.targets, read, transform.build())
-            data: Any = images if condition.change is None else Changed(images, condition.change)
-            at = model if condition.size == own else model_at(condition.size)
+            data: Any = images if condition.change is None else ChangedImages(images, condition.change)
+            at = model if condition.size == model_size else model_at(condition.size)
             loader = eval_loader(data, recipe, device=world.device)
             metrics = evaluate(at, loader, world.device, amp=recipe.amp, shared=False)
             about = (condition.kind, condition.name, condition.level, condition.size, str(transform))
@@ -192,22 +194,24 @@ def patch_of(model: nn.Module, size: Size, in_chans: int) -> Size:
 def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[str, Any]:
     """`lape eval` with other sizes and changed images: a table a model, and the files that `options` names.
 
-    Checkpoints that differ in their seed alone are one model, of which means and intervals are told.
+    Checkpoints that differ in their seed alone are one model, whose means and intervals are given.
     """
     check_writable(options.json, options.plot, [*paths, recipe.data_path])
-    if options.plot is not None and not options.asked:
+    if options.plot is not None and not options.extras:
         raise LapeError(NO_FIGURE)
     if len({Path(path).resolve() for path in paths}) != len(paths):
         raise LapeError(f"a checkpoint was given twice among {', '.join(paths)}: give each once")
-    opened = {path: _opened(recipe.replace(resume=path)) for path in paths}
-    sizes = {trained for _, _, trained in opened.values()}
+    checkpoints = {path: _open_checkpoint(recipe.replace(resume=path)) for path in paths}
+    sizes = {side for _, _, side in checkpoints.values()}
     if len(sizes) > 1:
         raise LapeError(f"the checkpoints were trained at {sorted(sizes)} pixels: give those of one size")
-    variants = {path: (Variant.of(one), checkpoint.args.get("epochs")) for path, (checkpoint, one, _) in opened.items()}
+    variants = {
+        path: (Variant.of(one), checkpoint.args.get("epochs")) for path, (checkpoint, one, _) in checkpoints.items()
+    }
     names = dict(zip(paths, short_names(paths), strict=True))
     models: dict[str, list[list[Outcome]]] = {}
     members: dict[str, list[str]] = {}
-    for path, (checkpoint, settings, _) in opened.items():
+    for path, (checkpoint, settings, _) in checkpoints.items():
         name = next(names[other] for other in paths if variants[other] == variants[path])
         print(f"{path}:")
         models.setdefault(name, []).append(evaluate_at(checkpoint, settings, options))
@@ -220,8 +224,8 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
         if options.json is not None:  # after each: the next one may fail, or be interrupted
             write_content(options.json, json.dumps(results, indent=1) + "\n")
     for model in results["models"]:
-        several = len(model["checkpoints"])
-        heading = "" if len(paths) == 1 else f"{model['name']}, {several} checkpoint{'s' * (several > 1)}"
+        count = len(model["checkpoints"])
+        heading = "" if len(paths) == 1 else f"{model['name']}, {count} checkpoint{'s' * (count > 1)}"
         print("\n".join(["", *filter(None, [heading]), *plain_table(rows_of(model["summary"]))]))
     if options.plot is not None:
         write_figure(draw(models, max(sizes)), options.plot)
@@ -241,16 +245,16 @@ def _tables(models: Mapping[str, list[list[Outcome]]], members: Mapping[str, lis
     ]
 
 
-def _opened(recipe: Recipe) -> tuple[Checkpoint, Recipe, int]:
+def _open_checkpoint(recipe: Recipe) -> tuple[Checkpoint, Recipe, int]:
     """The checkpoint that a recipe names, its settings, and the side of the images that it was trained with."""
     checkpoint = read_checkpoint(recipe.resume)
     if not recipe.data_path and checkpoint.args.get("data_path"):
         raise CheckpointError(f"{recipe.resume} was not trained on the packaged digits: give --data-path with val/")
-    own = size_of(checkpoint)
-    if own is not None and own[0] != own[1] and "input_size" not in recipe.model_fields_set:
-        raise CheckpointError(f"{recipe.resume} is for images of {name_of(own)} pixels: give --input-size SIDE")
+    size = size_of(checkpoint)
+    if size is not None and size[0] != size[1] and "input_size" not in recipe.model_fields_set:
+        raise CheckpointError(f"{recipe.resume} is for images of {name_of(size)} pixels: give --input-size SIDE")
     settings = settings_of(checkpoint, recipe)
-    return checkpoint, settings, settings.input_size if own is None else own[0]
+    return checkpoint, settings, settings.input_size if size is None else size[0]
 
 
 def summary_of(trainings: Sequence[Sequence[Outcome]]) -> list[dict[str, Any]]:
@@ -258,12 +262,12 @@ def summary_of(trainings: Sequence[Sequence[Outcome]]) -> list[dict[str, Any]]:
 
     `acc1` is in percent, with its 95 % interval over the trainings; `relative` a share of the clean accuracy.
     """
-    each = [_means(outcomes) for outcomes in trainings]
+    summaries = [_means(outcomes) for outcomes in trainings]
     entries: list[dict[str, Any]] = []
-    for same in zip(*each, strict=True):
-        accuracies, shares = [entry["acc1"] for entry in same], [entry["relative"] for entry in same]
-        about = {"interval": interval(accuracies), "n": len(same), "relative": _mean_share(shares)}
-        entries.append({**same[0], "acc1": statistics.fmean(accuracies), **about})
+    for group in zip(*summaries, strict=True):
+        accuracies, shares = [entry["acc1"] for entry in group], [entry["relative"] for entry in group]
+        about = {"interval": interval(accuracies), "n": len(group), "relative": _mean_share(shares)}
+        entries.append({**group[0], "acc1": statistics.fmean(accuracies), **about})
     return entries
 
 
@@ -315,13 +319,13 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
     first = next(iter(models.values()))[0]
     names = [e["name"] for e in _means(first) if e["kind"] not in (CLEAN, "size")]
     sizes = [o for o in first if o.kind in (CLEAN, "size")]
-    shown = [len(sizes) > 1, bool(names)]
-    if not any(shown):
+    visible = [len(sizes) > 1, bool(names)]
+    if not any(visible):
         raise LapeError(NO_FIGURE)
-    figure = Figure(figsize=(1.0 + 4.6 * sum(shown), 4.2), layout="constrained")
-    panels = iter(figure.subplots(1, sum(shown), squeeze=False)[0])
+    figure = Figure(figsize=(1.0 + 4.6 * sum(visible), 4.2), layout="constrained")
+    panels = iter(figure.subplots(1, sum(visible), squeeze=False)[0])
     colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(models)}
-    if shown[0]:
+    if visible[0]:
         axes = next(panels)
         for name, trainings in models.items():
             place = list(models).index(name) // len(SERIES)
@@ -337,12 +341,12 @@ def draw(models: Mapping[str, Sequence[Sequence[Outcome]]], training_size: int) 
             axes.annotate(text, (side, 0.02), fontsize=7.5, color="0.4", **how)
         axes.set_xlabel("image size, square root of the pixels", fontsize=9)
         axes.set_ylabel("accuracy, %", fontsize=9)
-    if shown[1]:
+    if visible[1]:
         axes = next(panels)
         high = 0.8 / len(models)
         for place, (name, trainings) in enumerate(models.items()):
-            each = [{e["name"]: e["relative"] for e in _means(training)} for training in trainings]
-            values = [100 * statistics.fmean(t[change] or 0.0 for t in each) for change in names]
+            shares = [{e["name"]: e["relative"] for e in _means(training)} for training in trainings]
+            values = [100 * statistics.fmean(t[change] or 0.0 for t in shares) for change in names]
             where = [i + high * (place - (len(models) - 1) / 2) for i in range(len(names))]
             axes.barh(where, values, high, color=colours[name], label=name)
         axes.set_yticks(range(len(names)), names, fontsize=8)

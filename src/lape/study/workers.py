@@ -46,11 +46,11 @@ class Agenda:
 
     def __init__(self, stages: Sequence[Stage], workers: int, time_limit: float | None = None):
         self.stages = tuple(stages)
-        self.waiting = list(stages)
+        self.queue = list(stages)
         self.workers = workers
         self.time_limit = time_limit
         self._began = time.perf_counter()
-        self._finished: list[Run] = []
+        self._runs: list[Run] = []
         self._epochs_taken = 0
 
     @property
@@ -61,35 +61,36 @@ class Agenda:
     @property
     def epochs(self) -> int:
         """Of all trainings that were handed out or wait."""
-        return self._epochs_taken + sum(stage.epochs for stage in self.waiting)
+        return self._epochs_taken + sum(stage.epochs for stage in self.queue)
 
     def take(self) -> tuple[Recipe, ...]:
         """What to train next; empty when nothing is left."""
-        while self.waiting:
-            stage = self.waiting.pop(0)
+        while self.queue:
+            stage = self.queue.pop(0)
             if stage.needed or self._in_time(stage):
                 self._epochs_taken += stage.epochs
                 return stage.recipes
         return ()
 
     @property
-    def left_out(self) -> list[Stage]:
+    def omissions(self) -> list[Stage]:
         """The stages that are not whole: not begun, or stopped at the time limit."""
-        done = {(run.variant, run.seed, run.epochs) for run in self._finished}
-        return [s for s in self.stages if {(Variant.of(r), r.seed, r.epochs) for r in s.recipes} - done]
+        cells = {(run.variant, run.seed, run.epochs) for run in self._runs}
+        return [s for s in self.stages if {(Variant.of(r), r.seed, r.epochs) for r in s.recipes} - cells]
 
     def check_time(self) -> None:
         """Raises TimeIsUp behind the time limit."""
         if self.time_limit is not None and self.elapsed > self.time_limit:
             raise TimeIsUp
 
-    def finished(self, run: Run) -> None:
-        self._finished.append(run)
+    def add(self, run: Run) -> None:
+        """Count a training that has ended."""
+        self._runs.append(run)
 
     def _in_time(self, stage: Stage) -> bool:
         if self.time_limit is None:
             return True
-        pace = sum(run.seconds for run in self._finished) / max(sum(run.epochs for run in self._finished), 1)
+        pace = sum(run.seconds for run in self._runs) / max(sum(run.epochs for run in self._runs), 1)
         rounds = math.ceil(len(stage.recipes) / self.workers)
         return self.elapsed + rounds * stage.recipes[0].epochs * pace <= self.time_limit
 
@@ -98,16 +99,16 @@ def run_all(agenda: Agenda, job: Job, line_of: Callable[[Run], str]) -> list[Run
     """Trains what the agenda hands out, and says how far it is: a bar on a terminal, a line a training."""
     runs: list[Run] = []
     way = _in_turn if agenda.workers == 1 else _side_by_side
-    with _progress(agenda) as (tick, say), suppress(TimeIsUp), closing(way(agenda, job, tick)) as done:
-        for run in done:
-            agenda.finished(run)
+    with _progress(agenda) as (tick, say), suppress(TimeIsUp), closing(way(agenda, job, tick)) as results:
+        for run in results:
+            agenda.add(run)
             runs.append(run)
             say(line_of(run))
     return runs
 
 
 @contextmanager
-def told(line: Callable[[], str]) -> Iterator[None]:
+def explain_interruption(line: Callable[[], str]) -> Iterator[None]:
     """Whoever ends what is in here by a signal is told what is there, and how to go on."""
     try:
         yield
@@ -142,7 +143,7 @@ def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Generat
     ticks, places = context.SimpleQueue(), context.SimpleQueue()
     for place in range(agenda.workers):
         places.put(place)
-    others = set(multiprocessing.active_children())
+    children_before = set(multiprocessing.active_children())
     stop = Stop()  # rather than an exception anywhere, also in the start of a worker, which would be in no list then
     try:
         with stop.on_signals(), ProcessPoolExecutor(agenda.workers, context, _start_worker, (ticks, places)) as pool:
@@ -156,15 +157,15 @@ def _side_by_side(agenda: Agenda, job: Job, tick: Callable[[], None]) -> Generat
                             pending |= {pool.submit(_work, job, recipe) for recipe in recipes}
                     if not pending:
                         return
-                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                    futures, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                     while not ticks.empty():
                         ticks.get()
                         tick()
-                    for future in done:
+                    for future in futures:
                         yield future.result()
                     agenda.check_time()
             except BaseException:  # a signal above all: do not wait for what runs
-                _end(set(multiprocessing.active_children()) - others)
+                _end(set(multiprocessing.active_children()) - children_before)
                 raise
     except BrokenProcessPool:
         if stop.wait(0.5):  # the signal went to the workers, too, and their end was seen first
@@ -179,9 +180,9 @@ def _end(workers: Collection[Any]) -> None:
     """Each may finish its step and save, all in the same time."""
     for worker in workers:
         worker.terminate()
-    until = time.monotonic() + GRACE
+    deadline = time.monotonic() + GRACE
     for worker in workers:
-        worker.join(max(0.0, until - time.monotonic()))
+        worker.join(max(0.0, deadline - time.monotonic()))
         worker.kill()
 
 

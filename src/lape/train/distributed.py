@@ -63,7 +63,7 @@ def join_world(device: str = "auto", timeout: float | None = None) -> Iterator[W
             GPUs.
         LostError: another process has ended or does not answer.
     """
-    rank, size, local_rank = _launched()
+    rank, size, local_rank = _launcher_ranks()
     ours = size > 1 and not dist.is_initialized()
     if ours:
         _check_address()
@@ -86,7 +86,7 @@ def join_world(device: str = "auto", timeout: float | None = None) -> Iterator[W
             dist.destroy_process_group()
 
 
-def _launched() -> tuple[int, int, int]:
+def _launcher_ranks() -> tuple[int, int, int]:
     """Rank, number of processes and rank on this machine, as the launcher's variables say. Raises LapeError."""
     numbers = {}
     for name, least, otherwise in (("WORLD_SIZE", 1, 1), ("RANK", 0, 0), ("LOCAL_RANK", 0, 0)):
@@ -207,19 +207,19 @@ class Reading:
         return numbers
 
 
-def mean_over_ranks(measured: Tensor, numbers: Sequence[float]) -> Tensor:
-    """Float64 means over the processes of what was measured and, behind it, of what each of them tells.
+def mean_over_ranks(tensor: Tensor, numbers: Sequence[float]) -> Tensor:
+    """Float64 means over the processes of the values of `tensor` and, behind them, of their `numbers`.
 
-    They lie where `measured` does if that is on CUDA, and nothing is waited for; else on the CPU.
+    They lie where `tensor` does if that is on CUDA, and nothing is waited for; else on the CPU.
     """
-    values = torch.tensor(numbers, dtype=torch.float64)
-    if measured.is_cuda:  # from pinned memory a copy is not waited for
-        values = values.pin_memory().to(measured.device, non_blocking=True)
-    values = torch.cat([measured.to(values.device).double(), values])
+    means = torch.tensor(numbers, dtype=torch.float64)
+    if tensor.is_cuda:  # from pinned memory a copy is not waited for
+        means = means.pin_memory().to(tensor.device, non_blocking=True)
+    means = torch.cat([tensor.to(means.device).double(), means])
     if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+    return means
 
 
 def all_of(text: str) -> list[str]:

@@ -39,7 +39,7 @@ from lape.names import few, tell
 from lape.options import PredictOptions
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of, join_world, rank_and_size, sum_over_ranks, wait_for_others
-from lape.train.faults import Stopped, explained
+from lape.train.faults import Stopped, explain_faults
 from lape.train.progress import Say, silence
 from lape.train.speed import attention_for
 
@@ -115,12 +115,12 @@ def _outcomes(
                     break
                 targets = targets.to(device, non_blocking=True)
                 logits = logits_of(model(images.to(device, non_blocking=True))).float()
-                hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+                hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
                 loss = F.cross_entropy(logits, targets, reduction="none")
-                seen = torch.ones_like(loss)
-                behind = place + size * len(targets)
-                outcome[:, place:behind:size] += torch.stack([seen, hit[:, 0], hit.any(dim=1), loss])
-                place = behind
+                count = torch.ones_like(loss)
+                end = place + size * len(targets)
+                outcome[:, place:end:size] += torch.stack([count, hits[:, 0], hits.any(dim=1), loss])
+                place = end
     except DataError as error:
         problem = str(error)
     finally:
@@ -166,11 +166,11 @@ def evaluate(
         raise DataError("; ".join(problems))  # every process names it: the launcher ends the others with the first
     if shared:
         outcome = sum_over_ranks(outcome)
-    seen, hit1, hit5, losses = outcome
-    assert bool((seen == 1).all()), f"{int((seen != 1).sum())} of {len(seen)} images did not count once"
-    if lost := int((~losses.isfinite()).sum()):
+    counts, hit1, hit5, losses = outcome
+    assert bool((counts == 1).all()), f"{int((counts != 1).sum())} of {len(counts)} images did not count once"
+    if count := int((~losses.isfinite()).sum()):
         raise NotFiniteError(
-            f"the outputs for {lost} of {len(losses)} images are NaN or infinite: they have no accuracy"
+            f"the outputs for {count} of {len(losses)} images are NaN or infinite: they have no accuracy"
         )
     batches = losses.split(loader.batch_sampler.batch_size)  # type: ignore[union-attr]
     return Metrics(
@@ -178,7 +178,7 @@ def evaluate(
         acc5=100 * hit5.mean().item(),
         loss=losses.mean().item(),
         batch_loss=torch.stack([batch.mean() for batch in batches]).mean().item(),
-        count=len(seen),
+        count=len(counts),
     )
 
 
@@ -206,7 +206,7 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = tell) -> Metrics:
     """
     if not recipe.resume:
         raise CheckpointError("evaluation needs a checkpoint: give --resume CHECKPOINT")
-    with join_world(recipe.device) as world, explained(recipe):
+    with join_world(recipe.device) as world, explain_faults(recipe):
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         say = say if world.is_main else silence
@@ -269,10 +269,10 @@ def number_as(data: Data, checkpoint: Checkpoint, labels: list[str] | None, outp
             f"knows {len(names)}: {few(names)}): give the data it was trained on"
         )
     numbers = torch.tensor([names.index(name) if name in names else -1 for name in data.classes])
-    renumbered = numbers.to(targets.device)[targets]
-    data.val.targets = renumbered if isinstance(data.val.targets, torch.Tensor) else renumbered.tolist()
-    missing = [name for name in names if name not in present]
-    return f"{len(missing)} of the {len(names)} classes have no image here: {few(missing)}" if missing else ""
+    targets = numbers.to(targets.device)[targets]
+    data.val.targets = targets if isinstance(data.val.targets, torch.Tensor) else targets.tolist()
+    absent = [name for name in names if name not in present]
+    return f"{len(absent)} of the {len(names)} classes have no image here: {few(absent)}" if absent else ""
 
 
 def predict(checkpoint_path: str | Path, image_paths: Sequence[str | Path], **options: Any) -> list[Prediction]:

@@ -46,28 +46,28 @@ class Stop(threading.Event):
         if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
             yield
             return
-        pressed = 0.0
+        first_press = 0.0
 
         def handle(number: int, _frame: object) -> None:
-            nonlocal pressed
+            nonlocal first_press
             now = time.monotonic()
-            if number == signal.SIGINT and pressed and now - pressed > TWICE:
+            if number == signal.SIGINT and first_press and now - first_press > TWICE:
                 raise KeyboardInterrupt
-            if number == signal.SIGINT and not pressed:
-                pressed = now
+            if number == signal.SIGINT and not first_press:
+                first_press = now
             if not self.is_set():
                 self.cause = signal.Signals(number)
                 self.set()
 
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        ours = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        ours = [number for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)]
         for number in ours:
             signal.signal(number, handle)
         try:
             yield
         finally:
             for number in ours:
-                signal.signal(number, before[number])
+                signal.signal(number, handlers[number])
 
     def leave(self) -> NoReturn:
         """End as by the signal: KeyboardInterrupt, or SystemExit with a shell's code for it."""
@@ -81,19 +81,19 @@ class Stopped(Exception):
 
 
 @contextmanager
-def explained(recipe: Recipe) -> Iterator[None]:
+def explain_faults(recipe: Recipe) -> Iterator[None]:
     """Turn running out of memory, and the loss of a loader process, into a `LapeError` that names the way out."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        text, stands = _reason(error), "" if recipe.eval else "; the last checkpoint stands"
+        text, note = _reason(error), "" if recipe.eval else "; the last checkpoint stands"
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-            raise LapeError(_out_of_memory(recipe, text) + stands) from error
+            raise LapeError(_out_of_memory(recipe, text) + note) from error
         if _LOADER.search(text) or (isinstance(error, OSError) and error.errno in _NO_ROOM):
             raise LapeError(
                 f"a loader process was lost ({text[:160]}), mostly for lack of memory, of /dev/shm, or of allowed "
                 f"processes and open files (ulimit): lower --num-workers (now {recipe.num_workers}), or give the "
-                f"container more of them{stands}"
+                f"container more of them{note}"
             ) from error
         raise
 
@@ -125,8 +125,8 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource  # not on Windows
 
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / 2**20 if sys.platform == "darwin" else used / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def make_deterministic() -> None:

@@ -46,8 +46,8 @@ class Curves:
         self._usual = threading.excepthook  # TensorBoard's own thread meets a full disk; what waits for it is told
         threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self._usual(args)
         folder = Path(recipe.output_dir) / BOARD
-        for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()
+        for path in folder.glob("events.out.tfevents.*"):
+            path.unlink()
         self.board = SummaryWriter(str(folder))
         for line in history:
             self._draw(line)
@@ -108,9 +108,8 @@ def write_log(history: list[dict[str, Any]], folder: Path) -> None:
     names = list(dict.fromkeys(name for line in history for name in line))
     # names and numbers: nothing to quote
     rows = [names, *(["" if line.get(name) is None else str(line[name]) for name in names] for line in history)]
-    log, table = "".join(json.dumps(line) + "\n" for line in history), "".join(",".join(row) + "\n" for row in rows)
-    write_content(folder / LOG, log)
-    write_content(folder / TABLE, table)
+    write_content(folder / LOG, "".join(json.dumps(line) + "\n" for line in history))
+    write_content(folder / TABLE, "".join(",".join(row) + "\n" for row in rows))
 
 
 def open_curves(recipe: Recipe, history: list[dict[str, Any]], world: World, place: tuple[int, int]) -> Curves | None:
@@ -125,8 +124,8 @@ def record_run(recipe: Recipe, world: World, place: tuple[int, int]) -> str:
     """
     path = Path(recipe.output_dir) / RUN
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        run_id, starts = str(earlier.get("id") or uuid.uuid4().hex), list(earlier.get("starts") or [])
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        run_id, starts = str(record.get("id") or uuid.uuid4().hex), list(record.get("starts") or [])
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # it was not written here
         run_id, starts = uuid.uuid4().hex, []
     content = {

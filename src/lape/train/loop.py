@@ -58,7 +58,7 @@ from lape.train.distributed import (
     wait_for_others,
 )
 from lape.train.evaluate import Metrics, autocast, evaluate_data
-from lape.train.faults import Stop, Stopped, explained, make_deterministic
+from lape.train.faults import Stop, Stopped, explain_faults, make_deterministic
 from lape.train.logs import check_services, open_curves, write_log
 from lape.train.losses import classification_loss, distillation_loss
 from lape.train.progress import Progress, Say, duration, silence
@@ -159,7 +159,7 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
     clock = time.perf_counter()
     with ExitStack() as at_end:
         world = at_end.enter_context(join_world(recipe.device, recipe.dist_timeout))
-        at_end.enter_context(explained(recipe))
+        at_end.enter_context(explain_faults(recipe))
         say = say if world.is_main else silence
         run = _prepare(recipe, world, say)  # all that can be wrong is seen here, before a file is touched
         recipe, state = run.recipe, run.state
@@ -193,8 +193,8 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
             if on_epoch is not None:
                 on_epoch(line)
             if epoch + 1 < recipe.epochs:
-                each = (time.perf_counter() - clock) / (epoch + 1 - first)
-                say(f"About {duration(each * (recipe.epochs - epoch - 1))} to go")
+                pace = (time.perf_counter() - clock) / (epoch + 1 - first)
+                say(f"About {duration(pace * (recipe.epochs - epoch - 1))} to go")
 
         seconds = time.perf_counter() - clock
         say(f"Training time {duration(seconds)}")
@@ -220,7 +220,7 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
     if run.mixup is not None:
         run.mixup.mixup_enabled = epoch < (recipe.mixup_off_epoch or recipe.epochs)
     loss = torch.zeros((), device=world.device)
-    launched: deque[Reading] = deque()  # the reports of steps that nobody has read yet
+    readings: deque[Reading] = deque()  # the reports of steps that nobody has read yet
     with closing(progress.over(loader)) as batches:  # an error must not leave the loader's processes
         for number, (images, targets) in enumerate(batches, start=first * parts):
             step, part = divmod(number, parts)
@@ -229,10 +229,10 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
             loss += _add_gradients(run, images, targets, last)
             if not last:
                 continue
-            launched.append(_launch_update(run, loss, loader.skipped, epoch, step))
+            readings.append(_launch_update(run, loss, loader.omissions, epoch, step))
             loss.zero_()
             at_once = not state.on_device or step + 1 == run.steps or _saves_behind(recipe, step)
-            stop, save = _account(run, launched, at_once, progress, f"learning rate {lr:.3g} in epoch {epoch}")
+            stop, save = _account(run, readings, at_once, progress, f"learning rate {lr:.3g} in epoch {epoch}")
             if stop:
                 _save_and_leave(run)
             if save and not state.bad_in_row and state.next_step < run.steps:
@@ -269,14 +269,14 @@ def _add_gradients(run: Training, images: Any, targets: Tensor, last: bool) -> T
     return loss.detach()
 
 
-def _launch_update(run: Training, loss: Tensor, skipped: list[str], epoch: int, step: int) -> Reading:
+def _launch_update(run: Training, loss: Tensor, omissions: list[str], epoch: int, step: int) -> Reading:
     """One step of the optimizer and of the average, unless loss or gradient is not finite; returns its report."""
     state, recipe = run.state, run.recipe
     grad_norm = _gradient_norm(state, run.parameters, recipe.clip_grad)
-    numbers = [run.stop.is_set(), len(skipped), run.world.is_main and _save_is_due(run, step)]
-    for text in skipped:  # every process names its own
+    numbers = [run.stop.is_set(), len(omissions), run.world.is_main and _save_is_due(run, step)]
+    for text in omissions:  # every process names its own
         print(f"left out: {text}", file=sys.stderr, flush=True)
-    skipped.clear()
+    omissions.clear()
     report = mean_over_ranks(torch.stack([loss, grad_norm]), numbers)
     reading = Reading(report)
     state.update(report[:2].isfinite().all(), epoch * run.steps + step + 1 if recipe.model_ema_warmup else None)
@@ -284,7 +284,7 @@ def _launch_update(run: Training, loss: Tensor, skipped: list[str], epoch: int, 
 
 
 def _account(
-    run: Training, launched: deque[Reading], at_once: bool, progress: Progress, place: str
+    run: Training, readings: deque[Reading], at_once: bool, progress: Progress, place: str
 ) -> tuple[bool, bool]:
     """Read the reports of steps and count them: all but the last, so that the device is never waited for.
 
@@ -292,8 +292,8 @@ def _account(
     whether the run stops, and whether a checkpoint is due.
     """
     state, stop, save = run.state, False, False
-    while len(launched) > (0 if at_once or stop or save else 1):
-        report = StepReport(*launched.popleft().read())
+    while len(readings) > (0 if at_once or stop or save else 1):
+        report = StepReport(*readings.popleft().read())
         progress.report(loss=report.loss, lr=state.optimizer.param_groups[0]["lr"], grad_norm=report.grad_norm)
         state.skipped_images += round(report.corrupt * run.world.size)
         state.next_step += 1
@@ -454,8 +454,8 @@ def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -
     they come. A run that goes on would take its first step as no other run did, and with three processes or more end
     with other bits. So a step on nothing comes first, of which nothing stays.
     """
-    computing: Any = torch.compile(model) if recipe.compile else model
-    net: nn.Module = computing
+    callable_model: Any = torch.compile(model) if recipe.compile else model
+    net: nn.Module = callable_model
     if world.size == 1:
         return net
     # the second head of a distilled model does not learn without a teacher
@@ -464,9 +464,9 @@ def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -
         net, device_ids=[world.device] if world.device.type == "cuda" else None, find_unused_parameters=idle
     )
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    nothing = torch.zeros(plan.size, recipe.in_chans, recipe.input_size, recipe.input_size, device=world.device)
+    blank = torch.zeros(plan.size, recipe.in_chans, recipe.input_size, recipe.input_size, device=world.device)
     with autocast(recipe.amp, world.device):
-        output = net.train(recipe.train_mode)(nothing)
+        output = net.train(recipe.train_mode)(blank)
     outputs = output if isinstance(output, tuple) else (output,)
     sum(one.float().sum() for one in (outputs[:1] if idle else outputs)).backward()
     model.zero_grad()
@@ -537,10 +537,10 @@ def _say_results(run: Training, raw: Metrics, ema: Metrics | None) -> None:
             say(f"Left out in this epoch: {line[name]} {what}")
     say(f"Max accuracy: {run.state.best_accuracy:.2f}%")
     if ema is not None:
-        best = {name: max(past.get(key, -1.0) for past in history) for name, key in _ACCURACIES.items()}
-        first = max(best, key=lambda name: best[name])
+        best = {name: max(entry.get(key, -1.0) for entry in history) for name, key in _ACCURACIES.items()}
+        leader = max(best, key=lambda name: best[name])
         say(
-            f"best_checkpoint.pth is by {_WEIGHTS[run.recipe.best_by]}; the best so far is of {_WEIGHTS[first]}: "
+            f"best_checkpoint.pth is by {_WEIGHTS[run.recipe.best_by]}; the best so far is of {_WEIGHTS[leader]}: "
             f"raw {best['raw']:.2f}%, EMA {best['ema']:.2f}%"
         )
 
@@ -586,15 +586,15 @@ def _accuracy_of_best(state: State, data: Data, recipe: Recipe, world: World) ->
 
 def _result(run: Training, seconds: float) -> TrainResult:
     state = run.state
-    last = state.history[-1]
+    line = state.history[-1]
     return TrainResult(
         model=state.model.eval(),
         ema_model=state.ema.module if state.ema is not None else None,
         best_accuracy=state.best_accuracy,
-        accuracy=last["test_acc1"],
-        loss=last["test_exact_loss"],
-        ema_accuracy=last.get("test_ema_acc1"),
-        ema_loss=last.get("test_ema_exact_loss"),
+        accuracy=line["test_acc1"],
+        loss=line["test_exact_loss"],
+        ema_accuracy=line.get("test_ema_acc1"),
+        ema_loss=line.get("test_ema_exact_loss"),
         history=state.history,
         seconds=seconds,
         data_name=run.data.name,

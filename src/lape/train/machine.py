@@ -53,13 +53,13 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numbers."""
-    installed = {"python": platform.python_version(), "lape": VERSION}  # of the code that runs, whatever is installed
+    numbers = {"python": platform.python_version(), "lape": VERSION}  # of the code that runs, whatever is installed
     for name in PACKAGES:
         try:
-            installed[name] = metadata.version(name)
+            numbers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            installed[name] = "not installed"
-    return installed | {
+            numbers[name] = "not installed"
+    return numbers | {
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "cudnn": str(torch.backends.cudnn.version() or "none"),
@@ -80,12 +80,12 @@ def commit() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return process.stdout.strip() if process.returncode == 0 else None
 
     if git("ls-files", "--error-unmatch", __file__) is None:  # installed inside a checkout of something else
         return None

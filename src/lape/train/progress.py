@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lape.train.distributed import World
 
 Say = Callable[[str], None]  # takes a line of output
-STARVED = 0.3  # part of an epoch spent on waiting for images from which on the output gives advice
+STARVATION = 0.3  # part of an epoch spent on waiting for images from which on the output gives advice
 BAR = 10  # characters of the bar itself
 BAR_AND_TIME = BAR + len("/") + len("0:00:00") + 4  # and what stands between the columns
 MATTERS = 10.0  # seconds; a shorter epoch is dominated by starting the loader
@@ -38,12 +38,14 @@ class Progress:
     Args:
         title: what a line starts with.
         first: the step it begins with, of all `steps`; not 0 where a run goes on within an epoch.
-        every: steps between two lines.
+        line_interval: steps between two lines.
         say: where lines go. A bar is drawn only where it is print or tell, and stdout a terminal.
     """
 
-    def __init__(self, title: str, first: int, steps: int, plan: BatchPlan, world: World, every: int, say: Say) -> None:
-        self.title, self.first, self.steps, self.every, self.say = title, first, steps, every, say
+    def __init__(
+        self, title: str, first: int, steps: int, plan: BatchPlan, world: World, line_interval: int, say: Say
+    ) -> None:
+        self.title, self.first, self.steps, self.line_interval, self.say = title, first, steps, line_interval, say
         self.images, self.device = plan.total, world.device
         self.reports = 0  # by this call
         self.loss_sum, self.finite = 0.0, 0  # of the steps with a finite loss
@@ -67,7 +69,7 @@ class Progress:
             if self._bar is not None:
                 self._bar.stop()
         self.seconds = time.perf_counter() - self._start
-        if self.seconds > MATTERS and self.wait >= STARVED * self.seconds:
+        if self.seconds > MATTERS and self.wait >= STARVATION * self.seconds:
             part = round(100 * self.wait / self.seconds)
             self.say(
                 f"{part}% of the epoch was spent on waiting for images ({self.wait / self.reports:.3f} s of "
@@ -80,10 +82,10 @@ class Progress:
         self.reports += 1
         if math.isfinite(loss):
             self.loss_sum, self.finite = self.loss_sum + loss, self.finite + 1
-        each = (time.perf_counter() - self._start) / self.reports
+        pace = (time.perf_counter() - self._start) / self.reports
         data = self.wait / self.reports
         mean = self.loss_sum / max(self.finite, 1)
-        speed, memory = f"{self.images / each:.0f} img/s", f"mem: {peak_memory(self.device):.0f} MiB"
+        speed, memory = f"{self.images / pace:.0f} img/s", f"mem: {peak_memory(self.device):.0f} MiB"
         rate, losses, gradient = f"lr: {lr:.6f}", f"loss: {loss:.4f} ({mean:.4f})", f"grad: {grad_norm:.3f}"
         if self._bar is not None:
             fields = (
@@ -92,21 +94,21 @@ class Progress:
                 speed,
                 rate,
                 gradient,
-                f"data: {data / each:.0%}",
+                f"data: {data / pace:.0%}",
                 memory,
             )
             # the last go first on a narrow terminal
             room = self._bar.console.width - len(self.title) - 2 * len(str(self.steps)) - BAR_AND_TIME
-            most = max((n for n in range(len(fields) + 1) if len("  ".join(fields[:n])) <= room), default=0)
-            self._bar.update(self._bar.task_ids[0], advance=1, values="  ".join(fields[:most]))
+            count = max((n for n in range(len(fields) + 1) if len("  ".join(fields[:n])) <= room), default=0)
+            self._bar.update(self._bar.task_ids[0], advance=1, values="  ".join(fields[:count]))
             return
         step = self.first + self.reports - 1
-        if step % self.every == 0 or step == self.steps - 1:
-            eta = duration(each * (self.steps - 1 - step))
+        if step % self.line_interval == 0 or step == self.steps - 1:
+            eta = duration(pace * (self.steps - 1 - step))
             place = f"[{step:{len(str(self.steps))}d}/{self.steps}]"
             self.say(
                 f"{self.title}  {place}  eta: {eta}  {rate}  {losses}  {gradient}  "
-                f"time: {each:.4f}  data: {data:.4f}  {speed}  {memory}"
+                f"time: {pace:.4f}  data: {data:.4f}  {speed}  {memory}"
             )
 
     def timing(self) -> dict[str, float]:

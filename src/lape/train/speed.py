@@ -26,15 +26,15 @@ def attention_for(model: nn.Module, recipe: Recipe, device: torch.device) -> Ite
     plain = recipe.attention == "plain" or (
         recipe.attention == "auto" and device.type == "cpu" and recipe.amp == "bf16"
     )
-    before = {
+    flags = {
         module: module.fused_attn for module in model.modules() if isinstance(getattr(module, "fused_attn", None), bool)
     }
-    for module in before:
+    for module in flags:
         module.fused_attn = not plain  # type: ignore[assignment]
     try:
-        yield "plain" if plain and before else "fused"
+        yield "plain" if plain and flags else "fused"
     finally:
-        for module, fused in before.items():
+        for module, fused in flags.items():
             module.fused_attn = fused
 
 

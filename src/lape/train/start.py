@@ -151,34 +151,34 @@ def load_weights(
     ours, theirs = to_reference_state_dict(model), dict(checkpoint.model)
     for name, tensor in theirs.items():
         check_finite(tensor, f"the weights {name} of {checkpoint.path}")
-    moved = _order_head(theirs, checkpoint.classes, classes)
+    head_note = _order_head(theirs, checkpoint.classes, classes)
     grid = source_grid(checkpoint, model)
     foreign = _leave_distillation(ours, theirs)
-    resized = _resize_patches(ours, theirs)
+    patch_note = _resize_patches(ours, theirs)
     reasons = {name: _why_anew(name, tensor, theirs.get(name)) for name, tensor in ours.items()}
-    fresh = {name: tensor for name, tensor in ours.items() if reasons[name]}
-    rest = {name: tensor for name, tensor in theirs.items() if name not in fresh}
-    own_grid = conversion_of(model).layout.grid
-    plain = {} if antialias else _resized_plainly(conversion_of(model).layout, rest, grid)
+    initial = {name: tensor for name, tensor in ours.items() if reasons[name]}
+    rest = {name: tensor for name, tensor in theirs.items() if name not in initial}
+    model_grid = conversion_of(model).layout.grid
+    plain = {} if antialias else _resize_plainly(conversion_of(model).layout, rest, grid)
     rest |= plain
     try:
-        load_reference_state_dict(model, fresh | rest, source_grid=None if plain else grid)
+        load_reference_state_dict(model, initial | rest, source_grid=None if plain else grid)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_advice(ours, theirs)}") from None
-    by_reason = {reason: [name for name in fresh if reasons[name] == reason] for reason in reasons.values() if reason}
+    by_reason = {reason: [name for name in initial if reasons[name] == reason] for reason in reasons.values() if reason}
     notes = [
         *(f"{reason} (start anew): {few(names, 4)}" for reason, names in by_reason.items()),
         f"left out: {few(foreign, 4)}" if foreign else "",
-        resized,
-        moved,
+        patch_note,
+        head_note,
         f"position table resampled from a grid of {grid[0]} x {grid[1]}"
-        if grid not in (None, own_grid) and "pos_embed" in theirs
+        if grid not in (None, model_grid) and "pos_embed" in theirs
         else "",
     ]
     say(f"Fine-tuning from {checkpoint.path}. {'; '.join(note for note in notes if note)}".rstrip(". ") + ".")
 
 
-def _resized_plainly(layout: Layout, tensors: Mapping[str, Tensor], grid: Grid | None) -> dict[str, Tensor]:
+def _resize_plainly(layout: Layout, tensors: Mapping[str, Tensor], grid: Grid | None) -> dict[str, Tensor]:
     """The tables of a file for `grid` at the model's, as DeiT resizes them: bicubic without antialiasing."""
     if grid is None or grid == layout.grid:
         return {}
@@ -191,14 +191,14 @@ def _resized_plainly(layout: Layout, tensors: Mapping[str, Tensor], grid: Grid |
     }
 
 
-def _order_head(theirs: dict[str, Tensor], stored: Sequence[str] | None, classes: Sequence[str] | None) -> str:
+def _order_head(theirs: dict[str, Tensor], file_classes: Sequence[str] | None, classes: Sequence[str] | None) -> str:
     """Put a head's outputs into the order of the data's classes, where both have the same; what there is to say."""
-    if not stored or not classes or list(stored) == list(classes) or len(stored) != len(classes):
+    if not file_classes or not classes or list(file_classes) == list(classes) or len(file_classes) != len(classes):
         return ""
-    if set(stored) != set(classes):
-        odd = [name for name in classes if name not in stored]
+    if set(file_classes) != set(classes):
+        odd = [name for name in classes if name not in file_classes]
         return f"the head is that of other classes ({few(odd, 4)} were not among them), as many, and is kept"
-    order = torch.tensor([list(stored).index(name) for name in classes])
+    order = torch.tensor([list(file_classes).index(name) for name in classes])
     for name, tensor in theirs.items():
         if name.startswith(("head.", "head_dist.")) and len(tensor) == len(order):
             theirs[name] = tensor[order]
@@ -290,22 +290,22 @@ class Teacher(nn.Module):
     shift: Tensor
 
     def __init__(
-        self, model: nn.Module, student: tuple[Any, Any], own: tuple[Any, Any], order: list[int] | None = None
+        self, model: nn.Module, student: tuple[Any, Any], normalisation: tuple[Any, Any], order: list[int] | None = None
     ) -> None:
-        """`order`: the teacher's outputs of the student's classes."""
+        """`student`, `normalisation`: mean and deviation of each; `order`: the outputs of the student's classes."""
         super().__init__()
         self.model = model
         self.order = order
-        self.same = student == own
-        (mean, std), (own_mean, own_std) = (
-            (torch.tensor(m).view(1, -1, 1, 1), torch.tensor(s).view(1, -1, 1, 1)) for m, s in (student, own)
+        self.same_normalisation = student == normalisation
+        (mean, std), (teacher_mean, teacher_std) = (
+            (torch.tensor(m).view(1, -1, 1, 1), torch.tensor(s).view(1, -1, 1, 1)) for m, s in (student, normalisation)
         )
-        self.register_buffer("scale", std / own_std)
-        self.register_buffer("shift", (mean - own_mean) / own_std)
+        self.register_buffer("scale", std / teacher_std)
+        self.register_buffer("shift", (mean - teacher_mean) / teacher_std)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images if self.same else images * self.scale + self.shift)
+        logits: Tensor = self.model(images if self.same_normalisation else images * self.scale + self.shift)
         return logits if self.order is None else logits[:, self.order]
 
 
@@ -344,17 +344,18 @@ def load_teacher(
     )
     assert isinstance(config, dict)
     with of_file(checkpoint.path):
-        own = (tuple(config["mean"]), tuple(config["std"]))
-    if len(own[0]) != recipe.in_chans:
-        source, own = "the student: its own has other channels", student
-    teacher = Teacher(model, student, own, None if order == [*range(num_classes)] else order).to(device)
+        normalisation = (tuple(config["mean"]), tuple(config["std"]))
+    if len(normalisation[0]) != recipe.in_chans:
+        source, normalisation = "the student: its own has other channels", student
+    teacher = Teacher(model, student, normalisation, None if order == [*range(num_classes)] else order).to(device)
     try:
         logits = teacher(torch.zeros(1, recipe.in_chans, recipe.input_size, recipe.input_size, device=device))
     except (AssertionError, RuntimeError) as error:
         raise LapeError(f"teacher_model {name!r} cannot see images of {recipe.input_size} pixels: {error}") from None
     check_finite(logits, f"the outputs of the teacher {recipe.teacher_path}")
+    mean, std = normalisation
     say(
-        f"Teacher: {name} from {recipe.teacher_path}; normalisation of {source}: mean {own[0]}, std {own[1]}"
+        f"Teacher: {name} from {recipe.teacher_path}; normalisation of {source}: mean {mean}, std {std}"
         + ("" if order else "; no class names are stored, its outputs are taken for the data's classes in their order")
     )
     return teacher
@@ -362,13 +363,13 @@ def load_teacher(
 
 def _outputs_of(checkpoint: Checkpoint, classes: Sequence[str] | None) -> list[int] | None:
     """The outputs of a teacher for the data's classes, None where its file names none. Raises CheckpointError."""
-    stored = checkpoint.classes
-    if not stored or not classes:
+    file_classes = checkpoint.classes
+    if not file_classes or not classes:
         return None
-    lacking = [name for name in classes if name not in stored]
-    if lacking:
+    missing = [name for name in classes if name not in file_classes]
+    if missing:
         raise CheckpointError(
-            f"the teacher {checkpoint.path} was trained on other classes, it lacks {few(lacking, 4)}: give one that "
+            f"the teacher {checkpoint.path} was trained on other classes, it lacks {few(missing, 4)}: give one that "
             "knows the classes of the data"
         )
-    return [stored.index(name) for name in classes]
+    return [file_classes.index(name) for name in classes]

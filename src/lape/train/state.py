@@ -115,10 +115,10 @@ def check_optimizer(recipe: Recipe, device: torch.device) -> None:
     if recipe.opt.lower().split("_")[-1] not in names:
         guess = nearest(recipe.opt, names)
         raise LapeError(f"unknown opt {recipe.opt!r}{f'; did you mean {guess!r}?' if guess else ''}: a name of timm")
-    probe = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Linear(2, 2)).to(device)
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Linear(2, 2)).to(device)
     try:
-        optimizer = create_optimizer_v2(probe, **optimizer_kwargs(recipe), **_fused(recipe, device))
-        for parameter in probe.parameters():
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(recipe), **_fused(recipe, device))
+        for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
     except Exception as error:  # they raise what they like, from what they are made of
@@ -172,9 +172,9 @@ def _average(ema: ModelEmaV3, model: nn.Module, good: Tensor, number: int | None
             values.append(value)
         else:
             average.copy_(torch.where(good, value, average))
-    apart = torch._foreach_sub(values, averages)
-    torch._foreach_mul_(apart, weight)
-    torch._foreach_add_(averages, apart)
+    difference = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(difference, weight)
+    torch._foreach_add_(averages, difference)
 
 
 def set_rate(state: State, recipe: Recipe, epoch: int) -> None:
@@ -195,17 +195,17 @@ def _decay_of(model: Any, recipe: Recipe) -> Iterator[None]:
     timm spares the distillation token, too; `lape` all of position: the tables of unshare, new biases on logits.
     """
     names = reference_names(model)
-    decayed = {
+    extra = {
         name
         for name, in_files in names.items()
         if re.fullmatch(r"dist_token|pos_embed\d+", in_files)
         or (name.startswith("lape.") and name.endswith(".relative_position_bias_table"))
     }
-    if not decayed or "decay" not in recipe.as_original:
+    if not extra or "decay" not in recipe.as_original:
         yield
         return
-    spared = model.no_weight_decay() - decayed
-    model.no_weight_decay = lambda: spared
+    exceptions = model.no_weight_decay() - extra
+    model.no_weight_decay = lambda: exceptions
     try:
         yield
     finally:
@@ -353,11 +353,11 @@ def _check_resumable(checkpoint: Checkpoint, recipe: Recipe) -> None:
             f"{checkpoint.path} was not written by this project (DeiT's and the authors' files do not name the "
             "parameters of their optimizer): start from it with --finetune"
         )
-    was = shown(str(checkpoint.args.get("opt", recipe.opt)))
-    if was.lower() != recipe.opt.lower():
+    opt = shown(str(checkpoint.args.get("opt", recipe.opt)))
+    if opt.lower() != recipe.opt.lower():
         raise LapeError(
-            f"{checkpoint.path} was trained with opt={was!r}, whose state opt={recipe.opt!r} cannot take over: add "
-            f"--opt {was}, or start from its weights with --finetune"
+            f"{checkpoint.path} was trained with opt={opt!r}, whose state opt={recipe.opt!r} cannot take over: add "
+            f"--opt {opt}, or start from its weights with --finetune"
         )
 
 
@@ -366,9 +366,9 @@ def agree(checkpoint: Checkpoint | None, world: World) -> None:
     place = "nothing" if checkpoint is None else "epoch {}, step {}".format(*_place(checkpoint))
     places = all_of(place)
     if len(set(places)) > 1:
-        differing = ", ".join(f"process {places.index(text)} from {text}" for text in dict.fromkeys(places))
+        differences = ", ".join(f"process {places.index(text)} from {text}" for text in dict.fromkeys(places))
         raise LapeError(
-            f"the processes would go on from different places ({differing}; this one, {world.rank}: "
+            f"the processes would go on from different places ({differences}; this one, {world.rank}: "
             f"{checkpoint.path if checkpoint else 'no checkpoint'}): --output-dir and --resume must name a folder that "
             "all machines share"
         )
@@ -432,9 +432,11 @@ def _flags(recipe: Recipe) -> dict[str, Any]:
 
 
 def _changed_settings(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    now = _flags(recipe)
-    changes = {name: (was, now[name]) for name, was in checkpoint.args.items() if name in now and was != now[name]}
-    return ", ".join(f"{name} {was} -> {new}" for name, (was, new) in changes.items() if name not in _INDIFFERENT)
+    flags = _flags(recipe)
+    changes = {
+        name: (old, flags[name]) for name, old in checkpoint.args.items() if name in flags and old != flags[name]
+    }
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items() if name not in _INDIFFERENT)
 
 
 def _earlier_log(recipe: Recipe, next_epoch: int) -> list[dict[str, Any]]:
@@ -478,22 +480,22 @@ def _resume_optimizer(state: State, checkpoint: Checkpoint) -> None:
     groups = ours["param_groups"]
     if len(groups) == len(theirs["param_groups"]):  # some optimizers keep state in the group
         groups = [
-            {**new, **was, **{name: new[name] for name in _GROUP_SETTINGS if name in new}}
-            for was, new in zip(theirs["param_groups"], groups, strict=True)
+            {**new, **old, **{name: new[name] for name in _GROUP_SETTINGS if name in new}}
+            for old, new in zip(theirs["param_groups"], groups, strict=True)
         ]
-    whole = {**ours, **theirs, "state": states, "param_groups": groups}
+    state_dict = {**ours, **theirs, "state": states, "param_groups": groups}
     examples = zip(our_names, our_numbers, _examples(state.optimizer), strict=True)
     pairs = [(f"{name} of", example, states[number]) for name, number, example in examples if number in states]
-    pairs += [("", new, was) for new, was in zip(ours["param_groups"], groups, strict=True)]
-    for what, example, kept in pairs:
-        for entry, layout in _layout(example).items():
-            own = _layout(kept.get(entry, "missing"))
-            if entry != "params" and own != layout and None not in (own, layout):
+    pairs += [("", new, old) for new, old in zip(ours["param_groups"], groups, strict=True)]
+    for what, example, values in pairs:
+        for entry, expected in _layout(example).items():
+            actual = _layout(values.get(entry, "missing"))
+            if entry != "params" and actual != expected and None not in (actual, expected):
                 raise CheckpointError(
-                    f"the optimizer of {checkpoint.path} does not fit this one: {what} {entry} is {own}, not {layout}; "
-                    "start from its weights with --finetune"
+                    f"the optimizer of {checkpoint.path} does not fit this one: {what} {entry} is {actual}, not "
+                    f"{expected}; start from its weights with --finetune"
                 )
-    state.optimizer.load_state_dict(whole)
+    state.optimizer.load_state_dict(state_dict)
 
 
 def _examples(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -502,22 +504,26 @@ def _examples(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     Empty for an optimizer that takes no such step.
     """
     twin: Any = copy.copy(optimizer)
-    own = {name: value for name, value in vars(optimizer).items() if name not in vars(twin)}
-    tried = [{p.shape: torch.zeros_like(p, requires_grad=True) for p in g["params"]} for g in optimizer.param_groups]
+    attributes = {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name not in vars(twin) and not isinstance(value, torch.optim.Optimizer)
+    }
+    samples = [{p.shape: torch.zeros_like(p, requires_grad=True) for p in g["params"]} for g in optimizer.param_groups]
     places = [(place, p.shape) for place, group in enumerate(optimizer.param_groups) for p in group["params"]]
     try:
         with torch.random.fork_rng():
-            vars(twin).update(copy.deepcopy({k: v for k, v in own.items() if not isinstance(v, torch.optim.Optimizer)}))
+            vars(twin).update(copy.deepcopy(attributes))
             twin.state = defaultdict(dict)
             twin.param_groups = copy.deepcopy([{**group, "params": []} for group in optimizer.param_groups])
-            for group, parameters in zip(twin.param_groups, tried, strict=True):
+            for group, parameters in zip(twin.param_groups, samples, strict=True):
                 group["params"] = list(parameters.values())
                 for parameter in group["params"]:
                     parameter.grad = torch.ones_like(parameter)
             twin.step()
     except Exception:  # they raise what they like
         return [{} for _ in places]
-    return [twin.state[tried[place][shape]] for place, shape in places]
+    return [twin.state[samples[place][shape]] for place, shape in places]
 
 
 def _layout(value: Any) -> Any:

@@ -53,16 +53,16 @@ class Card:
         self, name: str, model: nn.Module, transform: dict[str, Any] | None, images: Sequence[Any], size: Size | None
     ):
         self.name, self.model, self.size = name, model, size
-        self.conversion = _known_conversion(name, model, bool(images))
+        self.conversion = _conversion_to_show(name, model, bool(images))
         self.photos = [photo(model, path, transform) for path in images]
         self.data: dict[str, Any] = {part: [] for part in ("prefix", "maps", "tokens", "attention", "measures")}
         self.data |= {"name": name, "heads": 0, "notes": {}}
         if self.conversion is None:
             watch = Watch(model, self.photos[0].pixels)
             self.grid, layers = watch.grid, len(watch.blocks)
-            left = "left as it is" if conversions(model) else "not converted"
-            join, what = None, f"{type(model).__name__}, {left}"
-            about = f"{class_name(type(model))}, {left}"
+            state = "left as it is" if conversions(model) else "not converted"
+            join, what = None, f"{type(model).__name__}, {state}"
+            about = f"{class_name(type(model))}, {state}"
         else:
             description = describe(model)
             self.grid, layers, about = grid_at(model, size), description.blocks, str(description)
@@ -88,8 +88,8 @@ class Card:
         """How many kinds of maps share what is left of the page's bytes."""
         return 2 * bool(self.photos) + (self.kind is not None and self.kind.is_bias)
 
-    def _add_maps(self, label: str, kind: str, first: int, layers: int, packed: dict[str, Any]) -> None:
-        self.data["maps"].append({"label": label, "kind": kind, "first": first, "layers": layers, **packed})
+    def _add_maps(self, label: str, kind: str, first: int, layers: int, pack: dict[str, Any]) -> None:
+        self.data["maps"].append({"label": label, "kind": kind, "first": first, "layers": layers, **pack})
 
     def _add_measure(self, label: str, hint: str, means: str, value_L: Tensor, **more: Any) -> None:
         entry = {"label": label, "hint": hint, "means": means, "values": finite(value_L), **more}
@@ -130,23 +130,23 @@ class Card:
             about = MEASURES[name]
             value_L = about.of(bias_LHnn.mean(1), self.grid)
             self._add_measure(f"bias: {about.label}", f"mean over heads; {about.hint}", about.means, value_L)
-        packed = rows(bias_LHnn.numpy(), self.grid, budget, signed=True)
-        self._add_maps("bias on attention", "bias", 0, len(bias_LHnn), packed)
+        pack = rows(bias_LHnn.numpy(), self.grid, budget, signed=True)
+        self._add_maps("bias on attention", "bias", 0, len(bias_LHnn), pack)
 
     def _add_tokens(self, budget: int) -> None:
         """Similarity of all tokens with all, of every depth; the first is what enters the first block."""
         watch = Watch(self.model, self.photos[0].pixels)
         self._name_prefix(watch.num_prefix)
-        patches, of_patches = watch.patches, []
+        patches, patch_maps = watch.patches, []
         for one in self.photos:
             maps_Enn = cosine(torch.cat(watch.tokens(one.pixels))[:, : patches.stop])
-            of_patches.append(maps_Enn[1:, patches, patches])
-            packed = triangle(maps_Enn.numpy())
-            if len(packed["data"]) > budget:
-                packed = rows(maps_Enn[:, None].numpy(), self.grid, budget, signed=True)
-            self.data["tokens"].append({"kind": "cosine", "first": -1, "layers": len(maps_Enn), **packed})
+            patch_maps.append(maps_Enn[1:, patches, patches])
+            pack = triangle(maps_Enn.numpy())
+            if len(pack["data"]) > budget:
+                pack = rows(maps_Enn[:, None].numpy(), self.grid, budget, signed=True)
+            self.data["tokens"].append({"kind": "cosine", "first": -1, "layers": len(maps_Enn), **pack})
         for label, hint, means, measure in TOKEN_MEASURES:
-            values = torch.stack([measure(maps_Lnn, self.grid) for maps_Lnn in of_patches])
+            values = torch.stack([measure(maps_Lnn, self.grid) for maps_Lnn in patch_maps])
             self._add_measure(label, f"on the photographs; {hint}", means, values.mean(0))
 
     def _add_attention(self, budget: int) -> None:
@@ -157,9 +157,9 @@ class Card:
         self._name_prefix(watch.num_prefix)
         for one in self.photos:
             weights_LHNN = attention(self.model, one.pixels)[:, 0, :, : watch.patches.stop, : watch.patches.stop]
-            packed = rows(weights_LHNN.numpy(), self.grid, budget, signed=False)
+            pack = rows(weights_LHNN.numpy(), self.grid, budget, signed=False)
             self.data["heads"] = weights_LHNN.shape[1]
-            self.data["attention"].append({"kind": "attention", "first": 0, "layers": len(weights_LHNN), **packed})
+            self.data["attention"].append({"kind": "attention", "first": 0, "layers": len(weights_LHNN), **pack})
         self.data["rollout"] = [finite(r.flatten() / r.max()) for r in rollout(self.model, images)]
         distance_LH, hint = attention_distance(self.model, images), "on the photographs"
         dots = [finite(heads) for heads in distance_LH]
@@ -177,14 +177,14 @@ class Card:
 
     def _name_prefix(self, count: int) -> None:
         names = {name.rpartition(".")[2] for name, _ in self.model.named_parameters()}
-        known_names = []
+        special_names = []
         if names & {"cls_token", "class_token", "class_embedding", "cls_embed", "class_embed"}:
-            known_names.append("class")
+            special_names.append("class")
         if names & {"dist_token", "distillation_token"}:
-            known_names.append("distillation")
-        word = "register" if known_names else "extra"
-        rest = [f"{word} {k + 1}" for k in range(count - len(known_names))]
-        self.data["prefix"] = [*known_names[:count], *rest]
+            special_names.append("distillation")
+        word = "register" if special_names else "extra"
+        rest = [f"{word} {k + 1}" for k in range(count - len(special_names))]
+        self.data["prefix"] = [*special_names[:count], *rest]
 
 
 TOKEN_MEASURES: tuple[tuple[str, str, str, Callable[[Tensor, Grid], Tensor]], ...] = (
@@ -203,23 +203,23 @@ TOKEN_MEASURES: tuple[tuple[str, str, str, Callable[[Tensor, Grid], Tensor]], ..
 )
 
 
-def _known_conversion(name: str, model: nn.Module, seen: bool) -> Conversion | None:
-    """How the model is converted, None where it is not, or was left as it is and is watched (`seen`) like others.
+def _conversion_to_show(name: str, model: nn.Module, has_images: bool) -> Conversion | None:
+    """How the model is converted, None where it is not, or was left as it is and is watched (`has_images`) like others.
 
     Raises LapeError where nothing could be shown.
     """
     if not conversions(model):
-        if not seen:
+        if not has_images:
             raise LapeError(
                 f"{name} is not converted, there is nothing to show of it without images (attention, similarity of "
                 "tokens): give images, or call lape.apply_(model) first for positions"
             )
         return None
     conversion = conversion_of(model)
-    if not seen:
+    if not has_images:
         require_host(conversion)
     kind = KINDS[conversion.pe]
-    if not seen and not kind.is_table and not kind.is_bias:
+    if not has_images and not kind.is_table and not kind.is_bias:
         raise LapeError(
             f"pe={conversion.pe!r}: there is nothing to show of {name} without images (attention), {kind.missing}"
         )
@@ -229,7 +229,7 @@ def _known_conversion(name: str, model: nn.Module, seen: bool) -> Conversion | N
 # --- photographs ------------------------------------------------------------------------------------------------------
 
 
-def photo(model: nn.Module, path: Any, stored: dict[str, Any] | None) -> Photo:
+def photo(model: nn.Module, path: Any, entries: dict[str, Any] | None) -> Photo:
     """An image file as the model sees it: resized and cropped as in evaluation, with mean and deviation of a checkpoint
     or of timm's configuration of the model, ImageNet's where neither says them."""
     from PIL import Image
@@ -240,25 +240,25 @@ def photo(model: nn.Module, path: Any, stored: dict[str, Any] | None) -> Photo:
     channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     channels_in = channels.in_channels if isinstance(channels, nn.Conv2d) else 3
     size = _image_size(model)
-    if stored is None:
+    if entries is None:
         config = getattr(model, "pretrained_cfg", None) or {}
         normal: dict[str, Any] = {key: tuple(config[key]) for key in ("mean", "std") if config.get(key)}
         if any(len(value) != channels_in for value in normal.values()) or (channels_in == 1 and not normal):
             normal = {"mean": (0.5,) * channels_in, "std": (0.5,) * channels_in}
         transform = EvalTransform(size or (224, 224), in_chans=channels_in, **normal)
     else:
-        transform = EvalTransform.from_dict(stored)
+        transform = EvalTransform.from_dict(entries)
         transform = replace(transform, input_size=size or transform.input_size)
     pixels = transform.build()(load_image(path, channels_in))
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (transform.mean, transform.std))
     levels = (pixels * std + mean).clamp(0, 1).mul(255).byte().expand(3, -1, -1)  # grey becomes RGB
-    shown = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
-    factor = PHOTO_SIDE / max(shown.size)
-    shown = shown.resize((round(shown.width * factor), round(shown.height * factor)), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+    factor = PHOTO_SIDE / max(picture.size)
+    picture = picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.BICUBIC)
     file = io.BytesIO()
-    shown.save(file, "JPEG", quality=82)
-    picture = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return Photo(Path(path).name, picture, pixels[None])
+    picture.save(file, "JPEG", quality=82)
+    address = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return Photo(Path(path).name, address, pixels[None])
 
 
 def _image_size(model: nn.Module) -> tuple[int, int] | None:

@@ -30,13 +30,13 @@ def triangle(maps_Lnn: np.ndarray) -> dict[str, Any]:
 
 def by_frame(maps_TLnn: Iterable[np.ndarray]) -> dict[str, Any]:
     """`triangle` of each frame, a blank between their data; an image is one frame."""
-    each = [triangle(maps_Lnn) for maps_Lnn in maps_TLnn]
-    return {**each[0], "frames": list(range(len(each))), "data": " ".join(one["data"] for one in each)}
+    triangles = [triangle(maps_Lnn) for maps_Lnn in maps_TLnn]
+    return {**triangles[0], "frames": list(range(len(triangles))), "data": " ".join(one["data"] for one in triangles)}
 
 
-def halve_frames(packed: dict[str, Any]) -> None:
+def halve_frames(pack: dict[str, Any]) -> None:
     """Leaves every second frame out."""
-    packed |= {"frames": packed["frames"][::2], "data": " ".join(packed["data"].split()[::2])}
+    pack |= {"frames": pack["frames"][::2], "data": " ".join(pack["data"].split()[::2])}
 
 
 def rows(maps_LHnn: np.ndarray, grid: Grid, budget: int, *, signed: bool) -> dict[str, Any]:
@@ -47,21 +47,21 @@ def rows(maps_LHnn: np.ndarray, grid: Grid, budget: int, *, signed: bool) -> dic
     Signed: round(127 b / limit). Unsigned (attention): round(255 a / peak), a peak for each layer, head and query,
     rows of attention being peaked and unlike in height. Queries that are left out look the same as the nearest kept.
     """
-    packed: dict[str, Any] = {}
+    pack: dict[str, Any] = {}
     prefix = maps_LHnn.shape[-1] - grid[0] * grid[1]
     for stride in range(1, max(grid) + 1):
-        kept = [np.arange((side - 1) % stride // 2, side, stride) for side in grid]
-        queries = np.r_[:prefix, prefix + (kept[0][:, None] * grid[1] + kept[1]).ravel()]
-        chosen = maps_LHnn[:, :, queries]
-        packed = {"form": "rows", "heads": chosen.shape[1], "queries": [k.tolist() for k in kept]}
-        packed |= {"prefix": prefix, "tokens": maps_LHnn.shape[-1]}
+        coordinates = [np.arange((side - 1) % stride // 2, side, stride) for side in grid]
+        queries = np.r_[:prefix, prefix + (coordinates[0][:, None] * grid[1] + coordinates[1]).ravel()]
+        maps_LHqn = maps_LHnn[:, :, queries]
+        pack = {"form": "rows", "heads": maps_LHqn.shape[1], "queries": [k.tolist() for k in coordinates]}
+        pack |= {"prefix": prefix, "tokens": maps_LHnn.shape[-1]}
         if signed:
             limit = float(np.abs(maps_LHnn).max()) or 1.0
-            packed |= {"limit": limit, "data": blob(np.rint(chosen * (127 / limit)).astype(np.int8))}
+            pack |= {"limit": limit, "data": blob(np.rint(maps_LHqn * (127 / limit)).astype(np.int8))}
         else:
-            peaks = np.maximum(chosen.max(-1), 1e-12).astype("<f4")
-            levels = np.rint(chosen / peaks[..., None] * 255).astype(np.uint8)
-            packed |= {"limit": 0.0, "peaks": blob(peaks), "data": blob(levels)}
-        if len(packed["data"]) <= budget:
+            peaks = np.maximum(maps_LHqn.max(-1), 1e-12).astype("<f4")
+            levels = np.rint(maps_LHqn / peaks[..., None] * 255).astype(np.uint8)
+            pack |= {"limit": 0.0, "peaks": blob(peaks), "data": blob(levels)}
+        if len(pack["data"]) <= budget:
             break
-    return packed
+    return pack

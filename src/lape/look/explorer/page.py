@@ -127,21 +127,21 @@ def page_text(title: str, cards: Sequence[Card], intro: str, budget: int) -> str
     """The page. Data go in as JSON in which no tag can end; the policy admits this script and this style alone."""
     style, script = _part("explorer.css"), "\n".join(_part(f"{name}.js") for name in SCRIPTS)
     photos = [{"name": p.name, "src": p.picture} for p in cards[0].photos]
-    spent = sum(map(len, (script, style, intro))) + sum(len(p["src"]) for p in photos) + 40_000
-    spent += sum(len(m["data"]) for card in cards for m in card.data["maps"])
-    if spent > budget:  # the second view of the positions is what can be done without
+    total = sum(map(len, (script, style, intro))) + sum(len(p["src"]) for p in photos) + 40_000
+    total += sum(len(m["data"]) for card in cards for m in card.data["maps"])
+    if total > budget:  # the second view of the positions is what can be done without
         for card in cards:
-            spent -= sum(len(m["data"]) for m in card.data["maps"][1:])
+            total -= sum(len(m["data"]) for m in card.data["maps"][1:])
             del card.data["maps"][1:]
     positions = [m for card in cards for m in card.data["maps"]]
-    while spent > budget and any(len(m["frames"]) > 1 for m in positions):
+    while total > budget and any(len(m["frames"]) > 1 for m in positions):
         longest = max(positions, key=lambda m: len(m["frames"]))
-        spent -= len(longest["data"])
+        total -= len(longest["data"])
         halve_frames(longest)
-        spent += len(longest["data"])
-    each = max(budget - spent, 0) // max(sum(card.wishes for card in cards), 1)
+        total += len(longest["data"])
+    share = max(budget - total, 0) // max(sum(card.wishes for card in cards), 1)
     for card in cards:
-        card.add_rest(each)
+        card.add_rest(share)
     data = {
         "title": title,
         "colours": colours(),
@@ -166,8 +166,8 @@ def series(joins: Sequence[str | None]) -> list[str]:
     from lape.look.colours import COLOURS
     from lape.look.figures import SERIES
 
-    own = [COLOURS[join] for join in joins if join in COLOURS]
-    return own if len(set(own)) == len(joins) else list(SERIES)
+    join_colours = [COLOURS[join] for join in joins if join in COLOURS]
+    return join_colours if len(set(join_colours)) == len(joins) else list(SERIES)
 
 
 def colours() -> dict[str, list[str]]:
