@@ -254,3 +254,31 @@ def test_pictures_of_an_earlier_drawing_are_named(tmp_path, capsys):
         assert left in said
         assert ("LaPE_layer0_sim_1thToken.jpg" in said) == bool(left)
         assert "notes" not in said
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_computed_as_in_the_model_that_was_saved(attention, tmp_path):
+    """In transformers 4 the two are modules of different classes."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.ViTModel._from_config(transformers.ViTConfig(**sizes), attn_implementation=attention)
+    loaded = lape.load(lape.save(lape.apply_(model), tmp_path / "model"))
+    assert loaded.config._attn_implementation == attention
+    assert [type(module).__name__ for module in loaded.modules()] == [type(m).__name__ for m in model.modules()]
+
+
+def test_what_transformers_4_notes_in_a_configuration_is_no_entry(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = lape.apply_(transformers.ViTModel(transformers.ViTConfig(**sizes)))
+    lape.save(model, tmp_path / "saved")
+    model.save_pretrained(tmp_path / "pretrained")
+    for folder in (tmp_path / "saved", tmp_path / "pretrained"):
+        config = json.loads((folder / "config.json").read_text())
+        entries = config.get("model_kwargs", config)
+        assert "_attn_implementation_autoset" not in config.get("model_kwargs", ())
+        entries["_attn_implementation_autoset"] = True
+        (config.get("lape") or config)["sha256"].pop("config.json")
+        (folder / "config.json").write_text(json.dumps(config))
+        classes = [type(module).__name__ for module in model.modules()]
+        assert [type(module).__name__ for module in lape.load(folder).modules()] == classes

@@ -12,7 +12,8 @@ from lape.errors import LapeError
 from lape.host.base import of_constructors
 from lape.names import shown
 
-ORIGIN = ("_name_or_path", "name_or_path", "_commit_hash")  # where a configuration came from; nothing is read from it
+# Where a configuration came from, and that its attention was chosen (transformers 4); nothing is read from it.
+ORIGIN = ("_name_or_path", "name_or_path", "_commit_hash", "_attn_implementation_autoset")
 # What has the library fetch weights or import code, in classes that declare it as well.
 _ELSEWHERE = frozenset(
     "backbone use_timm_backbone use_pretrained_backbone backbone_kwargs model_args architecture pretrained_cfg "
@@ -47,7 +48,7 @@ def check_entries(cls: Any, entries: Mapping[str, Any], within: Kinds | None = N
         if key in _ELSEWHERE and not empty:
             raise LapeError(f"{key!r} names weights or code of somewhere else")
         if "attn_implementation" in key:
-            if not empty and value not in _ATTENTION:
+            if not (empty or value in _ATTENTION or (value is True and key in ORIGIN)):
                 raise LapeError(f"{key!r} may be {' or '.join(_ATTENTION)}, not {value!r}")
         elif key == "model_type" and value not in (None, cls.model_type):
             raise LapeError(f"{key!r} of a {cls.__name__} is {cls.model_type!r}, not {shown(repr(value))[:60]}")

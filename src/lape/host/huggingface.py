@@ -25,7 +25,7 @@ from lape.core.position import Grid, Layout, resample
 from lape.core.stages import Stage, over_tokens
 from lape.errors import LapeError
 from lape.host.base import Blueprint, Host, class_name
-from lape.host.configurations import check_entries, check_origin, declared_in
+from lape.host.configurations import ORIGIN, check_entries, check_origin, declared_in
 from lape.host.parts import (
     POST_NORM,
     RELATIVE,
@@ -625,7 +625,10 @@ def blueprint(model: nn.Module) -> Blueprint | None:
     if not cls.__module__.startswith("transformers.models.") or not hasattr(model, "config"):
         return None
     config: Any = model.config
-    return cls.__name__, declared_in(type(config), json.loads(config.to_json_string(use_diff=False)))
+    entries = declared_in(type(config), json.loads(config.to_json_string(use_diff=False)))
+    if config._attn_implementation == "eager":  # else the library's default
+        entries["attn_implementation"] = "eager"
+    return cls.__name__, entries
 
 
 def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
@@ -645,7 +648,8 @@ def _model_class(name: str) -> Any:
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """One of the library's own model classes from a configuration, with random weights."""
     cls = _model_class(name)
-    config = cls.config_class.from_dict(kwargs)
+    entries = {key: value for key, value in kwargs.items() if key not in ORIGIN}
+    config = cls.config_class.from_dict(entries, attn_implementation=kwargs.get("attn_implementation"))
     check_origin(config.to_dict())  # what the file does not say is the library's default
     model: nn.Module = cls(config)
     return model
