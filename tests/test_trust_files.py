@@ -20,7 +20,7 @@ from lape.cli import app as cli
 from lape.errors import CheckpointError, LapeError
 from lape.files import atomic, vet
 from lape.files.read import read_checkpoint
-from lape.names import shown
+from lape.names import printable
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -608,7 +608,7 @@ def test_the_lock_of_a_run_empties_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_shown_steers_no_terminal():
-    assert shown("a\x1b[31m\n\x9b\u202e\udcffé") == "a\\x1b[31m\\n\\x9b\\u202e\\udcffé"
+    assert printable("a\x1b[31m\n\x9b\u202e\udcffé") == "a\\x1b[31m\\n\\x9b\\u202e\\udcffé"
     done = subprocess.run(
         [sys.executable, "-m", "lape", "predict", b"\xff\x1b[0m\n.png", "--checkpoint", "none\x1b.pth"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},

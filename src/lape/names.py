@@ -23,7 +23,7 @@ def nearest(value: str, spellings: Iterable[str]) -> str | None:
     return plain[matches[0]] if matches else None
 
 
-def shown(text: object) -> str:
+def printable(text: object) -> str:
     """A text of a file, a path or an error as one line for a terminal, a page or a message.
 
     What steers a terminal, breaks a line, turns the direction of reading or is no character is written as an escape.
@@ -39,7 +39,7 @@ def few(items: Sequence[object], limit: int = 5) -> str:
 
 def tell(text: str) -> None:
     """Prints lines, each as a terminal may get it."""
-    print("\n".join(map(shown, text.split("\n"))))
+    print("\n".join(map(printable, text.split("\n"))))
 
 
 def match_name(kind: str, value: str, spellings: Iterable[str]) -> str:

@@ -32,7 +32,7 @@ from pydantic import ValidationError
 
 from lape import __version__
 from lape.errors import LapeError, LostError
-from lape.names import shown
+from lape.names import printable
 from lape.recipe import Recipe, spelling_of, topic_of, topics
 
 USER_ERROR = 2
@@ -276,7 +276,7 @@ def _report(message: str, lost: bool = False) -> None:
         time.sleep(3)
     if _rank() > 0:
         message = f"[rank {_rank()}] {message}"
-    print(f"error: {shown(message)}", file=sys.stderr, flush=True)
+    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def _wait_for_launcher() -> None:

@@ -16,7 +16,7 @@ from lape.cli.rows import destination, escaped, row_writer
 from lape.errors import DataError, LapeError, arguments_as
 from lape.files.atomic import check_outputs
 from lape.look.options import DrawOptions
-from lape.names import few, shown, tell
+from lape.names import few, printable, tell
 from lape.options import ExportOptions, PredictOptions
 from lape.recipe import Recipe
 from lape.study.options import BenchOptions, CompareOptions, DemoOptions, ProbeOptions, SweepOptions
@@ -166,7 +166,7 @@ def predict(
     with row_writer(json, csv) as add:
         for p in _with_bar(predictions(files, options, problems), len(files)):
             if not note and (note := assumption(p.path)):
-                print(f"{shown(p.path)}: {note}; said of the first such image", file=sys.stderr)
+                print(f"{printable(p.path)}: {note}; said of the first such image", file=sys.stderr)
             best = list(zip(p.classes, p.probabilities, strict=True))
             add(
                 [
@@ -175,8 +175,8 @@ def predict(
                 ]
             )
             if "-" not in (json, csv):
-                lines = [f"  {100 * probability:6.2f} %  {shown(name)}" for name, probability in best]
-                print("\n".join([shown(p.path), *lines]))
+                lines = [f"  {100 * probability:6.2f} %  {printable(name)}" for name, probability in best]
+                print("\n".join([printable(p.path), *lines]))
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise DataError(f"{len(problems)} of {len(files)} images are left out: {'; '.join(problems[:10])}{more}")
@@ -217,7 +217,7 @@ def visualize(
         from lape.look.explorer import explore
 
         page = explore(checkpoints, html, images=image, model_name=options.model_name, **of_checkpoint)
-        print(f"open {shown(page)} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
+        print(f"open {printable(page)} in a browser ({page.stat().st_size / 1e6:.1f} MB, works offline)")
 
 
 def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> None:
@@ -230,7 +230,7 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
     for checkpoint in checkpoints:
         files = figures.visualize(checkpoint, save_dir, options)
         first = next(f for f in files if f.stem == "overview")
-        print(f"{len(files)} files in {shown(files[0].parent)}, first look at {shown(first)}")
+        print(f"{len(files)} files in {printable(files[0].parent)}, first look at {printable(first)}")
         if leftovers := figures.leftovers(files):
             print(
                 f"{len(leftovers)} of an earlier drawing are still in that folder ({few(leftovers, 4)}): they do not "
@@ -246,7 +246,7 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
         models = dict(zip(joins, models.values(), strict=True))
     if max(map(len, figures.sorts(models))) > 1:
         files = figures.draw_together(models, save_dir, view=options.view or "seen", options=options)
-        print(f"{len(files)} files of all models in {shown(save_dir)}")
+        print(f"{len(files)} files of all models in {printable(save_dir)}")
     else:
         print("no figure of all models: one has positions, another a bias on attention logits")
 
@@ -328,7 +328,7 @@ def check_data(
             write(_as_json(report.to_dict()))
     if json != "-":
         for line in report.lines():
-            print(shown(line))
+            print(printable(line))
     if not report.fit:
         raise LapeError(f"{data_path} is not fit for training: {len(report.errors)} error(s) are listed above")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from lape.errors import LapeError
 from lape.files.atomic import hold, is_stream, remove_leftovers, write_content
-from lape.names import shown
+from lape.names import printable
 
 Row = dict[str, Any]
 
@@ -135,5 +135,5 @@ def csv_text(rows: list[Row], first: bool) -> str:
 
 def _cell(value: Any) -> Any:
     """A text that a spreadsheet would take for a formula is quoted as one that it takes for a text."""
-    text = shown(value) if isinstance(value, str) else value
+    text = printable(value) if isinstance(value, str) else value
     return f"'{text}" if isinstance(text, str) and text.startswith(("=", "+", "-", "@")) else text

@@ -25,7 +25,7 @@ from lape.core.position import kind_named
 from lape.errors import CheckpointError, check_file, needs
 from lape.files.vet import check_entries, check_state, first_line, is_flag, of_file, read_json
 from lape.host.configurations import ORIGIN
-from lape.names import shown
+from lape.names import printable
 
 HEADS = ("head.weight", "head.fc.weight")  # of a classifier: in most models of timm, in those of stages
 WEIGHTS = "model.safetensors"
@@ -205,7 +205,7 @@ def staging_path(file: Path, digest: Any) -> Path:
 def _refused_global(message: str) -> str | None:
     for marker in ("Unsupported global: GLOBAL ", "Unsupported class ", "Trying to load unsupported GLOBAL "):
         if marker in message:
-            return shown(message.split(marker, 1)[1].split()[0].rstrip(".,"))
+            return printable(message.split(marker, 1)[1].split()[0].rstrip(".,"))
     return None
 
 

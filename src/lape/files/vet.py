@@ -23,7 +23,7 @@ from torch.nn.modules import module as registry
 
 from lape.errors import CheckpointError, LapeError
 from lape.host import host_of_library
-from lape.names import shown
+from lape.names import printable
 
 LARGEST, SIDE, DEPTH = 2**24, 2**14, 8  # of an integer; of an image, in pixels; of values in values
 _JSON_BYTES, _NESTING, _VALUES = 2**26, 64, 10**5
@@ -238,14 +238,14 @@ def _check_plain(name: str, value: Any, depth: int, budget: list[int]) -> None:
     else:
         fits = value is None or _number(value) or _yes_no(value)
     if not fits:
-        raise LapeError(f"model_kwargs {shown(name)}={_short(value)} is no size, number or name of a layer")
+        raise LapeError(f"model_kwargs {printable(name)}={_short(value)} is no size, number or name of a layer")
 
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else f"a {type(value).__name__}"
     if type(value) in (int, float) and not (isinstance(value, int) and value.bit_length() > 99):
         return str(value)
-    return repr(shown(text[:60])) if isinstance(value, str) else text
+    return repr(printable(text[:60])) if isinstance(value, str) else text
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def of_file(path: Path) -> Iterator[None]:
     except LapeError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {shown(first_line(error))}"
+        reason = f"{type(error).__name__}: {printable(first_line(error))}"
         raise CheckpointError(f"{path}: what it says does not fit together ({reason})") from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lape.errors import LapeError
 from lape.host.base import of_constructors
-from lape.names import shown
+from lape.names import printable
 
 # Where a configuration came from, and that its attention was chosen (transformers 4); nothing is read from it.
 ORIGIN = ("_name_or_path", "name_or_path", "_commit_hash", "_attn_implementation_autoset")
@@ -51,14 +51,14 @@ def check_entries(cls: Any, entries: Mapping[str, Any], within: Kinds | None = N
             if not (empty or value in _ATTENTION or (value is True and key in ORIGIN)):
                 raise LapeError(f"{key!r} may be {' or '.join(_ATTENTION)}, not {value!r}")
         elif key == "model_type" and value not in (None, cls.model_type):
-            raise LapeError(f"{key!r} of a {cls.__name__} is {cls.model_type!r}, not {shown(repr(value))[:60]}")
+            raise LapeError(f"{key!r} of a {cls.__name__} is {cls.model_type!r}, not {printable(repr(value))[:60]}")
         elif key.startswith("__") or callable(getattr(cls, key, None)) or not (empty or number or key in declarations):
             raise LapeError(f"{key!r} is no entry of a {cls.__name__}")
         elif isinstance(value, Mapping) and (inner := _inner_class(cls, key, value)):
             check_entries(inner, value, _kinds_of(_default(cls).get(key)))
         elif not (empty or key in ("id2label", "label2id") or _fits(key, value, declarations.get(key, {"number"}))):
             words = " or ".join(sorted(declarations[key])) or "a number"
-            raise LapeError(f"{key!r} of a {cls.__name__} is {words}, not {shown(repr(value))[:60]}")
+            raise LapeError(f"{key!r} of a {cls.__name__} is {words}, not {printable(repr(value))[:60]}")
 
 
 def _fits(key: str, value: Any, kinds: set[str]) -> bool:
@@ -113,7 +113,7 @@ def _inner_class(cls: Any, key: str, value: Mapping[str, Any]) -> Any:
     if inner_class not in (None, AutoConfig) and model_type in (None, inner_class.model_type):
         return inner_class
     if model_type is not None and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
-        raise LapeError(f"{key!r} is of no model type that transformers has: {shown(str(model_type))[:60]!r}")
+        raise LapeError(f"{key!r} is of no model type that transformers has: {printable(str(model_type))[:60]!r}")
     return None if model_type is None else CONFIG_MAPPING[model_type]
 
 

@@ -34,7 +34,7 @@ from lape.files.atomic import remove_leftovers, write_atomically
 from lape.files.names import load_reference_state_dict, reference_names, to_reference_state_dict
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.host.timm import NOT_THE_MODEL
-from lape.names import few, nearest, shown
+from lape.names import few, nearest, printable
 from lape.recipe import Recipe
 from lape.train.distributed import World, all_of
 from lape.train.logs import LOG, RUN, TABLE, write_log
@@ -353,7 +353,7 @@ def _check_resumable(checkpoint: Checkpoint, recipe: Recipe) -> None:
             f"{checkpoint.path} was not written by this project (DeiT's and the authors' files do not name the "
             "parameters of their optimizer): start from it with --finetune"
         )
-    opt = shown(str(checkpoint.args.get("opt", recipe.opt)))
+    opt = printable(str(checkpoint.args.get("opt", recipe.opt)))
     if opt.lower() != recipe.opt.lower():
         raise LapeError(
             f"{checkpoint.path} was trained with opt={opt!r}, whose state opt={recipe.opt!r} cannot take over: add "
