@@ -1,6 +1,7 @@
 """Other sizes and changed images: a sweep at the own size is the plain evaluation, changes are what they say."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +15,7 @@ from lape.cli.app import app, run
 from lape.convert.positions import positions
 from lape.data.changes import CORRUPTIONS, occluded, shifted, shuffled
 from lape.errors import LapeError
-from lape.study.options import SweepOptions
+from lape.study.options import Conditions, SweepOptions
 from lape.study.sweep import Outcome, conditions_of, draw, parse_size, summary_of
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.loop import train
@@ -203,6 +204,9 @@ def test_a_checkpoint_has_one_name_and_what_is_done_is_kept(trained, tmp_path, c
     twice = ["eval", str(trained / "lape" / "checkpoint.pth"), str(tmp_path / "link.pth"), "--sizes", "12"]
     assert run(app, [*twice, "--device", "cpu"]) == 2
     assert "given twice" in capsys.readouterr().err
+    shutil.copyfile(trained / "lape" / "checkpoint.pth", tmp_path / "copy.pth")
+    assert run(app, [*twice[:2], str(tmp_path / "copy.pth"), "--sizes", "12", "--device", "cpu"]) == 2
+    assert "copy.pth hold the same weights, which are one training" in capsys.readouterr().err
     model = lape.load(trained / "lape" / "checkpoint.pth")
     with torch.no_grad():
         model.head.bias.fill_(float("nan"))
@@ -315,3 +319,9 @@ def test_every_row_of_the_rivals_has_a_meaning() -> None:
     recipe = Recipe.from_yaml("digits")
     rows = [Variant(recipe.model, *row) for row in RIVALS]
     assert combinations(recipe, rows) == (rows, {})
+
+
+def test_what_is_named_twice_is_evaluated_once() -> None:
+    options = Conditions(corruptions=("contrast", "contrast"), severities=(1, 1), shift=(2, 2), occlude=(0.5, 0.5))
+    kinds = [condition.kind for condition in conditions_of(options, (16, 16), (4, 4))]
+    assert kinds == ["clean", "corruption", "shift", "occlusion"]

@@ -7,6 +7,7 @@ are resized and cropped, before they are normalised; what is random depends on t
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,7 @@ def conditions_of(options: Conditions, size: Size, patch: Size) -> list[Conditio
         if not 0 < share < 1:
             raise LapeError(f"--occlude {share} is no share of the patches: choose between 0 and 1")
         conditions.append(Condition("occlusion", "occluded", size, share, partial(occluded, share=share, patch=patch)))
-    return conditions
+    return list({(c.kind, c.name, c.size, c.level): c for c in conditions}.values())  # each once
 
 
 def name_of(size: tuple[int, ...]) -> str:
@@ -202,6 +203,9 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
     if len({Path(path).resolve() for path in paths}) != len(paths):
         raise LapeError(f"a checkpoint was given twice among {', '.join(paths)}: give each once")
     checkpoints = {path: _open_checkpoint(recipe.replace(resume=path)) for path in paths}
+    for one, other in itertools.combinations(paths, 2):
+        if _same_weights(checkpoints[one][0].model, checkpoints[other][0].model):
+            raise LapeError(f"{one} and {other} hold the same weights, which are one training: give one of them")
     sizes = {side for _, _, side in checkpoints.values()}
     if len(sizes) > 1:
         raise LapeError(f"the checkpoints were trained at {sorted(sizes)} pixels: give those of one size")
@@ -230,6 +234,10 @@ def sweep(paths: Sequence[str], recipe: Recipe, options: SweepOptions) -> dict[s
     if options.plot is not None:
         write_figure(draw(models, max(sizes)), options.plot)
     return results
+
+
+def _same_weights(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def _tables(models: Mapping[str, list[list[Outcome]]], members: Mapping[str, list[str]]) -> list[dict[str, Any]]:
