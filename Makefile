@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN ?= .venv/bin
 SIDE_BY_SIDE := -n 2 --dist loadfile
 OLDEST := 'torch==2.6.*' 'torchvision==0.21.*' 'timm==1.0.31' 'transformers==4.49.*' 'numpy==1.26.*'
-CORE := tests/test_convert.py tests/test_hosts.py tests/test_checkpoint.py tests/test_reference.py tests/test_correlation.py
+CORE := tests/test_convert.py tests/test_hosts.py tests/test_checkpoint.py tests/test_reference.py tests/test_correlation.py \
+	tests/test_saved_folders.py tests/test_export.py
 
 .PHONY: venv fast full lint docs site package oldest constraints
 

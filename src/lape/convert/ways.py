@@ -335,7 +335,7 @@ class BesideNorms(WithTable):
         if self.at_last and request.upto in (None, len(norms)):
             *_, raw = raw_positions(anatomy, request.merge, p_1RD)
             positions = itertools.chain(positions, map(self.norms["last"], [raw]))
-        for key, p in zip(self.norms, positions, strict=False):
+        for key, p in zip(self.norms.keys(), positions, strict=False):
             layout = anatomy.at(self._layer(key))[0]
             yield layout.spread(getattr(self, f"gate_{key}") * p if self.warm_start else p)
 

@@ -118,4 +118,4 @@ class Anatomy:
 def place_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module in which something lies, and its name there."""
     owner, _, name = path.rpartition(".")
-    return root.get_submodule(owner), name
+    return (root.get_submodule(owner) if owner else root), name  # torch 2.6 cannot trace get_submodule("")

@@ -264,8 +264,8 @@ class Link:
             forward.table = self.read(forward.root, value)
         if isinstance(value, nn.Parameter):
             return _zeros(value, value.dtype)
-        living = (p.dtype for module in self.running.modules() for p in module._parameters.values() if p is not None)
-        return _zeros(value, next(living, value.dtype))  # idle: follow the living
+        dtypes = [p.dtype for module in self.running.modules() for p in module._parameters.values() if p is not None]
+        return _zeros(value, dtypes[0] if dtypes else value.dtype)  # an idle buffer: the dtype of the parameters in use
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         root = memo.get(id(self.root))
@@ -377,6 +377,8 @@ class Adding(Joined):
     def _around(self, host_method: Any, *args: Any, **kwargs: Any) -> Any:
         THREAD.adders += 1
         try:
+            if torch.compiler.is_compiling():
+                check_hidden(self._lape)  # type: ignore[attr-defined]
             return host_method(self, *args, **kwargs)
         finally:
             THREAD.adders -= 1
@@ -399,6 +401,15 @@ class Slot(Joined):
             del self.__dict__[name]
 
         return property(read, write, delete)
+
+
+def check_hidden(link: Link) -> None:
+    """Raises LapeError where a tracer reads parameters past the class that hides them, so that they would be added."""
+    if link.anatomy.table_slot is None:
+        return
+    owner, name = place_of(link.running, link.anatomy.table_slot)
+    if isinstance(owner, Slot) and getattr(owner, name) is member(owner, name):
+        raise LapeError("a strict torch.export of torch 2.6 does not see that the table is hidden: pass strict=False")
 
 
 def _zero(dtype: torch.dtype) -> Tensor:

@@ -200,7 +200,7 @@ def _write_folder(model: nn.Module, about: About, _images: Tensor, folder: Path)
 def _write_torch(model: nn.Module, about: About, images_BCHW: Tensor, folder: Path) -> Artifact:
     path = folder / _FILES["torch"]
     with _quiet():
-        program = torch.export.export(_Outputs(model), (images_BCHW[:2],), dynamic_shapes=({0: BATCH},))
+        program = torch.export.export(_Outputs(model), (images_BCHW[:2],), dynamic_shapes=({0: BATCH},), strict=False)
         content = io.BytesIO()  # torch ends the process where it cannot write a file
         torch.export.save(program, content, extra_files={f"{DESCRIPTION}.json": json.dumps(about)})
         path.write_bytes(content.getbuffer())

@@ -23,8 +23,8 @@ _ATTENTION, _DTYPES = ("eager", "sdpa"), ("float32", "float64", "float16", "bflo
 _WORDS = (
     "architectures problem_type layer_types mlp_layer_types out_features stage_names position_embedding_type".split()
 )
-_EARLIER = (  # of every configuration of transformers 4, and of some
-    "num_labels torch_dtype tie_word_embeddings use_cache qkv_bias output_attentions pruned_heads pad_token_id "
+_OF_OTHERS = (  # of every configuration of transformers 4 or 5, and of some
+    "num_labels dtype torch_dtype tie_word_embeddings use_cache qkv_bias output_attentions pruned_heads pad_token_id "
     "bos_token_id eos_token_id decoder_start_token_id max_length num_beams num_beam_groups temperature top_k top_p "
     "typical_p repetition_penalty length_penalty num_return_sequences rope_theta partial_rotary_factor"
 ).split()
@@ -93,7 +93,7 @@ def _default(cls: Any) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _declarations(cls: Any) -> Kinds:
     kinds: Kinds = {name: {"text"} for name in _WORDS} | {name: {"text", "number"} for name in _ROTARY}
-    kinds |= {name: set() for name in (*_EARLIER, *cls.attribute_map, *cls.sub_configs)}
+    kinds |= {name: set() for name in (*_OF_OTHERS, *cls.attribute_map, *cls.sub_configs)}
     parameters = [p for p in of_constructors(cls.__mro__) if p.kind is not p.VAR_KEYWORD]
     arguments = {p.name: None if p.default is p.empty else p.default for p in parameters}
     for more in (_kinds_of(arguments), _kinds_of(_default(cls))):
