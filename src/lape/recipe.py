@@ -116,7 +116,7 @@ class Recipe(Options):
     train_mode: bool = _training(True, "--no-train-mode: train without dropout and stochastic depth")
     finetune: str = _training("", "checkpoint whose weights training starts from (head and grid may differ)")
     warm_start: bool = _training(
-        False, "with --finetune: begin as the pretrained model; LaPE's position enters through gates that start at zero"
+        False, "begin as the model of --finetune or --model-kwargs pretrained=True; position enters by gates from zero"
     )
     attn_only: bool = _training(False, "train only attention, position embedding and head")
     as_original: tuple[Habit, ...] = _training(

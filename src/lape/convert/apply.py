@@ -44,17 +44,18 @@ def apply_(
         join: "basic", "share", "unshare", "beside", "LaPE-sharing", "LaPE", or, for models that pool their patches,
             "PVG" or "MPVG"; in any case.
         pe: None keeps the model's own position table and its values, or, where there is none, its relative bias; the
-            name of a kind ("learnable", "1D_sin", "2D_sin", "1D_RPE", "2D_RPE", "PEG", "none") builds a new one in its
-            place. "2D_RPE" is the model's own relative bias, values and all, where each block has one. "own", with
-            join="basic", leaves any model as it is and only remembers that: a rival that is trained and saved like the
-            others.
+            name of a kind ("learnable", "1D_sin", "2D_sin", "1D_RPE", "2D_RPE", "RoPE", "RoPE-mixed", "ALiBi-2D",
+            "LookHere", "PEG", "PEG-6", "none") builds a new one in its place. "2D_RPE" is the model's own bias, values
+            and all, where each block has one. "own", with join="basic", leaves any model as it is and only
+            remembers that: a rival that is trained and saved like the others.
         warm_start: for a pretrained model and a join with LN'_l: the model's function is the host's at first. Its input
             addition stays, and attention sees LN_l(x) + g_l P_(l+1) with a learned gate g_l = 0 a layer, so that
             fine-tuning decides how much each layer takes. Folding turns the gates into constants too.
         std: standard deviation that a new table starts with: the same random numbers on another scale. None: timm's
             0.02 or the host's own. LN' makes any scale 1 at the start; the other joins do not: it is their control.
         pe_norm: what stands in the place of LN'_l (Table 8): "none" (P itself), "scalar" (g P), "scale" (g * P),
-            "affine" (g * P + b), "norm" (Norm(P)), "scalar-norm", "scale-norm", or "layernorm", which is LN'.
+            "affine" (g * P + b), "norm" (Norm(P)), "scalar-norm", "scale-norm", "layernorm", which is LN', or
+            "learned-norm" (g sqrt(D) P / |P|).
         at: the path of a part, such as "vision_tower", where the model holds more than one Vision Transformer.
         grid: (rows, columns) of patches, for a model that does not know it (torchvision's Swin,
             nn.TransformerEncoder).

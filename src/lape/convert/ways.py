@@ -139,7 +139,7 @@ class Way(nn.Module):
             set_aside(link, path)
 
     def fold(self, link: Link) -> Way:
-        """What takes its place when everything that parameters alone decide is a constant: by default nothing."""
+        """The way of the folded model: constants for what parameters alone decide, by default this one."""
         self.folded = True
         return self
 
@@ -326,7 +326,7 @@ class BesideNorms(WithTable):
         return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
 
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
-        """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). The only place where a LayerNorm meets a position."""
+        """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). LN' on tables is called here only."""
         anatomy, p_1RD = request.anatomy, self.source(request)
         if request.grid is not None and anatomy.stages:
             raise LapeError(f"a model of stages has one image size: a map of {request.grid} is another one's")

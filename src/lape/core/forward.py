@@ -1,8 +1,9 @@
 """A forward of a converted model: its grid is told once, positions are computed once, for all layers, in one place.
 
 The root of a converted model opens a `Forward` around its own forward, in its thread. As soon as the grid is known, the
-module `root.lape` computes what every layer receives; the joined modules take their share. Called outside of such a
-forward (a block by hand, a backward that recomputes activations) a module has its share computed anew.
+module `root.lape` computes what every layer receives (without gradients, each when its layer asks); the joined modules
+take their share. Called outside of such a forward (a block by hand, a backward that recomputes activations) a module
+has its share computed anew.
 
 The host's table stays in its slot under its own key. Where it is joined elsewhere, it reads as zeros while the host's
 own code adds it, in that thread, and as itself to everybody else.
@@ -67,7 +68,7 @@ class Forward:
         self.late = False  # whether it is computed when first asked for, as the table is away until it is read
 
     def begin(self, grid: Grid | None) -> None:
-        """The grid is known. Positions are computed at once, before a block can be checkpointed."""
+        """The grid is known. With gradients, positions are computed at once, before a block can be checkpointed."""
         self.grid = grid
         if not self.link.listed:
             return
@@ -175,7 +176,7 @@ class Link:
         return PositionRequest(table, self.anatomy, partial(self.anatomy.merge, root), grid, upto)
 
     def compute(self, root: nn.Module, grid: Grid | None, upto: int | None = None) -> tuple[Tensor, ...]:
-        """What each joined place receives, or those up to one, (1, N, D); the one place that does."""
+        """What each joined place receives, or those up to one, (1, N, D), for calls outside of a forward."""
         positions: tuple[Tensor, ...] = root.lape(self.request(root, grid, upto))  # type: ignore[operator]
         return positions
 

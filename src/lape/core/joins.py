@@ -1,4 +1,4 @@
-"""The joins as data: where the position enters, and from which source (see the table in the README).
+"""The joins as data: where the position enters, and from which source (docs/joins.md has them as a table).
 
 x_l tokens entering block l, P the position table, LN_l the host's norm before attention, LN'_l a norm of its own
 (or another one of `lape.core.pe_norms`).

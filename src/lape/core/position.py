@@ -140,7 +140,7 @@ SINUSOIDS = 0.5**0.5  # root mean square of sines and cosines in pairs
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of position embedding: a table added to tokens, a bias on logits, one made of the tokens, or nothing."""
+    """A kind: a table added to tokens, a bias on logits, turned queries and keys, one made of the tokens, or none."""
 
     name: str
     build: Callable[..., Tensor] | None = None  # tables only: (1, R, D) for a layout and a width, free ones by std

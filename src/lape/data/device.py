@@ -5,7 +5,7 @@ their numbers) and returns what runs once, on PIL images, and a batched twin of 
 Pillow's (`lape.data.batched`); the draws have the same distributions, but are other ones, so a run differs from one on
 the PIL path as by another seed. As on the PIL path they are a pure function of (seed, epoch, index, copy): `Stream`
 hashes these numbers with the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators", 2014). Draws are made on the host, so that it never waits for the device.
+generators", 2014). Draws are made on the host, so that it never waits for the device, but for erasing's noise.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ Source = str | os.PathLike[str] | PackedImage
 
 
 def open_source(source: Source) -> BinaryIO:
-    """The encoded bytes of an image. Raises OSError, and what `Packed.read` raises."""
+    """The encoded bytes of an image. Raises OSError, and what `PackedImage.read` raises."""
     return io.BytesIO(source.read()) if isinstance(source, PackedImage) else open(source, "rb")
 
 

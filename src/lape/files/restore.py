@@ -85,8 +85,8 @@ def _build_bounded(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: 
         return make()
     file_size = size_of(checkpoint)
     times = 1 if size is None or file_size is None else max(1, math.prod(_sides(size)) / math.prod(file_size))
-    elements = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.model.values())
-    limits = (checkpoint.path, int(times * (2 * elements + 2**26)), 10_000 + 100 * len(checkpoint.model))
+    values = sum(tensor.numel() for tensor in checkpoint.model.values())
+    limits = (checkpoint.path, int(times * (2 * values + 2**26)), 10_000 + 100 * len(checkpoint.model))
     with suppress(RuntimeError, NotImplementedError), bounded(*limits), without_values():
         make()  # raises the CheckpointError of `bounded`; constructors that compute with values fail otherwise
     with bounded(*limits):
@@ -100,11 +100,13 @@ def _with_weights_of_library(model: Any, state: Mapping[str, Tensor]) -> nn.Modu
     logging: Any = utils.logging
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    library_model, report = type(model).from_pretrained(
-        None, config=model.config, state_dict=dict(state), output_loading_info=True
-    )
-    if bars:
-        logging.enable_progress_bar()
+    try:
+        library_model, report = type(model).from_pretrained(
+            None, config=model.config, state_dict=dict(state), output_loading_info=True
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     if wrong := {name: keys for name, keys in report.items() if keys}:
         names = "; ".join(f"{name}: {', '.join(map(str, list(keys)[:4]))}" for name, keys in wrong.items())
         raise CheckpointError(f"the weights do not fit a {type(model).__name__} ({names})")
@@ -165,8 +167,10 @@ def is_checkpoint(name: str) -> bool:
 
 
 def published(name: str, pretrained: bool = True) -> nn.Module:
-    """A model of timm by its name, not converted, with its published weights. Raises LapeError where they are not here,
-    or there is no such model."""
+    """A model of timm by its name, not converted, with its published weights or, not `pretrained`, random ones.
+
+    Raises LapeError where the weights are not here, or there is no such model.
+    """
     try:
         return host_of_library("timm").build(name, {"pretrained": pretrained})  # type: ignore[misc]
     except (OSError, RuntimeError) as error:  # no network, no weights

@@ -1,8 +1,8 @@
 """What a file may say: plain values of bounded size. A file from a stranger is data.
 
 All that is read is held against the tables below before anything is built of it; what is not in them is refused by
-name. The arguments of a model are those that its library's host allows, and while it is built no connection is opened
-and no more memory is taken than the file's own weights ask for.
+name. The arguments of a model are those that its library's host allows, while it is built no connection is
+opened, and one far larger than the file's weights is refused (twice their values and 2^26 more).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""`lape compare` and its preset `lape demo`: joins side by side by one recipe, and what loses is shown losing.
+"""`lape compare` and `lape demo`: rows side by side by one recipe; those that lose are reported, too.
 
-Each cell (a model, a kind, a join, a seed) is one training on one thread; in a comparison its folder holds
-`result.json` and the trained model, and a second run of the same command skips it. Accuracies compared are those after
-the last epoch: the best epoch is chosen on the test images, so it is shown beside them and never compared.
+Each cell (a model, a kind, a join, a norm and a start of position, a seed) is one training on one thread; in a
+comparison its folder holds `result.json` and the trained model, and a second run of the same command skips it.
+Accuracies compared are those after the last epoch: the best epoch is chosen on the test images, so it is shown beside
+them and never compared.
 """
 
 import itertools
@@ -53,8 +54,8 @@ class Study:
 def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = ()) -> Study:
     """Trains every meaningful combination by one recipe and writes a report into `options.output_dir`.
 
-    `recipe` is everything but model, pe, join and seed; the same budget for all. `rows`, where there are some, take
-    the place of the combinations that the options name. Raises LapeError before any training:
+    `recipe` is everything else, the same budget for all; its model counts where the options name none. `rows`, where
+    there are some, take the place of the combinations that the options name. Raises LapeError before any training:
     unknown names, no combination with a meaning, a folder that cannot be written or holds a comparison by another
     recipe, a run that cannot be read.
     """
@@ -308,7 +309,9 @@ def _gpus(recipe: Recipe) -> list[str]:
     """The GPUs that the trainings were dealt out to; none on a CPU."""
     import torch
 
-    if recipe.device != "auto" and not recipe.device.startswith("cuda"):
+    if recipe.device.startswith("cuda:"):
+        return [torch.cuda.get_device_name(recipe.device)]
+    if recipe.device not in ("auto", "cuda"):
         return []
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
@@ -454,7 +457,7 @@ def _other_run(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
     return {"name": run.name, **facts, "join": args.get("join_type"), **about}
 
 
-# --- the demo: a preset -----------------------------------------------------------------------------------------------
+# --- the demo ---------------------------------------------------------------------------------------------------------
 
 BASELINE = "basic"
 DEMO_ROWS: tuple[tuple[str, float | None], ...] = (

@@ -10,7 +10,7 @@ from lape.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """Seeds count from 0; beyond the first two (the first of the longer budget) one may be left out, for both joins."""
+    """Seeds count from 0; beyond the first two (the first of the longer budget) one may be left out, for all rows."""
 
     output_dir: str = option("lape-demo", "where report.md, results.json and the figures go")
     seeds: int = option(5, "trainings of each join")

@@ -5,7 +5,8 @@ number of classes), and the reader sees every step. Optimizer, schedule, Mixup a
 
 **Exact resume.** Nothing random is saved. Before each step the generators are seeded from (seed, epoch, step, rank),
 the data set does the same for each image, and the schedule is a function of the epoch. So a run that was stopped, at
-any moment, and resumed from its `checkpoint.pth` ends with the same bits as one that was not.
+any moment, and resumed from its `checkpoint.pth` ends with the same bits as one that was not. (On a CPU; the kernels of
+a GPU promise that with `deterministic` only.)
 
 **A step does not wait for its device** where that can itself leave out a step whose loss or gradient is not finite
 (`decides` in `lape.train.state`): what a step reports is read when the next one is launched, and all of it before
@@ -99,7 +100,7 @@ class TrainResult:
 
 @dataclass
 class Training:
-    """A run under way: what its steps need. Only `state` and `last_save` change."""
+    """A run under way: what its steps need. `state`, `mixup`, `stop` and `last_save` change."""
 
     recipe: Recipe  # with what the checkpoint says where the user gave no flag
     world: World
@@ -286,10 +287,10 @@ def _launch_update(run: Training, loss: Tensor, omissions: list[str], epoch: int
 def _account(
     run: Training, readings: deque[Reading], at_once: bool, progress: Progress, place: str
 ) -> tuple[bool, bool]:
-    """Read the reports of steps and count them: all but the last, so that the device is never waited for.
+    """Read and count the reports of steps. The last stays unread, so that nobody waits for the device.
 
-    All of them `at_once`, or when a step stops the run or saves it: the state is that of the last one then. Returns
-    whether the run stops, and whether a checkpoint is due.
+    With `at_once`, or where a step stops or saves the run, all are read: the state is that of the last step then.
+    Returns whether the run stops, and whether a checkpoint is due.
     """
     state, stop, save = run.state, False, False
     while len(readings) > (0 if at_once or stop or save else 1):
@@ -374,7 +375,7 @@ def _save_is_due(run: Training, step: int) -> bool:
 
 
 def _save_and_leave(run: Training) -> NoReturn:
-    """Say where the run stands, and how it goes on. All processes call it."""
+    """Save the run unless its last loss was not finite, say how it goes on, and end. All processes call it."""
     state, folder = run.state, Path(run.recipe.output_dir)
     if not state.bad_in_row:
         run.save()

@@ -39,8 +39,8 @@ def check_warm_start(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
         return
     if checkpoint is None and not (recipe.finetune or recipe.model_kwargs.get("pretrained")):
         raise LapeError(
-            "warm_start=True keeps what a pretrained model computes, and none is named: add --finetune CHECKPOINT, or "
-            "leave --warm-start out"
+            "warm_start=True keeps what a pretrained model computes, and none is named: add --finetune CHECKPOINT or "
+            "--model-kwargs pretrained=True, or leave --warm-start out"
         )
     if recipe.pe != "learnable":
         raise LapeError(
