@@ -94,6 +94,12 @@ def main_py(*tokens: str) -> None:
     sys.exit(run(original, tokens))
 
 
+def python(code: str, *arguments: str) -> None:
+    """`python -c`, where what takes long to import is there already; to be given to `Process`."""
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
+
+
 def launch(processes: int, target: Callable[..., object], *args: object) -> list[Process]:
     """Processes of one run, with the variables that torchrun would give them."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -4,8 +4,6 @@ import copy
 import io
 import itertools
 import pickle
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -19,6 +17,7 @@ from formula import (
     shake_position,
     written_out,
 )
+from processes import Process, python
 from torch.utils.checkpoint import checkpoint
 from zoo import HOSTS, TINY, image, make
 
@@ -196,7 +195,9 @@ def test_a_pickle_works_in_another_process(tmp_path):
         "import sys, torch; d = torch.load(sys.argv[1], weights_only=False); "
         "torch.set_num_threads(1); assert torch.equal(d['model'](d['x']), d['y'])"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+    other = Process(python, code, str(tmp_path / "model.pt"))
+    _, errors = other.communicate()
+    assert other.returncode == 0, errors
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

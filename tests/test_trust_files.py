@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Process, python
 
 import lape
 from lape.cli import app as cli
@@ -609,15 +610,12 @@ def test_the_lock_of_a_run_empties_nothing(tmp_path):
 @pytest.mark.slow
 def test_what_is_shown_steers_no_terminal():
     assert shown("a\x1b[31m\n\x9b\u202e\udcffé") == "a\\x1b[31m\\n\\x9b\\u202e\\udcffé"
-    done = subprocess.run(
-        [sys.executable, "-m", "lape", "predict", b"\xff\x1b[0m\n.png", "--checkpoint", "none\x1b.pth"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        check=False,
-    )
+    tokens = ["predict", os.fsdecode(b"\xff\x1b[0m\n.png"), "--checkpoint", "none\x1b.pth"]
+    done = Process(python, "from lape.cli.app import main; main()", *tokens)
+    _, errors = done.communicate()
     assert done.returncode == 2
-    assert b"\x1b" not in done.stderr
-    assert done.stderr.count(b"\n") == 1
+    assert "\x1b" not in errors
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.slow
