@@ -17,7 +17,7 @@ from formula import (
     shake_position,
     written_out,
 )
-from processes import Process, python
+from processes import ends_well, python
 from torch.utils.checkpoint import checkpoint
 from zoo import HOSTS, TINY, image, make
 
@@ -195,9 +195,7 @@ def test_a_pickle_works_in_another_process(tmp_path):
         "import sys, torch; d = torch.load(sys.argv[1], weights_only=False); "
         "torch.set_num_threads(1); assert torch.equal(d['model'](d['x']), d['y'])"
     )
-    other = Process(python, code, str(tmp_path / "model.pt"))
-    _, errors = other.communicate()
-    assert other.returncode == 0, errors
+    ends_well(python, code, str(tmp_path / "model.pt"))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

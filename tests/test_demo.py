@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import ends_well, with_forks
 from training import TIMES
 
 from lape.errors import LapeError
@@ -256,6 +257,13 @@ def test_a_stage_lasts_as_many_rounds_as_its_workers_need(workers: int, rounds: 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_time_limit_stops_what_runs(workers: int) -> None:
     """Also what is needed: what ended before is kept, and the rest is left out, in words."""
+    if workers == 1:
+        stop_what_runs(workers)
+    else:
+        ends_well(with_forks, stop_what_runs, workers)
+
+
+def stop_what_runs(workers: int) -> None:
     stages = [Stage((Recipe(seed=0, epochs=1), Recipe(seed=1, epochs=10**6)))]
     agenda = Impatient(stages, workers, time_limit=600.0)
     assert [run.seed for run in run_all(agenda, endless, str)] == [0]
