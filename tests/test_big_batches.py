@@ -167,6 +167,7 @@ def test_the_average_of_a_short_run_warms_up_by_the_formula():
         torch.testing.assert_close(next(state.ema.module.parameters()).detach(), expected)
 
 
+@pytest.mark.slow
 def test_a_short_runs_warmed_up_average_is_near_its_weights():
     cold = train(tiny(epochs=2), say=quiet)
     warm = train(tiny(epochs=2, model_ema_warmup=True), say=quiet)
@@ -180,7 +181,7 @@ def test_a_short_runs_warmed_up_average_is_near_its_weights():
     assert distance(warm) < 0.7 * distance(cold)
 
 
-@pytest.mark.parametrize("by", ["raw", "ema"])
+@pytest.mark.parametrize("by", [pytest.param("raw", marks=pytest.mark.slow), "ema"])
 def test_best_says_whose_it_is(tmp_path, by):
     recipe = tiny(epochs=3, model_ema_decay=0.5, output_dir=str(tmp_path), best_by=by)
     said: list[str] = []

@@ -110,6 +110,7 @@ def test_what_is_done_is_skipped_and_what_is_missing_is_trained(
         compare(TINY.replace(epochs=2), options(tmp_path / "copy", joins=("basic",), seeds=(0,)))
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(tmp_path: Path) -> None:
     recipe = TINY.replace(epochs=3, join_type="LaPE", threads=1, num_workers=0, output_dir="", resume="")
     threads = torch.get_num_threads()

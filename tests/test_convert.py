@@ -14,6 +14,7 @@ from formula import (
     TOLERANCE,
     assert_host_keys,
     assert_same_structure,
+    hosts_with,
     shake_position,
     written_out,
 )
@@ -24,12 +25,12 @@ from zoo import HOSTS, TINY, image, make
 import lape
 from lape.core.position import KINDS
 
+WHOLE = ("plain", "distilled", "registers without rows", "7 x 3 grid")  # hosts that meet every join and kind
 RIGHT = {*MEANINGFUL, *(("basic", pe) for pe in ("PEG", "PEG-6", "own", "RoPE", "RoPE-mixed", "ALiBi-2D", "LookHere"))}
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
+@pytest.mark.parametrize(("join", "pe", "host"), hosts_with(MEANINGFUL, HOSTS, WHOLE))
 def test_five_equalities(host, join, pe, tmp_path):
     """written out = converted = folded = saved and loaded; removed = original, bit for bit."""
     model, original = make(host), make(host)
@@ -59,8 +60,7 @@ def test_five_equalities(host, join, pe, tmp_path):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("join", "pe"), [(j, None) for j in ANYWHERE] + MEANINGFUL)
+@pytest.mark.parametrize(("join", "pe", "host"), hosts_with([(j, None) for j in ANYWHERE] + MEANINGFUL, HOSTS, WHOLE))
 def test_removed_is_the_original_bit_for_bit(host, join, pe):
     model, original = make(host), make(host)
     lape.remove_(lape.apply_(model, join, pe))
@@ -240,8 +240,7 @@ def test_compiles_to_one_graph(join, pe):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
+@pytest.mark.parametrize(("join", "pe", "host"), hosts_with(MEANINGFUL, HOSTS, WHOLE))
 def test_every_trainable_parameter_gets_a_gradient(host, join, pe):
     model = lape.apply_(make(host), join, pe).train()
     model(image(model, 4)).square().sum().backward()

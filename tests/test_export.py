@@ -65,6 +65,7 @@ def test_a_folded_graph_has_no_norm_of_a_position_and_no_resize(images, tmp_path
     assert unfolded.operations["LayerNormalization"] > 2 * TINY["depth"] + 1
 
 
+@pytest.mark.slow
 def test_a_difference_above_the_tolerance_fails_and_keeps_what_was_there(images, tmp_path, monkeypatch):
     export(converted(), tmp_path, images, formats=["torch"])
     before = (tmp_path / "model.pt2").read_bytes()

@@ -139,7 +139,7 @@ def test_a_corrupt_image_stops_the_run_and_is_named(images, tmp_path, workers, c
     assert "--skip-corrupt" in shown
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_corrupt_images_are_skipped_and_counted_when_asked(images, workers, capsys):
     for name in ("07.png", "08.png"):
         (images / "train" / "dog" / name).write_bytes(b"no image")

@@ -143,7 +143,7 @@ def test_steps_of_another_size_within_an_epoch_are_refused(tmp_path):
     assert read(tmp_path / CHECKPOINT)["epoch"] == 0
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_schedule_follows_the_formula_across_a_resume(tmp_path, late):
     settings = {"epochs": 6, "warmup_epochs": 2, "lr": 1e-3, "min_lr": 1e-5, "warmup_lr": 1e-6, "batch_size": 512}
     settings |= {"output_dir": str(tmp_path), "resume": "auto", "model_ema": False}

@@ -518,7 +518,7 @@ def test_finetuning_does_not_drop_weights_silently(tmp_path):
         build_model(tiny(finetune=str(tmp_path / CHECKPOINT), join_type="basic"), 10)
 
 
-@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("kind", [pytest.param("soft", marks=pytest.mark.slow), "hard"])
 def test_distillation_trains_both_heads(tmp_path, kind):
     torch.manual_seed(0)
     teacher = timm.create_model("test_resnet", num_classes=10)
