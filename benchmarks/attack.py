@@ -7,8 +7,8 @@ folders of all three libraries and checkpoints with one entry replaced or added,
 (refused in one line or loaded, without a connection, a file elsewhere or more than 20 s). Kills: `lape.save` over a
 folder, ended by SIGKILL at random moments (old model or new one). Command lines: random flags over real files, each in
 a process of its own (exit code 0, 2 or 130, no traceback, no input changed). Runs: `attack_runs.py`. Exit code 0 when
-all counts of what must not be are 0. Ten minutes on two cores at most; `--quick` is a twentieth of it without the runs.
-Linux only; full disks need root.
+all counts of what must not be are 0. Ten minutes on two cores at most; `--quick` is a twentieth of it without the runs,
+of the command lines a sixtieth. Linux only; full disks need root.
 """
 
 import argparse
@@ -494,7 +494,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     clock, part = time.perf_counter(), 20 if given.quick else 1
     titles = [] if given.quick else list(RUNS)
-    titles += [title for title, _, chunks in reversed(FILES) for _ in range(chunks)]
+    titles += [title for title, _, chunks in reversed(FILES) for _ in range(min(chunks, 2) if given.quick else chunks)]
     results: dict[str, dict[str, Counter]] = {}
     forks = multiprocessing.get_context("fork")  # they import nothing anew
     with tempfile.TemporaryDirectory() as folder:

@@ -43,13 +43,14 @@ def shared() -> Path:
 
 
 @pytest.fixture
-def drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of many maps take most of the time: empty files for tests of names and numbers, JPEGs are drawn."""
+def drafts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Drawing takes most of the time: empty files for tests of names and numbers, but for kinds that a test adds."""
     from matplotlib.figure import Figure
 
-    draw = Figure.savefig
+    draw, drawn = Figure.savefig, set[str]()
 
     def draft(figure: Figure, file: BinaryIO, *, format: str, **options: object) -> None:
-        draw(figure, file, format=format, **options) if format == "jpg" else file.write(b"draft")
+        draw(figure, file, format=format, **options) if format in drawn else file.write(b"draft")
 
     monkeypatch.setattr(Figure, "savefig", draft)
+    return drawn

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -32,6 +33,25 @@ for _join, _kind in itertools.product(JOINS.values(), KINDS.values()):
 
 
 TOLERANCE = 2e-6
+
+
+def hosts_with(
+    pairs: Sequence[tuple[str, str | None]], hosts: Iterable[str], whole: Collection[str]
+) -> list[tuple[str, str | None, str]]:
+    """(join, kind, host): all pairs with the hosts in `whole`; each other host meets each join and each kind.
+
+    Joins, kinds and hosts are written apart: a mistake in one shows wherever it is, one between two of them where
+    those two meet.
+    """
+    cases = []
+    for place, host in enumerate(hosts):
+        start = 5 * place % len(pairs)  # another beginning for each host, so that others meet
+        met: set[str | None] = set()
+        for join, pe in (*pairs[start:], *pairs[:start]):
+            if host in whole or not {f"join {join}", pe} <= met:
+                cases.append((join, pe, host))
+            met |= {f"join {join}", pe}
+    return cases
 
 
 def shake_position(model: torch.nn.Module) -> None:

@@ -80,6 +80,12 @@ def _call(
     target(*args)
 
 
+def with_forks(target: Callable[..., object], *args: object) -> None:
+    """What a function starts are forks of this process, which has computed nothing yet; to be given to `Process`."""
+    multiprocessing.get_context = lambda _method: SERVER.get_context("fork")  # type: ignore[assignment]
+    target(*args)
+
+
 def lape(*tokens: str) -> None:
     """The command line, to be given to `Process`."""
     from lape.cli.app import app, run
@@ -92,6 +98,19 @@ def main_py(*tokens: str) -> None:
     from lape.cli.app import original, run
 
     sys.exit(run(original, tokens))
+
+
+def python(code: str, *arguments: str) -> None:
+    """`python -c`, where what takes long to import is there already; to be given to `Process`."""
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
+
+
+def ends_well(target: Callable[..., object], *args: object) -> None:
+    """A function in a process of its own, until it has ended well."""
+    process = Process(target, *args)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
 
 
 def launch(processes: int, target: Callable[..., object], *args: object) -> list[Process]:

@@ -2,13 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from processes import launch, main_py
 from training import ALONE, KWARGS, quiet, read, tiny
 
 import lape
@@ -21,7 +19,6 @@ from lape.train.loop import seed_step, train
 from lape.train.start import build_model, load_teacher
 from lape.train.state import BEST, CHECKPOINT, initial_state, peak_lr
 
-ROOT = Path(__file__).parents[1]
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "smoothing": 0.0, "repeated_aug": False, "model_ema": False}
 
 
@@ -114,26 +111,11 @@ def test_two_processes_train_as_one_does(tmp_path):
     kwargs = ["--model-kwargs", json.dumps(KWARGS)]
     settings = {**PLAIN, "warmup_epochs": 0, "opt": "sgd", "lr": 0.01, "batch_size": 256}
     train(tiny(**settings, output_dir=str(tmp_path / "one")), say=quiet)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "main.py"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *launcher,
-            *flags.split(),
-            *kwargs,
-            "--batch-size",
-            "64",
-            "--output-dir",
-            str(tmp_path / "two"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Batch: 64 x 2 process(es) x 2 parts = 256" in done.stdout
+    both = launch(2, main_py, *flags.split(), *kwargs, "--batch-size", "64", "--output-dir", str(tmp_path / "two"))
+    for process in both:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert "Batch: 64 x 2 process(es) x 2 parts = 256" in both[0].output
     one, two = (read(tmp_path / name / CHECKPOINT)["model"] for name in ("one", "two"))
     for name, expected in one.items():
         torch.testing.assert_close(two[name], expected, rtol=0, atol=1e-5)
@@ -185,6 +167,7 @@ def test_the_average_of_a_short_run_warms_up_by_the_formula():
         torch.testing.assert_close(next(state.ema.module.parameters()).detach(), expected)
 
 
+@pytest.mark.slow
 def test_a_short_runs_warmed_up_average_is_near_its_weights():
     cold = train(tiny(epochs=2), say=quiet)
     warm = train(tiny(epochs=2, model_ema_warmup=True), say=quiet)
@@ -198,7 +181,7 @@ def test_a_short_runs_warmed_up_average_is_near_its_weights():
     assert distance(warm) < 0.7 * distance(cold)
 
 
-@pytest.mark.parametrize("by", ["raw", "ema"])
+@pytest.mark.parametrize("by", [pytest.param("raw", marks=pytest.mark.slow), "ema"])
 def test_best_says_whose_it_is(tmp_path, by):
     recipe = tiny(epochs=3, model_ema_decay=0.5, output_dir=str(tmp_path), best_by=by)
     said: list[str] = []

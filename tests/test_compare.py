@@ -4,6 +4,7 @@ import json
 import math
 import os
 import statistics
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
+from processes import ends_well, with_forks
 
 import lape
 from lape.cli import app as cli
@@ -23,6 +25,7 @@ from lape.study.compare import Study, cell_folder, combinations, compare, rows_o
 from lape.study.numbers import Run, Variant, differences, paired_t, summarise
 from lape.study.options import CompareOptions
 from lape.study.report import MOST_POINTS, accuracy_curves, explorer_page, sentences
+from lape.study.workers import Agenda, Stage, run_all
 from lape.train.loop import train
 
 TINY = Recipe.from_yaml(
@@ -46,6 +49,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.mark.slow
 def test_every_combination_with_a_meaning_is_trained(comparison: Study) -> None:
     cells = comparison.results["cells"]
+    assert (comparison.results["workers"], comparison.results["gpus"]) == (1, [])
     assert len(cells) == 2 * (3 + 2)
     assert {(c["pe"], c["join"]) for c in cells if c["pe"] == "2D_RPE"} == {("2D_RPE", "basic"), ("2D_RPE", "LaPE")}
     assert [(m["join"], m["pe"]) for m in comparison.results["meaningless"]] == [("share", "2D_RPE")]
@@ -106,6 +110,7 @@ def test_what_is_done_is_skipped_and_what_is_missing_is_trained(
         compare(TINY.replace(epochs=2), options(tmp_path / "copy", joins=("basic",), seeds=(0,)))
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(tmp_path: Path) -> None:
     recipe = TINY.replace(epochs=3, join_type="LaPE", threads=1, num_workers=0, output_dir="", resume="")
     threads = torch.get_num_threads()
@@ -128,14 +133,18 @@ def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("drafts")
 def test_data_on_the_device_side_by_side(tmp_path: Path) -> None:
     """Several seeds and joins at once on one device, which holds the images once a process."""
     recipe = TINY.replace(data_on_device=True, aa="rand-m9-mstd0.5-inc1", reprob=0.25)
-    alone = compare(recipe, options(tmp_path / "one", joins=("LaPE",), seeds=(0, 1), workers=1))
-    beside = compare(recipe, options(tmp_path / "two", joins=("LaPE",), seeds=(0, 1), workers=2))
-    assert [c["history"] for c in beside.results["cells"]] == [c["history"] for c in alone.results["cells"]]
-    assert (beside.results["workers"], beside.results["gpus"]) == (2, [])
+    recipes = [recipe.replace(join_type="LaPE", threads=1, num_workers=0, seed=seed) for seed in (0, 1)]
+    ends_well(with_forks, train_beside, tmp_path / "two", recipes)
+    beside = [json.loads((cell_folder(tmp_path / "two", one) / "result.json").read_text())["run"] for one in recipes]
+    alone = [train_cell(tmp_path / "one", one, bool) for one in recipes]
+    assert [run["history"] for run in beside] == [run.history for run in alone]
+
+
+def train_beside(folder: Path, recipes: list[Recipe]) -> None:
+    run_all(Agenda([Stage((one,)) for one in recipes], 2), partial(train_cell, folder), str)
 
 
 def test_trainings_are_dealt_out_to_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

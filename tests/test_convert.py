@@ -4,8 +4,6 @@ import copy
 import io
 import itertools
 import pickle
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -16,21 +14,23 @@ from formula import (
     TOLERANCE,
     assert_host_keys,
     assert_same_structure,
+    hosts_with,
     shake_position,
     written_out,
 )
+from processes import ends_well, python
 from torch.utils.checkpoint import checkpoint
 from zoo import HOSTS, TINY, image, make
 
 import lape
 from lape.core.position import KINDS
 
+WHOLE = ("plain", "distilled", "registers without rows", "7 x 3 grid")  # hosts that meet every join and kind
 RIGHT = {*MEANINGFUL, *(("basic", pe) for pe in ("PEG", "PEG-6", "own", "RoPE", "RoPE-mixed", "ALiBi-2D", "LookHere"))}
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
+@pytest.mark.parametrize(("join", "pe", "host"), hosts_with(MEANINGFUL, HOSTS, WHOLE))
 def test_five_equalities(host, join, pe, tmp_path):
     """written out = converted = folded = saved and loaded; removed = original, bit for bit."""
     model, original = make(host), make(host)
@@ -60,8 +60,7 @@ def test_five_equalities(host, join, pe, tmp_path):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("join", "pe"), [(j, None) for j in ANYWHERE] + MEANINGFUL)
+@pytest.mark.parametrize(("join", "pe", "host"), hosts_with([(j, None) for j in ANYWHERE] + MEANINGFUL, HOSTS, WHOLE))
 def test_removed_is_the_original_bit_for_bit(host, join, pe):
     model, original = make(host), make(host)
     lape.remove_(lape.apply_(model, join, pe))
@@ -196,7 +195,7 @@ def test_a_pickle_works_in_another_process(tmp_path):
         "import sys, torch; d = torch.load(sys.argv[1], weights_only=False); "
         "torch.set_num_threads(1); assert torch.equal(d['model'](d['x']), d['y'])"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+    ends_well(python, code, str(tmp_path / "model.pt"))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -241,8 +240,7 @@ def test_compiles_to_one_graph(join, pe):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
+@pytest.mark.parametrize(("join", "pe", "host"), hosts_with(MEANINGFUL, HOSTS, WHOLE))
 def test_every_trainable_parameter_gets_a_gradient(host, join, pe):
     model = lape.apply_(make(host), join, pe).train()
     model(image(model, 4)).square().sum().backward()

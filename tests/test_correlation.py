@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from scipy.stats import spearmanr
 
 import lape
 from lape.core.position import Layout, sin_2d
@@ -197,6 +196,8 @@ def test_measures_do_not_see_a_level_common_to_all_pairs() -> None:
 
 
 def test_rank_correlation_with_ties_and_gaps_is_that_of_what_is_there() -> None:
+    from scipy.stats import spearmanr  # slow to import, where nothing else of a process needs it
+
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randint(0, 5, (6, 9), generator=generator), torch.randint(0, 5, (2, 6, 9), generator=generator)
     there = torch.rand(6, 9, generator=generator) > 0.3

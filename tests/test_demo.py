@@ -7,29 +7,47 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from processes import ends_well, with_forks
+from training import TIMES
 
 from lape.errors import LapeError
 from lape.recipe import Recipe
-from lape.study.compare import DEMO_FILES, DEMO_ROWS, Study, claim, demo_stages, omission_sentences
+from lape.study.compare import DEMO_FILES, DEMO_ROWS, Study, _train_for_demo, claim, demo_stages, omission_sentences
 from lape.study.compare import demo as run_demo
 from lape.study.numbers import Run, Variant, differences, holm, mean_std, pairs_of, summarise
 from lape.study.options import DemoOptions
 from lape.study.report import markdown_table, rows_of_differences, rows_of_variants, sentences
 from lape.study.workers import Agenda, Stage, TimeIsUp, run_all
+from lape.train.schedule import fit_warm_up
+
+NARROW = Recipe.from_yaml(
+    "digits", model_kwargs={"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}, batch_size=256
+)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return run_demo(
-        DemoOptions(output_dir=str(tmp_path_factory.mktemp("demo")), seeds=1, epochs=1, long_factor=2, workers=1)
-    )
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
+    """All of it, side by side, with a narrow model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recipe, "from_yaml", lambda _name, **changes: NARROW.replace(**changes))
+        folder = tmp_path_factory.mktemp("demo")
+        yield run_demo(DemoOptions(output_dir=str(folder), seeds=1, epochs=1, long_factor=2, workers=2))
+
+
+@pytest.fixture(scope="module")
+def alone(demo: Study, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """The shorter trainings of the demo again, one after the other."""
+    recipe = fit_warm_up(NARROW.replace(threads=1, num_workers=0, device="cpu", epochs=1), str, explicit=False)
+    agenda = Agenda(demo_stages(recipe, 1, 2, 0), workers=1)
+    return run_all(agenda, partial(_train_for_demo, tmp_path_factory.mktemp("alone")), str)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -79,19 +97,21 @@ def test_the_report_says_what_the_results_say(demo: Study) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("drafts")
-def test_processes_side_by_side_find_the_same(demo: Study, tmp_path: Path) -> None:
-    other = run_demo(DemoOptions(output_dir=str(tmp_path), seeds=1, epochs=1, long_seeds=0, workers=2))
-    alone = [run for run in demo.results["runs"] if run["epochs"] == 1]
-    timeless = [{key: value for key, value in run.items() if key != "seconds"} for run in alone]
-    for run, expected in zip(other.results["runs"], timeless, strict=True):
-        run = json.loads(json.dumps({key: value for key, value in run.items() if key != "seconds"}))
-        assert [e.pop("seconds", None) for e in run["history"]] == [e.pop("seconds", None) for e in expected["history"]]
-        assert run == json.loads(json.dumps(expected))
+def test_processes_side_by_side_find_the_same(demo: Study, alone: list[Run]) -> None:
+    beside = [run for run in demo.results["runs"] if run["epochs"] == 1]
+    for run, expected in zip(beside, map(asdict, alone), strict=True):
+        assert timeless(run) == timeless(expected)
+
+
+def timeless(run: dict[str, Any]) -> dict[str, Any]:
+    """A run without what another run of the same training has otherwise."""
+    run = json.loads(json.dumps({key: value for key, value in run.items() if key != "seconds"}))
+    return {**run, "history": [{key: e[key] for key in e if key not in TIMES} for e in run["history"]]}
 
 
 @pytest.mark.slow
-def test_the_number_of_threads_is_given_back(demo: Study) -> None:
+def test_the_number_of_threads_is_given_back(alone: list[Run]) -> None:
+    assert len(alone) == len(DEMO_ROWS)
     assert torch.get_num_threads() == THREADS
 
 
@@ -237,6 +257,13 @@ def test_a_stage_lasts_as_many_rounds_as_its_workers_need(workers: int, rounds: 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_time_limit_stops_what_runs(workers: int) -> None:
     """Also what is needed: what ended before is kept, and the rest is left out, in words."""
+    if workers == 1:
+        stop_what_runs(workers)
+    else:
+        ends_well(with_forks, stop_what_runs, workers)
+
+
+def stop_what_runs(workers: int) -> None:
     stages = [Stage((Recipe(seed=0, epochs=1), Recipe(seed=1, epochs=10**6)))]
     agenda = Impatient(stages, workers, time_limit=600.0)
     assert [run.seed for run in run_all(agenda, endless, str)] == [0]

@@ -1,40 +1,35 @@
 """One process or several: who am I, add up, agree."""
 
 import json
-import os
-import subprocess
-import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_together
 
 from lape.errors import LapeError
 from lape.train.distributed import join_world, on_main, rank_and_size, sum_over_ranks
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
-DRIVER = """
-import json, sys
-import torch
-from lape.train.distributed import join_world, on_main, sum_over_ranks
-from lape.errors import LapeError
+def add_up_and_fail(folder: Path) -> None:
+    warnings.simplefilter("error")
+    with join_world("cpu") as world:
+        total = sum_over_ranks(torch.tensor([world.rank + 1.0, 0.1])).tolist()
+        ran: list[int] = []
+        on_main(lambda: ran.append(world.rank))
 
-with join_world("cpu") as world:
-    total = sum_over_ranks(torch.tensor([world.rank + 1.0, 0.1])).tolist()
-    ran = []
-    on_main(lambda: ran.append(world.rank))
-    def fail():
-        raise PermissionError(13, "Permission denied", "there")
-    try:
-        on_main(fail)
-        message = "none"
-    except LapeError as error:
-        message = str(error)
-    with open(f"{sys.argv[1]}/{world.rank}.json", "w") as file:
-        json.dump([world.size, total, ran, message], file)
-assert not torch.distributed.is_initialized()
-"""
+        def fail() -> None:
+            raise PermissionError(13, "Permission denied", "there")
+
+        try:
+            on_main(fail)
+            message = "none"
+        except LapeError as error:
+            message = str(error)
+        (folder / f"{world.rank}.json").write_text(json.dumps([world.size, total, ran, message]))
+    assert not dist.is_initialized()
 
 
 def test_a_single_process_opens_no_group():
@@ -66,13 +61,7 @@ def test_a_device_that_does_not_work_names_the_fix():
 
 @pytest.mark.distributed
 def test_two_processes_add_up_and_fail_together(tmp_path):
-    script = tmp_path / "driver.py"
-    script.write_text(DRIVER)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    done = subprocess.run(
-        [*LAUNCH, "2", str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    run_together(2, add_up_and_fail, tmp_path)
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert [t[:2] for t in told] == [[2, [3.0, pytest.approx(0.2)]]] * 2
     assert [t[2] for t in told] == [[0], []], "only rank 0 runs the action"

@@ -23,6 +23,7 @@ from training import quiet, tiny
 
 import lape
 from lape.cli.app import app, run
+from lape.data import sets
 from lape.host import base
 from lape.train.loop import train
 from lape.train.state import CHECKPOINT
@@ -115,6 +116,7 @@ SMALLER = {  # beginning of a command -> flags that make it small
     "lape compare --output-dir": f"--epochs 1 --batch-size 512 --workers 1 --device cpu --model-kwargs {DIGITS}",
     "lape compare --recipe digits": f"--epochs 1 --batch-size 512 --model-kwargs {DIGITS}",
     "lape compare --recipe R.yaml": "--workers 1",
+    "lape export": "--formats folder torch",
     "lape bench": "--image-size 32 --rounds 3 --batch-size 1 --threads 1 --device cpu --model-kwargs depth=1",
     "python main.py --eval": "--num-workers 0 --device cpu",
     "python main.py": f"{SIZE} --batch-size 512 --model-kwargs {NARROW}",
@@ -137,6 +139,7 @@ CHANGES = {  # a piece of a command -> what stands in its place
     "--layers 2 3 4 5 6 7 8": "--layers 1",
     "--sizes 96 128 160 224 320 224x320": "--sizes 16 24 16x24",
     "--sizes 32 48 64 64x96 80 96": "--sizes 16 24",
+    "--sizes 96 128": "--sizes 16 24",
     "--corruptions all": "--corruptions all --severities 1",
     "--layers 2": "--layers 1",
     "--rival-kwargs": f"--rival-kwargs {NARROW}",
@@ -144,7 +147,17 @@ CHANGES = {  # a piece of a command -> what stands in its place
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory) -> dict[str, str]:
+def fewer_digits() -> Iterator[None]:
+    """Half of those that train, a quarter of those that evaluate."""
+    every = {"train": 2, "val": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sets, "digits", lambda split, whole=sets.digits: tuple(a[:: every[split]] for a in whole(split)))
+        patch.setattr(sets, "_STILL", {})
+        yield
+
+
+@pytest.fixture(scope="module")
+def material(fewer_digits, tmp_path_factory) -> dict[str, str]:
     """What the placeholders of the pages stand for."""
     home = tmp_path_factory.mktemp("documented")
     images = write_folder(home / "images", train=4)

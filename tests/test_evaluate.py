@@ -1,16 +1,17 @@
 """Exact evaluation: every image once, any number of processes, and the checkpoint decides what it knows."""
 
+import dataclasses
 import json
-import socket
-import subprocess
-import sys
+import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import run_together
 from torch import nn
 
 import lape
@@ -95,37 +96,10 @@ def test_an_image_that_is_missed_is_noticed():
         evaluate(Table(torch.zeros(5, 3)), loader, CPU)
 
 
-# Forked after the slow imports, so that five processes cost as much as one.
-DRIVER = """
-import dataclasses, json, os, sys
-import torch
-from lape.train.evaluate import evaluate_checkpoint
-from lape.recipe import Recipe
-import lape.data, timm
-
-torch.set_num_threads(1)
-recipe, folder = Recipe(**json.loads(sys.argv[1])), sys.argv[2]
-for size in (2, 3):
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            port = str(int(sys.argv[3]) + size)
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            metrics = evaluate_checkpoint(recipe, say=lambda text: None)
-            with open(f"{folder}/{size}-{rank}.json", "w") as file:
-                json.dump(dataclasses.asdict(metrics), file)
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        assert os.waitpid(child, 0)[1] == 0
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def evaluate_in_a_share(settings: dict, folder: Path) -> None:
+    metrics = evaluate_checkpoint(Recipe(**settings), say=lambda _text: None)
+    name = f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.json"
+    (folder / name).write_text(json.dumps(dataclasses.asdict(metrics)))
 
 
 @pytest.mark.distributed
@@ -134,9 +108,8 @@ def test_one_two_and_three_processes_give_the_same_numbers(tmp_path):
     settings = {"resume": str(tmp_path / "a.pth"), "dist_eval": True, "device": "cpu", "batch_size": 30}
     alone = evaluate_checkpoint(Recipe(**settings), say=lambda _text: None)
     assert alone.count == 359
-    command = [sys.executable, "-c", DRIVER, json.dumps(settings), str(tmp_path), str(free_port())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    for processes in (2, 3):
+        run_together(processes, evaluate_in_a_share, settings, tmp_path)
     for processes, rank in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)):
         told = json.loads((tmp_path / f"{processes}-{rank}.json").read_text())
         assert (told["acc1"], told["acc5"], told["count"]) == (alone.acc1, alone.acc5, 359)

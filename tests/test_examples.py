@@ -134,7 +134,7 @@ def test_sound_and_video_train_each_way_and_show_positions_along_each_axis(examp
     pytest.importorskip("transformers", minversion="5.20")
     module = example("sound_and_video")
     places = ["--output", str(tmp_path / "found.json"), "--pictures", str(tmp_path / "pictures")]
-    found = module.main([task, "--steps", "60", "--lr", "0.003", *places])
+    found = module.main([task, "--steps", "40", "--batch-size", "8", "--lr", "0.003", *places])
     assert json.loads((tmp_path / "found.json").read_text())["ways"] == found["ways"]
     assert len(found["grid"]) == len(module.AXES[task])
     assert {"LaPE", "basic", "comparison_centre.png"} <= {path.name for path in (tmp_path / "pictures").iterdir()}

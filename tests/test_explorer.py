@@ -103,7 +103,11 @@ def test_what_does_not_fit_is_kept_for_fewer_queries() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "layers"), [("vit_large_patch16_224", 256, 24), ("deit_tiny_patch16_224", 384, 12)]
+    ("name", "size", "layers"),
+    [
+        ("vit_large_patch16_224", 256, 24),
+        pytest.param("deit_tiny_patch16_224", 384, 12, marks=pytest.mark.slow),
+    ],
 )
 def test_large_models_stay_under_six_megabytes(tmp_path: Path, name: str, size: int, layers: int) -> None:
     model = lape.create_model(name, "LaPE", img_size=size, embed_dim=64, num_heads=4, depth=layers, num_classes=2)

@@ -4,16 +4,18 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 WITHOUT = """
-import sys
+import json, os, sys
 from importlib.machinery import PathFinder
 
-hidden = sys.argv.pop(1).split(",")
+hidden = json.loads(sys.argv[1])
 
 class Others(PathFinder):
     @classmethod
@@ -21,6 +23,18 @@ class Others(PathFinder):
         return None if name.split(".")[0] in hidden else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Others
+import timm  # and torch, once; nothing of lape
+
+for line in sys.stdin:
+    hidden, code, arguments, streams = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for number, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["-c", *arguments]
+    exec(code, {"__name__": "__main__"})
+    sys.exit()
 """
 TIMM_BRINGS = {"torchvision", "pillow", "pyyaml"}  # itself, or by torchvision
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -31,14 +45,37 @@ def packages(*extras: str) -> set[str]:
     return {line.split(">")[0] for extra in extras for line in EXTRAS[extra]}
 
 
-def run(hidden: set[str], code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a new interpreter that cannot import some packages."""
-    command = [sys.executable, "-c", WITHOUT + code, ",".join(sorted(hidden)), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """run(hidden, code, *arguments): Python code where some packages cannot be imported.
+
+    Each in a fork of one new interpreter, in which nothing but what all of them may have is imported.
+    """
+    never = sorted(packages("train", "plot", "huggingface", "export") - TIMM_BRINGS)
+    command = [sys.executable, "-c", WITHOUT, json.dumps(never)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def ask(hidden: set[str], code: str, *arguments: str) -> Done:
+            assert server.stdin is not None
+            assert server.stdout is not None
+            streams = [tmp_path_factory.mktemp("streams") / name for name in ("out", "err")]
+            print(json.dumps([sorted(hidden), code, arguments, list(map(str, streams))]), file=server.stdin, flush=True)
+            return Done(int(server.stdout.readline()), *(path.read_text() for path in streams))
+
+        yield ask
 
 
 TINY = """
-import timm, torch, lape
+import sys, timm, torch, lape
 
 def tiny(join):
     model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=32, num_classes=3)
@@ -47,7 +84,7 @@ def tiny(join):
 
 
 @pytest.mark.slow
-def test_four_packages_convert_look_save_and_fold(tmp_path):
+def test_four_packages_convert_look_save_and_fold(run, tmp_path):
     code = """
 for join in ("basic", "share", "LaPE"):
     model = tiny(join)
@@ -70,16 +107,19 @@ print("done")
 
 
 @pytest.mark.slow
-def test_figures_need_plot_alone(tmp_path):
-    """Of a model in memory, the explorer and the pictures."""
+def test_figures_need_plot_alone(run, tmp_path):
+    """Of a model in memory, the explorer and the pictures; pyplot and a display are left alone."""
     code = """
-from lape.look.figures import draw_together
+from lape.look.figures import visualize
+from lape.look.options import DrawOptions
 model = tiny("LaPE")
 assert lape.explore({"LaPE": model}, sys.argv[1] + "/page.html").stat().st_size > 0
-assert draw_together({"LaPE": model, "basic": tiny("basic")}, sys.argv[1])
+visualize(model, sys.argv[1], DrawOptions(model_name="m", layers=(0,), dpi=40))
+assert "matplotlib.pyplot" not in sys.modules
 """
     done = run(packages("train", "huggingface", "export") - packages("plot") - TIMM_BRINGS, TINY + code, str(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert all((tmp_path / "m" / f"overview.{kind}").exists() for kind in ("pdf", "png", "svg"))
 
 
 CALLS = {
@@ -99,7 +139,7 @@ CALLS = {
 
 
 @pytest.mark.slow
-def test_calls_say_which_extra_is_missing(tmp_path):
+def test_calls_say_which_extra_is_missing(run, tmp_path):
     code = """
 import json
 for call in json.loads(sys.argv[2]):
@@ -128,7 +168,7 @@ for call in json.loads(sys.argv[2]):
         ("pyarrow", "data", "lape check-data PARQUET"),
     ],
 )
-def test_a_command_says_so_in_one_line_and_exits_with_2(package, extra, command, tmp_path):
+def test_a_command_says_so_in_one_line_and_exits_with_2(run, package, extra, command, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.parquet").write_bytes(b"")
     script, *arguments = (

@@ -2,16 +2,15 @@
 
 import itertools
 import json
-import os
 import re
+import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from processes import Process, lape, launch
 from training import KWARGS, quiet, read, run_until, tiny
 
 from lape.cli.app import USER_ERROR, app, run
@@ -20,7 +19,6 @@ from lape.train.logs import LOG
 from lape.train.loop import train
 from lape.train.state import BEST, CHECKPOINT, PREVIOUS
 
-ROOT = Path(__file__).parents[1]
 FLAGS = "--model vit_tiny_patch16_224 --join-type LaPE --input-size 16 --batch-size 256 --device cpu --aa none"
 FLAGS += " --reprob 0 --color-jitter 0"
 
@@ -86,33 +84,23 @@ def test_other_errors_are_not_called_memory(run_folder, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ disk
 
-FULL_DISK = """
-import resource, sys
-from lape.cli.app import app, run
-room = int(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-sys.exit(run(app, sys.argv[2:]))
-"""
+
+def lape_in_little_room(room: int, *tokens: str) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    lape(*tokens)
 
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_earlier_files(run_folder):
     """A limit on the size of a file stands for the end of the disk: the write fails in the middle of a checkpoint."""
     before = contents(run_folder)
-    room = str(len(before[CHECKPOINT]) // 2)
     flags = command("--output-dir", str(run_folder), "--resume", "auto", "--epochs", "3", "--num-workers", "0")
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, room, *flags],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == USER_ERROR, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert "cannot write" in done.stderr
-    assert "what was there before is untouched" in done.stderr
+    done = Process(lape_in_little_room, len(before[CHECKPOINT]) // 2, *flags)
+    _, errors = done.communicate()
+    assert done.returncode == USER_ERROR, errors
+    assert errors.count("\n") == 1, errors
+    assert "cannot write" in errors
+    assert "what was there before is untouched" in errors
     assert contents(run_folder) == before
     assert not list(run_folder.glob(".*.tmp"))
     assert not (run_folder / PREVIOUS).exists() or torch.load(run_folder / PREVIOUS, weights_only=True)
@@ -151,7 +139,7 @@ def test_a_corrupt_image_stops_the_run_and_is_named(images, tmp_path, workers, c
     assert "--skip-corrupt" in shown
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_corrupt_images_are_skipped_and_counted_when_asked(images, workers, capsys):
     for name in ("07.png", "08.png"):
         (images / "train" / "dog" / name).write_bytes(b"no image")
@@ -198,13 +186,11 @@ def test_nor_does_it_where_processes_share_the_evaluation(images, tmp_path):
     bad.write_bytes(bad.read_bytes()[:60])
     out = tmp_path / "out"
     flags = ["--data-path", str(images), "--batch-size", "4", "--no-repeated-aug", "--output-dir", str(out)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    started = [*launch, "-m", "lape", *command(*flags, "--dist-eval", "--dist-timeout", "20")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert any(str(bad) in line and "[rank" not in line for line in said), done.stderr
+    both = launch(2, lape, *command(*flags, "--dist-eval", "--dist-timeout", "20"))
+    errors = "".join(process.communicate()[1] for process in both)
+    assert all(process.returncode for process in both)
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert any(str(bad) in line and "[rank" not in line for line in said), errors
     saved = read(out / CHECKPOINT)
     assert (saved["epoch"], saved["step"]) == (-1, 3), "all three steps of the first epoch"
     assert saved["history"] == []

@@ -14,6 +14,7 @@ from formula import (
     assert_same_structure,
     capture,
     check_layers,
+    hosts_with,
     of_position,
     plain,
     shake_position,
@@ -26,11 +27,11 @@ from lape.core.position import KINDS, Layout
 from lape.host import base
 
 HOSTS = [*LIBRARIES, "torchvision"]
+WHOLE = ("ViT", "DeiT distilled", "SigLIP", "torchvision")  # hosts that meet every join and kind
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("join", "pe"), MEANINGFUL)
+@pytest.mark.parametrize(("join", "pe", "host"), hosts_with(MEANINGFUL, HOSTS, WHOLE))
 def test_converted_is_the_formula_is_folded_is_loaded_and_removed_is_the_original(host, join, pe, tmp_path):
     model, original = make(host, pe), make(host)
     x = torch.randn(2, 3, 16, 16)

@@ -356,6 +356,7 @@ def test_refused_with_the_true_reason_and_unchanged(name, kwargs, reason):
     assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in state.items())
 
 
+@pytest.mark.slow
 def test_the_table_of_architectures_is_that_of_this_code():
     """Every architecture of the installed timm is in docs/hosts.md, and a sample of the rows comes out again."""
     root = Path(__file__).parents[1]

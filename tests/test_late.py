@@ -96,6 +96,7 @@ def test_nothing_is_read_while_a_step_is_launched(monkeypatch, changes):
     assert seen.count("__bool__") == 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("not_finite")
 def test_reports_that_are_read_late_give_the_same_run(tmp_path, monkeypatch):
     lines: dict[str, list[str]] = {}
@@ -132,7 +133,7 @@ def test_too_many_in_a_row_end_the_run():
         loop.train(tiny(max_skipped=1), say=quiet)
 
 
-@pytest.mark.parametrize("end", ["killed", signal.SIGTERM])
+@pytest.mark.parametrize("end", [pytest.param("killed", marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path, end):
     settings = {"epochs": 2, "drop": 0.1, "mixup": 0.8, "warmup_epochs": 1, "log_every": 1}
     loop.train(tiny(**settings, output_dir=str(tmp_path / "whole")), say=quiet)

@@ -40,7 +40,7 @@ def originals_rate(epoch: int, recipe: Recipe) -> float:
 # ------------------------------------------------------------------------------------------------ schedule
 
 
-@pytest.mark.matrix
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "rates"),
     [([], [1e-6, 1e-6, 1.008e-4]), (["--as-original", "none"], [1e-6, 1.008e-4, 2.006e-4])],

@@ -53,9 +53,9 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_within_an_epoch_and_resumed(uninterrupted, tmp_path, workers):
-    recipe = tiny(**FULL, output_dir=str(tmp_path), num_workers=workers, save_steps=4, resume="auto", log_every=1)
+def test_killed_within_an_epoch_and_resumed(uninterrupted, tmp_path):
+    """With processes that load; without, see the torn file below."""
+    recipe = tiny(**FULL, output_dir=str(tmp_path), num_workers=2, save_steps=4, resume="auto", log_every=1)
     for epoch, step in ((0, 6), (1, 2), (1, 9)):  # of 11 steps
         with pytest.raises(Killed):
             train(recipe, say=kill_at(epoch, step))
@@ -143,7 +143,7 @@ def test_steps_of_another_size_within_an_epoch_are_refused(tmp_path):
     assert read(tmp_path / CHECKPOINT)["epoch"] == 0
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_schedule_follows_the_formula_across_a_resume(tmp_path, late):
     settings = {"epochs": 6, "warmup_epochs": 2, "lr": 1e-3, "min_lr": 1e-5, "warmup_lr": 1e-6, "batch_size": 512}
     settings |= {"output_dir": str(tmp_path), "resume": "auto", "model_ema": False}
@@ -232,11 +232,6 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
     raise AssertionError(f"{text!r} never came: {process.stderr.read() if process.stderr else ''}")
 
 
-def children_of(pid: int) -> list[int]:
-    listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in listing.split()]
-
-
 @pytest.mark.distributed
 def test_sigterm_to_the_launcher_saves_within_the_epoch(tmp_path):
     """As a scheduler sends it. torchrun hands it on to the loader's processes, too, which must not die first."""
@@ -250,13 +245,13 @@ def test_sigterm_to_the_launcher_saves_within_the_epoch(tmp_path):
 
 @pytest.mark.distributed
 def test_a_dead_process_ends_the_run_with_a_reason_and_keeps_the_checkpoint(tmp_path):
-    process = launched_by_torchrun(tmp_path, "--num-workers", "0")
-    wait_for(process, "Epoch: [0]  [ 4/11]")
-    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=180)
-    assert process.returncode != 0
+    first, second = launch(2, main_py, *flags(tmp_path, "--num-workers", "0"))
+    first.wait_for("Epoch: [0]  [ 4/11]")
+    second.signal(signal.SIGKILL)
+    _, errors = first.communicate()
+    assert first.returncode == USER_ERROR, errors
     assert "error: another process of this run has ended or did not answer" in errors
-    assert "Signal 9 (SIGKILL)" in errors
+    second.communicate()
     assert read(tmp_path / CHECKPOINT)["step"] == 3
 
 

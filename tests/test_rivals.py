@@ -167,6 +167,7 @@ def test_peg_follows_the_grid_of_the_images(size):
     assert fixed(torch.randn(2, 3, 8, 12)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_peg_copies_recomputes_compiles_and_is_not_decayed():
     model = lape.apply_(make("registers"), "basic", "PEG")
     x = image(model)

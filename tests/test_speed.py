@@ -13,6 +13,7 @@ from lape.train import speed
 from lape.train.loop import train
 from lape.train.speed import advice_on_precision, attention_for
 
+NARROW = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -62,7 +63,9 @@ def test_a_training_computes_as_the_recipe_says_and_hands_back_the_model_as_it_w
     )
     for amp, expected in (("bf16", set()), ("off", {"fused"})):
         seen.clear()
-        recipe = Recipe.from_yaml("digits", epochs=1, join_type="LaPE", amp=amp, threads=1, device="cpu")
+        recipe = Recipe.from_yaml(
+            "digits", epochs=1, join_type="LaPE", amp=amp, threads=1, device="cpu", model_kwargs=NARROW
+        )
         model = train(recipe, say=lambda _text: None).model
         assert seen == expected
         assert set(fused(model)) == {True}

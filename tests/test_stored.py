@@ -191,7 +191,7 @@ def kill(now: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["parquet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("arrow", "class folders"))]
+    "form", [pytest.param(name, marks=pytest.mark.slow) for name in ("parquet", "arrow", "class folders")]
 )
 def test_a_training_that_was_stopped_ends_as_one_of_the_folder(folder, tmp_path, form):
     FORMATS[form](images_of(folder), tmp_path)

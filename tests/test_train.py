@@ -188,7 +188,7 @@ def test_attention_only_leaves_the_rest_as_it_was():
 # ------------------------------------------------------------------------------------------------ resume
 
 
-FULL = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "drop": 0.1, "epochs": 4, "warmup_epochs": 1, "clip_grad": 1.0}
+FULL = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "drop": 0.1, "epochs": 3, "warmup_epochs": 1, "clip_grad": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +255,8 @@ def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_with_the_same_bits(
     assert said[-1] == f"{name}: {where}; to go on: the same command with --resume auto"
     stopped = read(tmp_path / CHECKPOINT)
     assert (stopped["epoch"], stopped["step"]) == (0, steps)
+    if number != signal.SIGTERM:
+        return  # which signal it was is in no file
     train(recipe.replace(resume=str(tmp_path / CHECKPOINT)), say=quiet)
     found, wanted = read(tmp_path / CHECKPOINT), read(uninterrupted / CHECKPOINT)
     assert all(same(found[key], wanted[key]) for key in ("model", "model_ema", "optimizer", "max_accuracy"))
@@ -365,7 +367,7 @@ def test_files_hold_what_is_promised(uninterrupted):
     assert content["classes"] == [str(digit) for digit in range(10)]
     lines = log_without_times(uninterrupted)
     keys = {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters", "test_ema_acc1"}
-    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert all(keys <= line.keys() for line in lines)
     best = max(line["test_acc1"] for line in lines)
     assert read(uninterrupted / BEST)["max_accuracy"] == best
@@ -516,7 +518,7 @@ def test_finetuning_does_not_drop_weights_silently(tmp_path):
         build_model(tiny(finetune=str(tmp_path / CHECKPOINT), join_type="basic"), 10)
 
 
-@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("kind", [pytest.param("soft", marks=pytest.mark.slow), "hard"])
 def test_distillation_trains_both_heads(tmp_path, kind):
     torch.manual_seed(0)
     teacher = timm.create_model("test_resnet", num_classes=10)

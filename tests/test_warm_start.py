@@ -44,6 +44,7 @@ def test_training_begins_with_the_pretrained_function_and_opens_the_gates(pretra
     assert evaluate_checkpoint(Recipe(resume=str(tmp_path / CHECKPOINT), device="cpu", num_workers=0), say=str).count
 
 
+@pytest.mark.slow
 def test_a_warm_start_goes_on_without_its_flags(pretrained, tmp_path):
     settings = {"finetune": pretrained, "warm_start": True, "model_ema": False}
     train(tiny(**settings, epochs=2, output_dir=str(tmp_path / "whole")), say=quiet)
