@@ -96,7 +96,7 @@ def _set_input_size(root: Any, host_method: Callable[..., Any], *args: Any, **kw
     if old.stages:
         raise LapeError("a converted model of stages has one size: set the input size before lape.apply_")
     way.check_resize()
-    idle = link.idle()
+    idle = link.idle_paths()
     host_method(root, *args, **kwargs)
     measure = host_named(link.host).measure
     assert measure is not None

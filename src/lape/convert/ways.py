@@ -23,7 +23,7 @@ from lape.core.anatomy import Anatomy, place_of
 from lape.core.bias import NormalisedBias, PositionBias, normalise
 from lape.core.conditional import PEG, Generating
 from lape.core.constants import constant
-from lape.core.forward import Adding, Link, PositionRequest, Slot, Spanning, member
+from lape.core.forward import Adding, Link, PositionRequest, Slot, Spanning, member, rows_of_host
 from lape.core.grids import GridWatch, Shuffled, in_backward
 from lape.core.joined import Joined, join_module
 from lape.core.joins import Join
@@ -89,7 +89,11 @@ class Way(nn.Module):
         raise NotImplementedError
 
     def forward(self, request: Any) -> Any:
-        """What each place receives."""
+        """What each place receives. Always by `model.lape(...)`, so that hooks and wrappers see the call.
+
+        Five calls there are: with a request; with nothing (`AtInput`); with (place, host_bias) (`HostBias`); with
+        (x, link, place) (`Generated`); with a request or (place, host_bias) (`Folded`).
+        """
         return tuple(self.each(request))
 
     def adds_at_input(self, anatomy: Anatomy) -> bool:
@@ -104,6 +108,10 @@ class Way(nn.Module):
         """Paths of the modules that are joined, in the order of the list."""
         return self.homes(anatomy)
 
+    def taken_over(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Names of what the mixin takes over in each of them."""
+        return ()
+
     def enter(self, link: Link) -> None:
         """Joins the model. Nothing in it can be wrong use."""
         root, anatomy = link.root, link.anatomy
@@ -111,7 +119,7 @@ class Way(nn.Module):
         if self.mixin is not None:
             for place, path in enumerate(self.places(anatomy)):
                 module = root.get_submodule(path)
-                join_module(module, self.mixin, link, place=place, new=makes_new(module))
+                join_module(module, self.mixin, link, *self.taken_over(anatomy), place=place, new=makes_new(module))
             join_module(root, Spanning, link, *entry_methods(root))
             for path in anatomy.blocks if anatomy.unfused else ():
                 join_module(root.get_submodule(path), Unfused, link, str(anatomy.unfused))
@@ -259,7 +267,7 @@ class AtBlocks(WithTable):
         if table is not None and not wish.new:  # a copy for each block, as the host's table reaches it
             anatomy, root = wish.anatomy, wish.anatomy.root
             with torch.no_grad():
-                rows_1RD = anatomy.form.read(table, *(member(*place_of(root, path)) for path in anatomy.form.inputs))
+                rows_1RD = rows_of_host(root, anatomy, table)
                 raw = list(raw_positions(anatomy, partial(anatomy.merge, root), rows_1RD))
         for layer in range(1, len(wish.anatomy.blocks)):
             if raw and table is not None:
@@ -279,8 +287,8 @@ class AtBlocks(WithTable):
             positions = iter([p if grid is None else resample(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
         else:
             positions = raw_positions(anatomy, request.merge, self.source(request))
-        blocks = anatomy.blocks[: request.number]
-        yield from (anatomy.at(layer)[0].spread(p) for layer, (p, _) in enumerate(zip(positions, blocks, strict=False)))
+        for layer, p in zip(range(len(anatomy.blocks))[: request.number], positions, strict=False):
+            yield anatomy.at(layer)[0].spread(p)
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         slot = anatomy.table_slot or anatomy.table_key
@@ -323,7 +331,7 @@ class BesideNorms(WithTable):
     def places(self, anatomy: Anatomy) -> list[str]:
         if not anatomy.norm_feeds_more:
             return self._norms(anatomy)
-        return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
+        return [f"{anatomy.blocks[layer]}.{anatomy.attention}" for layer in self.layers]
 
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). The only place where a LayerNorm meets a position."""
@@ -436,11 +444,8 @@ class Rotary(Way):
         query = f"{anatomy.attention}.{anatomy.queries_keys[0]}"
         return [f"{path}.{query}".rpartition(".")[0] for path in anatomy.blocks]
 
-    def enter(self, link: Link) -> None:
-        super().enter(link)
-        names = [path.rpartition(".")[2] for path in link.anatomy.queries_keys]
-        for place, path in enumerate(self.places(link.anatomy)):
-            join_module(link.root.get_submodule(path), Rotating, link, *names, place=place)
+    def taken_over(self, anatomy: Anatomy) -> tuple[str, ...]:
+        return tuple(path.rpartition(".")[2] for path in anatomy.queries_keys)
 
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """Cosine and sine for each block, (2, H, N, d / 2) or alike for all heads."""
@@ -545,9 +550,8 @@ class Folded(Way):
 
     def __init__(self, way: Way, link: Link, constants: Sequence[Tensor], name: str):
         nn.Module.__init__(self)
-        for attribute in ("join", "pe", "new", "warm_start", "pe_norm", "std", "factory", "hides_table"):
-            setattr(self, attribute, getattr(way, attribute))
-        for attribute in ("site", "uses_table", "joins_host_bias"):  # of its class
+        of_its_class = ("site", "uses_table", "joins_host_bias")
+        for attribute in ("join", "pe", "new", "warm_start", "pe_norm", "std", "factory", "hides_table", *of_its_class):
             setattr(self, attribute, getattr(way, attribute))
         self.folded, self.name = True, name
         self._places, self._homes = way.places(link.anatomy), way.homes(link.anatomy)
@@ -560,10 +564,11 @@ class Folded(Way):
     def homes(self, anatomy: Anatomy) -> list[str]:
         return self._homes
 
-    def forward(self, request: Any, _host_bias: Any = None) -> Any:
+    def forward(self, request_or_place: Any, _host_bias: Any = None) -> Any:
         """All constants; or, of a host's own bias, that of one place."""
-        if isinstance(request, int):
-            return self._buffers[f"constant_{request}"]
+        if isinstance(request_or_place, int):
+            return self._buffers[f"constant_{request_or_place}"]
+        request: PositionRequest = request_or_place
         if request.grid is not None:
             grid = request.anatomy.layout.grid
             raise LapeError(f"the model is folded for the grid {grid}, not {request.grid}: give images of its size")

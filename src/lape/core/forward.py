@@ -147,9 +147,10 @@ class Link:
         self.replaced: dict[str, nn.Parameter] = {}  # path -> the host's parameter that is not used, see convert.ways
         self.orders: dict[str, tuple[str, ...]] = {}  # path -> names of the host's parameters there, in their order
 
-    def idle(self) -> set[str]:
-        """Names of what the host has no use for at present, and keeps as buffers."""
-        return {path for path in self.replaced if place_of(self.root, path)[1] in place_of(self.root, path)[0]._buffers}
+    def idle_paths(self) -> set[str]:
+        """Paths of what the host has no use for at present, and keeps as buffers."""
+        owners = {path: place_of(self.root, path) for path in self.replaced}
+        return {path for path, (owner, name) in owners.items() if name in owner._buffers}
 
     @property
     def many_grids(self) -> bool:
@@ -165,8 +166,7 @@ class Link:
 
     def read(self, root: nn.Module, table: Tensor) -> Tensor:
         """The rows (1, R, D) that a host's table stands for."""
-        form = self.anatomy.form
-        return form.read(table, *(member(*place_of(root, path)) for path in form.inputs))
+        return rows_of_host(root, self.anatomy, table)
 
     def request(
         self, root: nn.Module, grid: Grid | None, upto: int | None = None, *, table: Tensor | None = None
@@ -214,18 +214,17 @@ class Link:
             return None if grid == anatomy.layout.grid else grid
         return self.recall.grid(anatomy.layout, x.shape[1])
 
-    def alone(self, place: int, x: Tensor) -> Tensor:
-        """What one joined place receives for tokens x, outside of a forward, or for a map of another grid."""
+    def recompute(self, place: int, x: Tensor) -> Tensor:
+        """What one joined place receives for tokens x, computed anew: no forward runs, or it holds no position that can
+        be used."""
         anatomy, forward = self.anatomy, THREAD.forward
         grids = forward.grids if forward is not None and forward.link is self else None
         if anatomy.packed_grids is not None and in_backward():
             grids = self.recall.last_note(x.device)
-        if grids is not None:
-            with _saved_as_it_is(), _unseen_in_backward():
-                return self.compute_each(self.running, grids, x.shape[1], place)[place]
-        grid = self.grid_of(x, place)
         with _saved_as_it_is(), _unseen_in_backward():
-            p = self.compute(self.running, grid, place)[place]
+            if grids is not None:
+                return self.compute_each(self.running, grids, x.shape[1], place)[place]
+            p = self.compute(self.running, self.grid_of(x, place), place)[place]
             if anatomy.shuffle is not None:
                 patches_Bk = self.recall.patches(anatomy.layout, x.device, x.shape[1])
                 p = pick(p, rows_of_patches(anatomy.layout, patches_Bk))
@@ -282,6 +281,11 @@ class Link:
         vars(self).update(state, recall=Recall())
 
 
+def rows_of_host(root: nn.Module, anatomy: Anatomy, table: Tensor) -> Tensor:
+    """The rows (1, R, D) that a host's table stands for."""
+    return anatomy.form.read(table, *(member(*place_of(root, path)) for path in anatomy.form.inputs))
+
+
 def first_of(kwargs: dict[str, Any]) -> str:
     """The name under which a module was handed its tokens."""
     return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
@@ -292,28 +296,36 @@ def position_for(module: Any, x: Tensor, layer: int | None = None) -> Tensor:
 
     `layer` says as the tokens of which layer they stand, -1 before the first; None: of its place.
     """
-    link, forward = module._lape, THREAD.forward
-    if forward is not None and forward.late and forward.link is link:
-        forward.late = False
-        with _saved_as_it_is():
-            forward.compute(forward.table)
-    p = None
-    if forward is not None and forward.link is link and forward.positions is not None:
-        usable = not link.anatomy.maps or link.grid_of(x, module._lape_place) == forward.grid
-        usable = usable and not (isinstance(forward.positions, _OneByOne) and torch.compiler.is_compiling())
-        if usable and (forward.learns or not torch.is_grad_enabled()):
-            p = forward.positions[module._lape_place]
-            if p is not None and forward.rows_BK is not None:
-                p = pick(p, forward.rows_BK)
+    link, place = module._lape, module._lape_place
+    p = _from_forward(link, place, x)
     if p is None:
-        p = link.alone(module._lape_place, x)
+        p = link.recompute(place, x)
     if link.anatomy.maps:
         p = p.unflatten(1, x.shape[1:3])
     if link.anatomy.windows is not None:
-        p = _in_windows(link, p, x, module._lape_place if layer is None else layer)
+        p = _in_windows(link, p, x, place if layer is None else layer)
     if isinstance(x, Tensor) and (p.dtype != x.dtype or p.device != x.device):  # else a proxy of torch.fx
         p = p.to(device=x.device, dtype=x.dtype)
     return p
+
+
+def _from_forward(link: Link, place: int, x: Tensor) -> Tensor | None:
+    """What the forward of this thread holds for a place, as tokens x can use it; None where it has nothing for them."""
+    forward = THREAD.forward
+    if forward is None or forward.link is not link:
+        return None
+    if forward.late:
+        forward.late = False
+        with _saved_as_it_is():
+            forward.compute(forward.table)
+    if forward.positions is None or (torch.is_grad_enabled() and not forward.learns):
+        return None
+    if isinstance(forward.positions, _OneByOne) and torch.compiler.is_compiling():
+        return None
+    if link.anatomy.maps and link.grid_of(x, place) != forward.grid:
+        return None
+    p = forward.positions[place]
+    return p if p is None or forward.rows_BK is None else pick(p, forward.rows_BK)
 
 
 def _in_windows(link: Link, p_1ND: Tensor, x: Tensor, layer: int) -> Tensor:

@@ -192,8 +192,7 @@ class Policy:
         if unknown:  # none of timm 1.0.31
             raise LapeError(f"timm's operation {unknown[0]} is not made for batches on the device: {LEAVE_OUT}")
         self.layers, self.cubic = layers, _kernel(self.ops[0].kwargs["resample"])
-        numbers = iter(range(len(self.ops)))
-        rows = [torch.tensor([next(numbers) for _ in some]) for some in lists]
+        rows = torch.arange(len(self.ops)).split([len(some) for some in lists])
         self.lists = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # numbers of operations
         self.chances = torch.tensor([op.prob for op in self.ops], dtype=torch.float64)
         self.magnitudes = torch.tensor([op.magnitude for op in self.ops], dtype=torch.float64)

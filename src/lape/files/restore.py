@@ -333,14 +333,19 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
         flags = recipe.model_fields_set
         settings = recipe.replace(**{name: value for name, value in entries.items() if name not in flags})
         # a recipe has them in the same spelling as the flags
-        file_recipe = Recipe(**{name: entries[name] for name in IDENTITY if name in entries})
-        for name in IDENTITY:
-            if name in entries and getattr(settings, name) != getattr(file_recipe, name):
-                raise CheckpointError(
-                    f"{name}={getattr(settings, name)!r} contradicts {checkpoint.path}, which was trained with "
-                    f"{name}={getattr(file_recipe, name)!r}: leave the flag out"
-                )
+        _check_identity(settings, Recipe(**{name: entries[name] for name in IDENTITY if name in entries}), checkpoint)
         return settings
+
+
+def _check_identity(settings: Recipe, file_recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where settings name another model than the file does."""
+    for name in IDENTITY:
+        entry, value = getattr(file_recipe, name), getattr(settings, name)
+        if name in file_recipe.model_fields_set and value != entry:
+            raise CheckpointError(
+                f"{name}={value!r} contradicts {checkpoint.path}, which was trained with {name}={entry!r}: leave the "
+                "flag out"
+            )
 
 
 def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:

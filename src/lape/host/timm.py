@@ -154,8 +154,9 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
     classes = [c for c in vars(sys.modules[timm.model_entrypoint(arch).__module__]).values() if isinstance(c, type)]
     bases = {base for c in classes for base in c.__mro__ if base.__module__.startswith(("timm.", "lape."))}
     names = {parameter.name for parameter in of_constructors(bases) if parameter.kind is _BY_NAME}
+    allowed = (names | _OF_ALL_MODELS) - NOT_THE_MODEL
     for argument in kwargs:
-        if argument not in (names | _OF_ALL_MODELS) - NOT_THE_MODEL:
+        if argument not in allowed:
             raise LapeError(f"{argument!r} is no argument of {arch} that says what the model is")
 
 
@@ -190,6 +191,12 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
             raise
         tags = ", ".join(tag for tag in timm.list_pretrained() if tag.split(".")[0] == name.split(".")[0])
         raise LapeError(f"unknown model {name!r}, of this one there are: {tags or 'none with a tag'}") from error
+    _check_divisible(model, name)
+    return model
+
+
+def _check_divisible(model: nn.Module, name: str) -> None:
+    """Raises LapeError for an input size that is no multiple of the patch size."""
     patch_embed = getattr(model, "patch_embed", None)
     size, patch = getattr(patch_embed, "img_size", None), getattr(patch_embed, "patch_size", None)
     patch = (patch, patch) if isinstance(patch, int) else patch
@@ -198,7 +205,6 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
             f"input size {size[0]} x {size[1]} is not divisible by the patch of {name}, {patch[0]} x {patch[1]}: "
             f"use {size[0] // patch[0] * patch[0] or patch[0]} or another multiple"
         )
-    return model
 
 
 def _explained(name: str, kwargs: dict[str, Any], error: Exception) -> LapeError:

@@ -523,13 +523,12 @@ def _rows(
 ) -> tuple[Rows, list[str], Normalize]:
     """Of each model its grid, table and layers, those to draw; what stands above them; and the ends of the colours."""
     indices = options.layer_indices(max(len(layers_Lnn) for _, _, layers_Lnn in maps.values()))
+    has_table = options.layers is None and any(table is not None for _, table, _ in maps.values())
     rows: Rows = {}
     for name, (grid, table, layers_Lnn) in maps.items():
-        rows[name] = grid, [layers_Lnn[layer] if layer < len(layers_Lnn) else None for layer in indices]
-        if options.layers is None and any(table is not None for _, table, _ in maps.values()):
-            rows[name][1].insert(0, table)
-    columns = [f"layer {layer}" for layer in indices]
-    columns = ["table P"] * (len(next(iter(rows.values()))[1]) - len(indices)) + columns
+        layers = [layers_Lnn[layer] if layer < len(layers_Lnn) else None for layer in indices]
+        rows[name] = grid, [table, *layers] if has_table else layers
+    columns = [*(["table P"] if has_table else []), *(f"layer {layer}" for layer in indices)]
     return rows, columns, ends(options.range, [m for _, row in rows.values() for m in row if m is not None], usual)
 
 

@@ -86,12 +86,12 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     gaps = differences(runs, baseline)
     sizes = _at_sizes(folder, runs, recipes, options) if options.extras else {}
     features = _features_of(folder, runs, recipe, options.probe) if options.probe else {}
-    rivals = {"models": list(options.rivals), "model_kwargs": recipes[order[-1]].model_kwargs}
+    rival_kwargs = dict(recipe.model_kwargs if options.rival_kwargs is None else options.rival_kwargs)
     results = {
         "made_by": "lape compare",
         "data": runs[0].data,
         "recipe": plan[0].model_dump(mode="json", exclude_unset=True, exclude=ROW_FIELDS),
-        "rivals": rivals if options.rivals else None,
+        "rivals": {"models": list(options.rivals), "model_kwargs": rival_kwargs} if options.rivals else None,
         "baseline": baseline,
         "variants": summarise(runs, baseline),
         "differences": gaps,
@@ -115,13 +115,28 @@ def _baseline_and_rows(
     recipe: Recipe, options: CompareOptions, rows: Sequence[Variant]
 ) -> tuple[str, Sequence[Variant]]:
     """The join that others are compared with, and the rows. Raises LapeError for options that mean nothing."""
+    joins, pes, norms = _checked_names(options)
+    _check_numbers(recipe, options)
+    rows = _checked_rows(options, rows, options.models or (recipe.model,), pes, joins, norms)
+    if options.baseline:
+        return match_name("baseline", options.baseline, joins), rows
+    return "basic" if "basic" in joins else joins[0], rows
+
+
+def _checked_names(options: CompareOptions) -> tuple[list[str], list[str], list[str]]:
+    """The joins, kinds and norms of position, as they are spelt. Raises LapeError for another or one twice."""
     joins = [match_name("join", name, JOIN_NAMES) for name in options.joins]
     pes = [match_name("pe", name, PE_NAMES) for name in options.pes]
     norms = [match_name("pe_norm", name, PE_NORM_NAMES) for name in options.pe_norms]
     may_lack = {"rivals": options.rivals, "pe_norms": norms, "pe_stds": options.pe_stds}
     for name, values in {"joins": joins, "pes": pes, "seeds": options.seeds, **may_lack}.items():
         if (not values and name not in may_lack) or len(set(values)) != len(values):
-            raise LapeError(f"{name}={list(values)}: give at least one, and each once")
+            raise LapeError(f"{name}={list(values)}: give {'' if name in may_lack else 'at least one, and '}each once")
+    return joins, pes, norms
+
+
+def _check_numbers(recipe: Recipe, options: CompareOptions) -> None:
+    """Raises LapeError for a number that means nothing, or conditions that do not fit the recipe's images."""
     for std in options.pe_stds:
         if not 1e-6 <= std <= 1e6:
             raise LapeError(f"pe_stds={std} is no standard deviation: give numbers from 1e-6 to 1e6, such as 0.02 1")
@@ -130,7 +145,18 @@ def _baseline_and_rows(
     if options.probe and options.probe < 4:
         raise LapeError(f"probe={options.probe} is not allowed: choose 4 images or more, or 0 for none")
     conditions_of(options, (recipe.input_size,) * 2, (1, 1))
-    models = options.models or (recipe.model,)
+
+
+def _checked_rows(
+    options: CompareOptions,
+    rows: Sequence[Variant],
+    models: Sequence[str],
+    pes: Sequence[str],
+    joins: Sequence[str],
+    norms: Sequence[str],
+) -> Sequence[Variant]:
+    """The given rows, those of the preset, or the combinations. Raises LapeError for an option that none of them has a
+    place for."""
     if options.preset == "rivals" and not rows:
         usual = CompareOptions(output_dir=options.output_dir)
         for name in ("joins", "pes", "pe_norms", "pe_stds"):
@@ -141,8 +167,7 @@ def _baseline_and_rows(
     for name, place in (("pe_norms", "pe_norm"), ("pe_stds", "pe_std")):
         if getattr(options, name) and not any(getattr(row, place) is not None for row in rows):
             raise LapeError(f"{name}={list(getattr(options, name))}: none of the rows has a place for it; leave it out")
-    baseline = match_name("baseline", options.baseline, joins) if options.baseline else joins[0]
-    return "basic" if "basic" in joins and not options.baseline else baseline, rows
+    return rows
 
 
 def _report_on(folder: Path, results: dict[str, Any], runs: Sequence[Run], figures: dict[str, "Figure"]) -> list[Path]:

@@ -219,28 +219,28 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
     run.net.train(recipe.train_mode)
     if run.mixup is not None:
         run.mixup.mixup_enabled = epoch < (recipe.mixup_off_epoch or recipe.epochs)
-    loss = torch.zeros((), device=world.device)
+    step_loss = torch.zeros((), device=world.device)
     readings: deque[Reading] = deque()  # the reports of steps that nobody has read yet
     with closing(progress.over(loader)) as batches:  # an error must not leave the loader's processes
         for number, (images, targets) in enumerate(batches, start=first * parts):
             step, part = divmod(number, parts)
             last = part == parts - 1  # of the batches whose gradients make this step
             seed_step(recipe.seed, epoch, step, world.rank, part)
-            loss += _add_gradients(run, images, targets, last)
+            step_loss += _add_gradients(run, images, targets, last)
             if not last:
                 continue
-            readings.append(_launch_update(run, loss, loader.omissions, epoch, step))
-            loss.zero_()
-            at_once = not state.on_device or step + 1 == run.steps or _saves_behind(recipe, step)
-            stop, save = _account(run, readings, at_once, progress, f"learning rate {lr:.3g} in epoch {epoch}")
+            readings.append(_launch_update(run, step_loss, loader.omissions, epoch, step))
+            step_loss.zero_()
+            at_once = not state.on_device or step + 1 == run.steps or _saves_after(recipe, step)
+            stop, save = _count_steps(run, readings, at_once, progress, f"learning rate {lr:.3g} in epoch {epoch}")
             if stop:
                 _save_and_leave(run)
             if save and not state.bad_in_row and state.next_step < run.steps:
                 run.save()
     set_rate(state, recipe, epoch + 1)
     line = _epoch_line(run, epoch, lr, progress)
-    loss = line["train_loss"]
-    run.say(f"Averaged stats: lr: {lr:.6f}  loss: {loss if loss is None else round(loss, 4)}")
+    epoch_loss = line["train_loss"]
+    run.say(f"Averaged stats: lr: {lr:.6f}  loss: {epoch_loss if epoch_loss is None else round(epoch_loss, 4)}")
     return line
 
 
@@ -274,16 +274,21 @@ def _launch_update(run: Training, loss: Tensor, omissions: list[str], epoch: int
     state, recipe = run.state, run.recipe
     grad_norm = _gradient_norm(state, run.parameters, recipe.clip_grad)
     numbers = [run.stop.is_set(), len(omissions), run.world.is_main and _save_is_due(run, step)]
-    for text in omissions:  # every process names its own
-        print(f"left out: {text}", file=sys.stderr, flush=True)
-    omissions.clear()
+    _print_omissions(omissions)
     report = mean_over_ranks(torch.stack([loss, grad_norm]), numbers)
     reading = Reading(report)
     state.update(report[:2].isfinite().all(), epoch * run.steps + step + 1 if recipe.model_ema_warmup else None)
     return reading
 
 
-def _account(
+def _print_omissions(omissions: list[str]) -> None:
+    """Name the images that were left out, each once: every process its own."""
+    for text in omissions:
+        print(f"left out: {text}", file=sys.stderr, flush=True)
+    omissions.clear()
+
+
+def _count_steps(
     run: Training, readings: deque[Reading], at_once: bool, progress: Progress, place: str
 ) -> tuple[bool, bool]:
     """Read the reports of steps and count them: all but the last, so that the device is never waited for.
@@ -362,15 +367,15 @@ def _count_bad_step(run: Training, report: StepReport, where: str) -> None:
     run.say(f"Step skipped, it is not finite: {what} ({state.bad_in_row} in a row)")
 
 
-def _saves_behind(recipe: Recipe, step: int) -> bool:
-    """Whether a checkpoint is due behind a step by its number."""
+def _saves_after(recipe: Recipe, step: int) -> bool:
+    """Whether a checkpoint is due after a step by its number."""
     return bool(recipe.save_steps and (step + 1) % recipe.save_steps == 0)
 
 
 def _save_is_due(run: Training, step: int) -> bool:
     """By the step's number, or by this process's clock."""
     minutes = run.recipe.save_minutes
-    return _saves_behind(run.recipe, step) or bool(minutes and time.monotonic() - run.last_save >= 60 * minutes)
+    return _saves_after(run.recipe, step) or bool(minutes and time.monotonic() - run.last_save >= 60 * minutes)
 
 
 def _save_and_leave(run: Training) -> NoReturn:
@@ -394,7 +399,7 @@ def _save_and_leave(run: Training) -> NoReturn:
 
 def _prepare(recipe: Recipe, world: World, say: Say) -> Training:
     """Build all that a run needs, from its start or from a checkpoint. Nothing is written."""
-    _check(recipe, world.device)
+    _check_recipe(recipe, world.device)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if recipe.deterministic:
@@ -429,7 +434,7 @@ def _prepare(recipe: Recipe, world: World, say: Say) -> Training:
     return Training(recipe, world, Stop(), say, data, plan, steps, state, net, mixup, teacher, checkpoint)
 
 
-def _check(recipe: Recipe, device: torch.device) -> None:
+def _check_recipe(recipe: Recipe, device: torch.device) -> None:
     """Refuse what cannot be trained. Raises LapeError."""
     autocast(recipe.amp, device)
     check_services(recipe)
