@@ -142,14 +142,14 @@ def test_operations_of_a_policy(policy, monkeypatch):
 
     ours: list[list[float]] = [[] for _ in ops]
     numbers = stream(turns)
-    for _ in range(step.layers):
+    for _ in range(step.draws):
         for which in step.lists[numbers.integer(len(step.lists))].unbind(1):
             used, level, unit = step.draw(which, numbers)
             for number, op in enumerate(step.ops):
                 argument = ARGUMENTS[op.name](level, unit, op.hparams)
                 ours[number] += argument[used & (which == number)].tolist()
     for number, op in enumerate(ops):
-        expected = turns * step.layers / len(step.lists) * op.prob
+        expected = turns * step.draws / len(step.lists) * op.prob
         for found in (seen, ours):  # both against what they stand for, and by that against each other
             assert abs(len(found[number]) - expected) <= 5 * expected**0.5, op
         if op.name == "GaussianBlurRand":  # timm draws the radius where it blurs, uniformly up to twice its argument

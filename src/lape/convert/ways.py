@@ -1,8 +1,8 @@
 """The ways of joining, each with its whole life: what it adds, how it enters and leaves a model, folds and is stored.
 
 A way is the module `model.lape`: it owns all that is new and computes, once a forward, what every joined place
-receives. It does not hold the model: who calls it hands over the host's table and how a block gets it. `way_for` has
-the order in which the ways are asked.
+receives. It does not hold the model: the caller hands over the host's table and merging in a `PositionRequest`.
+`way_for` has the order in which the ways are asked.
 
 Shape legend: B batch, N tokens, R rows of the position table, D width, L layers, H heads.
 """
@@ -67,7 +67,7 @@ class Wish:
 
 
 class Way(nn.Module):
-    """One way of joining. What is here is that of a way without a position; a subclass overrides what differs."""
+    """One way of joining: as it stands, that of a model without position; subclasses override what differs."""
 
     listed: ClassVar[bool] = False  # whether it computes a list: by place, what is added there
     one_by_one: ClassVar[bool] = True  # whether `each` gives that list, too
@@ -113,7 +113,7 @@ class Way(nn.Module):
         return ()
 
     def enter(self, link: Link) -> None:
-        """Joins the model. Nothing in it can be wrong use."""
+        """Changes the model; whatever the user may have got wrong was refused before."""
         root, anatomy = link.root, link.anatomy
         root.add_module("lape", self.train(root.training))
         if self.mixin is not None:
@@ -189,7 +189,7 @@ class WithTable(Way):
         super().__init__(wish)
         self.hides_table = not (wish.join.at_input or wish.warm_start)
         self.table_names: tuple[str, ...] = ()
-        self._in_slot: list[nn.Parameter] = []  # until `enter`
+        self._in_slot: list[nn.Parameter] = []  # a list, so that it is not registered; empty after `enter`
         host_table = wish.host_table
         if host_table is None:
             self._add_table(0, wish.new_table(0))
@@ -198,7 +198,8 @@ class WithTable(Way):
             self._in_slot = [nn.Parameter(table.data.reshape(host_table.shape), requires_grad=table.requires_grad)]
 
     def _add_table(self, layer: int, table: nn.Parameter) -> None:
-        self.table_names = (*self.table_names, f"table_{layer}")  # no list of parameters: offloading loads a module's
+        # no ParameterList: offloading loads only what a module owns itself
+        self.table_names = (*self.table_names, f"table_{layer}")
         self.register_parameter(self.table_names[-1], table)
 
     @property
@@ -222,7 +223,7 @@ class WithTable(Way):
     def _take_slot(self, link: Link) -> None:
         super()._take_slot(link)
         if self.tables and not self.hides_table and link.anatomy.table_slot is not None:
-            hide(link, link.anatomy.table_slot)  # and lends the table that the host lacks
+            hide(link, link.anatomy.table_slot)  # the host lacks a table: `stand_in` gives it ours
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         return {"lape.table_0": anatomy.table_slot or anatomy.table_key}
@@ -407,7 +408,7 @@ class FixedBias(AtLogits):
         super().__init__(wish)
         assert wish.kind.fixed_bias is not None
         self.make = wish.kind.fixed_bias
-        self.make(wish.anatomy.layout.grid, wish.anatomy.num_heads, 0, 1)  # refused now, not in a forward
+        self.make(wish.anatomy.layout.grid, wish.anatomy.num_heads, 0, 1)  # raises here, before anything changes
         self.register_buffer("here", wish.like.new_empty(0), persistent=False)
 
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
@@ -431,7 +432,7 @@ class Rotary(Way):
         anatomy, like = wish.anatomy, wish.like
         first: Any = anatomy.root.get_submodule(self.homes(anatomy)[0])
         self.head_width = getattr(first, "head_dim", anatomy.width // anatomy.num_heads)
-        axial(self.head_width)  # refused now, not in a forward
+        axial(self.head_width)  # raises here, before anything changes
         self.register_buffer("here", like.new_empty(0), persistent=False)
         self.learned = wish.kind.rotary == "mixed"
         for layer in range(len(anatomy.blocks) if self.learned else 0):

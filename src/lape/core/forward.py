@@ -64,7 +64,7 @@ class Forward:
         self.positions: tuple[Tensor, ...] | _OneByOne | None = None  # by place, where there is something to compute
         self.rows_BK: Tensor | None = None  # which of them each image picks, where patches are shuffled
         self.learns = False  # whether `positions` carry gradients
-        self.late = False  # whether it is computed when first asked for, as the table is away until it is read
+        self.late = False  # whether positions wait until asked for: the table is offloaded until the host reads it
 
     def begin(self, grid: Grid | None) -> None:
         """The grid is known. Positions are computed at once, before a block can be checkpointed."""
@@ -294,7 +294,7 @@ def first_of(kwargs: dict[str, Any]) -> str:
 def position_for(module: Any, x: Tensor, layer: int | None = None) -> Tensor:
     """What a joined module's tokens x receive, (1, N, D) or for a map (1, rows, columns, D), in their dtype.
 
-    `layer` says as the tokens of which layer they stand, -1 before the first; None: of its place.
+    `layer`: the layer in whose order the tokens stand (windows), -1 before the first; None: that of the module's place.
     """
     link, place = module._lape, module._lape_place
     p = _from_forward(link, place, x)
@@ -438,10 +438,8 @@ def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _saved_as_it_is() -> Any:
-    """Hides what is computed from hooks on saved tensors: to activation checkpointing, a position is a given value.
-
-    In the forward it is, computed before the first block; so a recomputation must not save more than that.
-    """
+    """In here tensors that autograd saves pass no outer hook: a checkpoint must not count those of a position, which the
+    forward computed before its first block."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

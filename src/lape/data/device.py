@@ -100,7 +100,8 @@ def _unit(bits: Tensor) -> Tensor:
     return _shifted(bits, 11).double() * 2.0**-53
 
 
-Step = Callable[[Tensor, Stream], Tensor]  # images (B, C, H, W) on the device, 8-bit until normalised
+# Images (B, C, H, W) on the device, 8-bit until normalised -> images; may change those that it is given in place.
+Step = Callable[[Tensor, Stream], Tensor]
 Twin = Callable[[Any], Step]
 
 
@@ -183,22 +184,22 @@ class Jitter:
 
 
 class Policy:
-    """timm's RandAugment and AutoAugment: some draws, each of a short list of operations with chances of their own."""
+    """timm's RandAugment and AutoAugment: a list of operations is drawn `draws` times, and each of them applied with its
+    own probability. All operations have the first one's spread and fill colour."""
 
-    def __init__(self, lists: Sequence[Sequence[AugmentOp]], layers: int) -> None:
-        """One of the `lists` is drawn `layers` times; all operations have the first one's spread and fill colour."""
+    def __init__(self, lists: Sequence[Sequence[AugmentOp]], draws: int) -> None:
         self.ops = [op for some in lists for op in some]
         unknown = [op.name for op in self.ops if op.name not in ARGUMENTS]
-        if unknown:  # none of timm 1.0.31
+        if unknown:  # cannot happen with timm 1.0.31
             raise LapeError(f"timm's operation {unknown[0]} is not made for batches on the device: {LEAVE_OUT}")
-        self.layers, self.cubic = layers, _kernel(self.ops[0].kwargs["resample"])
+        self.draws, self.cubic = draws, _kernel(self.ops[0].kwargs["resample"])
         rows = torch.arange(len(self.ops)).split([len(some) for some in lists])
         self.lists = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # numbers of operations
         self.chances = torch.tensor([op.prob for op in self.ops], dtype=torch.float64)
         self.magnitudes = torch.tensor([op.magnitude for op in self.ops], dtype=torch.float64)
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
-        for _ in range(self.layers):
+        for _ in range(self.draws):
             for which in self.lists[stream.integer(len(self.lists))].unbind(1):
                 applies, level, unit = self.draw(which, stream)
                 self._apply(images, torch.where(applies, which, -1), level, unit, _cubic(self, stream))
@@ -265,7 +266,7 @@ class Erase:
             top, left, h, w = (part.view(-1, 1) for part in box[places].to(device, non_blocking=True).unbind(1))
             tall, wide = (rows >= top) & (rows < top + h), (columns >= left) & (columns < left + w)
             inside = tall[:, None, :, None] & wide[:, None, None, :]
-            if self.mode == "pixel" and device.type == "cpu":  # where to look for the pixels does not make it wait
+            if self.mode == "pixel" and device.type == "cpu":  # on a GPU `nonzero` would make the host wait
                 image, row, column = inside[:, 0].nonzero().unbind(1)
                 layers = height * width * torch.arange(channels)
                 index = (row * width + column)[:, None] + layers

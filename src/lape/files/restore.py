@@ -80,7 +80,7 @@ def restore(
 
 
 def _build_bounded(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: Size | None) -> nn.Module:
-    """The model, after one without values has shown that it is no larger than what the weights of the file are for."""
+    """Builds the model twice: without values, to refuse one far larger than the file's weights, then for good."""
     if host_of_library(checkpoint.package).check_arguments is None:  # a host of the user's own
         return make()
     file_size = size_of(checkpoint)
@@ -88,13 +88,13 @@ def _build_bounded(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: 
     elements = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.model.values())
     limits = (checkpoint.path, int(times * (2 * elements + 2**26)), 10_000 + 100 * len(checkpoint.model))
     with suppress(RuntimeError, NotImplementedError), bounded(*limits), without_values():
-        make()  # raises the CheckpointError of `bounded`; constructors that compute with values fail otherwise
+        make()  # `bounded` raises through the suppress; a constructor that computes with values fails, and says nothing
     with bounded(*limits):
         return make()
 
 
 def _with_weights_of_library(model: Any, state: Mapping[str, Tensor]) -> nn.Module:
-    """With weights under the names that transformers writes, which it alone can tell from those of its modules."""
+    """The model with weights under transformers' names, which it alone can match to modules."""
     from transformers import utils
 
     logging: Any = utils.logging
@@ -322,7 +322,7 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
         contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
         contents |= checkpoint.args
         entries = {name: contents[name] for name in FILE_SETTINGS if contents.get(name) is not None}
-        # no flags of an evaluation: the file alone knows
+        # an evaluation has no flags for these: the file's, even None
         choices = {name: contents.get(name) for name in CHOICES.values()}
         entries |= {**choices, "warm_start": bool(choices["warm_start"])}
         size = entries.pop("input_size", None) or size_of(checkpoint)

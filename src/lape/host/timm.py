@@ -143,7 +143,7 @@ _OF_ALL_MODELS = {"features_only", "feature_cls", "out_indices", "use_naflex"}
 
 
 def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raises LapeError for an argument that is none of the constructors in the file of this model's entry."""
+    """Raises LapeError for an argument that no constructor in this model's timm file takes."""
     import timm
 
     import lape.models  # noqa: F401
@@ -231,7 +231,8 @@ Fields = dict[str, Any]
 
 
 def _host(name: str, module: str, root: str, blocks: str, read: Callable[[Any], Fields], resizes: bool = False) -> Host:
-    """One family: `read(root)` gives the fields in which it is not as the plain ones are, and `blocks` elsewhere.
+    """One family: `read(root)` gives the fields of `Anatomy` that differ from a plain ViT's, and `blocks` where these
+    lie elsewhere.
 
     Modules are those of `timm.models`, blocks of another library have their full names. With `resizes` it has
     `set_input_size`.

@@ -270,9 +270,9 @@ def visualize(
 
     Tables: `<join>_layer<i>_sim_overall.jpg` (cosine similarity of all patches), `<join>_layer<i>_sim_<k>thToken.jpg`
     (patch k with all, on the grid) and `PE_token_sim.jpg` (the same of the raw table, where there is one). Relative
-    biases: `<join>_layer<i>_head<j>.jpg`. Both: `overview` (all layers), tables also `places` (corner, edge and centre)
-    and `measures` (curves over depth), each as PNG, PDF and SVG; what they show in words, `caption.txt`; and the
-    numbers of all layers, `positions.npz`. Layers count from 0. The names are those of the LaPE authors' script.
+    biases: `<join>_layer<i>_head<j>.jpg`. For both an `overview` (all layers); for tables also `places` (corner, edge,
+    centre) and `measures` (curves over depth), each as PNG, PDF and SVG; `caption.txt` says what they show,
+    `positions.npz` has the numbers. Layers count from 0. The names are those of the LaPE authors' script.
 
     `source` is a converted model, or a checkpoint that `lape.files.read.read_checkpoint` reads; of the options, join,
     pe and ema are for checkpoints: what it must hold (None: what it says), and whose weights. As model_name,
@@ -521,7 +521,7 @@ Rows = dict[str, tuple[Grid, list[Tensor | None]]]
 def _rows(
     options: DrawOptions, maps: Mapping[str, tuple[Grid, Tensor | None, Tensor]], usual: Normalize
 ) -> tuple[Rows, list[str], Normalize]:
-    """Of each model its grid, table and layers, those to draw; what stands above them; and the ends of the colours."""
+    """(each model's grid and maps, column titles, colour range)"""
     indices = options.layer_indices(max(len(layers_Lnn) for _, _, layers_Lnn in maps.values()))
     has_table = options.layers is None and any(table is not None for _, table, _ in maps.values())
     rows: Rows = {}
@@ -649,7 +649,8 @@ class Pictures:
         self.add(figure, f"{stem}.svg", metadata={"Date": None})
 
     def finish(self, numbers: dict[str, Tensor], about: Description, **facts: Any) -> list[Path]:
-        """Writes positions.npz: the arrays, and join, pe, num_prefix_tokens and `facts` beside them."""
+        """Writes positions.npz (the arrays, and join, pe, num_prefix_tokens and `facts`) and caption.txt; returns the
+        paths of all files."""
         facts |= {"join": about.join, "pe": about.pe, "num_prefix_tokens": about.prefix_tokens}
         arrays: dict[str, Any] = facts | {name: value.cpu().numpy() for name, value in numbers.items()}
         self._write("positions.npz", lambda file: np.savez_compressed(file, **arrays))

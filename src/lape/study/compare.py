@@ -84,7 +84,7 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     order = list(recipes)
     runs.sort(key=lambda run: (order.index(run.variant), run.seed))
     gaps = differences(runs, baseline)
-    sizes = _at_sizes(folder, runs, recipes, options) if options.extras else {}
+    sizes = _under_conditions(folder, runs, recipes, options) if options.extras else {}
     features = _features_of(folder, runs, recipe, options.probe) if options.probe else {}
     rival_kwargs = dict(recipe.model_kwargs if options.rival_kwargs is None else options.rival_kwargs)
     results = {
@@ -184,10 +184,10 @@ def _report_on(folder: Path, results: dict[str, Any], runs: Sequence[Run], figur
     return files
 
 
-def _at_sizes(
+def _under_conditions(
     folder: Path, runs: Sequence[Run], recipes: Mapping[Variant, Recipe], options: CompareOptions
 ) -> dict[str, list[list["Outcome"]]]:
-    """The models that are still there, by name and seed, at the sizes that are asked for."""
+    """Results under the conditions that are asked for: by name, a list for each seed."""
     from lape.files.read import read_checkpoint
 
     outcomes: dict[str, list[list[Outcome]]] = {}
@@ -213,10 +213,7 @@ def _features_of(folder: Path, runs: Sequence[Run], recipe: Recipe, count: int) 
 
 
 def _runs_with_model(folder: Path, runs: Sequence[Run]) -> Iterator[tuple[Run, str, Path]]:
-    """The runs whose model is still there (it may be removed, the results stay), and where it is.
-
-    Between them what their variants are called where those of all kinds stand together.
-    """
+    """Yields (run, name of its row, folder of its model) for each run whose model is still there."""
     several = len({run.model for run in runs}) > 1
     for run in runs:
         model_folder = _cell_name(folder, run.variant, run.seed) / "model"
@@ -382,7 +379,7 @@ def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Rec
         check_file(path)
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
-            defaults = Recipe(as_original=()).model_dump(mode="json")  # what an older recipe had not
+            defaults = Recipe(as_original=()).model_dump(mode="json")  # keys that an older recipe lacks
             theirs = defaults | cell["recipe"]
             run = Run(**{"model": recipe.model, "pe": recipe.pe} | cell["run"])
             if not (0 <= run.accuracy <= 100 and 0 <= run.best <= 100):
@@ -445,7 +442,7 @@ def _train(recipe: Recipe, home: Path, tick: Callable[[], None]) -> Run:
 
 
 def _other_run(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
-    """A finished run as its files tell it, or a checkpoint as it does on the recipe's data."""
+    """A row of the report for a finished run (its log) or a checkpoint (evaluated on the recipe's data)."""
     from lape.files.read import read_checkpoint
 
     run = Path(path)

@@ -132,7 +132,7 @@ class StepReport(NamedTuple):
     loss: float
     grad_norm: float
     stop: float  # more than 0: a signal came to one of them
-    corrupt: float  # images that could not be read
+    corrupt: float  # images that could not be read, mean over processes
     save: float  # more than 0: a checkpoint is due
 
     @property
@@ -202,7 +202,7 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
 
 
 def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
-    """Take the steps of an epoch that are left of it; returns what log.txt says of them."""
+    """Take the remaining steps of an epoch; returns what log.txt says of them."""
     recipe, world, state, parts = run.recipe, run.world, run.state, run.plan.parts
     lr = state.optimizer.param_groups[0]["lr"]
     progress = Progress(f"Epoch: [{epoch}]", state.next_step, run.steps, run.plan, world, recipe.log_every, run.say)
@@ -224,7 +224,7 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
     with closing(progress.over(loader)) as batches:  # an error must not leave the loader's processes
         for number, (images, targets) in enumerate(batches, start=first * parts):
             step, part = divmod(number, parts)
-            last = part == parts - 1  # of the batches whose gradients make this step
+            last = part == parts - 1  # the last batch of this step
             seed_step(recipe.seed, epoch, step, world.rank, part)
             step_loss += _add_gradients(run, images, targets, last)
             if not last:
@@ -457,7 +457,7 @@ def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -
 
     DistributedDataParallel adds up gradients in another order from its second step on, when it has seen in which order
     they come. A run that goes on would take its first step as no other run did, and with three processes or more end
-    with other bits. So a step on nothing comes first, of which nothing stays.
+    with other bits. So one backward on blank images runs first, and is undone.
     """
     callable_model: Any = torch.compile(model) if recipe.compile else model
     net: nn.Module = callable_model
