@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from training import STATE, Killed, kill_at, log_without_times, quiet, read, same, tiny
 
 from lape.data.augment import train_transform
-from lape.data.device import ARGUMENTS, MATRICES, PIXELS, OnDevice, Stream, ToBytes, room_for, split_transform
+from lape.data.device import ARGUMENTS, MATRICES, PIXELS, OnDevice, Stream, ToBytes, allocate_images, split_transform
 from lape.data.loaders import eval_loader, train_loader
 from lape.data.open import load_data
 from lape.errors import DataError, LapeError
@@ -395,12 +395,12 @@ def test_an_unreadable_image_is_named(tmp_path):
 
 def test_too_many_images_are_refused(monkeypatch):
     monkeypatch.setattr("lape.data.device._free_bytes", lambda device: 2**30)
-    assert room_for(2**19, (1, 32, 32), CPU).numel() == 2**29
+    assert allocate_images(2**19, (1, 32, 32), CPU).numel() == 2**29
     message = (
         r"524289 images of 1x32x32 bytes need 0.50 GiB on cpu, more than half of the 1.00 GiB that are free: leave"
     )
     with pytest.raises(DataError, match=message):
-        room_for(2**19 + 1, (1, 32, 32), CPU)
+        allocate_images(2**19 + 1, (1, 32, 32), CPU)
 
 
 # -- accuracy ----------------------------------------------------------------------------------------------------------

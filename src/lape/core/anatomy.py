@@ -115,7 +115,7 @@ class Anatomy:
         return p_1RD
 
 
-def place_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+def owner_and_name(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module in which something lies, and its name there."""
     owner, _, name = path.rpartition(".")
     return (root.get_submodule(owner) if owner else root), name  # torch 2.6 cannot trace get_submodule("")

@@ -56,7 +56,7 @@ def restore(
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
     choices = {name: checkpoint.args.get(flag) for name, flag in CHOICES.items()}
     choices["warm_start"] = bool(choices["warm_start"])
-    keeps = choices["warm_start"] or checkpoint.raw.get("own_table")
+    keeps_host_table = choices["warm_start"] or checkpoint.raw.get("own_table")
     with of_file(checkpoint.path):
         make = partial(
             build,
@@ -64,7 +64,7 @@ def restore(
             _reconcile(checkpoint, "model", model),
             _arguments(checkpoint, size, timm_kwargs),
             _reconcile(checkpoint, "join", None if join is None else join_named(join).name),
-            None if keeps else _reconcile(checkpoint, "pe", None if pe is None else kind_named(pe).name),
+            None if keeps_host_table else _reconcile(checkpoint, "pe", None if pe is None else kind_named(pe).name),
             at=checkpoint.raw.get("at"),
             grid=checkpoint.raw.get("grid"),
             **choices,
@@ -219,7 +219,7 @@ def _size_argument(checkpoint: Checkpoint, size: Grid, file_size: Grid | None) -
 def size_of(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """(height, width) in pixels of the images that the model of a file is for: by its flags, its arguments, its folder,
     or the grid of its position table, taken for a square. None where none of them tells."""
-    kwargs = _renamed(checkpoint.args.get("model_kwargs") or {})
+    kwargs = _by_flag_names(checkpoint.args.get("model_kwargs") or {})
     for source in (checkpoint.args, kwargs, checkpoint.raw):
         if source.get("input_size") and all(_sides(source["input_size"])):  # zeros: of a model left as it is
             return _sides(source["input_size"])
@@ -263,7 +263,7 @@ def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
         return size[0] // patch[0], size[1] // patch[1]
 
 
-# What a checkpoint knows about itself. The first must not be contradicted by a flag.
+# What a checkpoint knows about itself. No flag may contradict IDENTITY; the rest of FILE_SETTINGS yields to flags.
 IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOICES.values())
 FILE_SETTINGS = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
@@ -287,7 +287,7 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def check_classifier(checkpoint: Checkpoint, model: nn.Module, input_size: Size, in_chans: int) -> int:
+def count_classes(checkpoint: Checkpoint, model: nn.Module, input_size: Size, in_chans: int) -> int:
     """The number of classes that a model tells apart, found by classifying an empty image.
 
     Raises CheckpointError where it has no classifier, or gives no (1, K) logits for an image of this size.
@@ -319,8 +319,8 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     from lape.recipe import Recipe
 
     with of_file(checkpoint.path):
-        contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
-        contents |= checkpoint.args
+        contents = _by_flag_names(checkpoint.args.get("model_kwargs") or {})
+        contents |= _by_flag_names(checkpoint.transform or {}) | checkpoint.args
         entries = {name: contents[name] for name in FILE_SETTINGS if contents.get(name) is not None}
         # an evaluation has no flags for these: the file's, even None
         choices = {name: contents.get(name) for name in CHOICES.values()}
@@ -348,7 +348,7 @@ def _check_identity(settings: Recipe, file_recipe: Recipe, checkpoint: Checkpoin
             )
 
 
-def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _by_flag_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a transform or a model of a library calls by another name than the flags do."""
     flags = {"crop_ratio": "eval_crop_ratio", "num_channels": "in_chans", **dict.fromkeys(SIZE_NAMES, "input_size")}
     inner = arguments.get("vision_config")  # of a model for images and texts

@@ -70,7 +70,7 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
         for seed in options.seeds  # all variants of a seed first: what is there after a stop can be compared
         for variant, one in recipes.items()
     ]
-    runs, remainder = _sort_out(plan, folder)
+    runs, remainder = _finished_and_missing(plan, folder)
     other_runs = [_other_run(path, recipe) for path in options.runs]
 
     print(f"{len(plan)} trainings of {recipe.epochs} epochs, {len(runs)} done before, {options.workers} at a time")
@@ -162,7 +162,7 @@ def _checked_rows(
         for name in ("joins", "pes", "pe_norms", "pe_stds"):
             if getattr(options, name) != getattr(usual, name):
                 raise LapeError(f"preset='rivals' has rows of its own: leave {name}={list(getattr(options, name))} out")
-        rows = [Variant(model, *row) for model in models for row in RIVALS]
+        rows = [Variant(model, *row) for model in models for row in RIVAL_POSITIONS]
     rows = rows or rows_of(models, pes, joins, norms or (None,), options.pe_stds or (None,))
     for name, place in (("pe_norms", "pe_norm"), ("pe_stds", "pe_std")):
         if getattr(options, name) and not any(getattr(row, place) is not None for row in rows):
@@ -216,7 +216,7 @@ def _runs_with_model(folder: Path, runs: Sequence[Run]) -> Iterator[tuple[Run, s
     """Yields (run, name of its row, folder of its model) for each run whose model is still there."""
     several = len({run.model for run in runs}) > 1
     for run in runs:
-        model_folder = _cell_name(folder, run.variant, run.seed) / "model"
+        model_folder = _cell_path(folder, run.variant, run.seed) / "model"
         if model_folder.exists():
             yield run, f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else ""), model_folder
 
@@ -230,7 +230,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The tables of the paper that a comparison trains anew."""
 
-RIVALS: tuple[tuple[str, str, str | None, float | None], ...] = (
+RIVAL_POSITIONS: tuple[tuple[str, str, str | None, float | None], ...] = (
     ("none", "basic", None, None),
     ("learnable", "basic", None, None),
     ("learnable", "basic", None, 1.0),
@@ -241,7 +241,7 @@ RIVALS: tuple[tuple[str, str, str | None, float | None], ...] = (
     ("2D_RPE", "LaPE", None, None),
     *((pe, "basic", None, None) for pe in ("RoPE", "RoPE-mixed", "ALiBi-2D", "LookHere", "PEG", "PEG-6")),
 )
-"""Kind, join, norm of position and start of the table: the rows of the preset `rivals`."""
+"""Kind, join, norm of position and start of the table: the rows of the preset `rivals` (the option takes models)."""
 
 
 def with_preset(options: CompareOptions) -> CompareOptions:
@@ -362,16 +362,16 @@ def _explorable(folder: Path, runs: Sequence[Run]) -> dict[str, Path]:
 
 def cell_folder(folder: Path, recipe: Recipe) -> Path:
     """Where the result of one training lies."""
-    return _cell_name(folder, Variant.of(recipe), recipe.seed)
+    return _cell_path(folder, Variant.of(recipe), recipe.seed)
 
 
-def _cell_name(folder: Path, variant: Variant, seed: int) -> Path:
+def _cell_path(folder: Path, variant: Variant, seed: int) -> Path:
     model, pe, join, norm, std = variant
     suffix = ("" if norm is None else f".{norm}") + ("" if std is None else f".std{std:g}")
     return folder / "cells" / f"{model.replace('/', '_')}.{pe}.{join}{suffix}.seed{seed}"
 
 
-def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Recipe]]:
+def _finished_and_missing(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Recipe]]:
     """The runs that are done, and the recipes of the others."""
     runs, remainder = [], []
     for recipe in plan:
@@ -478,7 +478,7 @@ def _other_run(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
 
 # --- the demo: a preset -----------------------------------------------------------------------------------------------
 
-BASELINE = "basic"
+DEMO_BASELINE = "basic"
 DEMO_ROWS: tuple[tuple[str, float | None], ...] = (
     ("basic", None),
     ("basic", 1.0),
@@ -503,7 +503,7 @@ def demo(options: DemoOptions) -> Study:
     if options.epochs is not None:
         recipe = fit_warm_up(recipe.replace(epochs=options.epochs), print, explicit=False)
     check_figures()
-    folder = claim(Path(options.output_dir))
+    folder = claim_demo_folder(Path(options.output_dir))
     stages = demo_stages(recipe, options.seeds, recipe.epochs * options.long_factor, options.long_seeds)
     agenda = Agenda(stages, options.workers, options.time_limit)
     rows = [Variant.of(one) for one in stages[0].recipes]
@@ -521,12 +521,12 @@ def demo(options: DemoOptions) -> Study:
             raise LapeError(f"no training ended within time_limit={options.time_limit:g}: give more seconds, or none")
         runs.sort(key=lambda run: (run.epochs, run.seed, rows.index(run.variant)))
         figures = {"curves.png": _demo_curves(runs), "correlation.png": _maps(Path(models), runs)}
-    gaps = differences(runs, BASELINE)
+    gaps = differences(runs, DEMO_BASELINE)
     results = {
         "made_by": DEMO,
         "data": runs[0].data,
         "recipe": recipe.model_dump(mode="json", exclude_unset=True, exclude={"join_type", "seed"}),
-        "variants": summarise(runs, BASELINE),
+        "variants": summarise(runs, DEMO_BASELINE),
         "differences": gaps,
         "left_out": [{"epochs": s.recipes[0].epochs, "seed": s.recipes[0].seed} for s in agenda.omissions],
         "sentences": [*report.sentences(gaps), *omission_sentences(agenda)],
@@ -559,7 +559,7 @@ def _check_demo(options: DemoOptions) -> None:
         raise LapeError(f"time_limit={options.time_limit:g} is not allowed: choose seconds above 0, or none")
 
 
-def claim(folder: Path) -> Path:
+def claim_demo_folder(folder: Path) -> Path:
     """The folder, made and writable. Raises LapeError if it is not, or if a file would be lost that no demo wrote."""
     names = [name for name in DEMO_FILES if (_writable(folder) / name).exists()]
     check_file(folder / DEMO_FILES[0])
@@ -620,7 +620,7 @@ def _maps(models: Path, runs: Sequence[Run]) -> "Figure":
     strips, columns = [], []
     first = [run for run in runs if (run.epochs, run.seed) == (runs[0].epochs, runs[0].seed)]
     for run in first:
-        home = _cell_name(models / str(run.epochs), run.variant, run.seed)
+        home = _cell_path(models / str(run.epochs), run.variant, run.seed)
         maps = Maps.of(load(home / "model"))
         token, all_maps, columns = center_token(maps.grid), list(maps.columns.values()), list(maps.columns)
         strips.append(Strip(f"{run.variant.label}\nall patches", all_maps, maps.grid))

@@ -76,8 +76,8 @@ from lape.train.state import (
     initial_state,
     peak_lr,
     resume,
-    save,
     set_rate,
+    write_checkpoint,
 )
 
 
@@ -122,7 +122,7 @@ class Training:
     def save(self, *, better: bool = False) -> None:
         """Write the checkpoint and the log, if the run has a folder. All processes call it."""
         if self.recipe.output_dir:
-            on_main(lambda: save(self.state, self.data, self.recipe, self.plan, better=better))
+            on_main(lambda: write_checkpoint(self.state, self.data, self.recipe, self.plan, better=better))
             self.last_save = time.monotonic()
 
 
@@ -133,7 +133,7 @@ class StepReport(NamedTuple):
     grad_norm: float
     stop: float  # more than 0: a signal came to one of them
     corrupt: float  # images that could not be read, mean over processes
-    save: float  # more than 0: a checkpoint is due
+    save_due: float  # more than 0: a checkpoint is due
 
     @property
     def good(self) -> bool:
@@ -205,6 +205,7 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
     """Take the remaining steps of an epoch; returns what log.txt says of them."""
     recipe, world, state, parts = run.recipe, run.world, run.state, run.plan.parts
     lr = state.optimizer.param_groups[0]["lr"]
+    context = f"learning rate {lr:.3g} in epoch {epoch}"
     progress = Progress(f"Epoch: [{epoch}]", state.next_step, run.steps, run.plan, world, recipe.log_every, run.say)
     first = state.next_step
     loader = train_loader(
@@ -232,10 +233,10 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
             readings.append(_launch_update(run, step_loss, loader.omissions, epoch, step))
             step_loss.zero_()
             at_once = not state.on_device or step + 1 == run.steps or _saves_after(recipe, step)
-            stop, save = _count_steps(run, readings, at_once, progress, f"learning rate {lr:.3g} in epoch {epoch}")
-            if stop:
+            must_stop, save_due = _count_steps(run, readings, at_once, progress, context)
+            if must_stop:
                 _save_and_leave(run)
-            if save and not state.bad_in_row and state.next_step < run.steps:
+            if save_due and not state.bad_in_row and state.next_step < run.steps:
                 run.save()
     set_rate(state, recipe, epoch + 1)
     line = _epoch_line(run, epoch, lr, progress)
@@ -289,15 +290,15 @@ def _print_omissions(omissions: list[str]) -> None:
 
 
 def _count_steps(
-    run: Training, readings: deque[Reading], at_once: bool, progress: Progress, place: str
+    run: Training, readings: deque[Reading], at_once: bool, progress: Progress, context: str
 ) -> tuple[bool, bool]:
     """Read the reports of steps and count them: all but the last, so that the device is never waited for.
 
     All of them `at_once`, or when a step stops the run or saves it: the state is that of the last one then. Returns
     whether the run stops, and whether a checkpoint is due.
     """
-    state, stop, save = run.state, False, False
-    while len(readings) > (0 if at_once or stop or save else 1):
+    state, must_stop, save_due = run.state, False, False
+    while len(readings) > (0 if at_once or must_stop or save_due else 1):
         report = StepReport(*readings.popleft().read())
         progress.report(loss=report.loss, lr=state.optimizer.param_groups[0]["lr"], grad_norm=report.grad_norm)
         state.skipped_images += round(report.corrupt * run.world.size)
@@ -306,9 +307,9 @@ def _count_steps(
             state.loss_sum += report.loss
             state.bad_in_row = 0
         else:
-            _count_bad_step(run, report, f"{place}, step {state.next_step - 1}")
-        stop, save = stop or report.stop > 0, save or report.save > 0
-    return stop, save
+            _count_bad_step(run, report, f"{context}, step {state.next_step - 1}")
+        must_stop, save_due = must_stop or report.stop > 0, save_due or report.save_due > 0
+    return must_stop, save_due
 
 
 def training_loss(
@@ -483,7 +484,7 @@ def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -
 def _complete_files(run: Training) -> None:
     """A run that was killed while it wrote its very last files gets the rest of them."""
     if run.checkpoint is not None and run.checkpoint.path.name != CHECKPOINT:
-        save(run.state, run.data, run.recipe, run.plan)
+        write_checkpoint(run.state, run.data, run.recipe, run.plan)
     else:
         write_log(run.state.history, Path(run.recipe.output_dir))
 
