@@ -48,7 +48,7 @@ from lape.cli import app as cli
 from lape.data.loaders import batch_plan
 from lape.errors import LapeError
 from lape.files.read import read_checkpoint
-from lape.files.restore import check_classifier, labels_of, restore_to_draw, restore_with, settings_of, transform_of
+from lape.files.restore import count_classes, labels_of, restore_to_draw, restore_with, settings_of, transform_of
 from lape.files.vet import of_file
 from lape.recipe import Recipe
 from lape.train.distributed import World
@@ -214,7 +214,7 @@ def use(path: Path, way: int) -> None:
         checkpoint = read_checkpoint(path)
         transform = transform_of(checkpoint)
         model = restore_with(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size)
-        check_classifier(checkpoint, model, transform.input_size, transform.in_chans)
+        count_classes(checkpoint, model, transform.input_size, transform.in_chans)
         labels_of(model)
     elif way == 2:
         restore_to_draw(read_checkpoint(path))

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 import lape
-from lape.look.figures import COSINE, Strip, curves, overview, places
+from lape.look.figures import COSINE, Strip, curves, named_tokens, overview
 from lape.look.measures import measure_all
 from lape.look.similarity import cosine, raw_table, token_map
 from lape.recipe import Recipe
@@ -133,7 +133,7 @@ def _maps(models: dict, place: str, title: str):
     strips = []
     for join, model in models.items():
         grid, prefix = lape.grid(model), lape.num_prefix_tokens(model)
-        token = places(grid)[place]
+        token = named_tokens(grid)[place]
         maps = [cosine(raw_table(model)[prefix:]), *lape.correlation(model)]
         strips.append(Strip(join, [token_map(m, grid, token) for m in maps], grid, token))
     columns = ["table P", *(f"layer {layer}" for layer in range(len(strips[0].maps) - 1))]

@@ -27,7 +27,7 @@ from worth import is_done
 
 import lape
 from lape.recipe import Recipe
-from lape.study.compare import RIVALS, compare
+from lape.study.compare import RIVAL_POSITIONS, compare
 from lape.study.numbers import Run, Variant, difference, holm
 from lape.study.options import CompareOptions
 from lape.train.machine import environment
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def study(given: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
-    folder, every = given.runs / given.study, [Variant(recipe.model, *row) for row in RIVALS]
+    folder, every = given.runs / given.study, [Variant(recipe.model, *row) for row in RIVAL_POSITIONS]
     if given.trainings:
         asked = {"seeds": tuple(given.seeds), "workers": given.workers}
         raise SystemExit(not compare(recipe, CompareOptions(output_dir=str(folder), **asked), every).files)

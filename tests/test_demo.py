@@ -20,7 +20,15 @@ from training import TIMES
 
 from lape.errors import LapeError
 from lape.recipe import Recipe
-from lape.study.compare import DEMO_FILES, DEMO_ROWS, Study, _train_for_demo, claim, demo_stages, omission_sentences
+from lape.study.compare import (
+    DEMO_FILES,
+    DEMO_ROWS,
+    Study,
+    _train_for_demo,
+    claim_demo_folder,
+    demo_stages,
+    omission_sentences,
+)
 from lape.study.compare import demo as run_demo
 from lape.study.numbers import Run, Variant, differences, holm, mean_std, pairs_of, summarise
 from lape.study.options import DemoOptions
@@ -314,7 +322,7 @@ def test_files_that_no_demo_wrote_are_kept(tmp_path: Path) -> None:
         run_demo(DemoOptions(output_dir=str(tmp_path)))
     assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
     (tmp_path / "results.json").write_text('{"made_by": "lape demo"}')
-    assert claim(tmp_path) == tmp_path
+    assert claim_demo_folder(tmp_path) == tmp_path
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from training import STATE, Killed, kill_at, log_without_times, quiet, read, same, tiny
 
 from lape.data.augment import train_transform
-from lape.data.device import ARGUMENTS, MATRICES, PIXELS, OnDevice, Stream, ToBytes, room_for, split_transform
+from lape.data.device import ARGUMENTS, MATRICES, PIXELS, OnDevice, Stream, ToBytes, allocate_images, split_transform
 from lape.data.loaders import eval_loader, train_loader
 from lape.data.open import load_data
 from lape.errors import DataError, LapeError
@@ -142,14 +142,14 @@ def test_operations_of_a_policy(policy, monkeypatch):
 
     ours: list[list[float]] = [[] for _ in ops]
     numbers = stream(turns)
-    for _ in range(step.layers):
+    for _ in range(step.draws):
         for which in step.lists[numbers.integer(len(step.lists))].unbind(1):
             used, level, unit = step.draw(which, numbers)
             for number, op in enumerate(step.ops):
                 argument = ARGUMENTS[op.name](level, unit, op.hparams)
                 ours[number] += argument[used & (which == number)].tolist()
     for number, op in enumerate(ops):
-        expected = turns * step.layers / len(step.lists) * op.prob
+        expected = turns * step.draws / len(step.lists) * op.prob
         for found in (seen, ours):  # both against what they stand for, and by that against each other
             assert abs(len(found[number]) - expected) <= 5 * expected**0.5, op
         if op.name == "GaussianBlurRand":  # timm draws the radius where it blurs, uniformly up to twice its argument
@@ -395,12 +395,12 @@ def test_an_unreadable_image_is_named(tmp_path):
 
 def test_too_many_images_are_refused(monkeypatch):
     monkeypatch.setattr("lape.data.device._free_bytes", lambda device: 2**30)
-    assert room_for(2**19, (1, 32, 32), CPU).numel() == 2**29
+    assert allocate_images(2**19, (1, 32, 32), CPU).numel() == 2**29
     message = (
         r"524289 images of 1x32x32 bytes need 0.50 GiB on cpu, more than half of the 1.00 GiB that are free: leave"
     )
     with pytest.raises(DataError, match=message):
-        room_for(2**19 + 1, (1, 32, 32), CPU)
+        allocate_images(2**19 + 1, (1, 32, 32), CPU)
 
 
 # -- accuracy ----------------------------------------------------------------------------------------------------------

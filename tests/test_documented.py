@@ -39,7 +39,7 @@ NOT_RUN = {  # beginning of a command -> why
     "pytest": "is what runs here",
     "make ": "is the suite, the linters, or written in the Makefile: test_surface.py looks for each target there",
     "lape export --no-fold": "a flag in a sentence",
-    "lape compare --preset rivals": "trains fourteen models: test_given.py and test_sweep.py have its parts",
+    "lape compare --preset rivals": "trains fourteen models: test_fixed_position.py and test_sweep.py have its parts",
     "python benchmarks/tables.py": "writes these pages: test_surface.py runs it with --check",
 }
 MEASURES = "benchmarks/"  # minutes to days of measuring: their flags are parsed and nothing is measured

@@ -22,7 +22,7 @@ from lape.errors import CheckpointError, LapeError, NotFiniteError
 from lape.files.export import ExportResult, _judge
 from lape.look.probe import attention, last_norm, token_and_position, where_am_i
 from lape.recipe import Recipe
-from lape.study.compare import _other_run, _sort_out, cell_folder
+from lape.study.compare import _finished_and_missing, _other_run, cell_folder
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.loop import train
 from lape.train.start import build_model, load_teacher
@@ -102,11 +102,11 @@ def test_a_comparison_refuses_results_that_are_no_numbers(tmp_path):
     fields = {"join": "LaPE", "epochs": 1, "seed": 0, "best": 9, "loss": 1, "seconds": 1, "history": [], "data": ""}
     cell = {"recipe": recipe.model_dump(mode="json"), "run": {**fields, "accuracy": 9}}
     (home / "result.json").write_text(json.dumps(cell))
-    assert len(_sort_out([recipe], tmp_path)[0]) == 1
+    assert len(_finished_and_missing([recipe], tmp_path)[0]) == 1
     cell["run"]["accuracy"] = math.nan
     (home / "result.json").write_text(json.dumps(cell))
     with pytest.raises(LapeError, match="no result of a comparison"):
-        _sort_out([recipe], tmp_path)
+        _finished_and_missing([recipe], tmp_path)
     torch.save({"model": build_model(recipe, 10, quiet).state_dict()}, tmp_path / "checkpoint.pth")
     (tmp_path / "log.txt").write_text('{"test_acc1": NaN}\n')
     with pytest.raises(LapeError, match="no log of a training"):

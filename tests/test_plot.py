@@ -18,7 +18,17 @@ from lape.cli import app as cli
 from lape.cli.original import visualize_main
 from lape.files.restore import deit_named
 from lape.look import figures
-from lape.look.figures import COLOUR_MAP, COSINE, Strip, curves, draw_together, ends, overview, places, visualize
+from lape.look.figures import (
+    COLOUR_MAP,
+    COSINE,
+    Strip,
+    colour_range,
+    curves,
+    draw_together,
+    named_tokens,
+    overview,
+    visualize,
+)
 from lape.look.options import DrawOptions
 
 ROOT = Path(__file__).parents[1]
@@ -237,8 +247,8 @@ def test_the_frame_is_around_the_patch_of_a_grid_that_is_no_square() -> None:
 
 
 def test_corner_edge_and_centre() -> None:
-    assert places((14, 14)) == {"corner": 0, "edge": 6, "centre": 90}
-    assert places((7, 28)) == {"corner": 0, "edge": 13, "centre": 97}
+    assert named_tokens((14, 14)) == {"corner": 0, "edge": 6, "centre": 90}
+    assert named_tokens((7, 28)) == {"corner": 0, "edge": 13, "centre": 97}
 
 
 def test_curves_are_the_numbers() -> None:
@@ -284,7 +294,7 @@ def test_figures_for_a_paper(tmp_path: Path) -> None:
 )
 def test_the_ends_of_the_colours(chosen: str | None, expected: tuple[float, float]) -> None:
     maps = [torch.tensor([[1.0, -0.25], [0.1, 1.0]]), torch.tensor([[1.0, 0.75], [0.1, 1.0]])]
-    norm = ends(chosen, maps, Normalize(-0.5, 0.5))
+    norm = colour_range(chosen, maps, Normalize(-0.5, 0.5))
     assert (norm.vmin, norm.vmax) == pytest.approx(expected)
 
 

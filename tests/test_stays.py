@@ -362,11 +362,11 @@ def test_a_tracer_that_looks_past_the_hidden_table_is_refused():
     model = converted("timm", "LaPE", None)
     with pytest.raises(lape.LapeError, match="pass strict=False"):
         check_hidden(model._lape)  # nobody adds: the table reads as itself
-    THREAD.adders += 1
+    THREAD.adding_depth += 1
     try:
         check_hidden(model._lape)
     finally:
-        THREAD.adders -= 1
+        THREAD.adding_depth -= 1
 
 
 @pytest.mark.parametrize(

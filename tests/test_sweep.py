@@ -313,11 +313,11 @@ def test_a_comparison_at_other_sizes(tmp_path, capsys) -> None:
 
 def test_every_row_of_the_rivals_has_a_meaning() -> None:
     from lape.recipe import Recipe
-    from lape.study.compare import RIVALS, combinations
+    from lape.study.compare import RIVAL_POSITIONS, combinations
     from lape.study.numbers import Variant
 
     recipe = Recipe.from_yaml("digits")
-    rows = [Variant(recipe.model, *row) for row in RIVALS]
+    rows = [Variant(recipe.model, *row) for row in RIVAL_POSITIONS]
     assert combinations(recipe, rows) == (rows, {})
 
 

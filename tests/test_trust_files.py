@@ -227,12 +227,12 @@ def test_nesting_has_an_end(tmp_path):
 
 
 def test_a_model_of_a_file_that_cannot_run_is_one_line(folder):
-    from lape.files.restore import check_classifier
+    from lape.files.restore import count_classes
 
     model = lape.load(folder)
     model.head.forward = lambda _x: [] + 1
     with pytest.raises(CheckpointError, match=r"does not fit together \(TypeError"):
-        check_classifier(read_checkpoint(folder), model, 16, 3)
+        count_classes(read_checkpoint(folder), model, 16, 3)
 
 
 def test_whatever_is_built_from_a_file_asks_nothing(tmp_path):
@@ -575,7 +575,7 @@ ODD = ("[" * 10**5, "[1]", "3", "{", '{"run": []}', '{"made_by": NaN}', "\xff")
 @pytest.mark.parametrize("text", [*ODD, "PIPE"], ids=range(len(ODD) + 1))
 def test_odd_json_in_the_folder_of_a_comparison_or_a_run_is_one_line_or_replaced(tmp_path, capsys, text):
     from lape.recipe import Recipe
-    from lape.study.compare import DEMO_FILES, cell_folder, claim
+    from lape.study.compare import DEMO_FILES, cell_folder, claim_demo_folder
     from lape.train.distributed import World
     from lape.train.logs import RUN, record_run
 
@@ -585,7 +585,7 @@ def test_odd_json_in_the_folder_of_a_comparison_or_a_run_is_one_line_or_replaced
 
     put(tmp_path / "demo" / DEMO_FILES[0])
     with pytest.raises(LapeError):
-        claim(tmp_path / "demo")
+        claim_demo_folder(tmp_path / "demo")
     options = ["--joins", "basic", "--seeds", "0", "--epochs", "1", "--device", "cpu"]
     recipe = Recipe.from_yaml("digits", epochs=1, join_type="basic", seed=0)
     put(cell_folder(tmp_path / "c", recipe) / "result.json")

@@ -12,7 +12,7 @@ from turned import AllTurned
 from zoo import family_image, make, make_family, make_foreign, make_wide, output, wide_output
 
 import lape
-from lape.core.rotary import axial, jittered, places, rotation
+from lape.core.rotary import axial, jittered, patch_coordinates, rotation
 from lape.train.loop import train
 from lape.train.start import build_model
 
@@ -139,10 +139,11 @@ def moved(column: float, row: float, grid: tuple[int, int], draw: list[float], j
 
 def test_jitter_is_its_equation():
     grid, jitter, draw = (3, 5), (0.3, 1.5, 2.0), [0.1, -0.9, 0.7, -0.2, 0.6]
-    place = jittered(places(grid), grid, torch.tensor(draw), jitter)
+    coordinates = patch_coordinates(grid)
+    place = jittered(coordinates, grid, torch.tensor(draw), jitter)
     expected = [moved(n % 5, n // 5, grid, draw, jitter) for n in range(15)]
     assert torch.allclose(place.T, torch.tensor(expected), atol=1e-5)
-    assert torch.equal(jittered(places(grid), grid, torch.tensor(draw), (0.0, 1.0, 1.0)), places(grid))
+    assert torch.equal(jittered(coordinates, grid, torch.tensor(draw), (0.0, 1.0, 1.0)), coordinates)
 
 
 def rope(jitter: tuple[float, float, float] | None) -> nn.Module:
@@ -162,7 +163,7 @@ def test_jitter_moves_places_in_training_alone_by_torchs_generator():
     assert torch.equal(model(x), first)
     torch.manual_seed(5)
     draw = 2 * torch.rand(5) - 1
-    place = jittered(places((4, 4)), (4, 4), draw, model.lape.jitter)
+    place = jittered(patch_coordinates((4, 4)), (4, 4), draw, model.lape.jitter)
     with torch.no_grad():
         made = model.lape(model._lape.request(model, None))
     assert not torch.equal(made[0], rotation(axial(16), place, 1))  # drawn anew

@@ -244,7 +244,7 @@ def _draw(checkpoints: Sequence[str], save_dir: str, options: DrawOptions) -> No
     joins = [describe(model).join for model in models.values()]
     if len(set(joins)) == len(models):  # shorter than their paths
         models = dict(zip(joins, models.values(), strict=True))
-    if max(map(len, figures.sorts(models))) > 1:
+    if max(map(len, figures.by_kind(models))) > 1:
         files = figures.draw_together(models, save_dir, view=options.view or "seen", options=options)
         print(f"{len(files)} files of all models in {printable(save_dir)}")
     else:

@@ -79,7 +79,7 @@ def apply_(
     if new_kind is not None and new_kind.is_table and anatomy.table is not None and anatomy.form != Form():
         anatomy = anatomy.without_table()
     way = plan(host, anatomy, chosen_join, new_kind, warm_start=warm_start, pe_norm=pe_norm, std=std)
-    link = Link(root, host.name, anatomy, listed=way.listed)
+    link = Link(root, host.name, anatomy, listed=way.computes_positions)
     way.enter(link)
     join_module(root, Tended, link, *tended_methods(root))
     if hasattr(type(model), "save_pretrained"):

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from lape.convert.converted import conversions
-from lape.convert.ways import Way, Wish, entry_methods, scopes_of, way_for
-from lape.core.anatomy import Anatomy, place_of
+from lape.convert.ways import Way, Wish, adding_methods, entry_methods, way_for
+from lape.core.anatomy import Anatomy, owner_and_name
 from lape.core.joins import Join, check_combination
 from lape.core.pe_norms import pe_norm_for
 from lape.core.position import KINDS, Kind
@@ -87,7 +87,7 @@ def check_forwards(anatomy: Anatomy, way: Way) -> None:
         raise UnsupportedModelError("blocks share a module that would be joined: each place needs a module of its own")
     methods = [(path, "forward") for path in [*paths, *([anatomy.patch_embed] if anatomy.patch_embed else [])]]
     if (way.hides_table and anatomy.table) or (way.new and anatomy.encoder):
-        methods += [scope.rpartition(".")[::2] for scope in scopes_of(root, anatomy)]
+        methods += [scope.rpartition(".")[::2] for scope in adding_methods(root, anatomy)]
         methods += [("", name) for name in entry_methods(root) if name != "forward"]
     for path, method in methods:
         if method in root.get_submodule(path).__dict__:
@@ -105,7 +105,7 @@ def host_kind(anatomy: Anatomy) -> Kind:
         return KINDS["2D_RPE"]
     has = f", its {anatomy.beside} stays as it is" if anatomy.beside else ""
     if anatomy.encoder:
-        encoder = type(getattr(*place_of(anatomy.root, anatomy.encoder[0])))
+        encoder = type(getattr(*owner_and_name(anatomy.root, anatomy.encoder[0])))
         has = f", {anatomy.encoder[0]} computes its position ({class_name(encoder)})"
     raise LapeError(f"the model has no position table of its own{has}: name a kind, for instance pe='learnable'")
 

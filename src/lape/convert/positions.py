@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lape.convert.converted import Conversion, conversion_of, require_host
 from lape.convert.tended import position_names
 from lape.convert.ways import raw_positions
-from lape.core.anatomy import Anatomy, place_of
+from lape.core.anatomy import Anatomy, owner_and_name
 from lape.core.joined import host_forward
 from lape.core.joins import JOINS
 from lape.core.position import KINDS, Grid
@@ -247,7 +247,7 @@ def position_bias(model: nn.Module) -> Tensor:
 def _host_biases(conversion: Conversion) -> Tensor:
     biases = []
     for block_bias in conversion.anatomy.own_bias:
-        owner, method = place_of(conversion.root, block_bias.method)
+        owner, method = owner_and_name(conversion.root, block_bias.method)
         bias: Tensor = getattr(owner, method)(*block_bias.args)
         biases.append(bias.reshape(1, *bias.shape[-3:])[..., block_bias.num_prefix :, block_bias.num_prefix :])
     if len({bias.shape for bias in biases}) > 1:

@@ -17,7 +17,7 @@ from torch import nn
 
 from lape.convert.converted import conversion_of
 from lape.convert.ways import way_of
-from lape.core.anatomy import place_of
+from lape.core.anatomy import owner_and_name
 from lape.core.forward import Link
 from lape.core.joined import LINK, Joined
 from lape.core.position import resized
@@ -96,7 +96,7 @@ def _set_input_size(root: Any, host_method: Callable[..., Any], *args: Any, **kw
     if old.stages:
         raise LapeError("a converted model of stages has one size: set the input size before lape.apply_")
     way.check_resize()
-    idle = link.idle()
+    idle = link.idle_paths()
     host_method(root, *args, **kwargs)
     measure = host_named(link.host).measure
     assert measure is not None
@@ -107,7 +107,7 @@ def _set_input_size(root: Any, host_method: Callable[..., Any], *args: Any, **kw
     if slot is None or slot not in link.replaced:
         return
     if slot in idle:  # the host has made a parameter of what lay idle
-        owner, name = place_of(root, slot)
+        owner, name = owner_and_name(root, slot)
         owner.register_buffer(name, owner._parameters.pop(name).detach())  # type: ignore[union-attr]
     else:
         link.replaced[slot].data = resized(link.replaced[slot].data, old.layout, link.anatomy.layout)

@@ -1,8 +1,8 @@
 """The ways of joining, each with its whole life: what it adds, how it enters and leaves a model, folds and is stored.
 
 A way is the module `model.lape`: it owns all that is new and computes, once a forward, what every joined place
-receives. It does not hold the model: who calls it hands over the host's table and how a block gets it. `way_for` has
-the order in which the ways are asked.
+receives. It does not hold the model: the caller hands over the host's table and merging in a `PositionRequest`.
+`way_for` has the order in which the ways are asked.
 
 Shape legend: B batch, N tokens, R rows of the position table, D width, L layers, H heads.
 """
@@ -19,18 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape.core.anatomy import Anatomy, place_of
+from lape.core.anatomy import Anatomy, owner_and_name
 from lape.core.bias import NormalisedBias, PositionBias, normalise
 from lape.core.conditional import PEG, Generating
 from lape.core.constants import constant
-from lape.core.forward import Adding, Link, PositionRequest, Slot, Spanning, member
+from lape.core.forward import Adding, Link, PositionRequest, Slot, Spanning, member, rows_of_host
 from lape.core.grids import GridWatch, Shuffled, in_backward
 from lape.core.joined import Joined, join_module
 from lape.core.joins import Join
 from lape.core.norm import Merge, PositionalNorm, chain, makes_new, sharing
 from lape.core.pe_norms import PE_NORMS
 from lape.core.position import Kind, Layout, resized
-from lape.core.rotary import Jitter, Rotating, axial, jittered, mixed, places, rotation
+from lape.core.rotary import Jitter, Rotating, axial, jittered, mixed, patch_coordinates, rotation
 from lape.core.sites import PositionalAttention, PositionalBlock, PositionalInput, PositionalStem, Unfused
 from lape.errors import LapeError
 
@@ -57,7 +57,7 @@ class Wish:
     @property
     def host_table(self) -> Tensor | None:
         table = self.anatomy.table
-        return None if table is None else member(*place_of(self.anatomy.root, table))
+        return None if table is None else member(*owner_and_name(self.anatomy.root, table))
 
     def new_table(self, layer: int) -> nn.Parameter:
         """A table of the kind for a block, (1, R, D)."""
@@ -67,10 +67,10 @@ class Wish:
 
 
 class Way(nn.Module):
-    """One way of joining. What is here is that of a way without a position; a subclass overrides what differs."""
+    """One way of joining: as it stands, that of a model without position; subclasses override what differs."""
 
-    listed: ClassVar[bool] = False  # whether it computes a list: by place, what is added there
-    one_by_one: ClassVar[bool] = True  # whether `each` gives that list, too
+    computes_positions: ClassVar[bool] = False  # whether `forward` gives, by place, what is added there
+    lazy: ClassVar[bool] = True  # whether `each` gives the same, one by one
     site: ClassVar[str] = "blocks"  # the places that it joins, in words
     mixin: type[Joined] | None = None  # what the modules there become
     uses_table: ClassVar[bool] = False  # whether the host's table is the position, or lies idle
@@ -89,40 +89,48 @@ class Way(nn.Module):
         raise NotImplementedError
 
     def forward(self, request: Any) -> Any:
-        """What each place receives."""
+        """What each place receives. Always by `model.lape(...)`, so that hooks and wrappers see the call.
+
+        Five calls there are: with a request; with nothing (`AtInput`); with (place, host_bias) (`HostBias`); with
+        (x, link, place) (`Generated`); with a request or (place, host_bias) (`Folded`).
+        """
         return tuple(self.each(request))
 
     def adds_at_input(self, anatomy: Anatomy) -> bool:
         """Whether a table is added to the patch tokens."""
         return not self.hides_table
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
-        """For each place that is joined, the module to which files count what belongs to it."""
+    def owners_in_files(self, anatomy: Anatomy) -> list[str]:
+        """For each place, the module under whose name files store its parameters."""
         return []
 
     def places(self, anatomy: Anatomy) -> list[str]:
         """Paths of the modules that are joined, in the order of the list."""
-        return self.homes(anatomy)
+        return self.owners_in_files(anatomy)
+
+    def taken_over(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Names of what the mixin takes over in each of them."""
+        return ()
 
     def enter(self, link: Link) -> None:
-        """Joins the model. Nothing in it can be wrong use."""
+        """Changes the model; whatever the user may have got wrong was refused before."""
         root, anatomy = link.root, link.anatomy
         root.add_module("lape", self.train(root.training))
         if self.mixin is not None:
             for place, path in enumerate(self.places(anatomy)):
                 module = root.get_submodule(path)
-                join_module(module, self.mixin, link, place=place, new=makes_new(module))
+                join_module(module, self.mixin, link, *self.taken_over(anatomy), place=place, new=makes_new(module))
             join_module(root, Spanning, link, *entry_methods(root))
             for path in anatomy.blocks if anatomy.unfused else ():
                 join_module(root.get_submodule(path), Unfused, link, str(anatomy.unfused))
             if anatomy.shuffle is not None:
-                owner, method = place_of(root, anatomy.shuffle)
+                owner, method = owner_and_name(root, anatomy.shuffle)
                 join_module(owner, Shuffled, link, method)
             if anatomy.patch_embed is not None:
                 join_module(root.get_submodule(anatomy.patch_embed), GridWatch, link)
-        self._take_slot(link)
+        self._hide_host_position(link)
 
-    def _take_slot(self, link: Link) -> None:
+    def _hide_host_position(self, link: Link) -> None:
         """Hides the host's own position while its code adds it, and sets aside what has no part any more."""
         anatomy = link.anatomy
         encoder = anatomy.encoder if self.new else ()
@@ -130,7 +138,7 @@ class Way(nn.Module):
             hide(link, path)
         idle = [] if self.uses_table else list(anatomy.tables)
         for path in encoder:
-            part = member(*place_of(link.root, path))
+            part = member(*owner_and_name(link.root, path))
             if isinstance(part, nn.Parameter):
                 idle.append(path)
             elif isinstance(part, nn.Module):
@@ -181,7 +189,7 @@ class WithTable(Way):
         super().__init__(wish)
         self.hides_table = not (wish.join.at_input or wish.warm_start)
         self.table_names: tuple[str, ...] = ()
-        self._in_slot: list[nn.Parameter] = []  # until `enter`
+        self._in_slot: list[nn.Parameter] = []  # a list, so that it is not registered; empty after `enter`
         host_table = wish.host_table
         if host_table is None:
             self._add_table(0, wish.new_table(0))
@@ -190,7 +198,8 @@ class WithTable(Way):
             self._in_slot = [nn.Parameter(table.data.reshape(host_table.shape), requires_grad=table.requires_grad)]
 
     def _add_table(self, layer: int, table: nn.Parameter) -> None:
-        self.table_names = (*self.table_names, f"table_{layer}")  # no list of parameters: offloading loads a module's
+        # no ParameterList: offloading loads only what a module owns itself
+        self.table_names = (*self.table_names, f"table_{layer}")
         self.register_parameter(self.table_names[-1], table)
 
     @property
@@ -206,15 +215,15 @@ class WithTable(Way):
     def enter(self, link: Link) -> None:
         if self._in_slot:
             slot = str(link.anatomy.table_slot)
-            owner, name = place_of(link.root, slot)
+            owner, name = owner_and_name(link.root, slot)
             link.replaced[slot] = owner._parameters[name]  # type: ignore[assignment]
             owner._parameters[name] = self._in_slot.pop()  # in place: the order of parameters stays the host's
         super().enter(link)
 
-    def _take_slot(self, link: Link) -> None:
-        super()._take_slot(link)
+    def _hide_host_position(self, link: Link) -> None:
+        super()._hide_host_position(link)
         if self.tables and not self.hides_table and link.anatomy.table_slot is not None:
-            hide(link, link.anatomy.table_slot)  # and lends the table that the host lacks
+            hide(link, link.anatomy.table_slot)  # the host lacks a table: `stand_in` gives it ours
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         return {"lape.table_0": anatomy.table_slot or anatomy.table_key}
@@ -235,9 +244,9 @@ class AtInput(WithTable):
 class BehindStem(WithTable):
     """As `AtInput`, for a host that adds no table: behind the module that makes its patch tokens."""
 
-    listed, mixin = True, PositionalStem
+    computes_positions, mixin = True, PositionalStem
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
+    def owners_in_files(self, anatomy: Anatomy) -> list[str]:
         return [str(anatomy.input)]
 
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
@@ -248,7 +257,7 @@ class BehindStem(WithTable):
 class AtBlocks(WithTable):
     """P joins the residual stream before each block (joins `share` and `unshare`)."""
 
-    listed, mixin, site = True, PositionalBlock, "block inputs"
+    computes_positions, mixin, site = True, PositionalBlock, "block inputs"
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
@@ -259,7 +268,7 @@ class AtBlocks(WithTable):
         if table is not None and not wish.new:  # a copy for each block, as the host's table reaches it
             anatomy, root = wish.anatomy, wish.anatomy.root
             with torch.no_grad():
-                rows_1RD = anatomy.form.read(table, *(member(*place_of(root, path)) for path in anatomy.form.inputs))
+                rows_1RD = rows_of_host(root, anatomy, table)
                 raw = list(raw_positions(anatomy, partial(anatomy.merge, root), rows_1RD))
         for layer in range(1, len(wish.anatomy.blocks)):
             if raw and table is not None:
@@ -267,7 +276,7 @@ class AtBlocks(WithTable):
             else:
                 self._add_table(layer, wish.new_table(layer))
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
+    def owners_in_files(self, anatomy: Anatomy) -> list[str]:
         return list(anatomy.blocks)
 
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
@@ -279,8 +288,8 @@ class AtBlocks(WithTable):
             positions = iter([p if grid is None else resample(p, anatomy.at(i)[0], grid) for i, p in enumerate(tables)])
         else:
             positions = raw_positions(anatomy, request.merge, self.source(request))
-        blocks = anatomy.blocks[: request.number]
-        yield from (anatomy.at(layer)[0].spread(p) for layer, (p, _) in enumerate(zip(positions, blocks, strict=False)))
+        for layer, p in zip(range(len(anatomy.blocks))[: request.count], positions, strict=False):
+            yield anatomy.at(layer)[0].spread(p)
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         slot = anatomy.table_slot or anatomy.table_key
@@ -295,7 +304,7 @@ class BesideNorms(WithTable):
     With `warm_start`, times a learned scalar g_l that starts at zero: the host's function at first.
     """
 
-    listed, mixin, site = True, PositionalNorm, "attention norms"
+    computes_positions, mixin, site = True, PositionalNorm, "attention norms"
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
@@ -314,7 +323,7 @@ class BesideNorms(WithTable):
     def _layer(self, key: str) -> int:
         return self.layers[-1] if key == "last" else int(key)
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
+    def owners_in_files(self, anatomy: Anatomy) -> list[str]:
         return [anatomy.blocks[layer] for layer in self.layers] + ([str(anatomy.last_norm)] if self.at_last else [])
 
     def _norms(self, anatomy: Anatomy) -> list[str]:
@@ -323,7 +332,7 @@ class BesideNorms(WithTable):
     def places(self, anatomy: Anatomy) -> list[str]:
         if not anatomy.norm_feeds_more:
             return self._norms(anatomy)
-        return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
+        return [f"{anatomy.blocks[layer]}.{anatomy.attention}" for layer in self.layers]
 
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """P_(l+1) = LN'_l(P_l), or LN'_l(P), (1, N, D). LN' on tables is called here only."""
@@ -331,8 +340,8 @@ class BesideNorms(WithTable):
         if request.grid is not None and anatomy.stages:
             raise LapeError(f"a model of stages has one image size: a map of {request.grid} is another one's")
         norms = [(int(key), norm) for key, norm in self.norms.items() if key != "last"]
-        positions = (chain if self.chained else sharing)(p_1RD, norms[: request.number], request.merge)
-        if self.at_last and request.upto in (None, len(norms)):
+        positions = (chain if self.chained else sharing)(p_1RD, norms[: request.count], request.merge)
+        if self.at_last and request.last_place in (None, len(norms)):
             *_, raw = raw_positions(anatomy, request.merge, p_1RD)
             positions = itertools.chain(positions, map(self.norms["last"], [raw]))
         for key, p in zip(self.norms.keys(), positions, strict=False):
@@ -352,17 +361,17 @@ class BesideNorms(WithTable):
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
         names = super().file_names(anatomy)
-        for key, home in zip(self.norms, self.homes(anatomy), strict=True):
-            names |= {f"lape.norms.{key}": f"{home}.pe_norm", f"lape.gate_{key}": f"{home}.pe_gate"}
+        for key, owner in zip(self.norms, self.owners_in_files(anatomy), strict=True):
+            names |= {f"lape.norms.{key}": f"{owner}.pe_norm", f"lape.gate_{key}": f"{owner}.pe_gate"}
         return names
 
 
 class AtLogits(Way):
     """A bias joins the attention logits of each block."""
 
-    listed, mixin, site = True, PositionalAttention, "attention biases"
+    computes_positions, mixin, site = True, PositionalAttention, "attention biases"
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
+    def owners_in_files(self, anatomy: Anatomy) -> list[str]:
         return [f"{path}.{anatomy.attention}" for path in anatomy.blocks]
 
     def fold(self, link: Link) -> Way:
@@ -380,10 +389,10 @@ class NewBias(AtLogits):
 
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """The bias of each block, (1, H, N, N)."""
-        yield from (bias(request.grid) for bias in self.biases[: request.number])
+        yield from (bias(request.grid) for bias in self.biases[: request.count])
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        return {f"lape.biases.{i}": path for i, path in enumerate(self.homes(anatomy))}
+        return {f"lape.biases.{i}": path for i, path in enumerate(self.owners_in_files(anatomy))}
 
     def resize(self, old: Layout, new: Layout) -> None:
         for bias in self.biases:
@@ -399,14 +408,14 @@ class FixedBias(AtLogits):
         super().__init__(wish)
         assert wish.kind.fixed_bias is not None
         self.make = wish.kind.fixed_bias
-        self.make(wish.anatomy.layout.grid, wish.anatomy.num_heads, 0, 1)  # refused now, not in a forward
+        self.make(wish.anatomy.layout.grid, wish.anatomy.num_heads, 0, 1)  # raises here, before anything changes
         self.register_buffer("here", wish.like.new_empty(0), persistent=False)
 
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """The bias of each block, (1, H, N, N); none where a prefix token takes part."""
         anatomy = request.anatomy
         grid, prefix, layers = request.grid or anatomy.layout.grid, anatomy.layout.num_prefix, len(anatomy.blocks)
-        for layer in range(layers)[: request.number]:
+        for layer in range(layers)[: request.count]:
             bias_Hnn = constant(self.make, self.here.device, grid, anatomy.num_heads, layer, layers)
             yield F.pad(bias_Hnn, (prefix, 0, prefix, 0))[None]
 
@@ -416,14 +425,14 @@ class Rotary(Way):
 
     here: Tensor  # empty, goes where the model goes
 
-    listed, mixin, site = True, Rotating, "queries and keys"
+    computes_positions, mixin, site = True, Rotating, "queries and keys"
 
     def __init__(self, wish: Wish):
         super().__init__(wish)
         anatomy, like = wish.anatomy, wish.like
-        first: Any = anatomy.root.get_submodule(self.homes(anatomy)[0])
+        first: Any = anatomy.root.get_submodule(self.owners_in_files(anatomy)[0])
         self.head_width = getattr(first, "head_dim", anatomy.width // anatomy.num_heads)
-        axial(self.head_width)  # refused now, not in a forward
+        axial(self.head_width)  # raises here, before anything changes
         self.register_buffer("here", like.new_empty(0), persistent=False)
         self.learned = wish.kind.rotary == "mixed"
         for layer in range(len(anatomy.blocks) if self.learned else 0):
@@ -432,27 +441,24 @@ class Rotary(Way):
         self.jitter: Jitter | None = None  # of places in training, for each forward anew
         self.draw_5: Tensor | None = None
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
+    def owners_in_files(self, anatomy: Anatomy) -> list[str]:
         query = f"{anatomy.attention}.{anatomy.queries_keys[0]}"
         return [f"{path}.{query}".rpartition(".")[0] for path in anatomy.blocks]
 
-    def enter(self, link: Link) -> None:
-        super().enter(link)
-        names = [path.rpartition(".")[2] for path in link.anatomy.queries_keys]
-        for place, path in enumerate(self.places(link.anatomy)):
-            join_module(link.root.get_submodule(path), Rotating, link, *names, place=place)
+    def taken_over(self, anatomy: Anatomy) -> tuple[str, ...]:
+        return tuple(path.rpartition(".")[2] for path in anatomy.queries_keys)
 
     def each(self, request: PositionRequest) -> Iterator[Tensor]:
         """Cosine and sine for each block, (2, H, N, d / 2) or alike for all heads."""
         anatomy, device = request.anatomy, self.here.device
         grid = request.grid or anatomy.layout.grid
-        place_2n = constant(places, device, grid)
+        place_2n = constant(patch_coordinates, device, grid)
         if self.training and self.jitter is not None:
             if self.draw_5 is None or not in_backward():  # activations are computed again with the same places
                 self.draw_5 = 2 * torch.rand(5, device=device) - 1
             place_2n = jittered(place_2n, grid, self.draw_5, self.jitter)
         cos_sin: Tensor | None = None
-        for layer in range(len(anatomy.blocks))[: request.number]:
+        for layer in range(len(anatomy.blocks))[: request.count]:
             if self.learned:
                 cos_sin = rotation(self.get_parameter(f"frequencies_{layer}"), place_2n, anatomy.layout.num_prefix)
             elif cos_sin is None:
@@ -465,8 +471,8 @@ class Rotary(Way):
         return Folded(self, link, link.compute(link.root, None), "folded_rotation")
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        homes = enumerate(self.homes(anatomy))
-        return {f"lape.frequencies_{layer}": f"{home}.rotary_frequencies" for layer, home in homes if self.learned}
+        owners = enumerate(self.owners_in_files(anatomy))
+        return {f"lape.frequencies_{layer}": f"{owner}.rotary_frequencies" for layer, owner in owners if self.learned}
 
 
 class HostBias(Way):
@@ -479,15 +485,15 @@ class HostBias(Way):
         self.block_biases = wish.anatomy.own_bias if wish.join.normalised else ()
         self.norms = nn.ModuleList()  # eps as in the reference
         for bias in self.block_biases:
-            like = next(place_of(wish.anatomy.root, bias.method)[0].parameters())
+            like = next(owner_and_name(wish.anatomy.root, bias.method)[0].parameters())
             self.norms.append(nn.LayerNorm(bias.keys, device=like.device, dtype=like.dtype))
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
+    def owners_in_files(self, anatomy: Anatomy) -> list[str]:
         return [bias.method.rpartition(".")[0] for bias in self.block_biases]
 
     def enter(self, link: Link) -> None:
         for place, bias in enumerate(self.block_biases):
-            owner, method = place_of(link.root, bias.method)
+            owner, method = owner_and_name(link.root, bias.method)
             join_module(owner, NormalisedBias, link, method, place=place)
         if self.block_biases:
             join_module(link.root, Spanning, link, *entry_methods(link.root))
@@ -501,11 +507,11 @@ class HostBias(Way):
     def fold(self, link: Link) -> Way:
         if not self.block_biases:
             return super().fold(link)
-        biases = [getattr(*place_of(link.root, bias.method))(*bias.args) for bias in self.block_biases]
+        biases = [getattr(*owner_and_name(link.root, bias.method))(*bias.args) for bias in self.block_biases]
         return Folded(self, link, biases, "folded_bias")
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        return {f"lape.norms.{i}": f"{path}.pe_norm" for i, path in enumerate(self.homes(anatomy))}
+        return {f"lape.norms.{i}": f"{path}.pe_norm" for i, path in enumerate(self.owners_in_files(anatomy))}
 
     def check_resize(self) -> None:
         if self.block_biases:
@@ -524,7 +530,7 @@ class Generated(Way):
         for name in self.names:
             self.add_module(name, PEG(wish.anatomy.width, wish.like))
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
+    def owners_in_files(self, anatomy: Anatomy) -> list[str]:
         return list(anatomy.blocks[: len(self.names)])
 
     def forward(self, x: Tensor, link: Link, place: int) -> Tensor:  # type: ignore[override]
@@ -535,42 +541,43 @@ class Generated(Way):
         return peg.add_to_tokens(x, link.grid_of(x) or layout.grid, layout.num_prefix)
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        return {f"lape.{name}": f"{home}.peg" for name, home in zip(self.names, self.homes(anatomy), strict=True)}
+        owners = zip(self.names, self.owners_in_files(anatomy), strict=True)
+        return {f"lape.{name}": f"{owner}.peg" for name, owner in owners}
 
 
 class Folded(Way):
     """What another way computed from parameters alone, as one constant a place, for one grid."""
 
-    one_by_one = False
+    lazy = False
 
     def __init__(self, way: Way, link: Link, constants: Sequence[Tensor], name: str):
         nn.Module.__init__(self)
-        for attribute in ("join", "pe", "new", "warm_start", "pe_norm", "std", "factory", "hides_table"):
-            setattr(self, attribute, getattr(way, attribute))
-        for attribute in ("site", "uses_table", "joins_host_bias"):  # of its class
+        of_its_class = ("site", "uses_table", "joins_host_bias")
+        for attribute in ("join", "pe", "new", "warm_start", "pe_norm", "std", "factory", "hides_table", *of_its_class):
             setattr(self, attribute, getattr(way, attribute))
         self.folded, self.name = True, name
-        self._places, self._homes = way.places(link.anatomy), way.homes(link.anatomy)
+        self._places, self._homes = way.places(link.anatomy), way.owners_in_files(link.anatomy)
         for place, tensor in enumerate(constants):
             self.register_buffer(f"constant_{place}", tensor.detach().clone())
 
     def places(self, anatomy: Anatomy) -> list[str]:
         return self._places
 
-    def homes(self, anatomy: Anatomy) -> list[str]:
-        return self._homes
+    def owners_in_files(self, anatomy: Anatomy) -> list[str]:
+        return self._homes  # pickled under this name
 
-    def forward(self, request: Any, _host_bias: Any = None) -> Any:
+    def forward(self, request_or_place: Any, _host_bias: Any = None) -> Any:
         """All constants; or, of a host's own bias, that of one place."""
-        if isinstance(request, int):
-            return self._buffers[f"constant_{request}"]
+        if isinstance(request_or_place, int):
+            return self._buffers[f"constant_{request_or_place}"]
+        request: PositionRequest = request_or_place
         if request.grid is not None:
             grid = request.anatomy.layout.grid
             raise LapeError(f"the model is folded for the grid {grid}, not {request.grid}: give images of its size")
         return tuple(self._buffers.values())
 
     def file_names(self, anatomy: Anatomy) -> dict[str, str]:
-        return {f"lape.constant_{i}": f"{home}.{self.name}" for i, home in enumerate(self._homes)}
+        return {f"lape.constant_{i}": f"{owner}.{self.name}" for i, owner in enumerate(self._homes)}
 
     def check_resize(self) -> None:
         raise LapeError("a folded model has one size: set the input size before lape.fold_")
@@ -606,11 +613,11 @@ def entry_methods(root: nn.Module) -> list[str]:
     return [name for name in entries if callable(getattr(type(root), name, None))]
 
 
-def scopes_of(root: nn.Module, anatomy: Anatomy) -> list[str]:
+def adding_methods(root: nn.Module, anatomy: Anatomy) -> list[str]:
     """Paths of the methods that may add the host's table: its library's, and what a user's subclass overrides."""
     entries = entry_methods(root)
-    homes = [next(cls for cls in type(root).__mro__ if name in vars(cls)).__module__ for name in entries]
-    overrides = [n for n, home in zip(entries, homes, strict=True) if home.split(".")[0] not in _LIBRARIES]
+    modules = [next(cls for cls in type(root).__mro__ if name in vars(cls)).__module__ for name in entries]
+    overrides = [n for n, module in zip(entries, modules, strict=True) if module.split(".")[0] not in _LIBRARIES]
     return list(dict.fromkeys([*anatomy.adds, *overrides])) or entries
 
 
@@ -619,16 +626,16 @@ _LIBRARIES = ("timm", "transformers", "torchvision", "lape")
 
 def hide(link: Link, path: str) -> None:
     """The host's code sees nothing under this path while it adds its position."""
-    owner, name = place_of(link.root, path)
+    owner, name = owner_and_name(link.root, path)
     join_module(owner, Slot, link, name)
-    scopes = [place_of(link.root, scope) for scope in scopes_of(link.root, link.anatomy)]
+    scopes = [owner_and_name(link.root, scope) for scope in adding_methods(link.root, link.anatomy)]
     for adder in dict.fromkeys(module for module, _ in scopes):
         join_module(adder, Adding, link, *(method for module, method in scopes if module is adder))
 
 
 def set_aside(link: Link, path: str) -> None:
     """A parameter of the host that has no part any more stays under its key, as a buffer."""
-    owner, name = place_of(link.root, path)
+    owner, name = owner_and_name(link.root, path)
     link.orders.setdefault(path.rpartition(".")[0], tuple(owner._parameters))
     parameter: Any = owner._parameters.pop(name)
     link.replaced[path] = parameter
@@ -639,7 +646,7 @@ def check_put_back(link: Link) -> None:
     """Raises LapeError when what `put_back` needs is not there."""
     device = next((p.device for p in link.root.parameters()), torch.device("meta"))
     for path, parameter in link.replaced.items():
-        owner, name = place_of(link.root, path)
+        owner, name = owner_and_name(link.root, path)
         if name not in owner._parameters and name not in owner._buffers:
             raise LapeError(f"{path} became another kind of attribute after lape.apply_ (pruning?): undo that first")
         if name not in owner._buffers and parameter.is_meta and device.type != "meta":
@@ -650,7 +657,7 @@ def put_back(link: Link) -> None:
     """Undoes what `set_aside` and a new table did to the host's parameters."""
     device = next((p.device for p in link.root.parameters()), None)
     for path, parameter in link.replaced.items():
-        owner, name = place_of(link.root, path)
+        owner, name = owner_and_name(link.root, path)
         idle = owner._buffers.pop(name, None)
         values = idle.detach() if idle is not None else parameter.data.to(device)
         if parameter.is_meta:  # it takes no values

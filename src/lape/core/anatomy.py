@@ -51,8 +51,8 @@ class Anatomy:
     pads: bool = False  # whether it pads an image to whole patches
     grid_from: Callable[[Any], Grid] | None = None  # the grid, read in its output; None: reckoned from the image size
     add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
-    beside: str | None = None  # position that the host has inside attention: it stays as it is, unless
-    own_bias: tuple[BlockBias, ...] = ()  # it is a bias of each block's own, which pe="2D_RPE" joins
+    beside: str | None = None  # position inside attention, which stays
+    own_bias: tuple[BlockBias, ...] = ()  # each block's own relative bias, if any, which pe="2D_RPE" joins
     encoder: tuple[str, ...] = ()  # paths of what the host's position is computed by or of; a table replaces it
     pooled: bool = False  # whether its head pools the patches and reads no class token
     last_norm: str | None = None  # path of the norm between the blocks and that pooling, over the same tokens
@@ -115,7 +115,7 @@ class Anatomy:
         return p_1RD
 
 
-def place_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+def owner_and_name(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module in which something lies, and its name there."""
     owner, _, name = path.rpartition(".")
     return (root.get_submodule(owner) if owner else root), name  # torch 2.6 cannot trace get_submodule("")

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lape.core.anatomy import Anatomy, place_of
+from lape.core.anatomy import Anatomy, owner_and_name
 from lape.core.constants import constant
-from lape.core.grids import Recall, in_backward, pick, rows_of_patches, wrong_number
+from lape.core.grids import Recall, in_backward, pick, rows_of_patches, wrong_number_error
 from lape.core.joined import Joined
 from lape.core.position import Grid, same_grid
 from lape.errors import LapeError
@@ -42,12 +42,12 @@ class PositionRequest:
     anatomy: Anatomy
     merge: Callable[[int, Tensor], Tensor]  # (layer, position) -> the position as that block gets it
     grid: Grid | None = None  # None: the model's own
-    upto: int | None = None  # the last place that is needed; None: all
+    last_place: int | None = None  # the last place that is needed; None: all
 
     @property
-    def number(self) -> int | None:
+    def count(self) -> int | None:
         """How many places are needed, None for all."""
-        return None if self.upto is None else self.upto + 1
+        return None if self.last_place is None else self.last_place + 1
 
 
 class Forward:
@@ -65,7 +65,7 @@ class Forward:
         self.positions: tuple[Tensor, ...] | _OneByOne | None = None  # by place, where there is something to compute
         self.rows_BK: Tensor | None = None  # which of them each image picks, where patches are shuffled
         self.learns = False  # whether `positions` carry gradients
-        self.late = False  # whether it is computed when first asked for, as the table is away until it is read
+        self.late = False  # whether positions wait until asked for: the table is offloaded until the host reads it
 
     def begin(self, grid: Grid | None) -> None:
         """The grid is known. With gradients, positions are computed at once, before a block can be checkpointed."""
@@ -88,16 +88,17 @@ class Forward:
         request = self.link.request(self.root, self.grid, table=table)
         lape: Any = self.root.lape
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.learns or traced or not _is_bare(lape):
+        if self.learns or traced or not _may_be_lazy(lape):
             self.positions = lape(request)
         else:
             self.positions = _OneByOne(lape.each(request))
 
 
-def _is_bare(module: Any) -> bool:
-    """Whether nothing is around a module that must see it called: hooks, a wrapper, another forward."""
+def _may_be_lazy(module: Any) -> bool:
+    """Whether a way can compute place by place, and nothing is around it that must see it called: hooks, a wrapper,
+    another forward."""
     hooks = module._forward_hooks or module._forward_pre_hooks
-    return getattr(type(module), "one_by_one", False) and not hooks and "forward" not in module.__dict__
+    return getattr(type(module), "lazy", False) and not hooks and "forward" not in module.__dict__
 
 
 class _OneByOne:
@@ -124,9 +125,9 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.forward: Forward | None = None
-        self.adders = 0  # how many hosts are adding their table right now
+        self.adding_depth = 0  # how many methods that add a table are under way
         self.traced_zeros: Tensor | None = None  # what they see in a graph that is being made
-        self.turning: tuple[Any, Tensor] | None = None  # the attention that runs, cosine and sine, where rotary
+        self.rotation: tuple[Any, Tensor] | None = None  # the attention that runs, cosine and sine, where rotary
 
 
 THREAD = _Thread()
@@ -143,14 +144,15 @@ class Link:
         self.root = root
         self.host = host
         self.anatomy = anatomy
-        self.listed = listed  # whether `root.lape` computes what all places receive at once
+        self.listed = listed  # `Way.computes_positions` of `root.lape`; pickled under this name
         self.recall = Recall()
         self.replaced: dict[str, nn.Parameter] = {}  # path -> the host's parameter that is not used, see convert.ways
         self.orders: dict[str, tuple[str, ...]] = {}  # path -> names of the host's parameters there, in their order
 
-    def idle(self) -> set[str]:
-        """Names of what the host has no use for at present, and keeps as buffers."""
-        return {path for path in self.replaced if place_of(self.root, path)[1] in place_of(self.root, path)[0]._buffers}
+    def idle_paths(self) -> set[str]:
+        """Paths of what the host has no use for at present, and keeps as buffers."""
+        owners = {path: owner_and_name(self.root, path) for path in self.replaced}
+        return {path for path, (owner, name) in owners.items() if name in owner._buffers}
 
     @property
     def many_grids(self) -> bool:
@@ -161,36 +163,35 @@ class Link:
         """The table in the host's slot, (1, R, D)."""
         if self.anatomy.table_slot is None:
             return None
-        table: Tensor | None = member(*place_of(root, self.anatomy.table_slot))
+        table: Tensor | None = member(*owner_and_name(root, self.anatomy.table_slot))
         return None if table is None else self.read(root, table)
 
     def read(self, root: nn.Module, table: Tensor) -> Tensor:
         """The rows (1, R, D) that a host's table stands for."""
-        form = self.anatomy.form
-        return form.read(table, *(member(*place_of(root, path)) for path in form.inputs))
+        return rows_of_host(root, self.anatomy, table)
 
     def request(
-        self, root: nn.Module, grid: Grid | None, upto: int | None = None, *, table: Tensor | None = None
+        self, root: nn.Module, grid: Grid | None, last_place: int | None = None, *, table: Tensor | None = None
     ) -> PositionRequest:
         table = self.table(root) if table is None else table
-        return PositionRequest(table, self.anatomy, partial(self.anatomy.merge, root), grid, upto)
+        return PositionRequest(table, self.anatomy, partial(self.anatomy.merge, root), grid, last_place)
 
-    def compute(self, root: nn.Module, grid: Grid | None, upto: int | None = None) -> tuple[Tensor, ...]:
+    def compute(self, root: nn.Module, grid: Grid | None, last_place: int | None = None) -> tuple[Tensor, ...]:
         """What each joined place receives, or those up to one, (1, N, D), for calls outside of a forward."""
-        positions: tuple[Tensor, ...] = root.lape(self.request(root, grid, upto))  # type: ignore[operator]
+        positions: tuple[Tensor, ...] = root.lape(self.request(root, grid, last_place))  # type: ignore[operator]
         return positions
 
     def compute_each(
-        self, root: nn.Module, grids: list[Grid], num_tokens: int, upto: int | None = None
+        self, root: nn.Module, grids: list[Grid], num_tokens: int, last_place: int | None = None
     ) -> tuple[Tensor, ...]:
         """As `compute`, image by image, (B, N, D). What tokens behind the last patch of an image receive is zero."""
         model_grid = self.anatomy.layout.grid
         positions = {
-            grid: self.compute(root, None if grid == model_grid else grid, upto) for grid in dict.fromkeys(grids)
+            grid: self.compute(root, None if grid == model_grid else grid, last_place) for grid in dict.fromkeys(grids)
         }
         places = list(zip(*(positions[grid] for grid in grids), strict=True))
         if any(p.ndim != 3 for p in places[-1]):
-            raise _one_grid()
+            raise _one_grid_error()
         return tuple(torch.cat([F.pad(p, (0, 0, 0, num_tokens - p.shape[1])) for p in each]) for each in places)
 
     @property
@@ -206,7 +207,7 @@ class Link:
             return None if tuple(x.shape[1:3]) == anatomy.at(layer)[0].grid else (x.shape[1], x.shape[2])
         if forward is not None and forward.link is self:
             if forward.grids is not None:
-                raise _one_grid()
+                raise _one_grid_error()
             return forward.grid
         if anatomy.shuffle is not None or not self.many_grids:
             return None
@@ -215,18 +216,17 @@ class Link:
             return None if grid == anatomy.layout.grid else grid
         return self.recall.grid(anatomy.layout, x.shape[1])
 
-    def alone(self, place: int, x: Tensor) -> Tensor:
-        """What one joined place receives for tokens x, outside of a forward, or for a map of another grid."""
+    def recompute(self, place: int, x: Tensor) -> Tensor:
+        """What one joined place receives for tokens x, computed anew: no forward runs, or it holds no position that can
+        be used."""
         anatomy, forward = self.anatomy, THREAD.forward
         grids = forward.grids if forward is not None and forward.link is self else None
         if anatomy.packed_grids is not None and in_backward():
             grids = self.recall.last_note(x.device)
-        if grids is not None:
-            with _saved_as_it_is(), _unseen_in_backward():
-                return self.compute_each(self.running, grids, x.shape[1], place)[place]
-        grid = self.grid_of(x, place)
         with _saved_as_it_is(), _unseen_in_backward():
-            p = self.compute(self.running, grid, place)[place]
+            if grids is not None:
+                return self.compute_each(self.running, grids, x.shape[1], place)[place]
+            p = self.compute(self.running, self.grid_of(x, place), place)[place]
             if anatomy.shuffle is not None:
                 patches_Bk = self.recall.patches(anatomy.layout, x.device, x.shape[1])
                 p = pick(p, rows_of_patches(anatomy.layout, patches_Bk))
@@ -283,7 +283,12 @@ class Link:
         vars(self).update(state, recall=Recall())
 
 
-def first_of(kwargs: dict[str, Any]) -> str:
+def rows_of_host(root: nn.Module, anatomy: Anatomy, table: Tensor) -> Tensor:
+    """The rows (1, R, D) that a host's table stands for."""
+    return anatomy.form.read(table, *(member(*owner_and_name(root, path)) for path in anatomy.form.inputs))
+
+
+def tokens_keyword(kwargs: dict[str, Any]) -> str:
     """The name under which a module was handed its tokens."""
     return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
@@ -291,30 +296,38 @@ def first_of(kwargs: dict[str, Any]) -> str:
 def position_for(module: Any, x: Tensor, layer: int | None = None) -> Tensor:
     """What a joined module's tokens x receive, (1, N, D) or for a map (1, rows, columns, D), in their dtype.
 
-    `layer` says as the tokens of which layer they stand, -1 before the first; None: of its place.
+    `layer`: the layer in whose order the tokens stand (windows), -1 before the first; None: that of the module's place.
     """
-    link, forward = module._lape, THREAD.forward
-    if forward is not None and forward.late and forward.link is link:
-        forward.late = False
-        with _saved_as_it_is():
-            forward.compute(forward.table)
-    p = None
-    if forward is not None and forward.link is link and forward.positions is not None:
-        usable = not link.anatomy.maps or link.grid_of(x, module._lape_place) == forward.grid
-        usable = usable and not (isinstance(forward.positions, _OneByOne) and torch.compiler.is_compiling())
-        if usable and (forward.learns or not torch.is_grad_enabled()):
-            p = forward.positions[module._lape_place]
-            if p is not None and forward.rows_BK is not None:
-                p = pick(p, forward.rows_BK)
+    link, place = module._lape, module._lape_place
+    p = _from_forward(link, place, x)
     if p is None:
-        p = link.alone(module._lape_place, x)
+        p = link.recompute(place, x)
     if link.anatomy.maps:
         p = p.unflatten(1, x.shape[1:3])
     if link.anatomy.windows is not None:
-        p = _in_windows(link, p, x, module._lape_place if layer is None else layer)
+        p = _in_windows(link, p, x, place if layer is None else layer)
     if isinstance(x, Tensor) and (p.dtype != x.dtype or p.device != x.device):  # else a proxy of torch.fx
         p = p.to(device=x.device, dtype=x.dtype)
     return p
+
+
+def _from_forward(link: Link, place: int, x: Tensor) -> Tensor | None:
+    """What the forward of this thread holds for a place, as tokens x can use it; None where it has nothing for them."""
+    forward = THREAD.forward
+    if forward is None or forward.link is not link:
+        return None
+    if forward.late:
+        forward.late = False
+        with _saved_as_it_is():
+            forward.compute(forward.table)
+    if forward.positions is None or (torch.is_grad_enabled() and not forward.learns):
+        return None
+    if isinstance(forward.positions, _OneByOne) and torch.compiler.is_compiling():
+        return None
+    if link.anatomy.maps and link.grid_of(x, place) != forward.grid:
+        return None
+    p = forward.positions[place]
+    return p if p is None or forward.rows_BK is None else pick(p, forward.rows_BK)
 
 
 def _in_windows(link: Link, p_1ND: Tensor, x: Tensor, layer: int) -> Tensor:
@@ -331,17 +344,17 @@ def _in_windows(link: Link, p_1ND: Tensor, x: Tensor, layer: int) -> Tensor:
     return p if len(p) == 1 else p.repeat(x.shape[0] // len(p), *(1 for _ in p.shape[1:]))
 
 
-def _one_grid() -> LapeError:
+def _one_grid_error() -> LapeError:
     return LapeError(
         "images of several grids, or padded ones, are packed in this batch, and this kind of position is for one grid: "
         "give images (B, C, height, width) of one size, or use pe='learnable'"
     )
 
 
-def fits(module: Any, x: Tensor, p: Tensor) -> None:
+def check_token_count(module: Any, x: Tensor, p: Tensor) -> None:
     """Raises LapeError unless p is for as many tokens as x has."""
     if isinstance(x, Tensor) and not torch.jit.is_tracing() and p.shape[1] != x.shape[1]:  # it would be broadcast
-        raise wrong_number(module._lape.anatomy.layout, x.shape[1])
+        raise wrong_number_error(module._lape.anatomy.layout, x.shape[1])
 
 
 def member(owner: nn.Module, name: str) -> Any:
@@ -376,13 +389,13 @@ class Adding(Joined):
     """The module whose method adds the host's table."""
 
     def _around(self, host_method: Any, *args: Any, **kwargs: Any) -> Any:
-        THREAD.adders += 1
+        THREAD.adding_depth += 1
         try:
             if torch.compiler.is_compiling():
                 check_hidden(self._lape)  # type: ignore[attr-defined]
             return host_method(self, *args, **kwargs)
         finally:
-            THREAD.adders -= 1
+            THREAD.adding_depth -= 1
             THREAD.traced_zeros = None
 
 
@@ -393,7 +406,7 @@ class Slot(Joined):
     def takes_over(cls, host: type, name: str) -> Any:
         def read(self: Any) -> Any:
             value = member(self, name)
-            return self._lape.stand_in(value) if THREAD.adders else value
+            return self._lape.stand_in(value) if THREAD.adding_depth else value
 
         def write(self: Any, value: Any) -> None:
             self.__dict__[name] = value
@@ -408,7 +421,7 @@ def check_hidden(link: Link) -> None:
     """Raises LapeError where a tracer reads parameters past the class that hides them, so that they would be added."""
     if link.anatomy.table_slot is None:
         return
-    owner, name = place_of(link.running, link.anatomy.table_slot)
+    owner, name = owner_and_name(link.running, link.anatomy.table_slot)
     if isinstance(owner, Slot) and getattr(owner, name) is member(owner, name):
         raise LapeError("a strict torch.export of torch 2.6 does not see that the table is hidden: pass strict=False")
 
@@ -427,10 +440,8 @@ def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _saved_as_it_is() -> Any:
-    """Hides what is computed from hooks on saved tensors: to activation checkpointing, a position is a given value.
-
-    In the forward it is, computed before the first block; so a recomputation must not save more than that.
-    """
+    """In here tensors that autograd saves pass no outer hook: a checkpoint must not count those of a position, which
+    the forward computed before its first block."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

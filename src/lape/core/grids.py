@@ -152,7 +152,7 @@ class Recall:
         if grid is None:
             if count == layout.num_patches:
                 return None
-            raise wrong_number(layout, num_tokens)
+            raise wrong_number_error(layout, num_tokens)
         if count in self._ambiguous and in_backward():
             raise LapeError(
                 f"two grids of {count} patches went through the model, so that recomputing activations cannot tell "
@@ -177,7 +177,7 @@ class Recall:
         return patches_Bk
 
 
-def wrong_number(layout: Layout, num_tokens: int) -> LapeError:
+def wrong_number_error(layout: Layout, num_tokens: int) -> LapeError:
     return LapeError(
         f"{num_tokens} tokens arrived, the position is for {layout.num_tokens} ({layout.num_prefix} prefix tokens and "
         f"a grid of {' x '.join(map(str, layout.grid))}): give images of the model's size, whole"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape.core.forward import fits, position_for
+from lape.core.forward import check_token_count, position_for
 from lape.core.joined import Joined
 
 Merge = Callable[[int, Tensor], Tensor]
@@ -48,7 +48,7 @@ class PositionalNorm(Joined):
     def forward(self, x_BND: Tensor) -> Tensor:
         y_BND: Tensor = super().forward(x_BND)  # type: ignore[misc]
         p_1ND = position_for(self, y_BND)
-        fits(self, y_BND, p_1ND)
+        check_token_count(self, y_BND, p_1ND)
         in_place = self._lape_new and (torch.compiler.is_compiling() or not _is_watched())  # type: ignore[attr-defined]
         return y_BND.add_(p_1ND) if in_place else y_BND + p_1ND
 

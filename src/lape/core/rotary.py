@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lape.core.forward import THREAD, first_of, position_for
-from lape.core.grids import wrong_number
+from lape.core.forward import THREAD, position_for, tokens_keyword
+from lape.core.grids import wrong_number_error
 from lape.core.joined import Joined
 from lape.core.position import Grid
 from lape.errors import LapeError
@@ -27,7 +27,7 @@ Jitter = tuple[float, float, float]
 """At most: shift as a share of half the grid, factor of each axis, factor of both (DINOv3, arXiv 2508.10104)."""
 
 
-def places(grid: Grid) -> Tensor:
+def patch_coordinates(grid: Grid) -> Tensor:
     """(2, n): column and row of each patch."""
     row, column = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
     return torch.stack([column, row]).float()
@@ -89,21 +89,21 @@ class Rotating(Joined):
     @classmethod
     def takes_over(cls, host: type, name: str) -> Any:
         def read(self: Any) -> Any:
-            turning, module = THREAD.turning, self._modules[name]
-            return module if turning is None or turning[0] is not self else partial(_turned, module, turning[1])
+            turn, module = THREAD.rotation, self._modules[name]
+            return module if turn is None or turn[0] is not self else partial(_turned, module, turn[1])
 
         return property(read)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x_BND: Any = args[0] if args else kwargs[first_of(kwargs)]
-        cos_sin, outer = position_for(self, x_BND), THREAD.turning
+        x_BND: Any = args[0] if args else kwargs[tokens_keyword(kwargs)]
+        cos_sin, outer = position_for(self, x_BND), THREAD.rotation
         if isinstance(x_BND, Tensor) and not torch.jit.is_tracing() and cos_sin.shape[-2] != x_BND.shape[1]:
-            raise wrong_number(self._lape.anatomy.layout, x_BND.shape[1])  # type: ignore[attr-defined]
-        THREAD.turning = (self, cos_sin)
+            raise wrong_number_error(self._lape.anatomy.layout, x_BND.shape[1])  # type: ignore[attr-defined]
+        THREAD.rotation = (self, cos_sin)
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            THREAD.turning = outer
+            THREAD.rotation = outer
 
 
 def _turned(module: Any, cos_sin: Tensor, x: Tensor) -> Tensor:

@@ -64,14 +64,14 @@ class Stream:
         deviation: Tensor = torch.special.ndtri(self.uniform().clamp(min=2.0**-53))
         return mean + std * deviation
 
-    def noise(self, places: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Standard normal float32 (len(places), *shape) of the images at these places, made on the device."""
-        first = self._bits()[places].to(device, non_blocking=True)
+    def noise(self, members: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Standard normal float32 (len(members), *shape) of these members of the batch, made on the device."""
+        first = self._bits()[members].to(device, non_blocking=True)
         return _normal(first[:, None], torch.arange(1, math.prod(shape) + 1, device=device)).view(-1, *shape)
 
-    def noise_at(self, places_m: Tensor, index_mk: Tensor) -> Tensor:
-        """(m, k) on the host: of the images at these places what `noise` has at these flat indices of its shape."""
-        return _normal(self._bits()[places_m][:, None], index_mk + 1)
+    def noise_at(self, members_m: Tensor, index_mk: Tensor) -> Tensor:
+        """(m, k) on the host: of these members of the batch what `noise` has at these flat indices of its shape."""
+        return _normal(self._bits()[members_m][:, None], index_mk + 1)
 
     def _bits(self) -> Tensor:
         self.draws += 1
@@ -80,9 +80,9 @@ class Stream:
 
 def _mix(bits: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64, which wraps around."""
-    bits = (bits ^ _shifted(bits, 30)).mul_(MIX[0])
-    bits = bits.bitwise_xor_(_shifted(bits, 27)).mul_(MIX[1])
-    return bits.bitwise_xor_(_shifted(bits, 31))
+    bits = (bits ^ _logical_shift(bits, 30)).mul_(MIX[0])
+    bits = bits.bitwise_xor_(_logical_shift(bits, 27)).mul_(MIX[1])
+    return bits.bitwise_xor_(_logical_shift(bits, 31))
 
 
 def _normal(first: Tensor, step: Tensor) -> Tensor:
@@ -92,15 +92,17 @@ def _normal(first: Tensor, step: Tensor) -> Tensor:
     return deviation
 
 
-def _shifted(bits: Tensor, by: int) -> Tensor:
+def _logical_shift(bits: Tensor, by: int) -> Tensor:
+    """Unsigned shift to the right of int64."""
     return (bits >> by) & ((1 << 64 - by) - 1)
 
 
 def _unit(bits: Tensor) -> Tensor:
-    return _shifted(bits, 11).double() * 2.0**-53
+    return _logical_shift(bits, 11).double() * 2.0**-53
 
 
-Step = Callable[[Tensor, Stream], Tensor]  # images (B, C, H, W) on the device, 8-bit until normalised
+# Images (B, C, H, W) on the device, 8-bit until normalised -> images; may change those that it is given in place.
+Step = Callable[[Tensor, Stream], Tensor]
 Twin = Callable[[Any], Step]
 
 
@@ -125,10 +127,10 @@ class ResizedCrop:
 
     def __init__(self, step: RandomResizedCropAndInterpolation) -> None:
         self.size, self.scale, self.ratio = step.size, step.scale, step.ratio
-        self.cubic = _kernel(step.interpolation)
+        self.cubic = _is_bicubic(step.interpolation)
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
-        return batched.resized_crop(images, self.boxes(stream, *images.shape[2:]), self.size, _cubic(self, stream))
+        return batched.resized_crop(images, self.boxes(stream, *images.shape[2:]), self.size, _draw_cubic(self, stream))
 
     def boxes(self, stream: Stream, height: int, width: int) -> Tensor:
         """(B, 4): top, left, height, width."""
@@ -183,26 +185,25 @@ class Jitter:
 
 
 class Policy:
-    """timm's RandAugment and AutoAugment: some draws, each of a short list of operations with chances of their own."""
+    """timm's RandAugment and AutoAugment: a list of operations is drawn `draws` times, and each of them applied with
+    its own probability. All operations have the first one's spread and fill colour."""
 
-    def __init__(self, lists: Sequence[Sequence[AugmentOp]], layers: int) -> None:
-        """One of the `lists` is drawn `layers` times; all operations have the first one's spread and fill colour."""
+    def __init__(self, lists: Sequence[Sequence[AugmentOp]], draws: int) -> None:
         self.ops = [op for some in lists for op in some]
         unknown = [op.name for op in self.ops if op.name not in ARGUMENTS]
-        if unknown:  # none of timm 1.0.31
+        if unknown:  # cannot happen with timm 1.0.31
             raise LapeError(f"timm's operation {unknown[0]} is not made for batches on the device: {LEAVE_OUT}")
-        self.layers, self.cubic = layers, _kernel(self.ops[0].kwargs["resample"])
-        numbers = iter(range(len(self.ops)))
-        rows = [torch.tensor([next(numbers) for _ in some]) for some in lists]
+        self.draws, self.cubic = draws, _is_bicubic(self.ops[0].kwargs["resample"])
+        rows = torch.arange(len(self.ops)).split([len(some) for some in lists])
         self.lists = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # numbers of operations
         self.chances = torch.tensor([op.prob for op in self.ops], dtype=torch.float64)
         self.magnitudes = torch.tensor([op.magnitude for op in self.ops], dtype=torch.float64)
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
-        for _ in range(self.layers):
+        for _ in range(self.draws):
             for which in self.lists[stream.integer(len(self.lists))].unbind(1):
                 applies, level, unit = self.draw(which, stream)
-                self._apply(images, torch.where(applies, which, -1), level, unit, _cubic(self, stream))
+                self._apply(images, torch.where(applies, which, -1), level, unit, _draw_cubic(self, stream))
         return images
 
     def draw(self, which: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +215,7 @@ class Policy:
 
     def _apply(self, images: Tensor, which: Tensor, level: Tensor, unit: Tensor, cubic: Tensor) -> None:
         height, width = images.shape[2:]
-        maps = torch.zeros(len(images), 6, dtype=torch.float64)
+        matrices_B6 = torch.zeros(len(images), 6, dtype=torch.float64)
         affine = torch.zeros(len(images), dtype=torch.bool)
         for number, op in enumerate(self.ops):
             mine = which == number
@@ -226,14 +227,14 @@ class Policy:
             else:
                 make, along = MATRICES[op.name]
                 pixels = argument * (1 if along is None else images.shape[along])
-                maps[mine] = make(pixels, height, width)[mine]
+                matrices_B6[mine] = make(pixels, height, width)[mine]
                 affine |= mine
-        places = affine.nonzero()[:, 0]
-        if len(places):
+        members = affine.nonzero()[:, 0]
+        if len(members):
             device = images.device
             fill = torch.tensor(self.ops[0].kwargs["fillcolor"], dtype=torch.uint8, device=device)
-            at = places.to(device, non_blocking=True)
-            images[at] = batched.warp(images[at], maps[places], fill, cubic[places])
+            at = members.to(device, non_blocking=True)
+            images[at] = batched.warp(images[at], matrices_B6[members], fill, cubic[members])
 
 
 class Normalise:
@@ -262,27 +263,27 @@ class Erase:
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
         for number in range(most):
             box = _boxes(stream, (0, 0, 0, 0), self.area, self.log_aspect, height, width, spare=1, parts=count)
-            places = (erased & (count > number)).nonzero()[:, 0]
-            top, left, h, w = (part.view(-1, 1) for part in box[places].to(device, non_blocking=True).unbind(1))
+            members = (erased & (count > number)).nonzero()[:, 0]
+            top, left, h, w = (part.view(-1, 1) for part in box[members].to(device, non_blocking=True).unbind(1))
             tall, wide = (rows >= top) & (rows < top + h), (columns >= left) & (columns < left + w)
             inside = tall[:, None, :, None] & wide[:, None, None, :]
-            if self.mode == "pixel" and device.type == "cpu":  # where to look for the pixels does not make it wait
+            if self.mode == "pixel" and device.type == "cpu":  # on a GPU `nonzero` would make the host wait
                 image, row, column = inside[:, 0].nonzero().unbind(1)
                 layers = height * width * torch.arange(channels)
                 index = (row * width + column)[:, None] + layers
-                images[places[image], :, row, column] = stream.noise_at(places[image], index)
+                images[members[image], :, row, column] = stream.noise_at(members[image], index)
                 continue
             shape = {"const": (), "rand": (channels, 1, 1), "pixel": (channels, height, width)}[self.mode]
-            values: Tensor | float = stream.noise(places, shape, device) if shape else 0.0
-            if len(places):
-                at = places.to(device, non_blocking=True)
+            values: Tensor | float = stream.noise(members, shape, device) if shape else 0.0
+            if len(members):
+                at = members.to(device, non_blocking=True)
                 images[at] = torch.where(inside, torch.as_tensor(values, device=device), images[at])
         return images
 
 
 def _boxes(
     stream: Stream,
-    otherwise: Sequence[int],
+    fallback: Sequence[int],
     area: tuple[float, float],
     log_aspect: tuple[float, float],
     height: int,
@@ -291,11 +292,11 @@ def _boxes(
     spare: int = 0,
     parts: Tensor | int = 1,
 ) -> Tensor:
-    """(B, 4): top, left, height, width of the first of ten tries that leaves `spare` rows and columns, or `otherwise`.
+    """(B, 4): top, left, height, width of the first of ten tries that leaves `spare` rows and columns, or `fallback`.
 
     A try has a part of the image's area, divided by `parts`, and an aspect (width over height).
     """
-    box = torch.tensor(otherwise).repeat(len(stream.keys), 1)
+    box = torch.tensor(fallback).repeat(len(stream.keys), 1)
     pending = torch.ones(len(box), dtype=torch.bool)
     for _ in range(10):
         pixels = stream.uniform(*area) * height * width / parts
@@ -308,17 +309,17 @@ def _boxes(
     return box
 
 
-def _cubic(step: ResizedCrop | Policy, stream: Stream) -> Tensor:
+def _draw_cubic(step: ResizedCrop | Policy, stream: Stream) -> Tensor:
     if step.cubic is None:
         return stream.happens(0.5)
     return torch.full(stream.keys.shape, step.cubic)
 
 
 def _change(images: Tensor, mine: Tensor, change: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> None:
-    places = mine.nonzero()[:, 0]
-    if len(places):
-        at = places.to(images.device, non_blocking=True)
-        images[at] = change(images[at], values[places])
+    members = mine.nonzero()[:, 0]
+    if len(members):
+        at = members.to(images.device, non_blocking=True)
+        images[at] = change(images[at], values[members])
 
 
 Argument = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
@@ -395,7 +396,7 @@ def _rand_augment(step: RandAugment) -> Step:
     return Policy([[op] for op in step.ops], step.num_layers)
 
 
-def _kernel(interpolation: Any) -> bool | None:
+def _is_bicubic(interpolation: Any) -> bool | None:
     """Whether it is bicubic; None for either of the two. Raises LapeError for another."""
     if isinstance(interpolation, list | tuple):
         return None
@@ -435,12 +436,12 @@ class OnDevice(Dataset[tuple[Tensor, int]]):
         images, targets = self.batch([(index, 0)], seed=0)
         return images[0], int(targets[0])
 
-    def batch(self, keys: Sequence[tuple[int, int]], seed: int) -> tuple[Tensor, Tensor]:
-        """Return the images (B, C, H, W) float32 of (index, copy) keys, and their targets (B,)."""
-        index, copy = torch.tensor(keys).unbind(1)
+    def batch(self, samples: Sequence[tuple[int, int]], seed: int) -> tuple[Tensor, Tensor]:
+        """Return the images (B, C, H, W) float32 of (index, copy) samples, and their targets (B,)."""
+        index, copy = torch.tensor(samples).unbind(1)
         stream = Stream.of(seed, index, copy)
-        places = index.to(self.images.device, non_blocking=True)
-        images, targets = self.images[places], self.targets[places]
+        at = index.to(self.images.device, non_blocking=True)
+        images, targets = self.images[at], self.targets[at]
         for step in self.steps:
             images = step(images, stream)
         return images, targets
@@ -457,8 +458,8 @@ class DeviceLoader:
         return len(self.batch_sampler)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for keys in self.batch_sampler:
-            yield self.dataset.batch(keys, self.seed)
+        for samples in self.batch_sampler:
+            yield self.dataset.batch(samples, self.seed)
 
 
 class ToBytes:
@@ -481,7 +482,7 @@ class ToBytes:
         return pixels
 
 
-def room_for(count: int, shape: Sequence[int], device: torch.device) -> Tensor:
+def allocate_images(count: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """An empty (count, *shape) uint8 tensor. Raises DataError where it would take more than half of the free memory."""
     size, free = count * math.prod(shape), _free_bytes(device)
     if size > FREE_PART * free:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lape.data.augment import eval_transform, train_transform
-from lape.data.device import Normalise, OnDevice, Step, Stream, ToBytes, room_for, split_transform
+from lape.data.device import Normalise, OnDevice, Step, Stream, ToBytes, allocate_images, split_transform
 from lape.data.folders import one_class
 from lape.data.loaders import CPU, Items, Loader, Samples, check_batch, eval_batches, steps_per_epoch
 from lape.data.sets import CACHE_BYTES, Images, keep_if_still, list_cifar, list_digits, reader_of
@@ -102,7 +102,7 @@ def _for_device(
 def _put_on_device(dataset: Any, steps: list[Step], recipe: Recipe, device: torch.device) -> OnDevice:
     """Read every image once. Raises DataError."""
     n = len(dataset)
-    images, targets = room_for(n, dataset[0][0].shape, device), torch.empty(n, dtype=torch.long, device=device)
+    images, targets = allocate_images(n, dataset[0][0].shape, device), torch.empty(n, dtype=torch.long, device=device)
     start = 0
     with closing(iter(Loader(Samples(dataset, None), eval_batches(range(n), READ_AT_ONCE), recipe, CPU))) as batches:
         for batch, numbers in batches:

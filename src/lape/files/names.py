@@ -26,7 +26,7 @@ _INDEX = "relative_position_index"  # a buffer in the reference's files; derived
 def reference_names(model: nn.Module) -> dict[str, str]:
     """The state-dict keys of a converted model -> their names in files. What lies idle in the host is in no file."""
     conversion = conversion_of(model)
-    names, idle = conversion.way.file_names(conversion.anatomy), conversion.link.idle()
+    names, idle = conversion.way.file_names(conversion.anatomy), conversion.link.idle_paths()
 
     def reference_name(key: str) -> str:
         for memory_name, file_name in names.items():
@@ -87,7 +87,7 @@ def load_reference_state_dict(
     conversion = conversion_of(model)
     model_state, names, prefix = model.state_dict(), reference_names(model), conversion.path
     tables = {prefix + name for name in _table_names(conversion)}
-    idle = {prefix + key for key in conversion.link.idle()}
+    idle = {prefix + key for key in conversion.link.idle_paths()}
     state = {_name_since_0_2(key, conversion): tensor for key, tensor in state_dict.items() if key not in idle}
     state = {names.get(key, key): tensor for key, tensor in state.items()}
     for key, index_nn in _indices(conversion, prefix).items():

@@ -56,7 +56,7 @@ def restore(
         raise CheckpointError(f"{checkpoint.path} holds no averaged (EMA) weights: leave `ema` out")
     choices = {name: checkpoint.args.get(flag) for name, flag in CHOICES.items()}
     choices["warm_start"] = bool(choices["warm_start"])
-    keeps = choices["warm_start"] or checkpoint.raw.get("own_table")
+    keeps_host_table = choices["warm_start"] or checkpoint.raw.get("own_table")
     with of_file(checkpoint.path):
         make = partial(
             build,
@@ -64,7 +64,7 @@ def restore(
             _reconcile(checkpoint, "model", model),
             _arguments(checkpoint, size, timm_kwargs),
             _reconcile(checkpoint, "join", None if join is None else join_named(join).name),
-            None if keeps else _reconcile(checkpoint, "pe", None if pe is None else kind_named(pe).name),
+            None if keeps_host_table else _reconcile(checkpoint, "pe", None if pe is None else kind_named(pe).name),
             at=checkpoint.raw.get("at"),
             grid=checkpoint.raw.get("grid"),
             **choices,
@@ -80,7 +80,7 @@ def restore(
 
 
 def _build_bounded(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: Size | None) -> nn.Module:
-    """The model, after one without values has shown that it is no larger than what the weights of the file are for."""
+    """Builds the model twice: without values, to refuse one far larger than the file's weights, then for good."""
     if host_of_library(checkpoint.package).check_arguments is None:  # a host of the user's own
         return make()
     file_size = size_of(checkpoint)
@@ -88,13 +88,13 @@ def _build_bounded(checkpoint: Checkpoint, make: Callable[[], nn.Module], size: 
     values = sum(tensor.numel() for tensor in checkpoint.model.values())
     limits = (checkpoint.path, int(times * (2 * values + 2**26)), 10_000 + 100 * len(checkpoint.model))
     with suppress(RuntimeError, NotImplementedError), bounded(*limits), without_values():
-        make()  # raises the CheckpointError of `bounded`; constructors that compute with values fail otherwise
+        make()  # `bounded` raises through the suppress; a constructor that computes with values fails, and says nothing
     with bounded(*limits):
         return make()
 
 
 def _with_weights_of_library(model: Any, state: Mapping[str, Tensor]) -> nn.Module:
-    """With weights under the names that transformers writes, which it alone can tell from those of its modules."""
+    """The model with weights under transformers' names, which it alone can match to modules."""
     from transformers import utils
 
     logging: Any = utils.logging
@@ -223,7 +223,7 @@ def _size_argument(checkpoint: Checkpoint, size: Grid, file_size: Grid | None) -
 def size_of(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """(height, width) in pixels of the images that the model of a file is for: by its flags, its arguments, its folder,
     or the grid of its position table, taken for a square. None where none of them tells."""
-    kwargs = _renamed(checkpoint.args.get("model_kwargs") or {})
+    kwargs = _by_flag_names(checkpoint.args.get("model_kwargs") or {})
     for source in (checkpoint.args, kwargs, checkpoint.raw):
         if source.get("input_size") and all(_sides(source["input_size"])):  # zeros: of a model left as it is
             return _sides(source["input_size"])
@@ -267,7 +267,7 @@ def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
         return size[0] // patch[0], size[1] // patch[1]
 
 
-# What a checkpoint knows about itself. The first must not be contradicted by a flag.
+# What a checkpoint knows about itself. No flag may contradict IDENTITY; the rest of FILE_SETTINGS yields to flags.
 IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOICES.values())
 FILE_SETTINGS = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
@@ -291,7 +291,7 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def check_classifier(checkpoint: Checkpoint, model: nn.Module, input_size: Size, in_chans: int) -> int:
+def count_classes(checkpoint: Checkpoint, model: nn.Module, input_size: Size, in_chans: int) -> int:
     """The number of classes that a model tells apart, found by classifying an empty image.
 
     Raises CheckpointError where it has no classifier, or gives no (1, K) logits for an image of this size.
@@ -323,10 +323,10 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     from lape.recipe import Recipe
 
     with of_file(checkpoint.path):
-        contents = _renamed(checkpoint.args.get("model_kwargs") or {}) | _renamed(checkpoint.transform or {})
-        contents |= checkpoint.args
+        contents = _by_flag_names(checkpoint.args.get("model_kwargs") or {})
+        contents |= _by_flag_names(checkpoint.transform or {}) | checkpoint.args
         entries = {name: contents[name] for name in FILE_SETTINGS if contents.get(name) is not None}
-        # no flags of an evaluation: the file alone knows
+        # an evaluation has no flags for these: the file's, even None
         choices = {name: contents.get(name) for name in CHOICES.values()}
         entries |= {**choices, "warm_start": bool(choices["warm_start"])}
         size = entries.pop("input_size", None) or size_of(checkpoint)
@@ -337,17 +337,22 @@ def settings_of(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
         flags = recipe.model_fields_set
         settings = recipe.replace(**{name: value for name, value in entries.items() if name not in flags})
         # a recipe has them in the same spelling as the flags
-        file_recipe = Recipe(**{name: entries[name] for name in IDENTITY if name in entries})
-        for name in IDENTITY:
-            if name in entries and getattr(settings, name) != getattr(file_recipe, name):
-                raise CheckpointError(
-                    f"{name}={getattr(settings, name)!r} contradicts {checkpoint.path}, which was trained with "
-                    f"{name}={getattr(file_recipe, name)!r}: leave the flag out"
-                )
+        _check_identity(settings, Recipe(**{name: entries[name] for name in IDENTITY if name in entries}), checkpoint)
         return settings
 
 
-def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _check_identity(settings: Recipe, file_recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where settings name another model than the file does."""
+    for name in IDENTITY:
+        entry, value = getattr(file_recipe, name), getattr(settings, name)
+        if name in file_recipe.model_fields_set and value != entry:
+            raise CheckpointError(
+                f"{name}={value!r} contradicts {checkpoint.path}, which was trained with {name}={entry!r}: leave the "
+                "flag out"
+            )
+
+
+def _by_flag_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a transform or a model of a library calls by another name than the flags do."""
     flags = {"crop_ratio": "eval_crop_ratio", "num_channels": "in_chans", **dict.fromkeys(SIZE_NAMES, "input_size")}
     inner = arguments.get("vision_config")  # of a model for images and texts

@@ -32,9 +32,9 @@ from lape.host.parts import (
     ROTARY,
     SHARED,
     Call,
-    anatomy,
     check_blocks,
     check_norms,
+    checked_anatomy,
     children,
     instances,
     table_in,
@@ -573,7 +573,7 @@ def examine(root: nn.Module) -> Anatomy:
         **family.read(root, blocks, layout),
     }
     fields = {"norm": family.norm, "attention": family.attention, "patch_size": patch_size, **fields}
-    return anatomy(root, fields.pop("blocks", blocks), layout, **fields)
+    return checked_anatomy(root, fields.pop("blocks", blocks), layout, **fields)
 
 
 def _block_biases(root: nn.Module, blocks: list[str], layout: Layout) -> tuple[BlockBias, ...]:

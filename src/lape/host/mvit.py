@@ -14,7 +14,7 @@ from lape.core.anatomy import Anatomy, Form
 from lape.core.position import Grid, Layout
 from lape.core.stages import Stage
 from lape.host.base import Blueprint, Host, class_name
-from lape.host.parts import RELATIVE, anatomy, check_blocks, check_norms, children
+from lape.host.parts import RELATIVE, check_blocks, check_norms, checked_anatomy, children
 from lape.host.torchvision import build, check_arguments
 
 _MVIT = "torchvision.models.video.mvit"
@@ -50,7 +50,7 @@ def examine(root: nn.Module) -> Anatomy:
     sizes = {"patch_size": vit.conv_proj.stride, "width": attention.embed_dim, "num_heads": attention.num_heads}
     more = {"norm_feeds_more": layers[0].proj_after_attn, "input": "pos_encoding", "adds": ("pos_encoding.forward",)}
     parts = {"norm": "norm1", "attention": "attn", "add_bias": None, "stages": tuple(stages), **table, **sizes, **more}
-    return anatomy(root, blocks, Layout(grid, prefix_rows=1), **parts)
+    return checked_anatomy(root, blocks, Layout(grid, prefix_rows=1), **parts)
 
 
 def _of_frames_and_places(places_nD: Tensor, frames_TD: Tensor, class_D: Tensor) -> Tensor:

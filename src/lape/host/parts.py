@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lape.core.anatomy import Anatomy, place_of
+from lape.core.anatomy import Anatomy, owner_and_name
 from lape.core.position import Layout
 from lape.errors import UnsupportedModelError
 from lape.host.base import ANOTHER, class_name
@@ -31,7 +31,7 @@ def instances(root: nn.Module, name: str) -> list[str]:
     return [path for path, module in root.named_modules() if class_name(type(module)) == name]
 
 
-def anatomy(
+def checked_anatomy(
     root: nn.Module, blocks: list[str], layout: Layout, *, slot: str | None, reason: str = "", **more: Any
 ) -> Anatomy:
     """The anatomy of a model whose table, if it has one, is in `slot`; `more` are further fields.
@@ -49,7 +49,7 @@ def anatomy(
 
 def table_in(root: nn.Module, slot: str) -> Tensor | None:
     """The position table in a slot, (1, R, D), (R, D) or a map (1, rows, columns, D); None when the model has none."""
-    owner, name = place_of(root, slot)
+    owner, name = owner_and_name(root, slot)
     table: Tensor | None = getattr(owner, name, None)
     return table
 
@@ -65,7 +65,7 @@ def is_norm(module: object) -> bool:
 def check_norms(root: nn.Module, paths: Iterable[str]) -> None:
     """Raises UnsupportedModelError unless a LayerNorm or its like lies under each path."""
     for path in paths:
-        if not is_norm(norm := getattr(*place_of(root, path))):
+        if not is_norm(norm := getattr(*owner_and_name(root, path))):
             reason = "the norm before attention must be a LayerNorm or an RMSNorm"
             raise UnsupportedModelError(f"{path} is a {class_name(type(norm))}: {reason}")
 

@@ -19,7 +19,7 @@ from lape.core.anatomy import Anatomy
 from lape.core.position import Grid, Layout
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host.base import Host, add_host, class_name
-from lape.host.parts import POST_NORM, RELATIVE, ROTARY, anatomy, check_norms, table_in
+from lape.host.parts import POST_NORM, RELATIVE, ROTARY, check_norms, checked_anatomy, table_in
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def examine(root: nn.Module, paths: Paths) -> Anatomy:
     sizes = {"width": width, "num_heads": getattr(getattr(first, paths.attention), "num_heads", 1)}
     patch_size = (patch,) * len(grid) if isinstance(patch, int) else tuple(patch)
     parts = {"norm": paths.norm, "attention": paths.attention, "add_bias": None, "patch_size": patch_size}
-    return anatomy(root, blocks, layout, slot=paths.table, **{**parts, **sizes, **more})
+    return checked_anatomy(root, blocks, layout, slot=paths.table, **{**parts, **sizes, **more})
 
 
 def _blocks(root: nn.Module, paths: Paths) -> list[str]:

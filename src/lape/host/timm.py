@@ -7,7 +7,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial, reduce
 from typing import Any
 
@@ -30,7 +29,7 @@ NEW_OUTPUT.add("timm.layers.norm")
 _NO_MASK = ("timm.layers.diff_attention.DiffAttention",)  # its two paths disagree on the heads of a mask
 
 
-def anatomy(root: nn.Module, blocks: list[str], layout: Layout, **more: Any) -> Anatomy:
+def vit_anatomy(root: nn.Module, blocks: list[str], layout: Layout, **more: Any) -> Anatomy:
     """The anatomy of a model whose blocks have `norm1` and `attn`; raises UnsupportedModelError with the reason.
 
     `more` are further fields of `Anatomy`, and `slot`, the path of the table, which the model may lack; None: its
@@ -44,9 +43,9 @@ def anatomy(root: nn.Module, blocks: list[str], layout: Layout, **more: Any) -> 
             "create the model with patch_drop_rate=0"
         )
     first: Any = root.get_submodule(blocks[0])
-    more = {"slot": "pos_embed", "add_bias": mask_of(first.attn), **more}
+    more = {"slot": "pos_embed", "add_bias": bias_adder_of(first.attn), **more}
     sizes = {"width": getattr(first, norm_name).normalized_shape[-1], "num_heads": first.attn.num_heads}
-    return parts.anatomy(root, blocks, layout, norm=norm_name, attention="attn", **sizes, **more)
+    return parts.checked_anatomy(root, blocks, layout, norm=norm_name, attention="attn", **sizes, **more)
 
 
 def block_biases(methods: list[str], layout: Layout) -> tuple[BlockBias, ...]:
@@ -54,8 +53,8 @@ def block_biases(methods: list[str], layout: Layout) -> tuple[BlockBias, ...]:
     return tuple(BlockBias(method, layout.num_patches, layout.num_prefix) for method in methods)
 
 
-def mask_of(attention: nn.Module) -> AddBias | None:
-    """How a bias gets into an attention of timm; None when it takes none."""
+def bias_adder_of(attention: nn.Module) -> AddBias | None:
+    """The function that hands a bias to an attention of timm; None when it takes none."""
     parameters = inspect.signature(attention.forward).parameters
     if class_name(type(attention)) in _NO_MASK:
         return None
@@ -143,23 +142,24 @@ _OF_ALL_MODELS = {"features_only", "feature_cls", "out_indices", "use_naflex"}
 
 
 def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raises LapeError for an argument that is none of the constructors in the file of this model's entry."""
+    """Raises LapeError for an argument that no constructor in this model's timm file takes."""
     import timm
 
     import lape.models  # noqa: F401
 
     arch = name.split(".")[0]
     if not timm.is_model(arch):
-        raise unknown_model(name)
+        raise unknown_model_error(name)
     classes = [c for c in vars(sys.modules[timm.model_entrypoint(arch).__module__]).values() if isinstance(c, type)]
     bases = {base for c in classes for base in c.__mro__ if base.__module__.startswith(("timm.", "lape."))}
     names = {parameter.name for parameter in of_constructors(bases) if parameter.kind is _BY_NAME}
+    allowed = (names | _OF_ALL_MODELS) - NOT_THE_MODEL
     for argument in kwargs:
-        if argument not in (names | _OF_ALL_MODELS) - NOT_THE_MODEL:
+        if argument not in allowed:
             raise LapeError(f"{argument!r} is no argument of {arch} that says what the model is")
 
 
-def unknown_model(name: str) -> LapeError:
+def unknown_model_error(name: str) -> LapeError:
     import timm
 
     arch, models = name.split(".")[0], timm.list_models()
@@ -175,11 +175,11 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     import lape.models  # noqa: F401  they are known to timm from here on
 
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
-        raise unknown_model(str(name))
+        raise unknown_model_error(str(name))
     try:
         model: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, AssertionError) as error:
-        raise _explained(name, kwargs, error) from error
+        raise _creation_error(name, kwargs, error) from error
     except Exception as error:  # of a download: the hub's clients raise what they like
         if kwargs.get("pretrained"):
             raise LapeError(
@@ -190,6 +190,12 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
             raise
         tags = ", ".join(tag for tag in timm.list_pretrained() if tag.split(".")[0] == name.split(".")[0])
         raise LapeError(f"unknown model {name!r}, of this one there are: {tags or 'none with a tag'}") from error
+    _check_divisible(model, name)
+    return model
+
+
+def _check_divisible(model: nn.Module, name: str) -> None:
+    """Raises LapeError for an input size that is no multiple of the patch size."""
     patch_embed = getattr(model, "patch_embed", None)
     size, patch = getattr(patch_embed, "img_size", None), getattr(patch_embed, "patch_size", None)
     patch = (patch, patch) if isinstance(patch, int) else patch
@@ -198,10 +204,9 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
             f"input size {size[0]} x {size[1]} is not divisible by the patch of {name}, {patch[0]} x {patch[1]}: "
             f"use {size[0] // patch[0] * patch[0] or patch[0]} or another multiple"
         )
-    return model
 
 
-def _explained(name: str, kwargs: dict[str, Any], error: Exception) -> LapeError:
+def _creation_error(name: str, kwargs: dict[str, Any], error: Exception) -> LapeError:
     """Why a model cannot be made: it is none that can be converted, or an argument that it does not take."""
     import timm
 
@@ -224,8 +229,11 @@ Fields = dict[str, Any]
 """Fields of `Anatomy` by name."""
 
 
-def _host(name: str, module: str, root: str, blocks: str, read: Callable[[Any], Fields], resizes: bool = False) -> Host:
-    """One family: `read(root)` gives the fields in which it is not as the plain ones are, and `blocks` elsewhere.
+def _host(
+    name: str, module: str, root_class: str, blocks: str, read: Callable[[Any], Fields], resizes: bool = False
+) -> Host:
+    """One family: `read(root)` gives the fields of `Anatomy` that differ from a plain ViT's, and `blocks` where these
+    lie elsewhere.
 
     Modules are those of `timm.models`, blocks of another library have their full names. With `resizes` it has
     `set_input_size`.
@@ -243,11 +251,23 @@ def _host(name: str, module: str, root: str, blocks: str, read: Callable[[Any], 
         check_blocks("timm", root, paths, classes, reasons)
         if all("attns" in root.get_submodule(path)._modules for path in paths):  # several attentions side by side
             paths, fields["branches"] = [branch for path in paths for branch in children(root, f"{path}.attns")], True
-        return anatomy(root, paths, **fields)
+        return vit_anatomy(root, paths, **fields)
 
-    size = measure if resizes else None
-    host = Host(name, (f"{models}.{module}.{root}",), classes, examine, size, _NOTES[name], "timm", blueprint, build)
-    return replace(host, current=current, check_arguments=check_arguments, tested=("timm 1.0.31",), refused=reasons)
+    return Host(
+        name=name,
+        root_classes=(f"{models}.{module}.{root_class}",),
+        block_classes=classes,
+        examine=examine,
+        measure=measure if resizes else None,
+        note=_NOTES[name],
+        package="timm",
+        blueprint=blueprint,
+        build=build,
+        current=current,
+        check_arguments=check_arguments,
+        tested=("timm 1.0.31",),
+        refused=reasons,
+    )
 
 
 _RELPOS = "vision_transformer_relpos"

@@ -14,7 +14,7 @@ from lape.core.position import Grid, Layout
 from lape.core.stages import Stage
 from lape.errors import LapeError, UnsupportedModelError
 from lape.host.base import Blueprint, Host, class_name
-from lape.host.parts import POST_NORM, RELATIVE, Call, anatomy, check_blocks, children, instances
+from lape.host.parts import POST_NORM, RELATIVE, Call, check_blocks, checked_anatomy, children, instances
 
 _SWIN = "torchvision.models.swin_transformer"
 _VIT = "torchvision.models.vision_transformer"
@@ -39,7 +39,7 @@ def examine(root: nn.Module) -> Anatomy:
     layout = Layout((side, side), prefix_rows=1)
     adds = ("encoder.forward",)
     more: dict[str, Any] = {"adds": adds, "queries_keys": "makes them inside of nn.MultiheadAttention"}
-    return anatomy(root, blocks, layout, add_bias=add_to_multihead_mask, **more, **paths, **sizes)
+    return checked_anatomy(root, blocks, layout, add_bias=add_to_multihead_mask, **more, **paths, **sizes)
 
 
 _ARGUMENTS = (
@@ -123,7 +123,7 @@ def examine_swin(root: nn.Module, grid: Grid | None = None) -> Anatomy:
     sizes = {"patch_size": conv.kernel_size, "width": conv.out_channels, "num_heads": attentions[0].num_heads}
     fields = {"slot": None, "input": "features.0", "beside": RELATIVE, "own_bias": tuple(biases), "maps": True, **sizes}
     layout, names = Layout(first, prefix_rows=0), {"norm": "norm1", "attention": "attn"}
-    return anatomy(root, blocks, layout, add_bias=None, stages=tuple(stages), **names, **fields)
+    return checked_anatomy(root, blocks, layout, add_bias=None, stages=tuple(stages), **names, **fields)
 
 
 def swin_blueprint(model: nn.Module) -> Blueprint | None:

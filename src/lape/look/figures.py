@@ -55,9 +55,9 @@ with needs("plot"):
     from matplotlib.ticker import MaxNLocator
 
 COLOUR_MAP, ONE_SIDED = "RdBu_r", "viridis"
-LETTERS = 0.8  # of their usual size, in a figure of a given width
+TEXT_SCALE = 0.8  # of their usual size, in a figure of a given width
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
-WHO: dict[View, str] = {
+VIEW_WORDS: dict[View, str] = {
     "seen": "each layer sees them",
     "received": "each layer receives them",
     "unbiased": "each layer sees them, without the bias of its norm",
@@ -68,15 +68,15 @@ COSINE = Normalize(-1, 1), "cosine similarity"
 # --- one map ----------------------------------------------------------------------------------------------------------
 
 
-def draw_map(axes: Axes, values: Tensor, grid: Grid, token: int | None, norm: Normalize, most_ticks: int = 8) -> Any:
+def draw_map(axes: Axes, values: Tensor, grid: Grid, token: int | None, colours: Normalize, most_ticks: int = 8) -> Any:
     """One map as an image: (n, n) between all patches, or, with `token`, (rows, columns) of that patch, framed.
 
     Ticks count patches; those of an n x n map stand where a row of the grid, or a frame, begins. A token below 0 is not
     in the map. Returns the image.
     """
     height, width = values.shape
-    colours = COLOUR_MAP if norm.vmin == -(norm.vmax or 0) else ONE_SIDED
-    image = axes.imshow(values.numpy(), cmap=colours, norm=norm, interpolation="antialiased", aspect="equal")
+    colour_map = COLOUR_MAP if colours.vmin == -(colours.vmax or 0) else ONE_SIDED
+    image = axes.imshow(values.numpy(), cmap=colour_map, norm=colours, interpolation="antialiased", aspect="equal")
     unit = 1 if token is not None else math.prod(grid[1:])
     axes.set_xticks(_ticks(width, unit, most_ticks))
     axes.set_yticks(_ticks(height, unit, most_ticks))
@@ -105,7 +105,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def fit(figure: Figure, width: float | None) -> Figure:
+def scale_to_width(figure: Figure, width: float | None) -> Figure:
     """The figure with everything in it larger or smaller, so that it is `width` inches wide; None: as it is."""
     old_width, old_height = map(float, figure.get_size_inches())
     factor = 1.0 if width is None else width / old_width
@@ -128,7 +128,7 @@ def fit(figure: Figure, width: float | None) -> Figure:
     return figure
 
 
-def ends(choice: str | None, maps: Iterable[Tensor], usual: Normalize) -> Normalize:
+def colour_range(choice: str | None, maps: Iterable[Tensor], usual: Normalize) -> Normalize:
     """The ends of the colours; for `auto` the least and the largest value of the maps (n, n) off their diagonals."""
     if choice is None:
         return usual
@@ -143,7 +143,7 @@ def ends(choice: str | None, maps: Iterable[Tensor], usual: Normalize) -> Normal
 class Sheet:
     """A figure with one map and its colour bar, drawn again and again with other values: laid out only once."""
 
-    def __init__(self, strip: Strip, norm: Normalize, unit: str, options: DrawOptions):
+    def __init__(self, strip: Strip, colours: Normalize, unit: str, options: DrawOptions):
         values = next(m for m in strip.maps if m is not None)
         token, aspect = strip.token, strip.aspect
         width = min(4.2 * math.sqrt(max(aspect, 1.0)), 8.5) * min(aspect, 1.0)
@@ -152,7 +152,7 @@ class Sheet:
         slack = max(0.0, 5.6 - (left + width + right)) / 2 if options.title else 0.0  # for a title above a narrow map
         self.figure = _figure(2 * slack + left + width + right, bottom + height + top)
         axes = self.figure.add_axes(_box(self.figure, slack + left, bottom, width, height))
-        self._image = draw_map(axes, values, strip.grid, token, norm)
+        self._image = draw_map(axes, values, strip.grid, token, colours)
         axes.set_xlabel("patch" if token is None else "column of patches")
         if strip.frames > 1:
             wide = (values.shape[-1] + 1) // strip.frames
@@ -166,7 +166,7 @@ class Sheet:
         self._title = self.figure.text(0.5, top_y, "", ha="center", va="top", fontsize=10.5)
         self._letters = 12 * self.figure.get_size_inches()[0]  # in a line of the title
         self._titled = options.title
-        fit(self.figure, options.inches)
+        scale_to_width(self.figure, options.inches)
         self._size = self._title.get_fontsize()
 
     def show(self, values: Tensor, title: str) -> Figure:
@@ -202,7 +202,12 @@ class Strip:
 
 
 def overview(
-    title: str, strips: Sequence[Strip], columns: Sequence[str], norm: Normalize, unit: str, width: float | None = None
+    title: str,
+    strips: Sequence[Strip],
+    columns: Sequence[str],
+    colours: Normalize,
+    unit: str,
+    width: float | None = None,
 ) -> Figure:
     """Strips under each other with one colour range and one bar; too many columns are broken into bands.
 
@@ -214,7 +219,7 @@ def overview(
     if width is None:
         bands = _bands(len(columns), most=int(18 / cell))
     else:
-        inside = width / LETTERS - left - right
+        inside = width / TEXT_SCALE - left - right
         bands = _bands(len(columns), most=int(inside / (0.6 * stretch + gap)))
         cell = min(cell, max(inside / len(bands[0]) - gap, 0.3))
     heights = [cell / max(strip.aspect, 1.0) for strip in strips]
@@ -236,7 +241,7 @@ def overview(
                     continue
                 box = _box(figure, left + place * (cell + gap), y - strip_height, cell, strip_height)
                 axes = figure.add_axes(box)
-                draw_map(axes, values, strip.grid, strip.token, norm, most_ticks=4)
+                draw_map(axes, values, strip.grid, strip.token, colours, most_ticks=4)
                 axes.tick_params(labelsize=6.5, length=2, pad=1.5, labelleft=place == 0, labelbottom=ticks)
                 if column == band[0] or strip.maps[column - 1] is None:
                     axes.set_ylabel(strip.label, fontsize=8, labelpad=3)
@@ -250,7 +255,7 @@ def overview(
     figure.colorbar(image, cax=bar).set_label(unit, fontsize=8)
     bar.tick_params(labelsize=7)
     figure.text(0.5, 1 - 0.12 / height, "\n".join(lines), ha="center", va="top", fontsize=11)
-    return fit(figure, width)
+    return scale_to_width(figure, width)
 
 
 def _bands(count: int, most: int) -> list[range]:
@@ -270,9 +275,9 @@ def visualize(
 
     Tables: `<join>_layer<i>_sim_overall.jpg` (cosine similarity of all patches), `<join>_layer<i>_sim_<k>thToken.jpg`
     (patch k with all, on the grid) and `PE_token_sim.jpg` (the same of the raw table, where there is one). Relative
-    biases: `<join>_layer<i>_head<j>.jpg`. Both: `overview` (all layers), tables also `places` (corner, edge and centre)
-    and `measures` (curves over depth), each as PNG, PDF and SVG; what they show in words, `caption.txt`; and the
-    numbers of all layers, `positions.npz`. Layers count from 0. The names are those of the LaPE authors' script.
+    biases: `<join>_layer<i>_head<j>.jpg`. For both an `overview` (all layers); for tables also `places` (corner, edge,
+    centre) and `measures` (curves over depth), each as PNG, PDF and SVG; `caption.txt` says what they show,
+    `positions.npz` has the numbers. Layers count from 0. The names are those of the LaPE authors' script.
 
     `source` is a converted model, or a checkpoint that `lape.files.read.read_checkpoint` reads; of the options, join,
     pe and ema are for checkpoints: what it must hold (None: what it says), and whose weights. As model_name,
@@ -324,8 +329,8 @@ def _draw_positions(
     layers = {f"layer {layer}": maps.layers_Lnn[layer] for layer in indices}
     table = maps.table_nn if options.layers is None else None
     by_column = layers if table is None else {"table P": table, **layers}
-    scale = ends(options.range, by_column.values(), COSINE[0]), COSINE[1]
-    legend = f"cosine similarity between positions as {WHO[view]}, {_range(scale[0])}"
+    scale = colour_range(options.range, by_column.values(), COSINE[0]), COSINE[1]
+    legend = f"cosine similarity between positions as {VIEW_WORDS[view]}, {_range(scale[0])}"
     overall = Strip("all patches", list(layers.values()), maps.grid)
     single = _strip_of_token(f"token {token}", layers.values(), maps.grid, token)
     for strip, suffix, scope in (
@@ -341,13 +346,13 @@ def _draw_positions(
         pictures.captions["PE_token_sim"] = f"{what}; the same of the raw table P"
     all_maps, columns = list(by_column.values()), list(by_column)
     strips = [replace(overall, maps=all_maps), *_strips_of_frames(single.label, all_maps, maps.grid, token)]
-    title = f"{what}\npositions as {WHO[view]}"
+    title = f"{what}\npositions as {VIEW_WORDS[view]}"
     head = pictures.title(f"{title}; {_place(token, maps.grid)}")
     caption = f"{what}; {legend}. Above all patches with all, below {_place(token, maps.grid)} with all, on the grid"
     pictures.add_figure(overview(head, strips, columns, *scale, options.inches), "overview", caption)
-    strips = [_in_its_frame(f"{name}\n{k}", all_maps, maps.grid, k) for name, k in places(maps.grid).items()]
+    strips = [_strip_of_frame(f"{name}\n{k}", all_maps, maps.grid, k) for name, k in named_tokens(maps.grid).items()]
     figure = overview(pictures.title(title), strips, columns, *scale, options.inches)
-    where = ", ".join(f"{name} ({_place(k, maps.grid)})" for name, k in places(maps.grid).items())
+    where = ", ".join(f"{name} ({_place(k, maps.grid)})" for name, k in named_tokens(maps.grid).items())
     pictures.add_figure(figure, "places", f"{what}; {legend}. A patch with all, on the grid: {where}")
     measures = measure_all(maps.layers_Lnn, maps.patches_LnD, maps.grid)
     figure = curves(pictures.title(what), {about.join: measures}, options.inches)
@@ -376,11 +381,11 @@ def _strip_of_token(label: str, maps: Iterable[Tensor | None], grid: Grid, token
     return Strip(label, parts, film, at, _place(token, grid), grid[0] if frame else 1)
 
 
-def _film(map_THW: Tensor) -> Tensor:
+def _film(map_TRC: Tensor) -> Tensor:
     """(frames, rows, columns) -> (rows, all columns), with nothing between frames; (rows, columns) as it is."""
-    if map_THW.ndim == 2:
-        return map_THW
-    return F.pad(map_THW, (0, 1), value=math.nan).transpose(0, 1).flatten(1)[:, :-1]
+    if map_TRC.ndim == 2:
+        return map_TRC
+    return F.pad(map_TRC, (0, 1), value=math.nan).transpose(0, 1).flatten(1)[:, :-1]
 
 
 MOST_FRAMES = 6
@@ -392,10 +397,12 @@ def _strips_of_frames(label: str, maps: Sequence[Tensor | None], grid: Grid, tok
         return [_strip_of_token(label, maps, grid, token)]
     frame = place_of_token(grid, token)[0]
     step = math.ceil(grid[0] / MOST_FRAMES)
-    return [_in_its_frame(f"{label}\nframe {t}", maps, grid, token, t) for t in range(frame % step, grid[0], step)]
+    return [_strip_of_frame(f"{label}\nframe {t}", maps, grid, token, t) for t in range(frame % step, grid[0], step)]
 
 
-def _in_its_frame(label: str, maps: Iterable[Tensor | None], grid: Grid, token: int, frame: int | None = None) -> Strip:
+def _strip_of_frame(
+    label: str, maps: Iterable[Tensor | None], grid: Grid, token: int, frame: int | None = None
+) -> Strip:
     """One patch's part of each map (n, n) in its own frame, or another one."""
     if len(grid) == 2:
         return _strip_of_token(label, maps, grid, token)
@@ -405,21 +412,21 @@ def _in_its_frame(label: str, maps: Iterable[Tensor | None], grid: Grid, token: 
     return Strip(label, parts, grid[1:], at, _place(token, grid))
 
 
-def places(grid: Grid) -> dict[str, int]:
+def named_tokens(grid: Grid) -> dict[str, int]:
     """The patches that readers look at first: in the corner, in the middle of the upper edge, in the centre.
 
     Of a video, those of the frame in the middle.
     """
     *frame, row, column = place_of_token(grid, center_token(grid))
-    corners = {"corner": (0, 0), "edge": (0, column), "centre": (row, column)}
-    return {name: token_at(grid, (*frame, *place)) for name, place in corners.items()}
+    cells = {"corner": (0, 0), "edge": (0, column), "centre": (row, column)}
+    return {name: token_at(grid, (*frame, *place)) for name, place in cells.items()}
 
 
 def curves(title: str, series: Mapping[str, Mapping[str, Tensor]], width: float | None = None) -> Figure:
     """Measures over depth, a panel a measure and a line a model: name -> measure -> (L,) numbers; width in inches."""
     names = [name for name in MEASURES if any(name in measures for measures in series.values())]
     panel = 3.0 if width is None else 1.85
-    wide = min(4, len(names), 4 if width is None else max(1, int(width / LETTERS / panel)))
+    wide = min(4, len(names), 4 if width is None else max(1, int(width / TEXT_SCALE / panel)))
     high = math.ceil(len(names) / wide)
     figure = _figure(panel * wide + 0.3, 2.15 * high + (0.75 if title else 0.2) + 0.2 * (len(series) > 1))
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.99))
@@ -448,7 +455,7 @@ def curves(title: str, series: Mapping[str, Mapping[str, Tensor]], width: float 
     if len(series) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(series), 4), frameon=False, fontsize=9)
-    return fit(figure, width)
+    return scale_to_width(figure, width)
 
 
 def draw_together(
@@ -467,7 +474,7 @@ def draw_together(
 
     Returns the files. Raises LapeError for fewer than two models of one sort, or a folder that cannot be written.
     """
-    tables, biases = sorts(models)
+    tables, biases = by_kind(models)
     if max(len(tables), len(biases)) < 2:
         raise LapeError(
             f"{len(tables)} of {len(models)} models have positions to compare, {len(biases)} a bias: give two or more "
@@ -482,7 +489,7 @@ def draw_together(
     return pictures.paths
 
 
-def sorts(models: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def by_kind(models: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """The models with positions, and those with relative biases: each sort can be drawn in one figure."""
     kinds = {name: KINDS[describe(model).pe] for name, model in models.items()}
     tables = {name: model for name, model in models.items() if kinds[name].is_table}
@@ -495,20 +502,20 @@ def _compare_biases(pictures: Pictures, models: Mapping[str, nn.Module]) -> None
         check_finite(bias, f"the biases of {name}")
     limit = max(bias.abs().max().item() for bias in biases.values()) or 1.0
     maps = {name: (describe(models[name]).grid, None, bias_Lnn) for name, bias_Lnn in biases.items()}
-    rows, columns, norm = _rows(pictures.options, maps, Normalize(-limit, limit))
+    rows, columns, colours = _rows(pictures.options, maps, Normalize(-limit, limit))
     for place in PLACES:
         title = f"bias of the patch in the {place}, mean of the heads"
-        _side_by_side(pictures, title, rows, columns, place, (norm, "bias on attention logits"), f"bias_{place}")
+        _side_by_side(pictures, title, rows, columns, place, (colours, "bias on attention logits"), f"bias_{place}")
 
 
 def _compare_tables(pictures: Pictures, models: Mapping[str, nn.Module], view: View) -> None:
     maps = {name: Maps.of(model, view=view, frames=True) for name, model in models.items()}
     parts = {name: (m.grid, m.table_nn, m.layers_Lnn) for name, m in maps.items()}
-    rows, columns, norm = _rows(pictures.options, parts, COSINE[0])
-    title = f"positions as {WHO[view]}"
-    _side_by_side(pictures, f"{title}, all patches", rows, columns, None, (norm, COSINE[1]), "overall")
+    rows, columns, colours = _rows(pictures.options, parts, COSINE[0])
+    title = f"positions as {VIEW_WORDS[view]}"
+    _side_by_side(pictures, f"{title}, all patches", rows, columns, None, (colours, COSINE[1]), "overall")
     for place in PLACES:
-        _side_by_side(pictures, f"{title}: patch in the {place}", rows, columns, place, (norm, COSINE[1]), place)
+        _side_by_side(pictures, f"{title}: patch in the {place}", rows, columns, place, (colours, COSINE[1]), place)
     measures = {name: measure_all(m.layers_Lnn, m.patches_LnD, m.grid) for name, m in maps.items()}
     figure = curves(pictures.title(title), measures, pictures.options.inches)
     caption = f"{', '.join(models)}; {title}; {_measure_caption(next(iter(measures.values())))}"
@@ -521,16 +528,16 @@ Rows = dict[str, tuple[Grid, list[Tensor | None]]]
 def _rows(
     options: DrawOptions, maps: Mapping[str, tuple[Grid, Tensor | None, Tensor]], usual: Normalize
 ) -> tuple[Rows, list[str], Normalize]:
-    """Of each model its grid, table and layers, those to draw; what stands above them; and the ends of the colours."""
+    """(each model's grid and maps, column titles, colour range)"""
     indices = options.layer_indices(max(len(layers_Lnn) for _, _, layers_Lnn in maps.values()))
+    has_table = options.layers is None and any(table is not None for _, table, _ in maps.values())
     rows: Rows = {}
     for name, (grid, table, layers_Lnn) in maps.items():
-        rows[name] = grid, [layers_Lnn[layer] if layer < len(layers_Lnn) else None for layer in indices]
-        if options.layers is None and any(table is not None for _, table, _ in maps.values()):
-            rows[name][1].insert(0, table)
-    columns = [f"layer {layer}" for layer in indices]
-    columns = ["table P"] * (len(next(iter(rows.values()))[1]) - len(indices)) + columns
-    return rows, columns, ends(options.range, [m for _, row in rows.values() for m in row if m is not None], usual)
+        layers = [layers_Lnn[layer] if layer < len(layers_Lnn) else None for layer in indices]
+        rows[name] = grid, [table, *layers] if has_table else layers
+    columns = [*(["table P"] if has_table else []), *(f"layer {layer}" for layer in indices)]
+    all_maps = [m for _, row in rows.values() for m in row if m is not None]
+    return rows, columns, colour_range(options.range, all_maps, usual)
 
 
 PLACES = ("centre", "corner", "edge")
@@ -547,7 +554,7 @@ def _side_by_side(
 ) -> None:
     """Each model's maps (n, n) in a row, or those of its patch in that place; a model of fewer layers ends earlier."""
     strips = [
-        Strip(name, maps, grid) if place is None else _in_its_frame(name, maps, grid, places(grid)[place])
+        Strip(name, maps, grid) if place is None else _strip_of_frame(name, maps, grid, named_tokens(grid)[place])
         for name, (grid, maps) in rows.items()
     ]
     figure = overview(pictures.title(title), strips, columns, *scale, pictures.options.inches)
@@ -561,7 +568,7 @@ def _draw_biases(pictures: Pictures, model: nn.Module, about: Description, token
     limit = bias_LHnn.abs().max().item() or 1.0
     indices = options.layer_indices(len(bias_LHnn))
     scale = (
-        ends(options.range, bias_LHnn[indices].flatten(0, 1), Normalize(-limit, limit)),
+        colour_range(options.range, bias_LHnn[indices].flatten(0, 1), Normalize(-limit, limit)),
         "bias on attention logits",
     )
     layers = [f"layer {layer}" for layer in indices]
@@ -581,8 +588,8 @@ def _draw_biases(pictures: Pictures, model: nn.Module, about: Description, token
     return pictures.finish(numbers, about, grid=about.grid, token=token)
 
 
-def _range(norm: Normalize) -> str:
-    return f"colours from {norm.vmin:.3g} to {norm.vmax:.3g}"
+def _range(colours: Normalize) -> str:
+    return f"colours from {colours.vmin:.3g} to {colours.vmax:.3g}"
 
 
 def _measure_caption(measures: Mapping[str, Tensor]) -> str:
@@ -616,15 +623,15 @@ class Pictures:
         """What stands above a figure, if anything does."""
         return text if self.options.title else ""
 
-    def add(self, figure: Figure, name: str, **options: Any) -> None:
+    def add(self, figure: Figure, name: str, **savefig: Any) -> None:
         kind = name.rpartition(".")[2]
         if kind in ("jpg", "png"):
-            options["dpi"] = self.options.dpi
+            savefig["dpi"] = self.options.dpi
         if kind == "jpg":
-            options["pil_kwargs"] = {"quality": 92, "subsampling": 0}
+            savefig["pil_kwargs"] = {"quality": 92, "subsampling": 0}
         # text stays text, letters are TrueType (publishers refuse Type 3), the ids are the same every time
         with rc_context({"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "lape"}):
-            self._write(name, lambda file: figure.savefig(file, format=kind, **options))
+            self._write(name, lambda file: figure.savefig(file, format=kind, **savefig))
         figure.set_layout_engine("none")  # laid out once: it takes as long as drawing
 
     def add_maps(
@@ -633,12 +640,12 @@ class Pictures:
         columns: Sequence[str],
         what: str,
         names: Sequence[str],
-        norm: Normalize = COSINE[0],
+        colours: Normalize = COSINE[0],
         unit: str = COSINE[1],
     ) -> None:
         """One picture a map."""
         maps = [values for values in strip.maps if values is not None]
-        sheet = Sheet(strip, norm, unit, self.options)
+        sheet = Sheet(strip, colours, unit, self.options)
         for values, column, name in zip(maps, columns, names, strict=True):
             self.add(sheet.show(values, f"{column}, {strip.about or strip.label}\n{what}"), name)
 
@@ -650,7 +657,8 @@ class Pictures:
         self.add(figure, f"{stem}.svg", metadata={"Date": None})
 
     def finish(self, numbers: dict[str, Tensor], about: Description, **facts: Any) -> list[Path]:
-        """Writes positions.npz: the arrays, and join, pe, num_prefix_tokens and `facts` beside them."""
+        """Writes positions.npz (the arrays, and join, pe, num_prefix_tokens and `facts`) and caption.txt; returns the
+        paths of all files."""
         facts |= {"join": about.join, "pe": about.pe, "num_prefix_tokens": about.prefix_tokens}
         arrays: dict[str, Any] = facts | {name: value.cpu().numpy() for name, value in numbers.items()}
         self._write("positions.npz", lambda file: np.savez_compressed(file, **arrays))

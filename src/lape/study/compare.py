@@ -71,7 +71,7 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
         for seed in options.seeds  # all variants of a seed first: what is there after a stop can be compared
         for variant, one in recipes.items()
     ]
-    runs, remainder = _sort_out(plan, folder)
+    runs, remainder = _finished_and_missing(plan, folder)
     other_runs = [_other_run(path, recipe) for path in options.runs]
 
     print(f"{len(plan)} trainings of {recipe.epochs} epochs, {len(runs)} done before, {options.workers} at a time")
@@ -85,14 +85,14 @@ def compare(recipe: Recipe, options: CompareOptions, rows: Sequence[Variant] = (
     order = list(recipes)
     runs.sort(key=lambda run: (order.index(run.variant), run.seed))
     gaps = differences(runs, baseline)
-    sizes = _at_sizes(folder, runs, recipes, options) if options.extras else {}
+    sizes = _under_conditions(folder, runs, recipes, options) if options.extras else {}
     features = _features_of(folder, runs, recipe, options.probe) if options.probe else {}
-    rivals = {"models": list(options.rivals), "model_kwargs": recipes[order[-1]].model_kwargs}
+    rival_kwargs = dict(recipe.model_kwargs if options.rival_kwargs is None else options.rival_kwargs)
     results = {
         "made_by": "lape compare",
         "data": runs[0].data,
         "recipe": plan[0].model_dump(mode="json", exclude_unset=True, exclude=ROW_FIELDS),
-        "rivals": rivals if options.rivals else None,
+        "rivals": {"models": list(options.rivals), "model_kwargs": rival_kwargs} if options.rivals else None,
         "baseline": baseline,
         "variants": summarise(runs, baseline),
         "differences": gaps,
@@ -116,13 +116,28 @@ def _baseline_and_rows(
     recipe: Recipe, options: CompareOptions, rows: Sequence[Variant]
 ) -> tuple[str, Sequence[Variant]]:
     """The join that others are compared with, and the rows. Raises LapeError for options that mean nothing."""
+    joins, pes, norms = _checked_names(options)
+    _check_numbers(recipe, options)
+    rows = _checked_rows(options, rows, options.models or (recipe.model,), pes, joins, norms)
+    if options.baseline:
+        return match_name("baseline", options.baseline, joins), rows
+    return "basic" if "basic" in joins else joins[0], rows
+
+
+def _checked_names(options: CompareOptions) -> tuple[list[str], list[str], list[str]]:
+    """The joins, kinds and norms of position, as they are spelt. Raises LapeError for another or one twice."""
     joins = [match_name("join", name, JOIN_NAMES) for name in options.joins]
     pes = [match_name("pe", name, PE_NAMES) for name in options.pes]
     norms = [match_name("pe_norm", name, PE_NORM_NAMES) for name in options.pe_norms]
     may_lack = {"rivals": options.rivals, "pe_norms": norms, "pe_stds": options.pe_stds}
     for name, values in {"joins": joins, "pes": pes, "seeds": options.seeds, **may_lack}.items():
         if (not values and name not in may_lack) or len(set(values)) != len(values):
-            raise LapeError(f"{name}={list(values)}: give at least one, and each once")
+            raise LapeError(f"{name}={list(values)}: give {'' if name in may_lack else 'at least one, and '}each once")
+    return joins, pes, norms
+
+
+def _check_numbers(recipe: Recipe, options: CompareOptions) -> None:
+    """Raises LapeError for a number that means nothing, or conditions that do not fit the recipe's images."""
     for std in options.pe_stds:
         if not 1e-6 <= std <= 1e6:
             raise LapeError(f"pe_stds={std} is no standard deviation: give numbers from 1e-6 to 1e6, such as 0.02 1")
@@ -131,19 +146,29 @@ def _baseline_and_rows(
     if options.probe and options.probe < 4:
         raise LapeError(f"probe={options.probe} is not allowed: choose 4 images or more, or 0 for none")
     conditions_of(options, (recipe.input_size,) * 2, (1, 1))
-    models = options.models or (recipe.model,)
+
+
+def _checked_rows(
+    options: CompareOptions,
+    rows: Sequence[Variant],
+    models: Sequence[str],
+    pes: Sequence[str],
+    joins: Sequence[str],
+    norms: Sequence[str],
+) -> Sequence[Variant]:
+    """The given rows, those of the preset, or the combinations. Raises LapeError for an option that none of them has a
+    place for."""
     if options.preset == "rivals" and not rows:
         usual = CompareOptions(output_dir=options.output_dir)
         for name in ("joins", "pes", "pe_norms", "pe_stds"):
             if getattr(options, name) != getattr(usual, name):
                 raise LapeError(f"preset='rivals' has rows of its own: leave {name}={list(getattr(options, name))} out")
-        rows = [Variant(model, *row) for model in models for row in RIVALS]
+        rows = [Variant(model, *row) for model in models for row in RIVAL_POSITIONS]
     rows = rows or rows_of(models, pes, joins, norms or (None,), options.pe_stds or (None,))
     for name, place in (("pe_norms", "pe_norm"), ("pe_stds", "pe_std")):
         if getattr(options, name) and not any(getattr(row, place) is not None for row in rows):
             raise LapeError(f"{name}={list(getattr(options, name))}: none of the rows has a place for it; leave it out")
-    baseline = match_name("baseline", options.baseline, joins) if options.baseline else joins[0]
-    return "basic" if "basic" in joins and not options.baseline else baseline, rows
+    return rows
 
 
 def _report_on(folder: Path, results: dict[str, Any], runs: Sequence[Run], figures: dict[str, "Figure"]) -> list[Path]:
@@ -160,10 +185,10 @@ def _report_on(folder: Path, results: dict[str, Any], runs: Sequence[Run], figur
     return files
 
 
-def _at_sizes(
+def _under_conditions(
     folder: Path, runs: Sequence[Run], recipes: Mapping[Variant, Recipe], options: CompareOptions
 ) -> dict[str, list[list["Outcome"]]]:
-    """The models that are still there, by name and seed, at the sizes that are asked for."""
+    """Results under the conditions that are asked for: by name, a list for each seed."""
     from lape.files.read import read_checkpoint
 
     outcomes: dict[str, list[list[Outcome]]] = {}
@@ -189,13 +214,10 @@ def _features_of(folder: Path, runs: Sequence[Run], recipe: Recipe, count: int) 
 
 
 def _runs_with_model(folder: Path, runs: Sequence[Run]) -> Iterator[tuple[Run, str, Path]]:
-    """The runs whose model is still there (it may be removed, the results stay), and where it is.
-
-    Between them what their variants are called where those of all kinds stand together.
-    """
+    """Yields (run, name of its row, folder of its model) for each run whose model is still there."""
     several = len({run.model for run in runs}) > 1
     for run in runs:
-        model_folder = _cell_name(folder, run.variant, run.seed) / "model"
+        model_folder = _cell_path(folder, run.variant, run.seed) / "model"
         if model_folder.exists():
             yield run, f"{run.variant.label}, {run.pe}" + (f", {run.model}" if several else ""), model_folder
 
@@ -209,7 +231,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The tables of the paper that a comparison trains anew."""
 
-RIVALS: tuple[tuple[str, str, str | None, float | None], ...] = (
+RIVAL_POSITIONS: tuple[tuple[str, str, str | None, float | None], ...] = (
     ("none", "basic", None, None),
     ("learnable", "basic", None, None),
     ("learnable", "basic", None, 1.0),
@@ -220,7 +242,7 @@ RIVALS: tuple[tuple[str, str, str | None, float | None], ...] = (
     ("2D_RPE", "LaPE", None, None),
     *((pe, "basic", None, None) for pe in ("RoPE", "RoPE-mixed", "ALiBi-2D", "LookHere", "PEG", "PEG-6")),
 )
-"""Kind, join, norm of position and start of the table: the rows of the preset `rivals`."""
+"""Kind, join, norm of position and start of the table: the rows of the preset `rivals` (the option takes models)."""
 
 
 def with_preset(options: CompareOptions) -> CompareOptions:
@@ -343,16 +365,16 @@ def _explorable(folder: Path, runs: Sequence[Run]) -> dict[str, Path]:
 
 def cell_folder(folder: Path, recipe: Recipe) -> Path:
     """Where the result of one training lies."""
-    return _cell_name(folder, Variant.of(recipe), recipe.seed)
+    return _cell_path(folder, Variant.of(recipe), recipe.seed)
 
 
-def _cell_name(folder: Path, variant: Variant, seed: int) -> Path:
+def _cell_path(folder: Path, variant: Variant, seed: int) -> Path:
     model, pe, join, norm, std = variant
     suffix = ("" if norm is None else f".{norm}") + ("" if std is None else f".std{std:g}")
     return folder / "cells" / f"{model.replace('/', '_')}.{pe}.{join}{suffix}.seed{seed}"
 
 
-def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Recipe]]:
+def _finished_and_missing(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Recipe]]:
     """The runs that are done, and the recipes of the others."""
     runs, remainder = [], []
     for recipe in plan:
@@ -360,7 +382,7 @@ def _sort_out(plan: Sequence[Recipe], folder: Path) -> tuple[list[Run], list[Rec
         check_file(path)
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
-            defaults = Recipe(as_original=()).model_dump(mode="json")  # what an older recipe had not
+            defaults = Recipe(as_original=()).model_dump(mode="json")  # keys that an older recipe lacks
             theirs = defaults | cell["recipe"]
             run = Run(**{"model": recipe.model, "pe": recipe.pe} | cell["run"])
             if not (0 <= run.accuracy <= 100 and 0 <= run.best <= 100):
@@ -423,7 +445,7 @@ def _train(recipe: Recipe, home: Path, tick: Callable[[], None]) -> Run:
 
 
 def _other_run(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
-    """A finished run as its files tell it, or a checkpoint as it does on the recipe's data."""
+    """A row of the report for a finished run (its log) or a checkpoint (evaluated on the recipe's data)."""
     from lape.files.read import read_checkpoint
 
     run = Path(path)
@@ -459,7 +481,7 @@ def _other_run(path: str | PathLike[str], recipe: Recipe) -> dict[str, Any]:
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
 
-BASELINE = "basic"
+DEMO_BASELINE = "basic"
 DEMO_ROWS: tuple[tuple[str, float | None], ...] = (
     ("basic", None),
     ("basic", 1.0),
@@ -484,7 +506,7 @@ def demo(options: DemoOptions) -> Study:
     if options.epochs is not None:
         recipe = fit_warm_up(recipe.replace(epochs=options.epochs), print, explicit=False)
     check_figures()
-    folder = claim(Path(options.output_dir))
+    folder = claim_demo_folder(Path(options.output_dir))
     stages = demo_stages(recipe, options.seeds, recipe.epochs * options.long_factor, options.long_seeds)
     agenda = Agenda(stages, options.workers, options.time_limit)
     rows = [Variant.of(one) for one in stages[0].recipes]
@@ -502,12 +524,12 @@ def demo(options: DemoOptions) -> Study:
             raise LapeError(f"no training ended within time_limit={options.time_limit:g}: give more seconds, or none")
         runs.sort(key=lambda run: (run.epochs, run.seed, rows.index(run.variant)))
         figures = {"curves.png": _demo_curves(runs), "correlation.png": _maps(Path(models), runs)}
-    gaps = differences(runs, BASELINE)
+    gaps = differences(runs, DEMO_BASELINE)
     results = {
         "made_by": DEMO,
         "data": runs[0].data,
         "recipe": recipe.model_dump(mode="json", exclude_unset=True, exclude={"join_type", "seed"}),
-        "variants": summarise(runs, BASELINE),
+        "variants": summarise(runs, DEMO_BASELINE),
         "differences": gaps,
         "left_out": [{"epochs": s.recipes[0].epochs, "seed": s.recipes[0].seed} for s in agenda.omissions],
         "sentences": [*report.sentences(gaps), *omission_sentences(agenda)],
@@ -540,7 +562,7 @@ def _check_demo(options: DemoOptions) -> None:
         raise LapeError(f"time_limit={options.time_limit:g} is not allowed: choose seconds above 0, or none")
 
 
-def claim(folder: Path) -> Path:
+def claim_demo_folder(folder: Path) -> Path:
     """The folder, made and writable. Raises LapeError if it is not, or if a file would be lost that no demo wrote."""
     names = [name for name in DEMO_FILES if (_writable(folder) / name).exists()]
     check_file(folder / DEMO_FILES[0])
@@ -601,7 +623,7 @@ def _maps(models: Path, runs: Sequence[Run]) -> "Figure":
     strips, columns = [], []
     first = [run for run in runs if (run.epochs, run.seed) == (runs[0].epochs, runs[0].seed)]
     for run in first:
-        home = _cell_name(models / str(run.epochs), run.variant, run.seed)
+        home = _cell_path(models / str(run.epochs), run.variant, run.seed)
         maps = Maps.of(load(home / "model"))
         token, all_maps, columns = center_token(maps.grid), list(maps.columns.values()), list(maps.columns)
         strips.append(Strip(f"{run.variant.label}\nall patches", all_maps, maps.grid))

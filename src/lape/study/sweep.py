@@ -30,7 +30,7 @@ from lape.data.sets import Images, reader_of
 from lape.errors import CheckpointError, LapeError, needs
 from lape.files.atomic import write_content
 from lape.files.read import Checkpoint, read_checkpoint
-from lape.files.restore import check_classifier, labels_of, restore_with, settings_of, size_of
+from lape.files.restore import count_classes, labels_of, restore_with, settings_of, size_of
 from lape.look.watch import Watch
 from lape.recipe import Recipe
 from lape.study.numbers import Variant, interval
@@ -160,14 +160,14 @@ def evaluate_at(checkpoint: Checkpoint, recipe: Recipe, options: Conditions, say
 
         model = model_at(model_size)
         plain = Images(*sources["val"], read, eval_transform(recipe).build())
-        outputs = check_classifier(checkpoint, model, model_size, recipe.in_chans)
+        outputs = count_classes(checkpoint, model, model_size, recipe.in_chans)
         note = number_as(Data(None, plain, classes, name), checkpoint, labels_of(model), outputs)
         patch = (
             patch_of(model, model_size, recipe.in_chans) if options.shuffle_patches or options.occlude else model_size
         )
         conditions = conditions_of(options, model_size, patch)
         for size in {condition.size for condition in conditions} - {model_size}:
-            check_classifier(checkpoint, model_at(size), size, recipe.in_chans)  # refused now, not after the others
+            count_classes(checkpoint, model_at(size), size, recipe.in_chans)  # refused now, not after the others
         say(f"Data: {name}\n{note}".rstrip())
         outcomes: list[Outcome] = []
         for condition in conditions:

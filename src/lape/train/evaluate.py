@@ -27,8 +27,8 @@ from lape.errors import CheckpointError, DataError, LapeError, NotFiniteError, c
 from lape.files.exported import Classifier, all_names, is_exported, read_exported
 from lape.files.read import Checkpoint, read_checkpoint
 from lape.files.restore import (
-    check_classifier,
     check_outputs,
+    count_classes,
     labels_of,
     logits_of,
     restore_with,
@@ -226,7 +226,7 @@ def evaluate_checkpoint(recipe: Recipe, *, say: Say = tell) -> Metrics:
         autocast(recipe.amp, world.device)
         data = load_data(recipe, train=False, device=world.device)
         model = restore_with(checkpoint, recipe, recipe.input_size).to(world.device)
-        outputs = check_classifier(checkpoint, model, recipe.input_size, recipe.in_chans)
+        outputs = count_classes(checkpoint, model, recipe.input_size, recipe.in_chans)
         note = number_as(data, checkpoint, labels_of(model), outputs)
         say(f"Data: {data.name}")
         if note:
@@ -341,6 +341,6 @@ def _classifier(options: PredictOptions) -> Iterator[Classifier]:
     transform = transform_of(checkpoint)
     with join_world(options.device) as world:
         model = restore_with(checkpoint, settings_of(checkpoint, Recipe()), transform.input_size).to(world.device)
-        outputs = check_classifier(checkpoint, model, transform.input_size, transform.in_chans)
+        outputs = count_classes(checkpoint, model, transform.input_size, transform.in_chans)
         names = all_names(checkpoint.classes or labels_of(model), outputs)
         yield Classifier(transform, names, lambda pixels_BCHW: logits_of(model(pixels_BCHW.to(world.device))))

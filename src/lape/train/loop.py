@@ -77,8 +77,8 @@ from lape.train.state import (
     initial_state,
     peak_lr,
     resume,
-    save,
     set_rate,
+    write_checkpoint,
 )
 
 
@@ -123,7 +123,7 @@ class Training:
     def save(self, *, better: bool = False) -> None:
         """Write the checkpoint and the log, if the run has a folder. All processes call it."""
         if self.recipe.output_dir:
-            on_main(lambda: save(self.state, self.data, self.recipe, self.plan, better=better))
+            on_main(lambda: write_checkpoint(self.state, self.data, self.recipe, self.plan, better=better))
             self.last_save = time.monotonic()
 
 
@@ -133,8 +133,8 @@ class StepReport(NamedTuple):
     loss: float
     grad_norm: float
     stop: float  # more than 0: a signal came to one of them
-    corrupt: float  # images that could not be read
-    save: float  # more than 0: a checkpoint is due
+    corrupt: float  # images that could not be read, mean over processes
+    save_due: float  # more than 0: a checkpoint is due
 
     @property
     def good(self) -> bool:
@@ -203,9 +203,10 @@ def train(recipe: Recipe, *, on_epoch: Callable[[dict[str, Any]], None] | None =
 
 
 def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
-    """Take the steps of an epoch that are left of it; returns what log.txt says of them."""
+    """Take the remaining steps of an epoch; returns what log.txt says of them."""
     recipe, world, state, parts = run.recipe, run.world, run.state, run.plan.parts
     lr = state.optimizer.param_groups[0]["lr"]
+    context = f"learning rate {lr:.3g} in epoch {epoch}"
     progress = Progress(f"Epoch: [{epoch}]", state.next_step, run.steps, run.plan, world, recipe.log_every, run.say)
     first = state.next_step
     loader = train_loader(
@@ -220,28 +221,28 @@ def _train_epoch(run: Training, epoch: int) -> dict[str, Any]:
     run.net.train(recipe.train_mode)
     if run.mixup is not None:
         run.mixup.mixup_enabled = epoch < (recipe.mixup_off_epoch or recipe.epochs)
-    loss = torch.zeros((), device=world.device)
+    step_loss = torch.zeros((), device=world.device)
     readings: deque[Reading] = deque()  # the reports of steps that nobody has read yet
     with closing(progress.over(loader)) as batches:  # an error must not leave the loader's processes
         for number, (images, targets) in enumerate(batches, start=first * parts):
             step, part = divmod(number, parts)
-            last = part == parts - 1  # of the batches whose gradients make this step
+            last = part == parts - 1  # the last batch of this step
             seed_step(recipe.seed, epoch, step, world.rank, part)
-            loss += _add_gradients(run, images, targets, last)
+            step_loss += _add_gradients(run, images, targets, last)
             if not last:
                 continue
-            readings.append(_launch_update(run, loss, loader.omissions, epoch, step))
-            loss.zero_()
-            at_once = not state.on_device or step + 1 == run.steps or _saves_behind(recipe, step)
-            stop, save = _account(run, readings, at_once, progress, f"learning rate {lr:.3g} in epoch {epoch}")
-            if stop:
+            readings.append(_launch_update(run, step_loss, loader.omissions, epoch, step))
+            step_loss.zero_()
+            at_once = not state.on_device or step + 1 == run.steps or _saves_after(recipe, step)
+            must_stop, save_due = _count_steps(run, readings, at_once, progress, context)
+            if must_stop:
                 _save_and_leave(run)
-            if save and not state.bad_in_row and state.next_step < run.steps:
+            if save_due and not state.bad_in_row and state.next_step < run.steps:
                 run.save()
     set_rate(state, recipe, epoch + 1)
     line = _epoch_line(run, epoch, lr, progress)
-    loss = line["train_loss"]
-    run.say(f"Averaged stats: lr: {lr:.6f}  loss: {loss if loss is None else round(loss, 4)}")
+    epoch_loss = line["train_loss"]
+    run.say(f"Averaged stats: lr: {lr:.6f}  loss: {epoch_loss if epoch_loss is None else round(epoch_loss, 4)}")
     return line
 
 
@@ -275,25 +276,30 @@ def _launch_update(run: Training, loss: Tensor, omissions: list[str], epoch: int
     state, recipe = run.state, run.recipe
     grad_norm = _gradient_norm(state, run.parameters, recipe.clip_grad)
     numbers = [run.stop.is_set(), len(omissions), run.world.is_main and _save_is_due(run, step)]
-    for text in omissions:  # every process names its own
-        print(f"left out: {text}", file=sys.stderr, flush=True)
-    omissions.clear()
+    _print_omissions(omissions)
     report = mean_over_ranks(torch.stack([loss, grad_norm]), numbers)
     reading = Reading(report)
     state.update(report[:2].isfinite().all(), epoch * run.steps + step + 1 if recipe.model_ema_warmup else None)
     return reading
 
 
-def _account(
-    run: Training, readings: deque[Reading], at_once: bool, progress: Progress, place: str
+def _print_omissions(omissions: list[str]) -> None:
+    """Name the images that were left out, each once: every process its own."""
+    for text in omissions:
+        print(f"left out: {text}", file=sys.stderr, flush=True)
+    omissions.clear()
+
+
+def _count_steps(
+    run: Training, readings: deque[Reading], at_once: bool, progress: Progress, context: str
 ) -> tuple[bool, bool]:
     """Read and count the reports of steps. The last stays unread, so that nobody waits for the device.
 
     With `at_once`, or where a step stops or saves the run, all are read: the state is that of the last step then.
     Returns whether the run stops, and whether a checkpoint is due.
     """
-    state, stop, save = run.state, False, False
-    while len(readings) > (0 if at_once or stop or save else 1):
+    state, must_stop, save_due = run.state, False, False
+    while len(readings) > (0 if at_once or must_stop or save_due else 1):
         report = StepReport(*readings.popleft().read())
         progress.report(loss=report.loss, lr=state.optimizer.param_groups[0]["lr"], grad_norm=report.grad_norm)
         state.skipped_images += round(report.corrupt * run.world.size)
@@ -302,9 +308,9 @@ def _account(
             state.loss_sum += report.loss
             state.bad_in_row = 0
         else:
-            _count_bad_step(run, report, f"{place}, step {state.next_step - 1}")
-        stop, save = stop or report.stop > 0, save or report.save > 0
-    return stop, save
+            _count_bad_step(run, report, f"{context}, step {state.next_step - 1}")
+        must_stop, save_due = must_stop or report.stop > 0, save_due or report.save_due > 0
+    return must_stop, save_due
 
 
 def training_loss(
@@ -363,15 +369,15 @@ def _count_bad_step(run: Training, report: StepReport, where: str) -> None:
     run.say(f"Step skipped, it is not finite: {what} ({state.bad_in_row} in a row)")
 
 
-def _saves_behind(recipe: Recipe, step: int) -> bool:
-    """Whether a checkpoint is due behind a step by its number."""
+def _saves_after(recipe: Recipe, step: int) -> bool:
+    """Whether a checkpoint is due after a step by its number."""
     return bool(recipe.save_steps and (step + 1) % recipe.save_steps == 0)
 
 
 def _save_is_due(run: Training, step: int) -> bool:
     """By the step's number, or by this process's clock."""
     minutes = run.recipe.save_minutes
-    return _saves_behind(run.recipe, step) or bool(minutes and time.monotonic() - run.last_save >= 60 * minutes)
+    return _saves_after(run.recipe, step) or bool(minutes and time.monotonic() - run.last_save >= 60 * minutes)
 
 
 def _save_and_leave(run: Training) -> NoReturn:
@@ -395,7 +401,7 @@ def _save_and_leave(run: Training) -> NoReturn:
 
 def _prepare(recipe: Recipe, world: World, say: Say) -> Training:
     """Build all that a run needs, from its start or from a checkpoint. Nothing is written."""
-    _check(recipe, world.device)
+    _check_recipe(recipe, world.device)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if recipe.deterministic:
@@ -430,7 +436,7 @@ def _prepare(recipe: Recipe, world: World, say: Say) -> Training:
     return Training(recipe, world, Stop(), say, data, plan, steps, state, net, mixup, teacher, checkpoint)
 
 
-def _check(recipe: Recipe, device: torch.device) -> None:
+def _check_recipe(recipe: Recipe, device: torch.device) -> None:
     """Refuse what cannot be trained. Raises LapeError."""
     autocast(recipe.amp, device)
     check_services(recipe)
@@ -453,7 +459,7 @@ def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -
 
     DistributedDataParallel adds up gradients in another order from its second step on, when it has seen in which order
     they come. A run that goes on would take its first step as no other run did, and with three processes or more end
-    with other bits. So a step on nothing comes first, of which nothing stays.
+    with other bits. So one backward on blank images runs first, and is undone.
     """
     callable_model: Any = torch.compile(model) if recipe.compile else model
     net: nn.Module = callable_model
@@ -479,7 +485,7 @@ def _parallel(model: nn.Module, recipe: Recipe, world: World, plan: BatchPlan) -
 def _complete_files(run: Training) -> None:
     """A run that was killed while it wrote its very last files gets the rest of them."""
     if run.checkpoint is not None and run.checkpoint.path.name != CHECKPOINT:
-        save(run.state, run.data, run.recipe, run.plan)
+        write_checkpoint(run.state, run.data, run.recipe, run.plan)
     else:
         write_log(run.state.history, Path(run.recipe.output_dir))
 

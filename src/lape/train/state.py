@@ -275,7 +275,7 @@ def _hold(folder: Path, at_end: ExitStack) -> None:
         pass
 
 
-def save(state: State, data: Data, recipe: Recipe, plan: BatchPlan, *, better: bool = False) -> None:
+def write_checkpoint(state: State, data: Data, recipe: Recipe, plan: BatchPlan, *, better: bool = False) -> None:
     """Write the checkpoint (and the best one), then the log, whose lines the checkpoint holds, so none can be lost."""
     folder = Path(recipe.output_dir)
     content = {
@@ -329,7 +329,7 @@ def checkpoint_to_resume(recipe: Recipe, say: Say = print) -> Checkpoint | None:
             problems.append(str(error))
             say(f"{error}; skipped")
             continue
-        if newest is None or _place(candidate) > _place(newest):
+        if newest is None or _progress_of(candidate) > _progress_of(newest):
             newest = candidate
     if problems and newest is None:
         raise CheckpointError(
@@ -339,7 +339,7 @@ def checkpoint_to_resume(recipe: Recipe, say: Say = print) -> Checkpoint | None:
     return newest
 
 
-def _place(checkpoint: Checkpoint) -> tuple[int, int]:
+def _progress_of(checkpoint: Checkpoint) -> tuple[int, int]:
     return checkpoint.raw.get("epoch", -1), checkpoint.raw.get("step", 0)
 
 
@@ -363,7 +363,7 @@ def _check_resumable(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 def agree(checkpoint: Checkpoint | None, world: World) -> None:
     """Make sure that every process goes on from the same place. Raises LapeError in all of them."""
-    place = "nothing" if checkpoint is None else "epoch {}, step {}".format(*_place(checkpoint))
+    place = "nothing" if checkpoint is None else "epoch {}, step {}".format(*_progress_of(checkpoint))
     places = all_of(place)
     if len(set(places)) > 1:
         differences = ", ".join(f"process {places.index(text)} from {text}" for text in dict.fromkeys(places))

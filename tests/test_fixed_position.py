@@ -108,9 +108,9 @@ def test_gradients_half_precision_and_a_block_by_hand(pe):
 
 def test_axial_rotation_knows_offsets_alone() -> None:
     """q_i . k_j after turning depends on the offset of j from i, for any q and k."""
-    from lape.core.rotary import axial, places, rotation
+    from lape.core.rotary import axial, patch_coordinates, rotation
 
-    cos, sin = rotation(axial(8), places((4, 5)), 0)
+    cos, sin = rotation(axial(8), patch_coordinates((4, 5)), 0)
     q, k = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(0))
 
     def at(x: Tensor, n: int) -> Tensor:
