@@ -60,6 +60,28 @@ def test_tokens_that_are_their_place_and_nothing_else(prefix: int) -> None:
     assert found.without["shift"].isnan().all()  # nothing is left that could vary
 
 
+@pytest.mark.parametrize(("ridge", "expected"), [(6.0, 0.75), (18.0, 7 / 16)])
+def test_a_ridge_pulls_the_probe_to_the_middle_of_the_grid(ridge: float, expected: float) -> None:
+    """Two of 12 directions vary, by s each: the penalty is ridge s / 6 and the estimate 1 / (1 + ridge / 6) of it."""
+    coordinates = nn.functional.pad(where() - 1.5, (0, WIDTH - 2))
+    plain = of(lambda patches: coordinates.expand(len(patches), -1, -1), ridge=ridge).plain
+    assert [*plain["row"].tolist(), *plain["column"].tolist()] == pytest.approx([expected] * 6, abs=1e-9)
+
+
+@pytest.mark.parametrize(("patch", "image"), [((4, 16), (16, 32)), ((16, 4), (32, 16))])
+def test_a_step_is_a_patch_along_each_side_of_one_that_is_no_square(
+    patch: tuple[int, int], image: tuple[int, int]
+) -> None:
+    """Without a table, what enters the first block knows no place: moved by whole patches it stays the same."""
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "img_size": image, "patch_size": patch})
+    nn.init.zeros_(model.pos_embed)
+    features = probe(model, photos(8, *image))
+    assert features.grid == (image[0] // patch[0], image[1] // patch[1])
+    assert features.plain["shift"][0].item() == pytest.approx(1.0, abs=1e-6)
+
+
 def test_tokens_of_content_alone_know_no_place() -> None:
     found = of(lambda patches: patches[..., :WIDTH])
     assert found.plain["shift"].tolist() == pytest.approx([1.0] * 3, abs=1e-6)

@@ -364,6 +364,12 @@ def test_what_is_suggested_can_be_registered(table):
     assert "not checked in a forward" in str(lape.suggest_host(OpenClip()))
 
 
+def test_a_patch_is_as_far_as_the_next_one_where_patches_overlap():
+    model = Mine().eval()
+    model.stem = nn.Conv2d(3, 32, 7, 4, 3)
+    assert lape.suggest_host(model, torch.randn(1, 3, 16, 16)).where == {**WHERE, "patch_size": (4, 4)}
+
+
 def test_a_suggestion_leaves_every_module_in_its_own_mode():
     model = Mine().train()
     model.layers[0].norm1.eval()

@@ -135,6 +135,16 @@ def test_entries_of_a_transformers_folder_that_fetch_are_refused(tmp_path, asked
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("word", ["org/kernel", "gelu/../x", "gelu\n", "a" * 65])
+def test_a_word_of_a_configuration_is_one_from_end_to_end(word):
+    transformers = pytest.importorskip("transformers")
+    from lape.host.configurations import check_entries
+
+    check_entries(transformers.ViTConfig, {"hidden_act": "gelu_new"})
+    with pytest.raises(LapeError, match="'hidden_act' of a ViTConfig is text, not"):
+        check_entries(transformers.ViTConfig, {"hidden_act": word})
+
+
 def test_what_a_transformers_folder_may_say_of_a_model_within_is_held_to_its_own_class(tmp_path, asked):
     """The class around it may declare more in it than its own does: `vocab_size` of a vision tower in LLaVA."""
     transformers = pytest.importorskip("transformers")
@@ -179,6 +189,7 @@ def test_a_checkpoint_is_held_to_the_same(tmp_path, asked):
         ({"cache_dir": "x"}, {}),
         ({}, {"library": "transformers"}),
         ({}, {"epoch": -(10**9)}),
+        ({}, {"epoch": True}),
         ({}, {"classes": 3}),
     ]
     wrong += [({}, {"transform": {"input_size": 10**9}}), ({}, {"optimizer": 1}), ({}, {"history": [{"epoch": "x"}]})]
