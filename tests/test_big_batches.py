@@ -19,7 +19,7 @@ from lape.errors import CheckpointError, LapeError
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.loop import seed_step, train
 from lape.train.start import build_model, load_teacher
-from lape.train.state import BEST, CHECKPOINT, initial_state, peak_lr
+from lape.train.state import BEST, CHECKPOINT, _average, initial_state, peak_lr
 
 ROOT = Path(__file__).parents[1]
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "smoothing": 0.0, "repeated_aug": False, "model_ema": False}
@@ -171,7 +171,8 @@ def test_deterministic_asks_torch_for_it():
 # ------------------------------------------------------------------------------------------------ moving average
 
 
-def test_the_average_of_a_short_run_warms_up_by_the_formula():
+@pytest.mark.parametrize("device_decides", [False, True])
+def test_the_average_of_a_short_run_warms_up_by_the_formula(device_decides):
     recipe = tiny(model_ema_warmup=True, model_ema_decay=0.99)
     state = initial_state(recipe, build_model(recipe, 10), ALONE)
     assert state.ema is not None
@@ -179,7 +180,11 @@ def test_the_average_of_a_short_run_warms_up_by_the_formula():
     for step in range(1, 6):
         with torch.no_grad():
             next(state.model.parameters()).add_(step)
-        state.ema.update(state.model, step)
+        if device_decides:
+            _average(state.ema, state.model, torch.tensor(True), step)
+            _average(state.ema, state.model, torch.tensor(False), step)  # a step that does not count
+        else:
+            state.ema.update(state.model, step)
         decay = 0.0 if step == 1 else min(1 - step ** (-2 / 3), 0.99)  # step - 1 updates before: (1 + step - 1)
         expected = decay * expected + (1 - decay) * next(state.model.parameters()).detach()
         torch.testing.assert_close(next(state.ema.module.parameters()).detach(), expected)

@@ -98,6 +98,18 @@ def test_share_is_that_of_the_sum_of_a_table_and_noise(size: int) -> None:
     assert found.plain["share"][0].item() == pytest.approx(between / (between + WIDTH), abs=0.03)
 
 
+def test_share_is_the_variance_component_of_a_one_way_analysis_of_variance() -> None:
+    """Places are the groups, of 4 images each. The component between them is (MSB - MSW) / 4, for n - 1 places."""
+    p, images = table(), photos(8)
+    tokens = (nn.functional.unfold(images[:4], 8, stride=8).mT[..., :WIDTH] + p).double()
+    means = tokens.mean(0)
+    msb = 4 * (means - means.mean(0)).square().sum() / (16 - 1)
+    msw = (tokens - means).square().sum() / (16 * (4 - 1))
+    between = (msb - msw) / 4 * 15 / 16
+    plain = probe(Stack(lambda patches: patches[..., :WIDTH] + p), images).plain
+    assert plain["share"].tolist() == pytest.approx([(between / (between + msw)).item()] * 3, abs=1e-6)
+
+
 def test_ssdc_is_the_correlation_of_similarity_with_distance() -> None:
     p, d = table(), torch.cdist(where(), where())
     found = of(lambda patches: p.expand(len(patches), -1, -1))
