@@ -19,7 +19,7 @@ from lape.errors import CheckpointError, LapeError
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.loop import seed_step, train
 from lape.train.start import build_model, load_teacher
-from lape.train.state import BEST, CHECKPOINT, _average, initial_state, peak_lr
+from lape.train.state import BEST, CHECKPOINT, State, _average, initial_state, peak_lr
 
 ROOT = Path(__file__).parents[1]
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "smoothing": 0.0, "repeated_aug": False, "model_ema": False}
@@ -188,6 +188,13 @@ def test_the_average_of_a_short_run_warms_up_by_the_formula(device_decides):
         decay = 0.0 if step == 1 else min(1 - step ** (-2 / 3), 0.99)  # step - 1 updates before: (1 + step - 1)
         expected = decay * expected + (1 - decay) * next(state.model.parameters()).detach()
         torch.testing.assert_close(next(state.ema.module.parameters()).detach(), expected)
+
+
+def test_the_steps_of_all_epochs_warm_an_average_up(monkeypatch):
+    numbers, update = [], State.update
+    monkeypatch.setattr(State, "update", lambda state, good, n: (numbers.append(n), update(state, good, n)))
+    train(tiny(epochs=2, batch_size=512, model_ema_warmup=True), say=quiet)
+    assert numbers == [1, 2, 3, 4]
 
 
 def test_a_short_runs_warmed_up_average_is_near_its_weights():

@@ -120,6 +120,23 @@ def test_the_command_has_the_defaults_of_the_function():
     assert (shared, fields["tolerance"].default) == (["formats", "fold", "tolerance"], 1e-4)
 
 
+def test_the_command_hands_all_that_it_was_given_on(images, monkeypatch):
+    from lape.cli.app import app, run
+
+    calls, transform = [], {"input_size": 16}
+    monkeypatch.setattr("lape.files.read.read_checkpoint", lambda path: path)
+    monkeypatch.setattr("lape.cli.commands.sample_images", lambda *_args: (images, "somewhere", transform))
+    monkeypatch.setattr("lape.files.export.export", lambda source, **options: calls.append((source, options)))
+    flags = ["--output-dir", "out", "--formats", "onnx", "--no-fold", "--tolerance", "0.5"]
+    assert run(app, ["export", "c.pth", *flags]) == 0
+    ((source, options),) = calls
+    assert source == "c.pth"
+    assert options.pop("images_BCHW") is images
+    assert options.pop("say")
+    expected = {"output_dir": "out", "formats": ("onnx",), "fold": False, "tolerance": 0.5, "transform": transform}
+    assert options == expected
+
+
 def test_wrong_input_is_one_line(images, tmp_path):
     with pytest.raises(lape.LapeError, match=r"unknown format 'onxx'.*did you mean 'onnx'"):
         export(converted(), tmp_path, images, formats=["onxx"])

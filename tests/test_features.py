@@ -180,6 +180,20 @@ def test_models_of_other_libraries() -> None:
             assert not torch.equal(changed if isinstance(changed, Tensor) else changed.last_hidden_state, logits)
 
 
+def test_detection_tokens_stay_behind_the_patches() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.YolosConfig(**sizes, image_size=[32, 32], patch_size=8, num_detection_tokens=3)
+    model = transformers.YolosModel(config).eval()
+    assert probe(model, photos()).grid == GRID
+    with torch.no_grad():
+        before = model(photos()).last_hidden_state
+        with debias_(model, photos()):
+            after = model(photos()).last_hidden_state
+    same = (after == before).all(dim=-1).all(dim=0)
+    assert same.tolist() == [True] + [False] * 16 + [True] * 3
+
+
 def test_position_is_in_the_stream_of_basic_and_not_of_lape() -> None:
     torch.manual_seed(0)
     blank = torch.zeros(4, 3, 32, 32)
@@ -299,6 +313,24 @@ def test_a_name_of_timm_is_probed_on_the_digits(capsys) -> None:
     code, text, _ = lines_of(capsys, "test_vit", "--no-pretrained", "--count", "4")
     assert (code, "digits" in text) == (0, True)
     assert lines_of(capsys, "no_such_model_at_all", "--count", "4")[0] == 2
+
+
+def test_averaged_weights_are_probed_where_they_are_asked_for(folder, capsys, monkeypatch) -> None:
+    from lape.study import probing
+
+    choices, restore = [], probing.restore
+    monkeypatch.setattr(probing, "restore", lambda checkpoint, *, ema: (choices.append(ema), restore(checkpoint))[1])
+    for words in ([], ["--ema"]):
+        assert lines_of(capsys, folder / "model", "--count", "4", *words)[0] == 0
+    assert choices == [False, True]
+
+
+def test_a_model_of_timm_sees_images_as_timm_evaluates_it() -> None:
+    from lape.study.options import ProbeOptions
+    from lape.study.probing import _model_of
+
+    transform = _model_of("test_vit", ProbeOptions(pretrained=False))[1]
+    assert (transform.size, transform.crop_ratio, transform.mean) == ((160, 160), 0.95, (0.5, 0.5, 0.5))
 
 
 def test_legends_name_what_differs() -> None:

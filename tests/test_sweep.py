@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import gaussian_blur
 from training import quiet, tiny
 
 import lape
@@ -55,6 +56,19 @@ def test_noise_has_the_size_that_it_says() -> None:
     )
     hit = CORRUPTIONS["impulse_noise"](grey, seeded(), severity=5)
     assert (hit != grey).double().mean().item() == pytest.approx(0.27, rel=0.02)
+
+
+@pytest.mark.parametrize(("side", "more"), [(64, 0.05), (65, 0.1)])
+def test_up_to_64_pixels_severities_are_those_of_small_images(side: int, more: float) -> None:
+    made = CORRUPTIONS["brightness"](torch.zeros(3, side, side + 9), seeded(), severity=1)
+    assert made.unique().tolist() == pytest.approx([more])
+
+
+@pytest.mark.parametrize(("side", "reach", "sigma"), [(224, 4, 1.0), (112, 2, 0.5), (448, 8, 2.0)])
+def test_a_blur_is_as_wide_as_a_part_of_the_image(side: int, reach: int, sigma: float) -> None:
+    image = picture(1, side, side)
+    expected = gaussian_blur(image, [2 * reach + 1] * 2, [sigma] * 2)
+    assert torch.equal(CORRUPTIONS["gaussian_blur"](image, seeded(), severity=1), expected)
 
 
 @pytest.mark.parametrize(("height", "width", "patch"), [(8, 8, (2, 2)), (6, 12, (3, 4)), (7, 9, (2, 2))])

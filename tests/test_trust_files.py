@@ -392,6 +392,18 @@ def run(*tokens) -> int:
     return cli.run(cli.app, [str(token) for token in tokens])
 
 
+@pytest.mark.parametrize("output", ["m", "m/a.png", "link"])
+@pytest.mark.parametrize("source", ["m", "m/a.png"])
+def test_neither_a_file_nor_the_folder_around_it_is_replaced(tmp_path, output, source):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "a.png").write_bytes(b"a")
+    (tmp_path / "m" / "b.png").write_bytes(b"b")
+    (tmp_path / "link").symlink_to("m")
+    with pytest.raises(LapeError, match="would replace what is read"):
+        atomic.keep_inputs([tmp_path / output], [tmp_path / source])
+    atomic.keep_inputs([tmp_path / "m" / "b.png"], [tmp_path / "m" / "a.png"])
+
+
 def test_outputs_do_not_replace_inputs(folder, images, capsys):
     data = images / "data"
     for place in ("train/x", "train/y", "val/x", "val/y"):
