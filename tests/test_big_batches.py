@@ -17,7 +17,7 @@ from lape.errors import CheckpointError, LapeError
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.loop import seed_step, train
 from lape.train.start import build_model, load_teacher
-from lape.train.state import BEST, CHECKPOINT, initial_state, peak_lr
+from lape.train.state import BEST, CHECKPOINT, State, _average, initial_state, peak_lr
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "smoothing": 0.0, "repeated_aug": False, "model_ema": False}
 
@@ -153,7 +153,8 @@ def test_deterministic_asks_torch_for_it():
 # ------------------------------------------------------------------------------------------------ moving average
 
 
-def test_the_average_of_a_short_run_warms_up_by_the_formula():
+@pytest.mark.parametrize("device_decides", [False, True])
+def test_the_average_of_a_short_run_warms_up_by_the_formula(device_decides):
     recipe = tiny(model_ema_warmup=True, model_ema_decay=0.99)
     state = initial_state(recipe, build_model(recipe, 10), ALONE)
     assert state.ema is not None
@@ -161,10 +162,21 @@ def test_the_average_of_a_short_run_warms_up_by_the_formula():
     for step in range(1, 6):
         with torch.no_grad():
             next(state.model.parameters()).add_(step)
-        state.ema.update(state.model, step)
+        if device_decides:
+            _average(state.ema, state.model, torch.tensor(True), step)
+            _average(state.ema, state.model, torch.tensor(False), step)  # a step that does not count
+        else:
+            state.ema.update(state.model, step)
         decay = 0.0 if step == 1 else min(1 - step ** (-2 / 3), 0.99)  # step - 1 updates before: (1 + step - 1)
         expected = decay * expected + (1 - decay) * next(state.model.parameters()).detach()
         torch.testing.assert_close(next(state.ema.module.parameters()).detach(), expected)
+
+
+def test_the_steps_of_all_epochs_warm_an_average_up(monkeypatch):
+    numbers, update = [], State.update
+    monkeypatch.setattr(State, "update", lambda state, good, n: (numbers.append(n), update(state, good, n)))
+    train(tiny(epochs=2, batch_size=512, model_ema_warmup=True), say=quiet)
+    assert numbers == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

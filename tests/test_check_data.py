@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,3 +178,18 @@ def test_processes_find_what_one_finds(folder):
 def test_a_missing_folder(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         check_data(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ([], {"columns": (), "workers": None}),
+        (["--columns", "img", "cls", "--workers", "3"], {"columns": ("img", "cls"), "workers": 3}),
+    ],
+)
+def test_the_command_hands_its_options_on(monkeypatch, words, options):
+    calls = []
+    report = SimpleNamespace(fit=True, lines=list)
+    monkeypatch.setattr("lape.data.check.check_data", lambda path, **how: calls.append((path, how)) or report)
+    assert run(app, ["check-data", "here", *words]) == 0
+    assert calls == [("here", options)]

@@ -196,6 +196,8 @@ def test_the_grid_of_a_bare_table_is_told_from_its_rows(tmp_path):
             }
             assert size_of(Checkpoint(tmp_path, "pth", state)) == (4 * side, 4 * side)
     assert size_of(Checkpoint(tmp_path, "pth", {"pos_embed": torch.zeros(1, 13, 8)})) is None
+    state = {"pos_embed": torch.zeros(1, 17, 8), "patch_embed.proj.weight": torch.zeros(8, 3, 4, 8)}
+    assert size_of(Checkpoint(tmp_path, "pth", state)) == (16, 32)
 
 
 def test_tables_are_resampled_only_when_the_source_grid_is_told():
@@ -322,3 +324,13 @@ def test_files_of_the_authors(shared):
     trained = lape.load(shared / "reference" / "deit_tiny_lape_64px.pth")
     assert trained.num_classes == 1000
     assert lape.grid(trained) == (4, 4)
+
+
+def test_what_lies_idle_is_loaded_as_well():
+    """A bias on logits has no use for the host's table: it is in no file, yet in a state dict, and comes back."""
+    torch.manual_seed(0)
+    one, other = (lape.create_model("vit_tiny_patch16_224", "LaPE", "2D_RPE", **TINY) for _ in range(2))
+    table = one.pos_embed.clone()
+    assert not torch.equal(other.pos_embed, table)
+    lape.load_reference_state_dict(other, one.state_dict())
+    assert torch.equal(lape.remove_(other).pos_embed, table)

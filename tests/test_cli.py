@@ -356,7 +356,10 @@ def test_distributed_wants_a_launcher(
     assert "torchrun" in refusal(capsys, "--world_size", "2", app=cli.original)
     assert trained == []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.run(cli.original, ["--distributed", "--world_size", "2"]) == 0
+    for tokens in (["--distributed", "--world_size", "2"], ["--distributed"], ["--world_size", "1"]):
+        assert cli.run(cli.original, tokens) == 0
+    assert "nproc_per_node=3" in refusal(capsys, "--world_size", "3", app=cli.original)
+    assert len(trained) == 3
 
 
 @pytest.mark.parametrize(

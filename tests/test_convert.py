@@ -19,10 +19,12 @@ from formula import (
     written_out,
 )
 from processes import ends_well, python
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from zoo import HOSTS, TINY, image, make
 
 import lape
+from lape.convert.ways import norm_like
 from lape.core.position import KINDS
 
 WHOLE = ("plain", "distilled", "registers without rows", "7 x 3 grid")  # hosts that meet every join and kind
@@ -410,6 +412,21 @@ def test_saved_bytes_hold_no_module(tmp_path):
 # --------------------------------------------------------------------- images of other sizes
 
 TABLE_AND_BIAS = [(join, pe) for join, pe in MEANINGFUL if pe in ("learnable", "2D_RPE", "1D_RPE")]
+
+
+@pytest.mark.parametrize(("pe", "learns"), [("learnable", True), ("2D_sin", False)])
+def test_a_new_table_learns_at_another_size_as_before(pe, learns):
+    model = lape.create_model("vit_tiny_patch16_224", "LaPE", pe, pos_embed="none", **TINY)
+    model.set_input_size(img_size=(16, 32))
+    assert model.lape.table_0.shape == (1, 1 + 4 * 8, 32)
+    assert model.lape.table_0.requires_grad == learns
+
+
+def test_a_norm_of_position_has_the_eps_of_the_token_norm():
+    rms_norm = pytest.importorskip("transformers.models.aimv2.modeling_aimv2").Aimv2RMSNorm
+    like = torch.empty(0)
+    norms = (nn.LayerNorm(8, eps=0.25), nn.RMSNorm(8, eps=0.5), rms_norm(8, eps=0.125), nn.RMSNorm(8))
+    assert [norm_like(norm, 8, like, "layernorm").eps for norm in norms] == [0.25, 0.5, 0.125, 1e-5]
 
 
 @pytest.mark.parametrize("host", ["plain", "registers without rows"])

@@ -198,6 +198,7 @@ def test_each_difference_names_what_it_can_be_due_to() -> None:
     due = {(row.label, against.label): cause for row, against, cause in pairs_of(paired, "basic")}
     assert due["LaPE (none), P at std 1", "basic, P at std 1"] == "the join"
     assert ("LaPE (none), P at std 1", "basic, P at std 0.02") not in due
+    assert ("LaPE (none), P at std 0.02", "basic, P at std 1") not in due  # without a norm P keeps its scale
 
 
 def test_holm_is_its_step_down_rule() -> None:

@@ -219,6 +219,8 @@ def test_erasing(mode, count, side):
     assert not too_uneven([ours.sum(), (~ours).sum()], [float(their_erased.sum()), float((~their_erased).sum())])
     for one, other in zip(our_sizes, their_sizes, strict=True):
         assert gap(one, other) < 1
+    if count == 1:
+        assert max(extent.max() for extent in (*our_sizes[:2], *their_sizes[:2])) < side  # never a whole one
     if mode == "pixel":
         assert gap(our_values[::7], their_values[::7]) < 1
     if mode == "rand":  # one colour an image: as many values as images

@@ -19,6 +19,7 @@ from processes import LIMIT, SERVER, Process, all_end, lape, session_of
 from training import KWARGS, quiet, read, tiny
 
 from lape.cli.app import USER_ERROR, app, run
+from lape.cli.rows import row_writer
 from lape.data.loaders import Batch, Samples
 from lape.errors import LapeError
 from lape.files.atomic import write_atomically
@@ -382,6 +383,25 @@ def test_a_file_larger_than_the_disk_is_one_line_and_nothing_is_left(tmp_path, w
         write_atomically(path, lambda file: writer(content, file))
     assert [one.name for one in tmp_path.iterdir()] == ["c.pth"]
     assert path.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("room", [1, 40, 100])
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_rows_that_a_full_disk_cuts_off_go_and_those_before_stay(tmp_path, form, room):
+    """A disk that is almost full takes a part of what is written, and says nothing before the next part."""
+    path, row = tmp_path / f"rows.{form}", {"image": "a" * 40, "rank": 1}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    files = {"json_path": None, "csv_path": None, f"{form}_path": str(path)}
+    with row_writer(**files) as add:
+        add([row])
+        whole = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, before[1]))
+        try:
+            with pytest.raises(LapeError, match=r"\(File too large\): the rows before are"):
+                add([row] * 3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == whole
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path):

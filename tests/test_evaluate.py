@@ -19,6 +19,7 @@ from lape.data.augment import eval_transform
 from lape.data.loaders import eval_loader
 from lape.data.open import load_data
 from lape.errors import CheckpointError, DataError, LapeError
+from lape.files.exported import all_names
 from lape.recipe import Recipe
 from lape.train.evaluate import autocast, evaluate, evaluate_checkpoint, predict
 
@@ -207,6 +208,13 @@ def test_predictions_use_the_stored_transform_and_names(tmp_path, folder):
     assert first.classes == [["ant", "bee", "cat"][int(i)] for i in order]
     assert first.probabilities == pytest.approx(expected[order].tolist(), abs=1e-6)
     assert second.path != first.path
+
+
+def test_each_output_has_one_name_its_number_where_there_is_none():
+    assert all_names(["ant", "bee"], 2) == ["ant", "bee"]
+    assert all_names(["ant"], 3) == ["ant", "1", "2"]
+    assert all_names(None, 2) == ["0", "1"]
+    assert all_names(["ant", "bee", "cat"], 2) == ["ant", "bee"]
 
 
 def test_predictions_of_a_saved_folder(tmp_path, folder):

@@ -91,6 +91,15 @@ def test_biases_and_attention_are_the_models(tmp_path: Path, photo: Path) -> Non
     assert np.abs(levels * peaks - expected).max() < 1e-2 * expected.max()
 
 
+def test_a_photograph_is_as_large_as_the_model_takes_it(photo: Path) -> None:
+    """Whatever the transform in its file says, as of a model that was loaded at another size."""
+    from lape.data.augment import EvalTransform
+    from lape.look.explorer.card import photo as as_seen
+
+    model = model_with("LaPE", "learnable", img_size=(32, 16))
+    assert as_seen(model, photo, EvalTransform(48).to_dict()).pixels.shape == (1, 3, 32, 16)
+
+
 def test_what_does_not_fit_is_kept_for_fewer_queries() -> None:
     maps = np.random.default_rng(0).random((2, 2, 36, 36)).astype(np.float32)
     whole, coarse = rows(maps, (6, 6), 10**9, signed=False), rows(maps, (6, 6), 3000, signed=False)

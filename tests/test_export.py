@@ -1,5 +1,6 @@
 """What is shipped equals the eager model, takes any batch, holds nothing to compute for positions, and fails loudly."""
 
+import inspect
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from zoo import TINY
 
 import lape
 from lape.files.export import _WRITERS, export
+from lape.options import ExportOptions
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -76,6 +78,20 @@ def test_a_difference_above_the_tolerance_fails_and_keeps_what_was_there(images,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.pt2"]
 
 
+def test_a_report_says_that_all_is_in_place(images, tmp_path, monkeypatch):
+    """So there is none where a process was killed while files of an earlier export were replaced."""
+    export(converted(), tmp_path, images, formats=["folder"])
+    assert (tmp_path / "export.json").exists()
+
+    def killed(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lape.files.export.put_folder_in_place", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(converted(), tmp_path, images, formats=["folder"])
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 @pytest.mark.parametrize(("shift", "passes"), [(5e-5, True), (2e-4, False)])
 def test_the_largest_difference_of_any_output_is_held_to_the_tolerance(shift, passes, images, tmp_path, monkeypatch):
     """One class of five is off by a part of the largest output: a mean would hide it."""
@@ -92,6 +108,31 @@ def test_the_largest_difference_of_any_output_is_held_to_the_tolerance(shift, pa
     else:
         with pytest.raises(lape.LapeError, match=r"2\.0e-04 of the largest, more than the tolerance of 1\.0e-04"):
             export(model, tmp_path, images, formats=["folder"])
+
+
+def test_the_command_has_the_defaults_of_the_function():
+    """`lape export` hands all of its options on, so a default of its own would win."""
+    fields, parameters = ExportOptions.model_fields, inspect.signature(export).parameters
+    shared = [name for name in fields if name in parameters and name != "output_dir"]
+    assert {name: fields[name].default for name in shared} == {name: parameters[name].default for name in shared}
+    assert (shared, fields["tolerance"].default) == (["formats", "fold", "tolerance"], 1e-4)
+
+
+def test_the_command_hands_all_that_it_was_given_on(images, monkeypatch):
+    from lape.cli.app import app, run
+
+    calls, transform = [], {"input_size": 16}
+    monkeypatch.setattr("lape.files.read.read_checkpoint", lambda path: path)
+    monkeypatch.setattr("lape.cli.commands.sample_images", lambda *_args: (images, "somewhere", transform))
+    monkeypatch.setattr("lape.files.export.export", lambda source, **options: calls.append((source, options)))
+    flags = ["--output-dir", "out", "--formats", "onnx", "--no-fold", "--tolerance", "0.5"]
+    assert run(app, ["export", "c.pth", *flags]) == 0
+    ((source, options),) = calls
+    assert source == "c.pth"
+    assert options.pop("images_BCHW") is images
+    assert options.pop("say")
+    expected = {"output_dir": "out", "formats": ("onnx",), "fold": False, "tolerance": 0.5, "transform": transform}
+    assert options == expected
 
 
 def test_wrong_input_is_one_line(images, tmp_path):

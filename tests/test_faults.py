@@ -5,7 +5,9 @@ import json
 import re
 import resource
 import shutil
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from training import KWARGS, quiet, read, run_until, tiny
 from lape.cli.app import USER_ERROR, app, run
 from lape.errors import DataError, LapeError
 from lape.train.logs import LOG
-from lape.train.loop import train
+from lape.train.loop import _count_steps, train
 from lape.train.state import BEST, CHECKPOINT, PREVIOUS
 
 FLAGS = "--model vit_tiny_patch16_224 --join-type LaPE --input-size 16 --batch-size 256 --device cpu --aa none"
@@ -137,6 +139,17 @@ def test_a_corrupt_image_stops_the_run_and_is_named(images, tmp_path, workers, c
     assert shown.count("\n") == 1
     assert str(bad) in shown
     assert "--skip-corrupt" in shown
+
+
+def test_images_that_several_processes_left_out_are_added_up():
+    """A report is a mean over the processes: 3 images of one of two are 1.5."""
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    state = SimpleNamespace(skipped_images=0, next_step=0, loss_sum=0.0, optimizer=optimizer)
+    run = SimpleNamespace(state=state, world=SimpleNamespace(size=2))
+    report = SimpleNamespace(read=lambda: [2.0, 1.0, 0.0, 1.5, 0.0])
+    progress = SimpleNamespace(report=lambda **_numbers: None)
+    assert _count_steps(run, deque([report, report]), True, progress, "") == (False, False)
+    assert (state.skipped_images, state.next_step, state.loss_sum) == (6, 2, 4.0)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

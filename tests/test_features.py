@@ -60,6 +60,28 @@ def test_tokens_that_are_their_place_and_nothing_else(prefix: int) -> None:
     assert found.without["shift"].isnan().all()  # nothing is left that could vary
 
 
+@pytest.mark.parametrize(("ridge", "expected"), [(6.0, 0.75), (18.0, 7 / 16)])
+def test_a_ridge_pulls_the_probe_to_the_middle_of_the_grid(ridge: float, expected: float) -> None:
+    """Two of 12 directions vary, by s each: the penalty is ridge s / 6 and the estimate 1 / (1 + ridge / 6) of it."""
+    coordinates = nn.functional.pad(where() - 1.5, (0, WIDTH - 2))
+    plain = of(lambda patches: coordinates.expand(len(patches), -1, -1), ridge=ridge).plain
+    assert [*plain["row"].tolist(), *plain["column"].tolist()] == pytest.approx([expected] * 6, abs=1e-9)
+
+
+@pytest.mark.parametrize(("patch", "image"), [((4, 16), (16, 32)), ((16, 4), (32, 16))])
+def test_a_step_is_a_patch_along_each_side_of_one_that_is_no_square(
+    patch: tuple[int, int], image: tuple[int, int]
+) -> None:
+    """Without a table, what enters the first block knows no place: moved by whole patches it stays the same."""
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "img_size": image, "patch_size": patch})
+    nn.init.zeros_(model.pos_embed)
+    features = probe(model, photos(8, *image))
+    assert features.grid == (image[0] // patch[0], image[1] // patch[1])
+    assert features.plain["shift"][0].item() == pytest.approx(1.0, abs=1e-6)
+
+
 def test_tokens_of_content_alone_know_no_place() -> None:
     found = of(lambda patches: patches[..., :WIDTH])
     assert found.plain["shift"].tolist() == pytest.approx([1.0] * 3, abs=1e-6)
@@ -74,6 +96,18 @@ def test_share_is_that_of_the_sum_of_a_table_and_noise(size: int) -> None:
     found = probe(Stack(lambda patches: patches[..., :WIDTH] + size * p), photos(200))
     between = size**2 * (p - p.mean(0)).square().sum(-1).mean().item()
     assert found.plain["share"][0].item() == pytest.approx(between / (between + WIDTH), abs=0.03)
+
+
+def test_share_is_the_variance_component_of_a_one_way_analysis_of_variance() -> None:
+    """Places are the groups, of 4 images each. The component between them is (MSB - MSW) / 4, for n - 1 places."""
+    p, images = table(), photos(8)
+    tokens = (nn.functional.unfold(images[:4], 8, stride=8).mT[..., :WIDTH] + p).double()
+    means = tokens.mean(0)
+    msb = 4 * (means - means.mean(0)).square().sum() / (16 - 1)
+    msw = (tokens - means).square().sum() / (16 * (4 - 1))
+    between = (msb - msw) / 4 * 15 / 16
+    plain = probe(Stack(lambda patches: patches[..., :WIDTH] + p), images).plain
+    assert plain["share"].tolist() == pytest.approx([(between / (between + msw)).item()] * 3, abs=1e-6)
 
 
 def test_ssdc_is_the_correlation_of_similarity_with_distance() -> None:
@@ -144,6 +178,20 @@ def test_models_of_other_libraries() -> None:
         with debias_(model, photos(), depth=1):
             changed = model(photos())
             assert not torch.equal(changed if isinstance(changed, Tensor) else changed.last_hidden_state, logits)
+
+
+def test_detection_tokens_stay_behind_the_patches() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.YolosConfig(**sizes, image_size=[32, 32], patch_size=8, num_detection_tokens=3)
+    model = transformers.YolosModel(config).eval()
+    assert probe(model, photos()).grid == GRID
+    with torch.no_grad():
+        before = model(photos()).last_hidden_state
+        with debias_(model, photos()):
+            after = model(photos()).last_hidden_state
+    same = (after == before).all(dim=-1).all(dim=0)
+    assert same.tolist() == [True] + [False] * 16 + [True] * 3
 
 
 def test_position_is_in_the_stream_of_basic_and_not_of_lape() -> None:
@@ -265,6 +313,24 @@ def test_a_name_of_timm_is_probed_on_the_digits(capsys) -> None:
     code, text, _ = lines_of(capsys, "test_vit", "--no-pretrained", "--count", "4")
     assert (code, "digits" in text) == (0, True)
     assert lines_of(capsys, "no_such_model_at_all", "--count", "4")[0] == 2
+
+
+def test_averaged_weights_are_probed_where_they_are_asked_for(folder, capsys, monkeypatch) -> None:
+    from lape.study import probing
+
+    choices, restore = [], probing.restore
+    monkeypatch.setattr(probing, "restore", lambda checkpoint, *, ema: (choices.append(ema), restore(checkpoint))[1])
+    for words in ([], ["--ema"]):
+        assert lines_of(capsys, folder / "model", "--count", "4", *words)[0] == 0
+    assert choices == [False, True]
+
+
+def test_a_model_of_timm_sees_images_as_timm_evaluates_it() -> None:
+    from lape.study.options import ProbeOptions
+    from lape.study.probing import _model_of
+
+    transform = _model_of("test_vit", ProbeOptions(pretrained=False))[1]
+    assert (transform.size, transform.crop_ratio, transform.mean) == ((160, 160), 0.95, (0.5, 0.5, 0.5))
 
 
 def test_legends_name_what_differs() -> None:

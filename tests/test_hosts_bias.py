@@ -126,6 +126,8 @@ def test_what_is_said_and_counted(host):
     done = lape.describe(model)
     assert (done.pe, done.joined, done.beside, done.input_addition) == ("2D_RPE", 2, None, False)
     assert done.parameters == plain + 2 * 2 * 16  # gain and shift over the 16 keys, in two blocks
+    rows = 0 if "MLP" in host else 7 * 7 + 3  # offsets on 4 x 4, and to, from and within the class token
+    assert done.position_parameters == 2 * 2 * 16 + 2 * rows * 2  # two heads
     assert lape.position_bias(model).shape == (2, 2, 16, 16)
     rows = lape.position_bias(model)
     assert rows.mean(-1).abs().max() <= 1e-5

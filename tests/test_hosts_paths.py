@@ -364,6 +364,30 @@ def test_what_is_suggested_can_be_registered(table):
     assert "not checked in a forward" in str(lape.suggest_host(OpenClip()))
 
 
+def test_a_patch_is_as_far_as_the_next_one_where_patches_overlap():
+    model = Mine().eval()
+    model.stem = nn.Conv2d(3, 32, 7, 4, 3)
+    assert lape.suggest_host(model, torch.randn(1, 3, 16, 16)).where == {**WHERE, "patch_size": (4, 4)}
+
+
+def test_one_row_for_all_tokens_is_no_table():
+    model, x = Mine().eval(), torch.randn(1, 3, 16, 16)
+    model.where = nn.Parameter(torch.randn(1, 1, 32))
+    assert lape.suggest_host(model, x).where["table"] is None
+
+
+class Doubled(nn.TransformerEncoderLayer):
+    def forward(self, src, **more):
+        return super().forward(2 * src, **more)
+
+
+def test_a_norm_must_read_what_enters_its_block():
+    model = Mine().eval()
+    for layer in model.layers:
+        layer.__class__ = Doubled
+    assert "norm1 does not read what enters its block" in str(lape.suggest_host(model, torch.randn(1, 3, 16, 16)))
+
+
 def test_a_suggestion_leaves_every_module_in_its_own_mode():
     model = Mine().train()
     model.layers[0].norm1.eval()

@@ -301,7 +301,7 @@ PLAIN_JOINS = ("basic", "share", "unshare", "LaPE-sharing", "LaPE")
 MVIT_CASES = [(v, join, pe) for v in (1, 2) for join in PLAIN_JOINS for pe in ("learnable", None)[: 3 - v]]
 
 
-def mvit(version: int) -> torch.nn.Module:
+def mvit(version: int, **rates: float) -> torch.nn.Module:
     """The first version widens behind its MLP and has a table; the second widens before attention and has none."""
     from torchvision.models.video.mvit import MSBlockConfig, MViT
 
@@ -314,7 +314,7 @@ def mvit(version: int) -> torch.nn.Module:
         MSBlockConfig(2, 32, 32, [], [], [], []),
     ]
     more = {"residual_pool": second, "residual_with_cls_embed": not second, "rel_pos_embed": second}
-    model = MViT((16, 24), 4, settings, proj_after_attn=second, num_classes=5, **more)
+    model = MViT((16, 24), 4, settings, proj_after_attn=second, num_classes=5, **more, **rates)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -382,6 +382,14 @@ def test_mvit_five_equalities(version, join, pe, tmp_path):
         assert_same_structure(model, original)
         model.load_state_dict(original.state_dict())
         assert torch.equal(model(x), before)
+
+
+def test_mvit_comes_back_with_the_rates_of_its_training(tmp_path):
+    model = lape.apply_(mvit(1, dropout=0.1, attention_dropout=0.2, stochastic_depth_prob=0.4))
+    again = lape.load(lape.save(model, tmp_path / "m"))
+    rates = [{name: part.p for name, part in m.named_modules() if hasattr(part, "p")} for m in (model, again)]
+    assert rates[0] == rates[1]
+    assert [block.stochastic_depth.p for block in again.blocks] == [0.0, 0.2, 0.4]
 
 
 def check_mvit(model, version, join, x) -> None:

@@ -277,6 +277,15 @@ def test_packed_images_each_get_the_position_of_their_own_grid(family, join):
     assert torch.equal(model(batch), make(family)(batch))
 
 
+def test_packed_images_of_one_grid_may_be_padded():
+    model = converted("NaFlexViT", "LaPE")
+    batch = {name: tensor[1:] for name, tensor in packed((4, 4), (2, 3), (2, 3)).items()}  # as long as the model's own
+    together = model(batch)
+    for i in range(2):
+        alone = {name: tensor[i : i + 1, :6] for name, tensor in batch.items()}
+        assert (together[i] - model(alone)[0]).abs().max() <= 1e-5 * together.abs().max()
+
+
 @pytest.mark.parametrize("family", ["NaFlexViT", "NaFlexViT, bilinear", "NaFlexViT, keeping aspect"])
 def test_a_table_is_resampled_as_the_host_does(family):
     host = make(family)

@@ -119,6 +119,15 @@ def test_a_large_bias_hides_differences_and_its_view_shows_them(join: str) -> No
     assert torch.allclose(lape.correlation(model, view="unbiased")[2], without[2], atol=1e-4)
 
 
+def test_of_a_gated_bias_what_comes_through_the_gate_is_taken_off() -> None:
+    model = lape.create_model("vit_tiny_patch16_224", "LaPE", warm_start=True, **SMALL)
+    with torch.no_grad():
+        model.lape.gate_1.fill_(0.5)
+        model.lape.norms["1"].bias.copy_(torch.randn(model.embed_dim))
+    received, unbiased = (lape.positions(model, view=view)[1] for view in ("received", "unbiased"))
+    assert torch.allclose(unbiased, received - 0.5 * model.lape.norms["1"].bias, atol=1e-6)
+
+
 def test_a_folded_bias_is_gone() -> None:
     model = lape.fold_(lape.create_model("vit_tiny_patch16_224", "LaPE", "learnable", **SMALL))
     with pytest.raises(lape.LapeError, match="bias of its norms is gone"):

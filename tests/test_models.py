@@ -321,6 +321,8 @@ def test_methods_of_timm():
     model.reset_classifier(7)
     assert model.get_classifier() is model.head
     assert model(x).shape == (2, 7)
+    assert not model.head.bias.any()  # a new head starts as the published ones, std 0.02; torch's has 0.1 here
+    assert 0.01 < model.head.weight.std() < 0.03
     with pytest.raises(lape.LapeError, match=r"global_pool='avg': this model pools by 'seq' only"):
         model.reset_classifier(3, "avg")
 

@@ -358,6 +358,7 @@ NEVER = "the learning rate does not decay"
         ({"epochs": 2, "warmup_epochs": 0, "lr": 5e-6}, 7.5e-6, [LOW]),
         ({"epochs": 3, "warmup_epochs": 1, "lr": 1e-4, "warmup_lr": 1e-3}, 1e-3, [FALLS]),
         ({"epochs": 2, "warmup_epochs": 0, "sched": "step"}, 1e-2, [NEVER]),
+        ({"epochs": 2, "warmup_epochs": 0, "sched": "step", "decay_epochs": 2}, 1e-2, [NEVER]),
         ({"epochs": 2, "warmup_epochs": 0, "sched": "step", "decay_epochs": 1, "lr": 5e-6}, 5e-6, []),
     ],
 )

@@ -474,3 +474,14 @@ def test_a_checkpoint_of_the_authors(tmp_path: Path) -> None:
     names = {file.name for file in files}
     assert {f"LaPE_layer{i}_sim_overall.jpg" for i in range(12)} <= names
     assert "PE_token_sim.jpg" in names
+
+
+def test_the_explorer_is_of_the_checkpoints_that_flags_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    page = tmp_path / "page.html"
+    page.touch()
+    monkeypatch.setattr("lape.look.explorer.explore", lambda *args, **how: calls.append((*args, how)) or page)
+    flags = ["--ema", "--join-type", "LaPE", "--pe", "2D_sin", "--size", "32", "48", "--image", "a.png"]
+    assert cli.run(cli.app, ["visualize", "a.pth", "b.pth", "--html", str(page), *flags]) == 0
+    how = {"images": ("a.png",), "model_name": None, "size": (32, 48), "ema": True, "join": "LaPE", "pe": "2D_sin"}
+    assert calls == [(("a.pth", "b.pth"), str(page), how)]

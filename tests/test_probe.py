@@ -124,6 +124,16 @@ def test_attention_over_channels_is_none_between_tokens() -> None:
         attention(model, photos())
 
 
+def test_of_a_block_that_attends_twice_the_first_counts() -> None:
+    model = model_with()
+    once = attention(model, photos())
+    attend = model.blocks[1].attn.forward
+    model.blocks[1].attn.forward = lambda x, **how: attend(attend(x, **how), **how)
+    twice = attention(model, photos())
+    assert torch.equal(twice[:2], once[:2])
+    assert twice.shape == once.shape
+
+
 def uniform(model: nn.Module) -> nn.Module:
     """Attention of equal weights: queries are zero."""
     with torch.no_grad():

@@ -31,7 +31,7 @@ from lape.cli.app import USER_ERROR, app, run
 from lape.errors import CheckpointError, LapeError
 from lape.train.logs import LOG
 from lape.train.loop import train
-from lape.train.state import BEST, CHECKPOINT, LOCK, PREVIOUS
+from lape.train.state import BEST, CHECKPOINT, LOCK, PREVIOUS, checkpoint_to_resume
 
 ROOT = Path(__file__).parents[1]
 FULL = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "drop": 0.1, "epochs": 2, "warmup_epochs": 1, "batch_size": 128}
@@ -113,6 +113,17 @@ def test_auto_without_a_whole_file_names_it_and_touches_nothing(tmp_path, capsys
     assert "no whole checkpoint" in shown.err
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+@pytest.mark.parametrize("furthest", [CHECKPOINT, PREVIOUS, BEST])
+def test_auto_takes_the_file_that_is_furthest_by_epoch_and_step(tmp_path, furthest):
+    optimizer = {"optimizer": {"state": {}, "param_groups": []}, "optimizer_names": []}
+    for name in (CHECKPOINT, PREVIOUS, BEST):
+        place = {"epoch": 1, "step": 3 if name == furthest else 2}
+        torch.save({"model": {"head.weight": torch.zeros(1)}, **optimizer, **place}, tmp_path / name)
+    checkpoint = checkpoint_to_resume(tiny(output_dir=str(tmp_path), resume="auto"), quiet)
+    assert checkpoint is not None
+    assert checkpoint.path.name == furthest
 
 
 def test_auto_in_a_finished_run_completes_its_files_and_ends(tmp_path):
@@ -267,12 +278,13 @@ def test_processes_that_see_different_files_are_refused(tmp_path):
     large = Checkpoint(tmp_path / "c.pth", "pth", {}, raw={"epoch": 2**53, "step": 2**62 + 1})
     for others, wrong in (
         ([], ""),
+        ([f"epoch {2**53}, step {2**62 + 1}"], ""),
         (["nothing"], "process 1 from nothing"),
         ([f"epoch {2**53}, step {2**62}"], "step"),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("lape.train.state.all_of", lambda mine, others=others: [mine, *others])
-            with pytest.raises(LapeError, match=wrong) if others else nullcontext():
+            with pytest.raises(LapeError, match=wrong) if wrong else nullcontext():
                 agree(large, World(0, 3, torch.device("cpu")))
 
 

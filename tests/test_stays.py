@@ -542,6 +542,14 @@ def test_a_model_that_was_changed_is_saved_as_it_is(change, made_by, tmp_path):
         assert lape.describe(loaded).grid == lape.describe(model).grid
 
 
+def test_an_argument_that_another_one_decides_is_given(tmp_path):
+    """timm norms pooled features where it averages: with the token again, that norm has to be asked for."""
+    model = another_head(lape.create_model("vit_tiny_patch16_224", **TINY, global_pool="avg").eval(), 5, "token")
+    loaded, x = lape.load(lape.save(model, tmp_path / "m")), torch.randn(2, 3, 16, 16)
+    assert isinstance(loaded.fc_norm, nn.LayerNorm)
+    assert torch.equal(loaded(x), model(x))
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [

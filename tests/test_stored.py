@@ -116,12 +116,12 @@ def as_class_folders(images: Paths, root: Path) -> None:
 
 
 def as_samples(images: Paths, root: Path, form: str = "cls") -> None:
-    """Shards of webdataset."""
+    """Shards of webdataset, each of which counts its samples from 0."""
     for split, paths in images.items():
         for number, part in enumerate(parts(paths)):
             with tarfile.open(root / f"made-up-{split}-{number:06d}.tar", "w") as tar:
                 for place, path in enumerate(part):
-                    key, label = f"s/{number}{place:04d}", CLASSES.index(path.parent.name)
+                    key, label = f"s/{place:04d}", CLASSES.index(path.parent.name)
                     text = json.dumps({"label": label, "more": 0}) if form == "json" else f"{label}\n"
                     if form == "names":
                         text = path.parent.name
@@ -296,7 +296,9 @@ def test_a_row_group_is_read_for_a_row_and_a_huge_one_is_not(folder, tmp_path, m
     monkeypatch.setattr(lape.data.tables, "CACHE_BYTES", 1000)
     found = load_data(recipe_of(tmp_path))
     assert "train: 2 parquet file(s) (3 rows are read for one image, arrow files are faster in training)" in found.name
-    assert not any(table._cache for table, _ in found.train.sources.blocks)
+    for sources in (found.train.sources, pickle.loads(pickle.dumps(found.train.sources))):
+        sources[0].read()
+        assert not any(table._cache for table, _ in sources.blocks)
     wanted = load_data(recipe_of(folder))
     assert all(torch.equal(found.val[index][0], wanted.val[index][0]) for index in (11, 3, 4, 0))
     monkeypatch.setattr(lape.data.tables, "MOST", 1000)
@@ -532,6 +534,13 @@ def test_class_numbers_that_are_none_are_one_line(folder, tmp_path):
     assert "class number 99999999999: more than" in refused(lambda: load_data(recipe_of(tmp_path)))
     tar_of(tmp_path / "made-up-val-000001.tar", ("0.jpg", b""), ("0.cls", b"-1"))
     assert "such as -1 of" in refused(lambda: load_data(recipe_of(tmp_path)))
+
+
+def test_a_class_lies_behind_the_last_folder_that_is_called_as_a_split(folder, tmp_path):
+    content, names = images_of(folder)["train"][0].read_bytes(), ("cat", "train", "val")
+    for split in ("train", "val"):
+        tar_of(tmp_path / f"{split}.tar", *((f"{split}/of/{split}/{name}/a.png", content) for name in names))
+    assert load_data(recipe_of(tmp_path, batch_size=2)).classes == list(names)
 
 
 def test_names_in_a_tar_are_only_names(folder, tmp_path):

@@ -8,15 +8,19 @@ from functools import partial
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import gaussian_blur
 from training import quiet, tiny
 
 import lape
 from lape.cli.app import app, run
 from lape.convert.positions import positions
+from lape.data.augment import eval_transform
 from lape.data.changes import CORRUPTIONS, occluded, shifted, shuffled
+from lape.data.sets import Images
 from lape.errors import LapeError
+from lape.recipe import Recipe
 from lape.study.options import Conditions, SweepOptions
-from lape.study.sweep import Outcome, conditions_of, draw, parse_size, summary_of
+from lape.study.sweep import ChangedImages, Outcome, conditions_of, draw, parse_size, summary_of
 from lape.train.evaluate import evaluate_checkpoint
 from lape.train.loop import train
 
@@ -54,6 +58,19 @@ def test_noise_has_the_size_that_it_says() -> None:
     assert (hit != grey).double().mean().item() == pytest.approx(0.27, rel=0.02)
 
 
+@pytest.mark.parametrize(("side", "more"), [(64, 0.05), (65, 0.1)])
+def test_up_to_64_pixels_severities_are_those_of_small_images(side: int, more: float) -> None:
+    made = CORRUPTIONS["brightness"](torch.zeros(3, side, side + 9), seeded(), severity=1)
+    assert made.unique().tolist() == pytest.approx([more])
+
+
+@pytest.mark.parametrize(("side", "reach", "sigma"), [(224, 4, 1.0), (112, 2, 0.5), (448, 8, 2.0)])
+def test_a_blur_is_as_wide_as_a_part_of_the_image(side: int, reach: int, sigma: float) -> None:
+    image = picture(1, side, side)
+    expected = gaussian_blur(image, [2 * reach + 1] * 2, [sigma] * 2)
+    assert torch.equal(CORRUPTIONS["gaussian_blur"](image, seeded(), severity=1), expected)
+
+
 @pytest.mark.parametrize(("height", "width", "patch"), [(8, 8, (2, 2)), (6, 12, (3, 4)), (7, 9, (2, 2))])
 def test_patches_are_shuffled_whole(height: int, width: int, patch: tuple[int, int]) -> None:
     rows, columns = height // patch[0], width // patch[1]
@@ -81,6 +98,16 @@ def test_a_share_of_the_patches_is_hidden(share: float, hidden: int) -> None:
     assert changed.sum().item() == hidden
     mean = image.mean((1, 2))[:, None].expand(-1, hidden * 4)
     assert torch.allclose(made[(made != image)].reshape(3, -1), mean)
+
+
+def test_each_image_has_noise_of_its_own_which_repeats() -> None:
+    transform = eval_transform(Recipe(input_size=8, in_chans=1)).build()
+    plain = Images(["a", "b"], [0, 1], lambda _source: Image.new("L", (8, 8), 128), transform)
+    images = ChangedImages(plain, partial(CORRUPTIONS["gaussian_noise"], severity=1))
+    (one, _), (other, target), (again, _) = images[0], images[1], images[0]
+    assert target == 1
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
 
 
 # --- conditions -------------------------------------------------------------------------------------------------------
@@ -243,6 +270,19 @@ def test_a_summary_of_a_model_that_is_never_right_has_no_shares() -> None:
     often = [replace(outcome, acc1=50.0, relative=1.0) for outcome in never]
     assert [e["relative"] for e in summary_of([never, often])] == [None] * 4
     assert [e["relative"] for e in summary_of([often])] == [1.0] * 4
+
+
+def test_the_mean_of_changes_counts_each_change_once_and_no_size() -> None:
+    made = partial(Outcome, size=(8, 8), transform="", acc5=100.0, loss=1.0, count=3)
+    outcomes = [
+        made("clean", "clean", level=None, acc1=80.0, relative=1.0),
+        made("size", "12", level=None, acc1=8.0, relative=0.1),
+        made("shift", "shifted", level=1, acc1=60.0, relative=0.75),
+        made("shift", "shifted", level=2, acc1=40.0, relative=0.5),
+        made("occlusion", "occluded", level=0.5, acc1=20.0, relative=0.25),
+    ]
+    mean = summary_of([outcomes])[-1]
+    assert (mean["name"], mean["acc1"], mean["relative"]) == ("mean of changes", 35.0, 0.4375)
 
 
 @pytest.mark.slow

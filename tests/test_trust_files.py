@@ -136,6 +136,16 @@ def test_entries_of_a_transformers_folder_that_fetch_are_refused(tmp_path, asked
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("word", ["org/kernel", "gelu/../x", "gelu\n", "a" * 65])
+def test_a_word_of_a_configuration_is_one_from_end_to_end(word):
+    transformers = pytest.importorskip("transformers")
+    from lape.host.configurations import check_entries
+
+    check_entries(transformers.ViTConfig, {"hidden_act": "gelu_new"})
+    with pytest.raises(LapeError, match="'hidden_act' of a ViTConfig is text, not"):
+        check_entries(transformers.ViTConfig, {"hidden_act": word})
+
+
 def test_what_a_transformers_folder_may_say_of_a_model_within_is_held_to_its_own_class(tmp_path, asked):
     """The class around it may declare more in it than its own does: `vocab_size` of a vision tower in LLaVA."""
     transformers = pytest.importorskip("transformers")
@@ -180,6 +190,7 @@ def test_a_checkpoint_is_held_to_the_same(tmp_path, asked):
         ({"cache_dir": "x"}, {}),
         ({}, {"library": "transformers"}),
         ({}, {"epoch": -(10**9)}),
+        ({}, {"epoch": True}),
         ({}, {"classes": 3}),
     ]
     wrong += [({}, {"transform": {"input_size": 10**9}}), ({}, {"optimizer": 1}), ({}, {"history": [{"epoch": "x"}]})]
@@ -386,6 +397,18 @@ def images(tmp_path):
 
 def run(*tokens) -> int:
     return cli.run(cli.app, [str(token) for token in tokens])
+
+
+@pytest.mark.parametrize("output", ["m", "m/a.png", "link"])
+@pytest.mark.parametrize("source", ["m", "m/a.png"])
+def test_neither_a_file_nor_the_folder_around_it_is_replaced(tmp_path, output, source):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "a.png").write_bytes(b"a")
+    (tmp_path / "m" / "b.png").write_bytes(b"b")
+    (tmp_path / "link").symlink_to("m")
+    with pytest.raises(LapeError, match="would replace what is read"):
+        atomic.keep_inputs([tmp_path / output], [tmp_path / source])
+    atomic.keep_inputs([tmp_path / "m" / "b.png"], [tmp_path / "m" / "a.png"])
 
 
 def test_outputs_do_not_replace_inputs(folder, images, capsys):

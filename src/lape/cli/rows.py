@@ -62,7 +62,7 @@ def _table(path: str, text: Callable[[list[Row], bool], str], tail: str) -> Iter
         nonlocal first
         end = file.seek(0 if first else -len(tail), os.SEEK_END)
         try:
-            file.write((text(rows, first) + tail).encode())
+            _write(file.fileno(), text(rows, first) + tail)
             if first:
                 os.replace(temporary, place)
                 first = False
@@ -70,7 +70,7 @@ def _table(path: str, text: Callable[[list[Row], bool], str], tail: str) -> Iter
             if not first:
                 file.seek(end)
                 file.truncate()
-                file.write(tail.encode())
+                _write(file.fileno(), tail)
             raise LapeError(f"{path!r} cannot be written ({error.strerror}): the rows before are") from None
 
     with os.fdopen(descriptor, "wb", buffering=0) as file:
@@ -100,10 +100,8 @@ def destination(path: str) -> Iterator[Callable[[str], None]]:
         raise LapeError(f"{path!r} cannot be written ({reason}): give another file") from None
 
     def write(text: str) -> None:
-        rest = memoryview(text.encode())
         try:
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            _write(descriptor, text)
         except OSError as error:
             raise LapeError(f"{path!r} cannot be written ({error.strerror}): give another file") from None
 
@@ -112,6 +110,13 @@ def destination(path: str) -> Iterator[Callable[[str], None]]:
         yield write
     finally:
         os.close(descriptor)
+
+
+def _write(descriptor: int, text: str) -> None:
+    """All of it: a pipe, or a disk that is almost full, takes a part without an error."""
+    rest = memoryview(text.encode())
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def json_text(rows: list[Row], first: bool) -> str:
