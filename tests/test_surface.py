@@ -1,5 +1,6 @@
 """What others rely on: public names, a lean import, and a README that is true."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,6 +12,12 @@ from cyclopts import App
 
 import lape
 from lape.cli.app import app, original
+from lape.data.augment import EvalTransform
+from lape.files.export import ExportResult
+from lape.study.compare import Study
+from lape.study.sweep import Outcome
+from lape.train.evaluate import Metrics, Prediction
+from lape.train.loop import TrainResult
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lape"
@@ -27,6 +34,13 @@ def test_public_names_are_frozen():
     assert sorted(lape.__all__) == sorted(PUBLIC)
     for name in PUBLIC:
         assert getattr(lape, name).__doc__, f"{name} has no docstring"
+
+
+def test_fields_of_what_users_get_are_documented_where_help_shows_them():
+    results = (TrainResult, Metrics, Prediction, ExportResult, Outcome, Study, EvalTransform)
+    for cls in (*(getattr(lape, name) for name in PUBLIC), *results):
+        for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+            assert re.search(rf"\b{field.name}\b", cls.__doc__), f"{cls.__name__}.{field.name}"
 
 
 def test_import_is_lean():

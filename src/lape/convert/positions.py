@@ -27,26 +27,47 @@ View = Literal["received", "seen", "unbiased"]
 
 @dataclass(frozen=True)
 class Description:
-    """What was done to a model. `str()` is one readable line."""
+    """What was done to a model. `str()` is one readable line.
+
+    Fields:
+        host: the family that the model belongs to
+        join: name of the join
+        pe: kind of position
+        site: the places that are joined, in words
+        joined: blocks that receive a position of their own
+        last_norm: whether the norm before pooling receives one too
+        blocks: that the model has now
+        input_addition: whether the host still adds a table to its patch tokens
+        grid: (rows, columns) of patches, frames first
+        prefix_tokens: tokens before the first patch
+        positioned_prefix_tokens: those that own a row of the table
+        parameters: all of the model
+        position_parameters: tables, biases and PE norms
+        warm_start: whether it began as the host, behind gates
+        folded: whether positions are constants
+        pe_norm: what stands in the place of LN'_l, where the join has such a place
+        std: what a new table was started with, where that was chosen
+        beside: position inside the host's attention, which was left alone
+    """
 
     host: str
     join: str
     pe: str
-    site: str  # the places that are joined, in words
-    joined: int  # blocks that receive a position of their own
-    last_norm: bool  # whether the norm before pooling receives one too
+    site: str
+    joined: int
+    last_norm: bool
     blocks: int
-    input_addition: bool  # whether the host still adds a table to its patch tokens
+    input_addition: bool
     grid: Grid
     prefix_tokens: int
-    positioned_prefix_tokens: int  # those that own a row of the table
-    parameters: int  # all of the model
-    position_parameters: int  # tables, biases and PE norms
+    positioned_prefix_tokens: int
+    parameters: int
+    position_parameters: int
     warm_start: bool
     folded: bool
-    pe_norm: str | None = None  # what stands in the place of LN'_l, where the join has such a place
-    std: float | None = None  # what a new table was started with, where that was chosen
-    beside: str | None = None  # position inside the host's attention, which was left alone
+    pe_norm: str | None = None
+    std: float | None = None
+    beside: str | None = None
 
     def __str__(self) -> str:
         if KINDS[self.pe].untouched:

@@ -34,51 +34,91 @@ class Form:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where a model keeps what a join touches. Paths are relative to `root`."""
+    """Where a model keeps what a join touches. Paths are relative to `root`.
+
+    Fields:
+        root: the module that owns table and blocks
+        blocks: paths of the blocks, in the order of the forward
+        norm: attribute of a block: the LayerNorm before attention
+        attention: attribute of a block: the module that attends
+        table: path of the input's position table, (1, R, D) or (R, D); None when the model has none
+        table_slot: path under which a table would be read by the host's forward; None: it adds none
+        layout: how its tokens stand to the table's rows
+        patch_size: pixels, along each axis of the grid
+        width: of the tokens that the first block gets
+        num_heads: of its attention
+        pixels: of the images that it is made for, where these are not grid x patch size
+        patch_embed: path of what takes the pixels, when images of other sizes are welcome
+        pads: whether it pads an image to whole patches
+        grid_from: the grid, read in its output; None: reckoned from the image size
+        add_bias: how a bias gets into attention; None: it cannot
+        beside: position inside attention, which stays
+        own_bias: each block's own relative bias, if any, which pe="2D_RPE" joins
+        encoder: paths of what the host's position is computed by or of; a table replaces it
+        pooled: whether its head pools the patches and reads no class token
+        last_norm: path of the norm between the blocks and that pooling, over the same tokens
+        table_std: of the values that a learnable table starts with, where that is not the kind's
+        own_kind: what the host's own table is
+        shuffle: path of a method that shuffles and drops patches, see lape.core.grids.Shuffled
+        stages: of a model whose grid shrinks; `layout` and `width` are those of the first
+        input: path of what makes the patch tokens, behind which a table can be added without a slot
+        adds: paths of the methods in which the host adds its table; (): in its forward
+        maps: whether blocks take maps (B, rows, columns, D) and not tokens (B, N, D)
+        channels_first: whether those maps enter a block as (B, D, rows, columns)
+        form: how parameters are the table, where one is not simply its rows
+        table_key: in files, of a table that the host lacks
+        resample: the table of another grid, as the host makes it
+        windows: (P (1, N, D), grid, layer) -> (W, ...): P as the tokens of an image stand in the batch of a block;
+            None: just so
+        norm_feeds_more: whether a norm before attention also feeds the stream: attention's input is joined
+        kept_patches: (input, output of that method) -> (B, k)
+        packed_grids: the grid of each image, read in what `patch_embed` is called with; None where images are not
+            packed
+        norms: paths of the norms, layer by layer, where they are not attributes of "blocks"
+        unfused: attribute of a block that must read as 0, or a fused path passes its norm by
+        queries_keys: in attention, the modules that last make or norm queries and keys; or why there are none
+        branches: whether "blocks" are branches of blocks, several attentions side by side
+    """
 
     root: nn.Module
-    blocks: tuple[str, ...]  # paths of the blocks, in the order of the forward
-    norm: str  # attribute of a block: the LayerNorm before attention
-    attention: str  # attribute of a block: the module that attends
-    table: str | None  # path of the input's position table, (1, R, D) or (R, D); None when the model has none
-    table_slot: str | None  # path under which a table would be read by the host's forward; None: it adds none
+    blocks: tuple[str, ...]
+    norm: str
+    attention: str
+    table: str | None
+    table_slot: str | None
     layout: Layout
-    patch_size: tuple[int, ...]  # pixels, along each axis of the grid
+    patch_size: tuple[int, ...]
     width: int
     num_heads: int
-    pixels: tuple[int, ...] | None = None  # of the images that it is made for, where these are not grid x patch size
-    patch_embed: str | None = None  # path of what takes the pixels, when images of other sizes are welcome
-    pads: bool = False  # whether it pads an image to whole patches
-    grid_from: Callable[[Any], Grid] | None = None  # the grid, read in its output; None: reckoned from the image size
-    add_bias: AddBias | None = add_to_attn_mask  # how a bias gets into attention; None: it cannot
-    beside: str | None = None  # position inside attention, which stays
-    own_bias: tuple[BlockBias, ...] = ()  # each block's own relative bias, if any, which pe="2D_RPE" joins
-    encoder: tuple[str, ...] = ()  # paths of what the host's position is computed by or of; a table replaces it
-    pooled: bool = False  # whether its head pools the patches and reads no class token
-    last_norm: str | None = None  # path of the norm between the blocks and that pooling, over the same tokens
-    table_std: float | None = None  # of the values that a learnable table starts with, where that is not the kind's
-    own_kind: str = "learnable"  # what the host's own table is
-    shuffle: str | None = None  # path of a method that shuffles and drops patches, see lape.core.grids.Shuffled
-    stages: tuple[Stage, ...] = ()  # of a model whose grid shrinks; `layout` and `width` are those of the first
-    input: str | None = None  # path of what makes the patch tokens, behind which a table can be added without a slot
-    adds: tuple[str, ...] = ()  # paths of the methods in which the host adds its table; (): in its forward
-    maps: bool = False  # whether blocks take maps (B, rows, columns, D) and not tokens (B, N, D)
-    channels_first: bool = False  # whether those maps enter a block as (B, D, rows, columns)
+    pixels: tuple[int, ...] | None = None
+    patch_embed: str | None = None
+    pads: bool = False
+    grid_from: Callable[[Any], Grid] | None = None
+    add_bias: AddBias | None = add_to_attn_mask
+    beside: str | None = None
+    own_bias: tuple[BlockBias, ...] = ()
+    encoder: tuple[str, ...] = ()
+    pooled: bool = False
+    last_norm: str | None = None
+    table_std: float | None = None
+    own_kind: str = "learnable"
+    shuffle: str | None = None
+    stages: tuple[Stage, ...] = ()
+    input: str | None = None
+    adds: tuple[str, ...] = ()
+    maps: bool = False
+    channels_first: bool = False
     form: Form = Form()
-    table_key: str = "pos_embed"  # in files, of a table that the host lacks
-    resample: Callable[[Tensor, Layout, Grid], Tensor] = resample  # the table of another grid, as the host makes it
-    # (P (1, N, D), grid, layer) -> (W, ...): as the tokens of an image stand in the batch of a block; None: just so
+    table_key: str = "pos_embed"
+    resample: Callable[[Tensor, Layout, Grid], Tensor] = resample
     windows: Callable[[Tensor, Grid, int], Tensor] | None = None
-    norm_feeds_more: bool = False  # whether a norm before attention also feeds the stream: attention's input is joined
-    kept_patches: Callable[[Any, Any], Tensor] = patches_of_shuffle  # (input, output of that method) -> (B, k)
-    packed_grids: Callable[..., list[Grid] | None] | None = (
-        None  # the grid of each image, in what `patch_embed` is called with
-    )
-    norms: tuple[str, ...] = ()  # paths of the norms, layer by layer, where they are not attributes of "blocks"
-    unfused: str | None = None  # attribute of a block that must read as 0, or a fused path passes its norm by
-    # in attention, the modules that last make or norm queries and keys; or why there are none
+    norm_feeds_more: bool = False
+    kept_patches: Callable[[Any, Any], Tensor] = patches_of_shuffle
+    packed_grids: Callable[..., list[Grid] | None] | None = None
+    norms: tuple[str, ...] = ()
+    unfused: str | None = None
     queries_keys: tuple[str, str] | str = ("q_norm", "k_norm")
-    branches: bool = False  # whether "blocks" are branches of blocks, several attentions side by side
+    branches: bool = False
 
     @property
     def tables(self) -> tuple[str, ...]:

@@ -42,14 +42,22 @@ class EvalTransform:
     scaled to [0, 1] and normalised by channel. As in DeiT, `crop_ratio` does not apply to an input size of 32 or
     less: there the whole image is used (an image that already has the size is not resampled). Orientation in EXIF is
     ignored and transparency dropped, as by torchvision. Raises LapeError for a value that is not allowed.
+
+    Fields:
+        input_size: pixels, one side or (height, width)
+        crop_ratio: side of the crop over side of the resized image, in (0, 1]
+        interpolation: name of a PIL filter, antialiased
+        mean: of each channel, for values in [0, 1]
+        std: likewise
+        in_chans: 1 (grey) or 3 (RGB)
     """
 
-    input_size: int | tuple[int, int]  # pixels, one side or (height, width)
-    crop_ratio: float = 1.0  # side of the crop over side of the resized image, in (0, 1]
-    interpolation: str = "bicubic"  # name of a PIL filter, antialiased
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # of each channel, for values in [0, 1]
+    input_size: int | tuple[int, int]
+    crop_ratio: float = 1.0
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    in_chans: int = 3  # 1 (grey) or 3 (RGB)
+    in_chans: int = 3
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:

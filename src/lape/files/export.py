@@ -42,15 +42,25 @@ TOLERANCE = 1e-4  # on logits, relative to the largest of them
 
 @dataclass(frozen=True)
 class ExportResult:
-    """One exported file and how it compares with the eager, unfolded model on real images."""
+    """One exported file and how it compares with the eager, unfolded model on real images.
+
+    Fields:
+        format: folder, torch or onnx
+        path: relative to the output folder
+        megabytes: of the file, or of all in the folder
+        max_difference: of the outputs, relative to the largest eager output
+        top1_agreement: share of the images
+        images: that both were run on
+        operations: kinds of nodes in the graph, ONNX only
+    """
 
     format: str
-    path: str  # relative to the output folder
+    path: str
     megabytes: float
-    max_difference: float  # of the outputs, relative to the largest eager output
-    top1_agreement: float  # share of the images
+    max_difference: float
+    top1_agreement: float
     images: int
-    operations: dict[str, int]  # kinds of nodes in the graph, ONNX only
+    operations: dict[str, int]
 
 
 class _Outputs(nn.Module):

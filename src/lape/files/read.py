@@ -39,15 +39,23 @@ _JOIN_ALIASES = {"ln": "LaPE"}  # the reference's name for LaPE on relative posi
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file says. `model` holds the authors' names (those of a converted model in a folder of transformers);
-    `args` the flags of the run that wrote it."""
+    """What a file says.
+
+    Fields:
+        path: of the file or folder
+        kind: a file of a training run, or a folder
+        model: weights under the authors' names, those of a converted model in a folder of transformers
+        model_ema: the averaged weights, in the same names
+        args: the flags of the run that wrote it
+        raw: every other entry: epoch, optimizer, ...
+    """
 
     path: Path
     kind: Literal["pth", "folder"]
     model: dict[str, Tensor]
     model_ema: dict[str, Tensor] | None = None
     args: dict[str, Any] = field(default_factory=dict)
-    raw: dict[str, Any] = field(default_factory=dict)  # every other entry: epoch, optimizer, ...
+    raw: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int | None:

@@ -31,26 +31,42 @@ Blueprint = tuple[str, dict[str, Any]]
 class Host:
     """One family of models: how it is recognised and how its parts are found.
 
-    `examine(root)` returns the anatomy or raises UnsupportedModelError with the true reason. What only a user knows,
-    such as the grid, is named in `user_arguments` and handed over by keyword.
+    Fields:
+        name: in messages and lists
+        root_classes: "module.Class" of the module that owns table and blocks, subclasses included
+        block_classes: "module.Class" of blocks whose norm stands before attention, exact
+        examine: examine(root, **user_arguments) returns the anatomy or raises UnsupportedModelError with the true
+            reason
+        measure: grid and patch size after a resize
+        note: one line for `lape hosts`
+        package: the name under which saved models say who can build them again
+        blueprint: how to build a whole model again, if it tells
+        build: builds it, unconverted, with random weights
+        current: arguments of `build` that the root is made with now
+        check_arguments: raises for what no file may ask `build`
+        root_child: when given, `root_classes` name the class of this child instead of the root's
+        tested: versions that the tests ran with
+        user_arguments: what only a user knows, such as the grid: handed over by keyword
+        last: whether it counts only in a model in which no other host is found
+        refused: "module.Class" of blocks -> the reason
     """
 
     name: str
-    root_classes: tuple[str, ...]  # "module.Class" of the module that owns table and blocks, subclasses included
-    block_classes: tuple[str, ...]  # "module.Class" of blocks whose norm stands before attention, exact
+    root_classes: tuple[str, ...]
+    block_classes: tuple[str, ...]
     examine: Callable[..., Anatomy]
-    measure: Callable[[nn.Module], tuple[Grid, tuple[int, ...]]] | None = None  # grid and patch size after a resize
+    measure: Callable[[nn.Module], tuple[Grid, tuple[int, ...]]] | None = None
     note: str = ""
-    package: str = ""  # the name under which saved models say who can build them again
-    blueprint: Callable[[nn.Module], Blueprint | None] | None = None  # how to build a whole model again, if it tells
-    build: Callable[[str, dict[str, Any]], nn.Module] | None = None  # builds it, unconverted, with random weights
-    current: Callable[[nn.Module], dict[str, Any]] | None = None  # arguments of `build` that the root is made with now
-    check_arguments: Callable[[str, Mapping[str, Any]], None] | None = None  # raises for what no file may ask `build`
-    root_child: str | None = None  # when given, `root_classes` name the class of this child instead of the root's
-    tested: tuple[str, ...] = ()  # versions that the tests ran with
+    package: str = ""
+    blueprint: Callable[[nn.Module], Blueprint | None] | None = None
+    build: Callable[[str, dict[str, Any]], nn.Module] | None = None
+    current: Callable[[nn.Module], dict[str, Any]] | None = None
+    check_arguments: Callable[[str, Mapping[str, Any]], None] | None = None
+    root_child: str | None = None
+    tested: tuple[str, ...] = ()
     user_arguments: tuple[str, ...] = ()
-    last: bool = False  # whether it counts only in a model in which no other host is found
-    refused: dict[str, str] = field(default_factory=dict)  # "module.Class" of blocks -> the reason
+    last: bool = False
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 def class_name(cls: type) -> str:

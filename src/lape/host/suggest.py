@@ -18,10 +18,17 @@ from lape.host.paths import Paths, examine
 
 @dataclass(frozen=True)
 class Suggestion:
-    """`str()` has the line that registers the model's class, or what stands in the way."""
+    """`str()` has the line that registers the model's class, or what stands in the way.
+
+    Fields:
+        root: the class to register
+        where: arguments of `lape.register_host`
+        problems: what stands in the way, a sentence each
+        notes: what was not looked at
+    """
 
     root: type[nn.Module]
-    where: dict[str, Any]  # arguments of `lape.register_host`
+    where: dict[str, Any]
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
 

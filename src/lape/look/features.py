@@ -46,7 +46,12 @@ class Subspace:
 class Features:
     """What `probe` measured, (E,) each by the names of `LABELS`; NaN where there is nothing to measure.
 
-    `without` is the same with each depth's position subspace taken out of its tokens.
+    Fields:
+        grid: (rows, columns) of patches
+        images: how many were measured
+        plain: the measures of the tokens
+        without: the same with each depth's position subspace taken out of its tokens
+        subspaces: of each depth, from the input on
     """
 
     grid: Grid

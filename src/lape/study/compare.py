@@ -44,10 +44,16 @@ ONE_THREAD = {"threads": 1, "num_workers": 0, "output_dir": "", "resume": ""}  #
 
 @dataclass(frozen=True)
 class Study:
-    """What a comparison or a demo wrote."""
+    """What a comparison or a demo wrote.
+
+    Fields:
+        folder: that holds the files
+        results: what results.json holds
+        files: what was written
+    """
 
     folder: Path
-    results: dict[str, Any]  # what results.json holds
+    results: dict[str, Any]
     files: list[Path]
 
 

@@ -61,7 +61,20 @@ class Condition:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a condition came to; accuracies in percent, `relative` to the clean images of the model's size."""
+    """What a condition came to; accuracies in percent.
+
+    Fields:
+        kind: clean, size, or the kind of change
+        name: of the size or change
+        level: severity, pixels or share; None where there is none
+        size: (height, width) of the images
+        transform: of evaluation, in words
+        acc1: top-1
+        acc5: top-5
+        loss: mean cross entropy
+        count: of images
+        relative: share of the accuracy on clean images of the model's size
+    """
 
     kind: str
     name: str

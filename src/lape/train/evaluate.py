@@ -51,10 +51,15 @@ PREDICT_BATCH = 32  # images that `predict` decodes and classifies at a time
 
 @dataclass(frozen=True)
 class Metrics:
-    """What an evaluation found: accuracies in percent, cross entropies, number of images.
+    """What an evaluation found: accuracies in percent, cross entropies. `str()` is the original's line.
 
-    `loss` is the mean over images. `batch_loss` is what the original prints: the mean over batches of their means, in
-    which a short last batch weighs as much as a full one. `str()` is the original's line.
+    Fields:
+        acc1: top-1
+        acc5: top-5, over all classes where there are fewer
+        loss: mean over images
+        batch_loss: what the original prints: the mean over batches of their means, in which a short last batch weighs
+            as much
+        count: of images
     """
 
     acc1: float
@@ -74,7 +79,13 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one image, best first."""
+    """The most probable classes of one image, best first.
+
+    Fields:
+        path: of the image
+        classes: names
+        probabilities: of these classes, in 0..1
+    """
 
     path: str
     classes: list[str]

@@ -84,17 +84,30 @@ from lape.train.state import (
 
 @dataclass
 class TrainResult:
-    """What a run produced. Accuracies are top-1 in percent, losses the mean cross entropy, of the validation images."""
+    """What a run produced. Accuracies are top-1 in percent, losses the mean cross entropy, of the validation images.
 
-    model: nn.Module  # the raw weights after the last epoch
+    Fields:
+        model: the raw weights after the last epoch
+        ema_model: the average, None without one
+        best_accuracy: over all epochs, of the weights that `best_by` names
+        accuracy: of the raw weights after the last epoch
+        loss: likewise
+        ema_accuracy: of the average after the last epoch
+        ema_loss: likewise
+        history: the lines of log.txt, those before a resume included
+        seconds: of this call
+        data_name: what was trained on, in words
+    """
+
+    model: nn.Module
     ema_model: nn.Module | None
-    best_accuracy: float  # over all epochs, of the weights that `best_by` names
+    best_accuracy: float
     accuracy: float
     loss: float
     ema_accuracy: float | None
     ema_loss: float | None
-    history: list[dict[str, Any]]  # the lines of log.txt, those before a resume included
-    seconds: float  # of this call
+    history: list[dict[str, Any]]
+    seconds: float
     data_name: str
 
 
