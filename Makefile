@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN ?= .venv/bin
 SIDE_BY_SIDE := -n 2 --dist loadfile
 OLDEST := 'torch==2.6.*' 'torchvision==0.21.*' 'timm==1.0.31' 'transformers==4.49.*' 'numpy==1.26.*'
-CORE := tests/test_convert.py tests/test_hosts.py tests/test_checkpoint.py tests/test_reference.py tests/test_correlation.py \
-	tests/test_saved_folders.py tests/test_export.py
+CORE := tests/convert/test_convert.py tests/host/test_hosts.py tests/look/test_correlation.py \
+	$(addprefix tests/files/test_,checkpoint.py reference.py saved_folders.py export.py)
 
 .PHONY: venv fast full lint docs site package oldest constraints
 

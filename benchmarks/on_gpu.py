@@ -3,7 +3,7 @@
     python benchmarks/on_gpu.py --out FOLDER [--cifar FOLDER or .tar.gz] [--minutes 9.5] [--commit HASH]
     python benchmarks/on_gpu.py --out FOLDER --scale-down --device cpu      # the same with tiny sizes, anywhere
 
-    tests       tests/test_cuda.py
+    tests       tests/train/test_cuda.py
     ratios      DeiT-Ti, batch 1 and 256, bf16 autocast and fp32, inference and training: timm's model, LaPE, folded
                 LaPE and the equations written out (`written_out.py`), eager and compiled, in interleaved rounds
     throughput  DeiT-Ti, -S and -B in bf16, basic and LaPE: images a second at several batches, share of the rate that
@@ -562,11 +562,11 @@ def matmul_rate(sizes: Sizes, device: torch.device) -> float:
 
 
 def tests(link: Link, sizes: Sizes, scratch: Path) -> None:
-    """tests/test_cuda.py, skipped where there is no GPU. What the libraries warn of is in the log, and no error."""
+    """tests/train/test_cuda.py, skipped without a GPU. What the libraries warn of is in the log, and no error."""
     report = scratch / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--durations=10", f"--junitxml={report}"]
     command += ["-n", "4"]
-    code = subprocess.run([*command, "-W", "default", "tests/test_cuda.py"], cwd=ROOT).returncode
+    code = subprocess.run([*command, "-W", "default", "tests/train/test_cuda.py"], cwd=ROOT).returncode
     cases = []
     for case in ElementTree.parse(report).iter("testcase"):
         bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)

@@ -22,8 +22,8 @@ ANYWHERE = [join.name for join in JOINS.values() if not join.needs_pooling]
 
 
 for _join, _kind in itertools.product(JOINS.values(), KINDS.values()):
-    elsewhere = _kind.conditional or _kind.untouched or _kind.fixed_bias or _kind.rotary  # tests/test_rivals.py
-    if _join.needs_pooling or elsewhere:  # tests/test_pooled.py
+    elsewhere = _kind.conditional or _kind.untouched or _kind.fixed_bias or _kind.rotary  # tests/convert/test_rivals.py
+    if _join.needs_pooling or elsewhere:  # tests/convert/test_pooled.py
         continue
     try:
         check_combination(_join, _kind)

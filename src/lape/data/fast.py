@@ -2,7 +2,7 @@
 
 What is different, and what it does to a pixel:
 
-- JPEGs are decoded by torchvision. Both use libjpeg-turbo: the same bytes come out (`tests/test_pixels.py` compares).
+- JPEGs are decoded by torchvision. Both use libjpeg-turbo: the same bytes come out (`tests/data/test_pixels.py`).
 - They are resized by torch's 8-bit kernel instead of Pillow's. Both are antialiased, with coefficients in fixed point
   that are rounded differently: at most `LEVELS` of 255, and most pixels do not differ.
 - Shears and translations of the policy are computed by `slide`, below: at most one level from Pillow's.
@@ -246,7 +246,7 @@ class FastImages(Images):
 # rows, or columns, along themselves: a line needs the 4 neighbours in it, with the same weights for all its pixels.
 # The weights are cubic convolution with a = -1 (R. Keys, "Cubic Convolution Interpolation for Digital Image
 # Processing", 1981, eq. 4 with another constant), the result is cut to 0..255 and truncated, the border repeated for
-# neighbours, and what comes from outside is filled. They agree but for rounding (`tests/test_slide.py`).
+# neighbours, and what comes from outside is filled. They agree but for rounding (`tests/data/test_slide.py`).
 
 Fill = int | Sequence[int]
 

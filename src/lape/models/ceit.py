@@ -14,7 +14,7 @@ the authors' released code: 64 channels of the stem, biases of q, k, v and of al
 behind its last BatchNorm, LayerNorm eps 1e-6, a learned table of layers on the class tokens that starts at zero, no
 stochastic depth in LCA.
 
-Parameters at 224 pixels and 1,000 classes (`tests/test_ceit.py` counts them):
+Parameters at 224 pixels and 1,000 classes (`tests/models/test_ceit.py` counts them):
 
                            here       published
     ceit_tiny_patch16_224   6,356,904    6.4M

@@ -11,7 +11,7 @@ its Table 1; queries, keys and values have no bias in the blocks and have one in
 features as the token width, dropout 0.1 in the performers, LayerNorm eps 1e-5, from the authors' released code
 (yitu-opensource/T2T-ViT). Their pretrained weights scale attention otherwise and are not offered here.
 
-Parameters at 224 pixels and 1,000 classes (`tests/test_t2t.py` counts them):
+Parameters at 224 pixels and 1,000 classes (`tests/models/test_t2t.py` counts them):
 
                      learn       with the frozen sinusoid    published
     t2t_vit_7     4,255,694          4,306,126                 4.3M

@@ -23,7 +23,7 @@ from lape.train.loop import train
 from lape.train.start import OTHER_THERE, build_model
 from lape.train.state import initial_state, set_rate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "original.md").read_text()
 DISTILLED = "deit_tiny_distilled_patch16_224"
 HABITS = [habit for habit in get_args(Habit) if habit != "none"]

@@ -14,7 +14,7 @@ import lape
 from lape.recipe import Recipe
 from lape.train.loop import train
 
-FOLDER = Path(__file__).parent / "v0_1"
+FOLDER = Path(__file__).parents[1] / "v0_1"
 OUTPUTS = load_file(FOLDER / "outputs.safetensors")
 NAMES = sorted(OUTPUTS.keys() - {"input"})
 

@@ -417,7 +417,7 @@ def test_the_script_is_in_files_that_can_be_read(tmp_path: Path) -> None:
     prettier = shutil.which("prettier")
     if prettier is None:
         pytest.skip("no prettier")
-    settings = Path(__file__).parents[1] / ".prettierrc"
+    settings = Path(__file__).parents[2] / ".prettierrc"
     command = [prettier, "--config", str(settings), "--check", *map(str, folder.glob("*.js"))]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 

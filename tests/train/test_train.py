@@ -31,7 +31,7 @@ from lape.train.losses import classification_loss, distillation_loss
 from lape.train.start import build_model
 from lape.train.state import BEST, CHECKPOINT, LOCK, PREVIOUS, initial_state, peak_lr
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # ------------------------------------------------------------------------------------------------ losses

@@ -27,7 +27,7 @@ from lape.train.distributed import join_world
 from lape.train.loop import train
 from lape.train.state import CHECKPOINT
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLAGS = "--model vit_tiny_patch16_224 --input-size 16 --device cpu --batch-size 64 --no-repeated-aug --aa none"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

@@ -14,7 +14,7 @@ from lape.errors import LapeError
 from lape.names import JOIN_NAMES, PE_NAMES, match_name
 from lape.recipe import OF_THE_ORIGINAL, Recipe, packaged, topics
 
-RECIPES = Path(__file__).parents[1] / "src/lape/recipes"
+RECIPES = Path(__file__).parents[2] / "src/lape/recipes"
 DESCRIBED = sorted(path for path in RECIPES.glob("*.yaml") if path.stem != "digits")  # the demo has a test of its own
 
 # Everything where a default departs from the LaPE authors' main.py must be named here, with the reason.

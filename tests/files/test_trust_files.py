@@ -23,7 +23,7 @@ from lape.files import atomic, vet
 from lape.files.read import read_checkpoint
 from lape.names import printable
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 
 

@@ -31,8 +31,8 @@ from lape.look.figures import (
 )
 from lape.look.options import DrawOptions
 
-ROOT = Path(__file__).parents[1]
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[2]
+SHARED = Path(__file__).parents[3] / "shared"
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 4}
 
 

@@ -33,7 +33,7 @@ from lape.train.logs import LOG
 from lape.train.loop import train
 from lape.train.state import BEST, CHECKPOINT, LOCK, PREVIOUS, checkpoint_to_resume
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FULL = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "drop": 0.1, "epochs": 2, "warmup_epochs": 1, "batch_size": 128}
 
 

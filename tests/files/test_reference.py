@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import lape
 from lape.files.names import reference_names
 
-FOLDER = Path(__file__).parent / "reference"
+FOLDER = Path(__file__).parents[1] / "reference"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 CASES = list(MANIFEST["cases"])
 JOINS = {"LN": "LaPE"}  # their name for LaPE on relative position bias

@@ -22,7 +22,7 @@ from lape.options import PredictOptions
 from lape.recipe import OF_THE_ORIGINAL, Recipe
 from lape.study.options import DemoOptions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Frozen: a flag that is added, renamed or dropped has to be changed here, too.
 TRAIN_FLAGS = """

@@ -14,7 +14,7 @@ from threading import Thread
 
 import pytest
 
-QUICK_START = Path(__file__).parents[1] / "docs" / "quick-start.md"
+QUICK_START = Path(__file__).parents[2] / "docs" / "quick-start.md"
 COMMIT = "0" * 40
 PUSH = """
 address = lape.push_to_hub(model, "name/my-model")

@@ -166,7 +166,7 @@ def test_ratios_are_taken_within_a_round():
 
 # --- the scripts in benchmarks/ ---------------------------------------------------------------------------------------
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 
 
 def script(name: str) -> Any:

@@ -368,7 +368,7 @@ def test_refused_with_the_true_reason_and_unchanged(name, kwargs, reason):
 @pytest.mark.slow
 def test_the_table_of_architectures_is_that_of_this_code():
     """Every architecture of the installed timm is in docs/hosts.md, and a sample of the rows comes out again."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     spec = importlib.util.spec_from_file_location("host_table", root / "benchmarks" / "host_table.py")
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script  # for its dataclass
@@ -383,7 +383,7 @@ def test_the_table_of_architectures_is_that_of_this_code():
         assert script.examine(row.module, row.name) == row
 
 
-# Whole models and backbones; encoders by themselves are converted in tests/test_hosts_wide.py.
+# Whole models and backbones; encoders by themselves are converted in tests/host/test_hosts_wide.py.
 AS_THEY_ARE = """
     EomtForUniversalSegmentation Siglip2ForImageClassification VivitForVideoClassification
     TimesformerForVideoClassification VitDetBackbone YolosForObjectDetection LwDetrForObjectDetection
@@ -396,7 +396,7 @@ KIND_NAMED = """
 
 
 def test_the_table_of_the_other_libraries_is_that_of_its_results():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     spec = importlib.util.spec_from_file_location("host_table", root / "benchmarks" / "host_table.py")
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
