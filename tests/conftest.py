@@ -13,12 +13,26 @@ SHARED = Path(__file__).parents[2] / "shared"
 """Optional real images and checkpoints beside the checkout; a test that needs them skips without."""
 
 
+FIRST = (
+    *"convert train trust_files explorer documented ends newcomer on_gpu plot hosts_timm models resume extras".split(),
+    *"demo stays export device_data hosts_wide examples hosts hosts_stages sweep saved_folders numbers".split(),
+    *"compare cli benchmark stored t2t ceit rivals faults hosts_shuffled original turned pixels property".split(),
+)
+"""Files that take longest: workers that have several of them left at the end would wait for each other."""
+
 EACH = 11
 """Of the cases of a matrix, every eleventh is not slow: a prime, so that all rows and columns are met."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # of xdist: by the number of tests, which says little of their time
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Several processes and a browser are slow, and so are most cases of a matrix."""
+    place = {f"test_{name}": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     places: Counter[str] = Counter()
     for item in items:
         name = item.nodeid.partition("[")[0]
