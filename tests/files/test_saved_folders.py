@@ -159,6 +159,7 @@ def test_another_image_size_resamples_the_table(make, tmp_path):
         (lambda: of_timm(num_classes=0), "without a classifier"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:logits attribute is deprecated")  # transformers 4
 @pytest.mark.usefixtures("drafts")
 def test_a_model_without_a_classifier_is_refused_in_one_line(make, reason, tmp_path, capsys):
     folder = lape.save(make(), tmp_path / "saved")
