@@ -164,6 +164,7 @@ def test_another_image_size_resamples_the_table(make, tmp_path):
 def test_a_model_without_a_classifier_is_refused_in_one_line(make, reason, tmp_path, capsys):
     folder = lape.save(make(), tmp_path / "saved")
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    capsys.readouterr()  # what packages say when they are imported
     for tokens in (["eval", str(folder)], ["predict", str(tmp_path / "a.png"), "--checkpoint", str(folder)]):
         assert cli.run(cli.app, [*tokens, "--device", "cpu"]) == cli.USER_ERROR
         shown = capsys.readouterr()
