@@ -19,7 +19,7 @@ from processes import Process, python
 import lape
 from lape.cli import app as cli
 from lape.errors import CheckpointError, LapeError
-from lape.files import atomic, vet
+from lape.files import atomic, restore, vet
 from lape.files.read import read_checkpoint
 from lape.names import printable
 
@@ -674,3 +674,20 @@ main()
     _, errors = done.communicate()
     assert done.returncode == 0, errors[-2000:]
     assert not [path for path in home.rglob("*") if path.is_file() and "matplotlib" not in str(path)]
+
+
+def test_a_model_is_held_to_twice_the_values_of_its_file(tmp_path, monkeypatch):
+    """And 2^26 more; for images of four times the pixels, to four times that."""
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 1}
+    model = lape.create_model("vit_tiny_patch16_224", **sizes)
+    folder = lape.save(model, tmp_path / "model")
+    values, limits, bounded = sum(t.numel() for t in lape.to_reference_state_dict(model).values()), [], restore.bounded
+
+    def recorded(path, most, modules):
+        limits.append(most)
+        return bounded(path, most, modules)
+
+    monkeypatch.setattr(restore, "bounded", recorded)
+    lape.load(folder)
+    lape.load(folder, input_size=64)
+    assert limits == [2 * values + 2**26] * 2 + [4 * (2 * values + 2**26)] * 2
