@@ -15,6 +15,9 @@ PE_NAMES = (
 TABLE8_NAMES = ("none", "scalar", "scale", "affine", "norm", "scalar-norm", "scale-norm", "layernorm")
 PE_NORM_NAMES = (*TABLE8_NAMES, "learned-norm")
 
+# Fields of a recipe that a checkpoint says of itself.
+FILE_SETTINGS = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
+
 
 def nearest(value: str, spellings: Iterable[str]) -> str | None:
     """Return the spelling that looks most like `value` (case, `-` and `_` do not count), or None."""

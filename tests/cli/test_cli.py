@@ -14,9 +14,7 @@ import pytest
 
 import lape
 from lape.cli import app as cli
-from lape.cli import commands
 from lape.errors import LapeError
-from lape.files.restore import FILE_SETTINGS
 from lape.look.options import DrawOptions
 from lape.options import PredictOptions
 from lape.recipe import OF_THE_ORIGINAL, Recipe
@@ -231,10 +229,6 @@ def test_the_help_leaves_out_what_is_always_refused(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert "--recipe" in shown
     assert not [flag for flag in ("--cosub", "--resplit") if flag in shown]
-
-
-def test_eval_takes_from_the_checkpoint_what_it_says() -> None:
-    assert set(commands.FILE_SETTINGS) == set(FILE_SETTINGS)
 
 
 def test_defaults_are_the_recipes() -> None:

@@ -32,14 +32,13 @@ from pydantic import ValidationError
 
 from lape import __version__
 from lape.errors import LapeError, LostError
-from lape.names import printable
+from lape.names import FILE_SETTINGS, printable
 from lape.recipe import Recipe, spelling_of, topic_of, topics
 
 USER_ERROR = 2
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # What an evaluation reads; `lape eval` refuses the rest rather than ignore it.
-FILE_SETTINGS = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 EVALUATION = (
     *FILE_SETTINGS,
     *("data_path", "data_set", "columns", "inat_category", "batch_size", "num_workers", "pin_mem", "decode"),

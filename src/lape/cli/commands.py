@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lape import __version__
-from lape.cli.app import EVALUATION, FILE_SETTINGS, GROUPS, app, original, takes, takes_options
+from lape.cli.app import EVALUATION, GROUPS, app, original, takes, takes_options
 from lape.cli.original import LauncherFlags, OriginalFlags
 from lape.cli.rows import destination, escaped, row_writer
 from lape.errors import DataError, LapeError, arguments_as
 from lape.files.atomic import check_outputs
 from lape.look.options import DrawOptions
-from lape.names import few, printable, tell
+from lape.names import FILE_SETTINGS, few, printable, tell
 from lape.options import ExportOptions, PredictOptions
 from lape.recipe import Recipe
 from lape.study.options import BenchOptions, CompareOptions, DemoOptions, ProbeOptions, SweepOptions

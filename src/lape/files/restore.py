@@ -27,6 +27,7 @@ from lape.files.read import HUB, Checkpoint, read_checkpoint
 from lape.files.vet import bounded, of_file
 from lape.host import host_of_library
 from lape.host.base import without_values
+from lape.names import FILE_SETTINGS
 
 if TYPE_CHECKING:
     from lape.recipe import Recipe
@@ -267,9 +268,8 @@ def source_grid(checkpoint: Checkpoint, model: nn.Module) -> Grid | None:
         return size[0] // patch[0], size[1] // patch[1]
 
 
-# What a checkpoint knows about itself. No flag may contradict IDENTITY; the rest of FILE_SETTINGS yields to flags.
+# No flag may contradict these; the rest of FILE_SETTINGS yields to flags.
 IDENTITY = ("model", "join_type", "pe", "in_chans", *CHOICES.values())
-FILE_SETTINGS = ("model", "join_type", "pe", "in_chans", "model_kwargs", "input_size", "eval_crop_ratio", "mean", "std")
 
 
 def transform_of(checkpoint: Checkpoint) -> EvalTransform:
